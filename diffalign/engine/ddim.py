@@ -1,0 +1,143 @@
+"""DDIM (Song et al., arXiv 2010.02502) between any two noise levels, per sample, in either direction.
+
+    σ² = η² (1−ᾱ')/(1−ᾱ) · (1−ᾱ/ᾱ')                          (eq. 16; ᾱ at t, ᾱ' at t_prev)
+    x' = √ᾱ' x̂_0 + √(1−ᾱ'−σ²) ε + σ z                        (eq. 12)
+
+With η = 0 the step is deterministic and runs backwards as well: from a lower to a higher noise level it is DDIM
+inversion. Functions here never call a network except through an `eps_fn` that the caller hands in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.engine.schedule import NoiseSchedule, spread
+
+EpsFn = Callable[[Tensor, Tensor], Tensor]  # (x "n c h w", t int64 [n]) -> noise "n c h w"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One DDIM step: N(mean, std²) and the point taken from it."""
+
+    prev: Tensor  # "n c h w"
+    mean: Tensor  # "n c h w"
+    std: Tensor  # [n] (the shape of t), float64
+    x0: Tensor  # "n c h w", the clean latent the step aims at
+
+
+def variance(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 1.0) -> Tensor:
+    """σ² of the step t → t_prev in float64, shaped like t (eq. 16, times η²)."""
+    now, prev = s.alpha_bar(t), s.alpha_bar(t_prev)
+    return eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
+
+
+def step(
+    s: NoiseSchedule,
+    eps: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    t_prev: Tensor,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    x0: Tensor | None = None,
+) -> Step:
+    """Moves x_t to the noise level of t_prev (below 0: the schedule's final ᾱ), each sample on its own t.
+
+    `prev` is mean + std·noise, or the mean where no noise is given. `x0` overrides the clean latent that follows
+    from `eps`; pass it where ᾱ_t = 0 (`NoiseSchedule.to_x0`).
+
+    Raises ValueError when η > 0 and t_prev ≥ t: noise can only be added on the way to a cleaner level.
+    """
+    if eta < 0:
+        raise ValueError(f"eta = {eta} is negative; 0 is deterministic DDIM, 1 has the variance of DDPM")
+    if eta > 0 and t.device.type == "cpu" and bool((t_prev >= t).any()):
+        raise ValueError("eta > 0 needs t_prev < t for every sample; inversion steps are deterministic")
+    x0 = s.predict_x0(eps, xt, t) if x0 is None else x0
+    prev = s.alpha_bar(t_prev)
+    sigma2 = variance(s, t, t_prev, eta) if eta else torch.zeros_like(prev)
+    direction = (1 - prev - sigma2).clamp(min=0).sqrt()  # rounding may take 1−ᾱ'−σ² a hair below 0
+    mean = spread(prev.sqrt(), xt) * x0 + spread(direction, xt) * eps
+    std = sigma2.sqrt()
+    moved = mean if noise is None else mean + spread(std, xt) * noise
+    return Step(prev=moved, mean=mean, std=std, x0=x0)
+
+
+def log_density(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(sample; mean, std²) averaged over every axis that `std` does not have.
+
+    The mean, not the sum, is the convention of SPO's released code (arXiv 2406.04314); the paper's sum is C·H·W
+    times larger. Raises ValueError where std = 0: a deterministic step has no density.
+    """
+    if std.device.type == "cpu" and bool((std <= 0).any()):
+        raise ValueError("log_density needs std > 0: take the step with eta > 0 and t_prev ≥ 0")
+    sigma = spread(std, sample)
+    log_p = -((sample - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return log_p.flatten(std.ndim).mean(-1)
+
+
+def transition_noise(s: NoiseSchedule, xt: Tensor, x_prev: Tensor, t: Tensor, t_prev: Tensor) -> Tensor:
+    """The noise prediction with which a deterministic step takes x_t exactly to x_prev."""
+    a, sig = s.coefficients(t, xt)
+    a_prev, sig_prev = s.coefficients(t_prev, xt)
+    ratio = a_prev / a
+    return (x_prev - ratio * xt) / (sig_prev - ratio * sig)
+
+
+def sample(
+    s: NoiseSchedule, eps_fn: EpsFn, xt: Tensor, steps: int, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """Runs the model's sampling grid from pure noise to a clean latent.
+
+    `noise`, "steps n c h w", is required when η > 0: randomness is the caller's.
+    """
+    if eta > 0 and noise is None:
+        raise ValueError("sample with eta > 0 needs noise of shape [steps, n, c, h, w]")
+    grid = s.timesteps(steps)
+    following = torch.cat([grid[1:], grid.new_full((1,), -1)])
+    for i, (t, t_prev) in enumerate(zip(grid, following, strict=True)):
+        t_all, prev_all = t.expand(len(xt)), t_prev.expand(len(xt))
+        z = None if noise is None else noise[i]
+        xt = step(s, eps_fn(xt, t_all), xt, t_all, prev_all, eta, z).prev
+    return xt
+
+
+def invert(s: NoiseSchedule, eps_fn: EpsFn, x0: Tensor, t: Tensor, stride: int = 100) -> Tensor:
+    """Deterministic DDIM inversion of clean latents to exactly t, each sample on its own grid.
+
+    A sample's way from the clean image (ᾱ = 1) to t is cut into ⌈(t+1)/stride⌉ nearly equal integer steps. Each step
+    asks `eps_fn` at the level it goes to, as diffusers' DDIMInverseScheduler and the released inversion methods
+    do. Samples that have arrived wait for the others, so a batch costs the steps of its largest t.
+
+    Raises ValueError for a stride below 1 or a negative t.
+    """
+    if stride < 1 or (t.device.type == "cpu" and bool((t < 0).any())):
+        raise ValueError(f"invert needs stride >= 1 and t >= 0, got stride = {stride}, t = {t.tolist()}")
+    steps = -(-(t + 1) // stride)
+    x = x0
+    for k in range(1, int(steps.max()) + 1):
+        low, high = _level(t, steps, k - 1), _level(t, steps, k)
+        live = (k <= steps).reshape((-1,) + (1,) * (x.ndim - 1))
+        x = torch.where(live.to(x.device), _rise(s, eps_fn(x, high), x, low, high), x)
+    return x
+
+
+def _level(t: Tensor, steps: Tensor, k: int) -> Tensor:
+    """The k-th grid point on each sample's way from −1 (clean) to t; t itself once k ≥ steps."""
+    return (t + 1) * torch.clamp(torch.full_like(t, k), max=steps) // steps - 1
+
+
+def _rise(s: NoiseSchedule, eps: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The deterministic step from `low` to the noisier `high`; low = −1 is the clean image itself, ᾱ = 1.
+
+    The final ᾱ of many configs is ᾱ_0 < 1: right for the end of sampling, wrong for a clean start.
+    """
+    below = torch.where(low < 0, 1.0, s.alpha_bar(low))
+    above = s.alpha_bar(high)
+    scale = (above / below).sqrt()
+    return spread(scale, x) * x + spread((1 - above).sqrt() - scale * (1 - below).sqrt(), x) * eps

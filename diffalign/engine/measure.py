@@ -1,0 +1,164 @@
+"""Where networks are called: squared errors of policy and reference at the points of a probe.
+
+A loss depends on the errors alone, so its gradient at the errors can be had without building any graph through
+the network, and the network can then be differentiated a few points at a time:
+
+    pass 1   all errors without grad           ->  E, loss(E), g = dloss/dE
+    pass 2   for each chunk of points, with grad:  backward(Σ g · E)
+
+The parameter gradient is the same and N points cost the memory of one chunk, for one more forward per point.
+A network with dropout would draw different masks in the two passes; such a network is refused nowhere and wrong
+everywhere, so tune with dropout 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.records import Conditioning, Evidence, Probe, Score
+
+
+class Models(Protocol):
+    """The two networks an objective compares. Batches are flat: x "n c h w", t int64 [n]."""
+
+    schedule: NoiseSchedule
+
+    def policy(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The tuned network's raw prediction, float32, through the wrapped (DDP) module."""
+        ...
+
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The frozen network's raw prediction on the same dtype path and kernels, without grad."""
+        ...
+
+
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+def measure(models: Models, probe: Probe) -> Evidence:
+    """Policy and reference errors at every point: one reference forward (if any), then one policy forward.
+
+    The reference goes first so that its activations are gone before the policy's graph is built.
+    """
+    return Evidence(
+        reference=_reference_errors(models, probe),
+        policy=errors(models.policy, probe),
+        t=probe.t,
+        weight=probe.weight,
+    )
+
+
+def measure_and_backward(
+    models: Models,
+    probe: Probe,
+    score: Callable[[Evidence], Score],
+    *,
+    scale: float = 1.0,
+    points_per_forward: int | None = None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[Evidence, Score]:
+    """Measures, scores and backpropagates scale · mean(loss); evidence and score come back without graph.
+
+    `points_per_forward` limits how many points of each pair are in one forward with grad; None, or a number no
+    smaller than the probe's points, takes the direct way. `no_sync` suppresses gradient reduction of a wrapped
+    module and is entered for every backward but the last.
+    """
+    points = probe.points
+    if points is None or points_per_forward is None or points_per_forward >= points:
+        evidence = measure(models, probe)
+        scored = score(evidence)
+        backward(scored.loss.mean() * scale)
+        return _detached(evidence), _detached_score(scored)
+
+    with torch.no_grad():
+        evidence = Evidence(
+            reference=_reference_errors(models, probe, points_per_forward),
+            policy=torch.cat([errors(models.policy, p) for p in _point_chunks(probe, points_per_forward)], dim=-1),
+            t=probe.t,
+            weight=probe.weight,
+        )
+    leaf = evidence.policy.requires_grad_()
+    scored = score(replace(evidence, policy=leaf))
+    (slope,) = torch.autograd.grad(scored.loss.mean() * scale, leaf)
+    chunks = list(_point_chunks(probe, points_per_forward))
+    for i, (chunk, g) in enumerate(zip(chunks, slope.split(points_per_forward, dim=-1), strict=True)):
+        with nullcontext() if i == len(chunks) - 1 else no_sync():
+            backward((errors(models.policy, chunk) * g).sum())
+    return _detached(evidence), _detached_score(scored)
+
+
+def errors(network: Network, probe: Probe) -> Tensor:
+    """Mean over c, h, w of the squared difference from the target: "side pair [point]", float32 or better."""
+    prediction = _predict(network, probe)
+    return ((prediction - probe.target) ** 2).mean(dim=(-3, -2, -1))
+
+
+def _reference_errors(models: Models, probe: Probe, points_per_forward: int | None = None) -> Tensor | None:
+    if not probe.needs_reference:
+        return None
+    with torch.no_grad():
+        if points_per_forward is None:
+            return errors(models.reference, probe)
+        parts = [errors(models.reference, p) for p in _point_chunks(probe, points_per_forward)]
+        return torch.cat(parts, dim=-1)
+
+
+def _predict(network: Network, probe: Probe) -> Tensor:
+    """The network's (guided) prediction at all points, shaped like the probe's x_t."""
+    lead = probe.xt.shape[:-3]  # side, pair and, where there is one, point
+    xt = probe.xt.flatten(0, len(lead) - 1)
+    t = probe.t.expand(lead).flatten().to(xt.device)
+    cond = _flat_conditioning(probe.cond, probe.points)
+    if probe.guidance == 1.0:
+        prediction = network(xt, t, cond)
+    else:
+        if probe.uncond is None:
+            raise ValueError(f"guidance = {probe.guidance} needs the null prompt's conditioning (Probe.uncond)")
+        null = _flat_conditioning(probe.uncond, probe.points)
+        conditional, unconditional = network(torch.cat([xt, xt]), torch.cat([t, t]), _concatenate(cond, null)).chunk(2)
+        prediction = unconditional + probe.guidance * (conditional - unconditional)
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32)).unflatten(0, lead)
+
+
+def _flat_conditioning(cond: Conditioning, points: int | None) -> Conditioning:
+    if points is not None:
+        cond = cond.map(lambda x: x.unsqueeze(2).expand((*x.shape[:2], points, *x.shape[2:])).flatten(1, 2))
+    return cond.flatten()
+
+
+def _concatenate(a: Conditioning, b: Conditioning) -> Conditioning:
+    def cat(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else torch.cat([x, y])
+
+    return Conditioning(
+        torch.cat([a.prompt_embeds, b.prompt_embeds]), cat(a.pooled, b.pooled), cat(a.time_ids, b.time_ids)
+    )
+
+
+def _point_chunks(probe: Probe, size: int) -> list[Probe]:
+    """The probe cut along its point axis."""
+    weights = [None] * len(probe.t.split(size, dim=-1)) if probe.weight is None else probe.weight.split(size, dim=-1)
+    parts = zip(
+        probe.xt.split(size, dim=2),
+        probe.t.split(size, dim=-1),
+        probe.target.split(size, dim=2),
+        weights,
+        strict=True,
+    )
+    return [replace(probe, xt=xt, t=t, target=target, weight=w) for xt, t, target, w in parts]
+
+
+def _detached(evidence: Evidence) -> Evidence:
+    return replace(evidence, policy=evidence.policy.detach())
+
+
+def _detached_score(score: Score) -> Score:
+    return replace(score, loss=score.loss.detach(), logit=None if score.logit is None else score.logit.detach())

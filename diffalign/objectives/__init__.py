@@ -1,0 +1,16 @@
+"""Preference objectives, one paper a file, and the table that finds them by name."""
+
+from __future__ import annotations
+
+from diffalign.objectives.base import Objective
+from diffalign.objectives.dpo import DiffusionDPO
+from diffalign.objectives.ipo import IPO
+from diffalign.objectives.label_noise import ConservativeDPO, RobustDPO
+from diffalign.objectives.mapo import MaPO
+from diffalign.objectives.sft import SFT
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO)
+}
+
+__all__ = ["IPO", "OBJECTIVES", "SFT", "ConservativeDPO", "DiffusionDPO", "MaPO", "Objective", "RobustDPO"]

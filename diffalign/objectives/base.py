@@ -1,0 +1,96 @@
+"""What an objective is, and the two things most of them share: the shared-noise probe and the reward metrics.
+
+An objective is a frozen dataclass whose fields are its hyper-parameters. It has two methods and no base class:
+`probe` says where the networks are asked and what they should answer, `score` is the paper's equation.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.engine.measure import Models
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.objectives.draws import integers, normal
+from diffalign.records import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch, Probe, Score
+
+
+class Objective(Protocol):
+    """A preference objective, as the training loop sees it."""
+
+    name: ClassVar[str]  # the name in configs
+    paper: ClassVar[str]  # "Authors, title, arXiv id"
+    needs_reference: ClassVar[bool]
+
+    def probe(self, batch: PairBatch, models: Models) -> Probe:
+        """The points to ask at, made without grad."""
+        ...
+
+    def score(self, evidence: Evidence) -> Score:
+        """The loss of each pair from its errors: a pure function."""
+        ...
+
+
+def shared_noise(
+    batch: PairBatch,
+    schedule: NoiseSchedule,
+    *,
+    timesteps: tuple[int, ...] | None = None,
+    sides: int = 2,
+    needs_reference: bool = True,
+) -> Probe:
+    """One uniformly drawn t and one normal ε for each pair, shared by its sides; the target is that ε.
+
+    `timesteps` restricts t to a set (a distilled model's own); None means 0 … T−1. `sides` = 1 asks at the chosen
+    images only. Source: Diffusion-DPO (arXiv 2311.12908), eq. 14 and its released code.
+    """
+    x0 = batch.latents[:sides]
+    if timesteps is None:
+        t = integers(batch.keys, "t", 0, schedule.num_train_timesteps)
+    else:
+        t = torch.tensor(timesteps)[integers(batch.keys, "t", 0, len(timesteps))]
+    noise = normal(batch.keys, "noise", x0.shape[2:]).to(x0.device, non_blocking=True).expand_as(x0)
+    t_sides = t.expand(x0.shape[:2])
+    return Probe(
+        xt=schedule.add_noise(x0, noise, t_sides),
+        t=t,
+        target=schedule.target(x0, noise, t_sides),
+        cond=_sides(batch.cond, sides),
+        needs_reference=needs_reference,
+    )
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """TRL's reward names from the implicit rewards of both sides, each [pair], detached."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+    }
+
+
+def dpo_logit(evidence: Evidence, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logit −(β/2)(D^c − D^r) of the Diffusion-DPO family with its metrics, D = E_policy − E_reference."""
+    reward = -(beta / 2) * evidence.margin
+    logit = reward[CHOSEN] - reward[REJECTED]
+    return logit, reward_metrics(reward[CHOSEN], reward[REJECTED])
+
+
+def _sides(cond: Conditioning, sides: int) -> Conditioning:
+    return cond.select(slice(0, sides), slice(None))
+
+
+def positive(name: str, value: float) -> None:
+    """Raises ValueError unless a hyper-parameter is a finite number above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} = {value}: must be a finite number above 0")
+
+
+def timesteps_valid(timesteps: tuple[int, ...] | None) -> None:
+    """Raises ValueError for an empty or negative set of timesteps."""
+    if timesteps is not None and (not timesteps or min(timesteps) < 0):
+        raise ValueError(f"timesteps = {timesteps}: give at least one timestep, none below 0, or null for all")

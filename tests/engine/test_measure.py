@@ -1,0 +1,162 @@
+"""Errors at points, forward counts, and the two-pass chunked gradient against the direct one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffalign.engine.measure import errors, measure, measure_and_backward
+from diffalign.objectives import DiffusionDPO
+from diffalign.objectives.base import shared_noise
+from diffalign.records import Evidence, Probe, Score
+from tests.toy import ToyModels, toy_batch, toy_models
+
+
+def many_points(models: ToyModels, points: int, pairs: int = 3, dtype: torch.dtype = torch.float64) -> Probe:
+    """A probe with a point axis, each point with its own t and noise."""
+    probes = [shared_noise(toy_batch(pairs, dtype, seed=s), models.schedule) for s in range(points)]
+    return replace(
+        probes[0],
+        xt=torch.stack([p.xt for p in probes], 2),
+        t=torch.stack([p.t for p in probes], 1),
+        target=torch.stack([p.target for p in probes], 2),
+        weight=torch.rand(pairs, points, dtype=torch.float64),
+    )
+
+
+def weighted_dpo(evidence: Evidence) -> Score:
+    """A score over points: DPO on the weighted mean of the margins."""
+    mean = (evidence.weight * evidence.margin).mean(-1)
+    return DiffusionDPO(beta=50.0).score(Evidence(policy=mean, reference=torch.zeros_like(mean)))
+
+
+def gradients(models: ToyModels) -> list[torch.Tensor]:
+    return [p.grad for p in models.net.parameters()]
+
+
+def test_errors_are_the_mean_squared_difference_by_hand() -> None:
+    models = toy_models(apart=0.1)
+    probe = shared_noise(toy_batch(2), models.schedule)
+    evidence = measure(models, probe)
+    for side in range(2):
+        for pair in range(2):
+            cond = probe.cond.select(slice(side, side + 1), slice(pair, pair + 1)).flatten()
+            out = models.net(probe.xt[side, pair][None], probe.t[pair][None], cond)[0]
+            expected = ((out - probe.target[side, pair]) ** 2).sum() / out.numel()
+            torch.testing.assert_close(evidence.policy[side, pair], expected)
+    assert evidence.policy.requires_grad
+    assert not evidence.reference.requires_grad
+
+
+def test_one_forward_of_each_network_and_none_of_an_unneeded_reference() -> None:
+    models = toy_models()
+    measure(models, shared_noise(toy_batch(), models.schedule))
+    assert (models.policy_calls, models.reference_calls) == (1, 1)
+    evidence = measure(models, shared_noise(toy_batch(), models.schedule, needs_reference=False))
+    assert (models.policy_calls, models.reference_calls) == (2, 1)
+    assert evidence.reference is None
+    with pytest.raises(ValueError, match="no reference errors"):
+        _ = evidence.margin
+
+
+def test_equal_weights_give_a_margin_of_exactly_zero() -> None:
+    for dtype in (torch.float32, torch.float64):
+        models = toy_models(dtype)
+        evidence = measure(models, shared_noise(toy_batch(4, dtype), models.schedule))
+        assert torch.equal(evidence.margin, torch.zeros_like(evidence.margin))
+
+
+def test_losses_are_float32_or_better_whatever_the_network_answers() -> None:
+    models = toy_models(torch.float32)
+    probe = shared_noise(toy_batch(2, torch.float32), models.schedule)
+    assert errors(lambda x, t, c: models.net(x, t, c).bfloat16(), probe).dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_two_pass_gradient_is_the_direct_gradient(chunk: int, dtype: torch.dtype, tolerance: float) -> None:
+    direct, chunked = toy_models(dtype, apart=0.05), toy_models(dtype, apart=0.05)
+    probe = many_points(direct, 7, dtype=dtype)
+    _, expected = measure_and_backward(direct, probe, weighted_dpo, scale=0.25)
+    _, got = measure_and_backward(chunked, probe, weighted_dpo, scale=0.25, points_per_forward=chunk)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=tolerance)
+    for a, b in zip(gradients(chunked), gradients(direct), strict=True):
+        assert float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp(min=1))
+
+
+def test_two_pass_asks_each_point_twice_and_the_reference_once() -> None:
+    models = toy_models()
+    measure_and_backward(models, many_points(models, 6), weighted_dpo, points_per_forward=2)
+    assert (models.policy_calls, models.reference_calls) == (6, 3)
+
+
+def test_two_pass_keeps_the_memory_of_one_chunk() -> None:
+    def peak_saved(points: int) -> int:
+        models, kept, peak = toy_models(), 0, 0
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            nonlocal kept, peak
+            kept += x.numel() * x.element_size()
+            peak = max(peak, kept)
+            return x
+
+        def released(loss: torch.Tensor) -> None:
+            nonlocal kept
+            loss.backward()
+            kept = 0
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            measure_and_backward(
+                models, many_points(models, points), weighted_dpo, points_per_forward=2, backward=released
+            )
+        return peak
+
+    assert peak_saved(40) <= 1.05 * peak_saved(8)
+
+
+def test_only_the_last_chunk_synchronises() -> None:
+    models, quiet = toy_models(), 0
+    order: list[str] = []
+
+    @contextmanager
+    def no_sync():
+        nonlocal quiet
+        quiet += 1
+        order.append("quiet")
+        yield
+
+    def backward(loss: torch.Tensor) -> None:
+        order.append("backward")
+        loss.backward()
+
+    measure_and_backward(
+        models, many_points(models, 6), weighted_dpo, points_per_forward=2, backward=backward, no_sync=no_sync
+    )
+    assert order == ["quiet", "backward", "quiet", "backward", "backward"]
+
+
+def test_guidance_is_two_answers_combined() -> None:
+    models = toy_models()
+    batch = toy_batch(2)
+    null = batch.cond.map(torch.zeros_like)
+    plain = shared_noise(batch, models.schedule)
+    guided = replace(plain, guidance=3.0, uncond=null)
+    flat = plain.xt.flatten(0, 1)
+    t = plain.t.repeat(2)
+    c, u = models.net(flat, t, plain.cond.flatten()), models.net(flat, t, null.flatten())
+    expected = ((u + 3.0 * (c - u) - plain.target.flatten(0, 1)) ** 2).mean((1, 2, 3)).view(2, 2)
+    torch.testing.assert_close(errors(models.policy, guided), expected)
+    with pytest.raises(ValueError, match="null prompt"):
+        errors(models.policy, replace(plain, guidance=3.0))
+
+
+def test_v_prediction_is_measured_in_its_own_space() -> None:
+    models = toy_models(prediction_type="v_prediction")
+    batch = toy_batch(2)
+    probe = shared_noise(batch, models.schedule)
+    noise = models.schedule.implied_noise(batch.latents, probe.xt, probe.t.expand(2, 2))
+    t = probe.t.expand(2, 2)
+    torch.testing.assert_close(probe.target, models.schedule.v_from_eps(noise, probe.xt, t), rtol=0, atol=1e-9)

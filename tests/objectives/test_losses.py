@@ -1,0 +1,181 @@
+"""Each loss by hand, at the start, with swapped sides, and the properties all of them share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+
+from diffalign.engine.measure import measure
+from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO
+from diffalign.objectives.mapo import bounded_likelihood
+from diffalign.records import Evidence, PairBatch
+from tests.toy import single, toy_batch, toy_models
+
+PAIRWISE = [c for c in OBJECTIVES if c != "sft"]
+AGAINST_REFERENCE = [c for c in OBJECTIVES if OBJECTIVES[c].needs_reference]
+
+
+def evidence(policy: list[float], reference: list[float] | None = None) -> Evidence:
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)[:, None]
+
+    return Evidence(column(policy), None if reference is None else column(reference))
+
+
+def test_dpo_by_hand() -> None:
+    score = DiffusionDPO(beta=20.0).score(evidence([0.4, 0.5], [0.5, 0.5]))
+    assert float(score.logit) == pytest.approx(1.0)
+    assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-1)))
+    assert float(score.metrics["rewards/chosen"]) == pytest.approx(1.0)
+    assert float(score.metrics["rewards/rejected"]) == pytest.approx(0.0)
+
+
+def test_label_noise_by_hand() -> None:
+    seen = evidence([0.4, 0.5], [0.5, 0.5])
+    right, wrong = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
+    conservative = ConservativeDPO(beta=20.0, label_smoothing=0.2).score(seen)
+    assert float(conservative.loss) == pytest.approx(0.8 * right + 0.2 * wrong)
+    robust = RobustDPO(beta=20.0, label_smoothing=0.2).score(seen)
+    assert float(robust.loss) == pytest.approx((0.8 * right - 0.2 * wrong) / 0.6)
+
+
+def test_robust_loss_is_unbiased_under_label_noise() -> None:
+    e, clean, flipped = 0.3, evidence([0.4, 0.7], [0.5, 0.5]), evidence([0.7, 0.4], [0.5, 0.5])
+    robust = RobustDPO(beta=20.0, label_smoothing=e)
+    expected = (1 - e) * robust.score(clean).loss + e * robust.score(flipped).loss
+    torch.testing.assert_close(expected, DiffusionDPO(beta=20.0).score(clean).loss)
+
+
+def test_conservative_minimum_is_where_the_paper_puts_it() -> None:
+    h = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+    seen = Evidence(torch.stack([-h, torch.zeros_like(h)]), torch.zeros(2, len(h), dtype=torch.float64))
+    loss = ConservativeDPO(beta=2.0, label_smoothing=0.1).score(seen).loss
+    assert float(h[loss.argmin()]) == pytest.approx(math.log(0.9 / 0.1), abs=5e-3)
+
+
+def test_no_smoothing_is_dpo() -> None:
+    seen = evidence([0.42, 0.57], [0.5, 0.49])
+    plain = DiffusionDPO(beta=30.0).score(seen).loss
+    for cls in (ConservativeDPO, RobustDPO):
+        torch.testing.assert_close(cls(beta=30.0, label_smoothing=0.0).score(seen).loss, plain)
+
+
+def test_ipo_by_hand() -> None:
+    assert float(IPO(tau=10.0).score(evidence([0.4, 0.5], [0.5, 0.5])).loss) == pytest.approx(0.0025)
+    assert float(IPO(tau=5.0).score(evidence([0.4, 0.5], [0.5, 0.5])).loss) == pytest.approx(0.0)
+
+
+def test_mapo_by_hand() -> None:
+    score = MaPO(beta=1.0, num_train_timesteps=1).score(evidence([0.0, 1e4]))
+    assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+def test_sft_is_the_chosen_error() -> None:
+    assert float(SFT().score(evidence([0.3, 9.0])).loss) == pytest.approx(0.3)
+
+
+def test_bounded_likelihood_against_mpmath_style_series_and_limits() -> None:
+    x = torch.tensor([0.0, 1e-12, 1e-4, 0.5, 30.0, 800.0], dtype=torch.float64, requires_grad=True)
+    q = bounded_likelihood(x)
+    expected = [1.0, 1 - 0.5e-12, 1 - 0.5e-4 + 1e-8 / 12, 0.5 / math.expm1(0.5), 30 / math.expm1(30), 0.0]
+    assert q.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-300)
+    (slope,) = torch.autograd.grad(q.sum(), x)
+    assert torch.isfinite(slope).all()
+    assert float(slope[0]) == pytest.approx(-0.5)
+    assert float(slope[1]) == pytest.approx(-0.5, abs=1e-3)
+    q32 = bounded_likelihood(torch.tensor([0.0, 1e-30, 1e-3, 200.0]))
+    assert q32.tolist() == pytest.approx([1.0, 1.0, 0.9995001, 0.0], abs=1e-7)
+
+
+def test_bounded_likelihood_gradient() -> None:
+    x = torch.rand(20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(bounded_likelihood, (x * 5,))
+
+
+@pytest.mark.parametrize("name", AGAINST_REFERENCE)
+def test_equal_weights_start(name: str) -> None:
+    """At the reference: log 2 to the last bit (IPO: its own constant), and a gradient that is not zero."""
+    objective, models = OBJECTIVES[name](), toy_models(torch.float32)
+    score = objective.score(measure(models, objective.probe(toy_batch(4, torch.float32), models)))
+    if name == "ipo":
+        assert score.loss.tolist() == pytest.approx([(1 / (2 * objective.tau)) ** 2] * 4, rel=1e-6)
+    else:
+        assert score.loss.tolist() == [float(torch.tensor(2.0).log())] * 4
+    assert score.logit.tolist() == [0.0] * 4
+    score.loss.mean().backward()
+    assert sum(float(p.grad.abs().sum()) for p in models.net.parameters()) > 0
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_swapped_sides_negate_the_margin(name: str) -> None:
+    objective, models = OBJECTIVES[name](), toy_models(apart=0.1)
+    seen = measure(models, objective.probe(toy_batch(), models))
+    swapped = Evidence(seen.policy.flip(0), None if seen.reference is None else seen.reference.flip(0))
+    torch.testing.assert_close(objective.score(swapped).logit, -objective.score(seen).logit, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_batch_is_its_singletons(name: str) -> None:
+    """Losses one by one, and the gradient of the batch mean is the mean of the singletons' gradients."""
+    objective, batch = OBJECTIVES[name](), toy_batch(4)
+
+    def run(part: PairBatch) -> tuple[list[float], list[torch.Tensor]]:
+        models = toy_models(apart=0.02)
+        loss = objective.score(measure(models, objective.probe(part, models))).loss
+        loss.mean().backward()
+        return loss.tolist(), [p.grad for p in models.net.parameters()]
+
+    together, grads = run(batch)
+    alone = [run(single(batch, i)) for i in range(4)]
+    assert together == pytest.approx([loss for (losses, _) in alone for loss in losses], rel=1e-12)
+    for i, grad in enumerate(grads):
+        mean = torch.stack([g[i] for _, g in alone]).mean(0)
+        torch.testing.assert_close(grad, mean, rtol=1e-9, atol=1e-9 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_probe_is_shared_by_the_sides_and_repeatable(name: str) -> None:
+    objective, models, batch = OBJECTIVES[name](), toy_models(), toy_batch(64)
+    probe, again = objective.probe(batch, models), objective.probe(batch, models)
+    assert torch.equal(probe.xt, again.xt)
+    assert torch.equal(probe.t, again.t)
+    assert probe.t.dtype == torch.int64
+    if probe.xt.shape[0] == 2:
+        assert torch.equal(probe.target[0], probe.target[1])
+    assert len(set(probe.t.tolist())) > 50
+    t = probe.t.expand(probe.xt.shape[:2])
+    torch.testing.assert_close(probe.xt, models.schedule.add_noise(batch.latents[: len(probe.xt)], probe.target, t))
+
+
+def test_turbo_timesteps() -> None:
+    models = toy_models()
+    probe = DiffusionDPO(timesteps=(249, 499, 749, 999)).probe(toy_batch(64), models)
+    assert set(probe.t.tolist()) == {249, 499, 749, 999}
+
+
+def test_objectives_are_frozen_and_every_field_has_a_default() -> None:
+    for cls in OBJECTIVES.values():
+        objective = cls()
+        assert cls.paper
+        for f in fields(objective):
+            with pytest.raises(FrozenInstanceError):
+                setattr(objective, f.name, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DiffusionDPO(beta=0), "beta = 0"),
+        (lambda: DiffusionDPO(beta=float("inf")), "beta = inf"),
+        (lambda: DiffusionDPO(timesteps=()), "at least one"),
+        (lambda: RobustDPO(label_smoothing=0.5), "label_smoothing = 0.5"),
+        (lambda: IPO(tau=-1), "tau = -1"),
+        (lambda: MaPO(snr=0), "snr = 0"),
+    ],
+)
+def test_faulty_settings_are_named(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
