@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,12 @@ CHOSEN, REJECTED = 0, 1
 
 def _map_tensors(record: R, fn: Callable[[Tensor], Tensor]) -> R:
     """A copy of a dataclass with `fn` applied to each tensor in it, nested records included."""
-    changed: dict[str, object] = {}
+    changed: dict[str, Any] = {}
     for f in fields(record):
         value = getattr(record, f.name)
         if isinstance(value, Tensor):
             changed[f.name] = fn(value)
-        elif isinstance(value, (Conditioning, PairBatch)):
+        elif isinstance(value, Conditioning):
             changed[f.name] = _map_tensors(value, fn)
     return replace(record, **changed)
 

@@ -1,0 +1,247 @@
+"""One YAML file is one run: parsed, overridden from the command line, checked whole, and written back resolved.
+
+Field names follow diffusers and TRL. Unknown keys and wrong values are errors, reported all at once, each with the
+nearest right name or the allowed values. The `objective` node parses straight into the objective's own dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from diffalign.objectives import OBJECTIVES
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one fault a line."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The base model."""
+
+    pretrained_model_name_or_path: str  # diffusers folder, Hub id, or a single-file .safetensors checkpoint
+    pretrained_vae_model_name_or_path: str | None = None  # e.g. an fp16-safe SDXL VAE
+    revision: str | None = None
+    variant: str | None = None  # e.g. fp16
+    single_file_config: str | None = None  # folder with the configs of a single-file checkpoint, for work offline
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+class TuningSection(_Section):
+    """What is trained, and what it is compared with."""
+
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 16
+    alpha: Positive | None = None  # null: equal to rank
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    resume_lora: str | None = None  # start from these LoRA weights
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha, or the rank where none is given."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+class DataSection(_Section):
+    """The preference pairs and how they become latents."""
+
+    path: str  # file, folder or Hub id
+    format: str = "auto"
+    split: str = "train"
+    max_pairs: Count | None = None
+    invert_preference: bool = False
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None  # pixels; null: the model family's
+    center_crop: bool = True
+    random_flip: bool = False
+    proportion_empty_prompts: Fraction = 0.0
+    verify: Literal["none", "header", "full"] = "header"
+    cache_dir: str | None = None  # encode once, train without VAE and text encoders
+    cache_variants: Count = 1  # crops/flips of each pair kept in the cache
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainingSection(_Section):
+    """Optimisation, precision, checkpoints, logging."""
+
+    max_train_steps: Count = 2000
+    train_batch_size: Count = 1  # pairs per device and micro-step
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 1e-5
+    scale_lr: bool = False  # learning_rate × processes × accumulation × batch
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive | None = 1.0  # null: no clipping; the norm is logged either way
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    allow_tf32: bool = False
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # null: no EMA
+    checkpointing_steps: Count | None = None  # null: only the final weights
+    checkpoints_total_limit: Count | None = None
+    resume_from_checkpoint: str | None = None  # a checkpoint folder, or "latest"
+    logging_steps: Count = 10
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+
+class ValidationSection(_Section):
+    """Pictures made during training."""
+
+    prompts: tuple[str, ...] = ()
+    every: Count = 100  # optimiser steps
+    steps: Count = 25
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0
+    seed: int = 0
+
+
+class Config(_Section):
+    """A whole run."""
+
+    output_dir: str
+    overwrite_output_dir: bool = False  # false: a folder that holds a run is resumed or refused, never lost
+    seed: int = 0
+    model: ModelSection
+    tuning: TuningSection = TuningSection()
+    objective: Any  # an objective's dataclass
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    validation: ValidationSection = ValidationSection()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, node: Any) -> Any:
+        return _parse_objective(node)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        if self.training.lr_warmup_steps > self.training.max_train_steps:
+            raise ValueError(
+                f"training.lr_warmup_steps = {self.training.lr_warmup_steps} is more than "
+                f"training.max_train_steps = {self.training.max_train_steps}: the run would end inside its warm-up"
+            )
+        if self.data.cache_variants > 1 and self.data.cache_dir is None:
+            raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+        if self.tuning.resume_lora is not None and self.tuning.method != "lora":
+            raise ValueError("tuning.resume_lora needs tuning.method: lora")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain YAML-ready values, defaults filled in."""
+        plain = self.model_dump(mode="json", exclude={"objective"})
+        settings = {f.name: getattr(self.objective, f.name) for f in dataclasses.fields(self.objective)}
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        return {**plain, "objective": {"name": self.objective.name, **settings}}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides and checks the result.
+
+    Raises ConfigError naming every fault at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; `diffalign list` names the ones that come with the package")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """A checked config from nested dictionaries. Raises ConfigError naming every fault at once."""
+    try:
+        return Config(**tree)
+    except ValidationError as e:
+        lines = [f"  {_describe(fault)}" for fault in e.errors()]
+        raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved config; loading it gives the same config back."""
+    path.write_text(yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
+
+
+def _parse_objective(node: Any) -> Any:
+    if dataclasses.is_dataclass(node) and type(node) in OBJECTIVES.values():
+        return node
+    if not isinstance(node, dict) or "name" not in node:
+        raise ValueError(f"give a mapping with a name, one of: {', '.join(OBJECTIVES)}")
+    name = node["name"]
+    if name not in OBJECTIVES:
+        raise ValueError(f"no objective is called {name!r}{_nearest(str(name), OBJECTIVES)}")
+    cls = OBJECTIVES[name]
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    settings = {k: v for k, v in node.items() if k != "name"}
+    faults = [f"{k}: {name} has no such setting{_nearest(k, known)}" for k in settings if k not in known]
+    if not faults:
+        try:
+            return TypeAdapter(cls).validate_python(settings)
+        except ValidationError as e:
+            faults = [f"{'.'.join(map(str, f['loc'])) or name}: {_message(f)}" for f in e.errors()]
+    raise ValueError("; ".join(faults))
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise ConfigError(f"override {text!r}: write key.sub=value, for example training.learning_rate=1e-5")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {text!r}: {section} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {e}") from None
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _keys_at(fault['loc'][:-1]))}"
+    if fault["type"] == "missing":
+        return f"{where}: required, and missing"
+    given = "" if fault["type"] == "value_error" or isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+    return f"{where + ': ' if where else ''}{_message(fault)}{given}"
+
+
+def _message(fault: Any) -> str:
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _keys_at(loc: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in loc:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    allowed = ", ".join(known) or "none"
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {allowed}"

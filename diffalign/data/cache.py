@@ -1,0 +1,228 @@
+"""The encode cache: what it is a cache of, and reading it. `encode.py` writes it.
+
+    manifest.json              the key, and how items are spread over shards; written first
+    moments-00000.safetensors  moments, geometry, readable, text_row of consecutive pairs
+    text-00000.safetensors     prompt_embeds and pooled of consecutive unique prompts; row 0 is the null prompt
+
+Moments (mean and std), not samples, are stored, so every visit draws its own latent. A cache is complete when
+every shard of the manifest is there; shards appear by atomic rename. Reading is by memory map: opening costs
+the manifest and a directory listing, a pair costs its own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from diffalign.data.loading import sample_latents
+from diffalign.data.rows import DataError, ImageError
+from diffalign.data.table import PairTable
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+OPEN_SHARDS = 64  # memory maps held by each process
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Field of the key -> what to do when it differs.
+_REMEDY = {
+    "format_version": "encode again with this version of diffalign",
+    "encoder": "the VAE or text encoders are others: encode again with this model",
+    "dataset": "other pairs, prompts, labels, order or image sizes: use the data settings (path, split, columns, "
+    "keep_ties, invert_preference, max_pairs, verify) of the encode run, or encode again",
+    "pairs": "see dataset",
+    "resolution": "set the resolution that was encoded, or encode again",
+    "center_crop": "set center_crop as it was encoded, or encode again",
+    "random_flip": "set random_flip as it was encoded, or encode again",
+    "variants": "ask for the number of variants that was encoded, or encode again",
+    "run_seed": "random crops and flips were drawn from the run's seed: use that seed, or encode again",
+    "dtype": "ask for the dtype that was encoded, or encode again",
+}
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """Everything the contents of a cache depend on. In an expected key, variants and dtype may be None: any."""
+
+    format_version: int
+    encoder: str  # fingerprint
+    dataset: str  # PairTable.identity
+    pairs: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    variants: int | None  # crops and flips per pair; visit `draw` uses variant draw % variants
+    run_seed: int | None  # None when nothing about the pixels is random
+    dtype: str | None
+
+
+def cache_key(
+    table: PairTable,
+    fingerprint: str,
+    *,
+    resolution: int,
+    center_crop: bool,
+    random_flip: bool,
+    run_seed: int,
+    variants: int | None = None,
+    dtype: str | None = None,
+) -> CacheKey:
+    """The key of the cache that a run with these settings needs."""
+    if dtype is not None and dtype not in DTYPES:
+        raise DataError(f"dtype={dtype!r}; a cache is stored as {', '.join(DTYPES)}")
+    random = random_flip or not center_crop
+    if variants is not None and (variants < 1 or (variants > 1 and not random)):
+        raise DataError(
+            f"variants={variants}; with center_crop and without random_flip all variants are equal, so 1 is "
+            "needed; otherwise 1 or more"
+        )
+    return CacheKey(
+        FORMAT_VERSION,
+        fingerprint,
+        table.identity,
+        len(table),
+        resolution,
+        center_crop,
+        random_flip,
+        variants,
+        run_seed if random else None,
+        dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How pairs and unique prompts are spread over shards."""
+
+    pairs: int
+    pairs_per_shard: int
+    prompts: int
+    prompts_per_shard: int
+
+    def moments_shards(self) -> list[str]:
+        """Shard files of the pairs, in order."""
+        return [f"moments-{i:05d}.safetensors" for i in range(-(-self.pairs // self.pairs_per_shard))]
+
+    def text_shards(self) -> list[str]:
+        """Shard files of the prompts, in order."""
+        return [f"text-{i:05d}.safetensors" for i in range(-(-self.prompts // self.prompts_per_shard))]
+
+    def missing(self, folder: Path) -> list[str]:
+        """Shards that are not there yet."""
+        there = {file.name for file in folder.iterdir()}
+        return [name for name in self.text_shards() + self.moments_shards() if name not in there]
+
+
+def read_manifest(folder: Path) -> tuple[CacheKey, Plan] | None:
+    """Key and plan of a cache folder, or None when there is no manifest. Raises DataError on a damaged one."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        return CacheKey(**content["key"]), Plan(**content["plan"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{file} is not a manifest of this version ({error}); delete {folder} and encode again"
+        ) from error
+
+
+def manifest_text(key: CacheKey, plan: Plan) -> str:
+    """The manifest's json; equal for equal caches."""
+    return json.dumps({"key": asdict(key), "plan": asdict(plan)}, indent=2) + "\n"
+
+
+def differences(found: CacheKey, expected: CacheKey) -> list[str]:
+    """One line per field that differs: its name, both values, what to do."""
+    lines = []
+    for name, remedy in _REMEDY.items():
+        has, needs = getattr(found, name), getattr(expected, name)
+        if has != needs and not (needs is None and name in ("variants", "dtype")):
+            lines.append(f"  {name}: the cache has {has!r}, this run needs {needs!r}; {remedy}")
+    return lines
+
+
+def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
+    """The cache in a folder, if it is complete and what this run needs; otherwise DataError."""
+    folder = Path(cache_dir)
+    found = read_manifest(folder)
+    if found is None:
+        raise DataError(f"{folder} holds no encode cache (no {MANIFEST}); make it with `diffalign encode`")
+    key, plan = found
+    if lines := differences(key, expected):
+        raise DataError("\n".join([f"the encode cache {folder} is not the one this run needs:", *lines]))
+    if missing := plan.missing(folder):
+        total = len(plan.moments_shards()) + len(plan.text_shards())
+        raise DataError(
+            f"the encode cache {folder} is incomplete: {len(missing)} of {total} shards are missing "
+            f"(first: {missing[0]}); run the same `diffalign encode` again, it goes on where it stopped"
+        )
+    return PairCache(folder, key, plan)
+
+
+class PairCache:
+    """Encoded pairs by index: moments, geometry and text, without any model."""
+
+    def __init__(self, folder: Path, key: CacheKey, plan: Plan) -> None:
+        self.folder, self.key, self.plan = folder, key, plan
+        self.pairs = plan.pairs
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
+        """One visit of a pair: latents [2 c h w], geometry [2 6], text (the null prompt's for `prompt` None).
+
+        Raises ImageError for a pair that could not be read when the cache was made.
+        """
+        moments, geometry = self.moments(index, draw)
+        latents = sample_latents(moments[None], torch.tensor([key], dtype=torch.int64))[0]
+        embeds, pooled = self.null_text() if prompt is None else self.text(index)
+        tensors = {"latents": latents, "geometry": geometry, "prompt_embeds": embeds}
+        return tensors if pooled is None else tensors | {"pooled": pooled}
+
+    def moments(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
+        """Moments float32 [2 2c h w] and geometry int64 [2 6] of a pair's variant for this draw."""
+        number, row = divmod(index, self.plan.pairs_per_shard)
+        shard = self._shard(f"moments-{number:05d}.safetensors")
+        if not int(shard.get_slice("readable")[row : row + 1]):
+            problem = json.loads(shard.metadata()["unreadable"])[str(row)]
+            raise ImageError(problem["kind"], problem["reason"])
+        variant = draw % int(self.key.variants or 1)
+        return (
+            shard.get_slice("moments")[row : row + 1, variant][0].float(),
+            shard.get_slice("geometry")[row : row + 1, variant][0],
+        )
+
+    def text(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Float32 embeddings [tokens dim] of a pair's prompt and the pooled one [dim], where there is one."""
+        number, row = divmod(index, self.plan.pairs_per_shard)
+        rows = self._shard(f"moments-{number:05d}.safetensors").get_slice("text_row")
+        return self._text_row(int(rows[row : row + 1]))
+
+    def null_text(self) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the null prompt, as `text` gives them."""
+        return self._text_row(0)
+
+    def _text_row(self, text_row: int) -> tuple[Tensor, Tensor | None]:
+        number, row = divmod(text_row, self.plan.prompts_per_shard)
+        shard = self._shard(f"text-{number:05d}.safetensors")
+        names: Mapping[str, None] = dict.fromkeys(shard.keys())
+        pooled = shard.get_slice("pooled")[row : row + 1][0].float() if "pooled" in names else None
+        return shard.get_slice("prompt_embeds")[row : row + 1][0].float(), pooled
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._shards:
+            self._shards[name] = safe_open(self.folder / name, "pt")
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(name)
+        return self._shards[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": OrderedDict()}  # memory maps are opened anew in each loader worker

@@ -1,0 +1,96 @@
+"""How rows are stored, seen alike for every storage: light columns read whole, image cells one row at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffalign.data.rows import MISSING_SIDE, OUTSIDE, ImageError, ImageRef
+
+
+class Columns(Protocol):
+    """A stored table of pairs. Image cells are never decoded here."""
+
+    storage: str  # for people: "3 parquet files", "pairs.jsonl"
+    names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def column(self, name: str) -> Sequence[Any]:
+        """All values of a column that is small enough to read whole (labels, prompts, uids)."""
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        """The image cells of one row: bytes, a path, a {"bytes", "path"} dict, an ImageRef or None."""
+
+    def where(self, row: int) -> str:
+        """The row's name in messages."""
+
+    def fault(self, row: int) -> str | None:
+        """Why the row could not even be parsed, or None."""
+
+    def base(self, row: int) -> Path | None:
+        """The folder that image paths of this row are relative to and must stay in; None: paths are trusted."""
+
+
+class ListColumns:
+    """Rows held as dictionaries: what a text listing, a folder or a tar index amounts to."""
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        wheres: Sequence[str],
+        *,
+        storage: str,
+        base: Path | None,
+        faults: Mapping[int, str] | None = None,
+    ) -> None:
+        self.rows, self.wheres, self.storage, self._base = rows, wheres, storage, base
+        self.faults = dict(faults or {})
+        self.names = tuple(dict.fromkeys(name for row in rows for name in row))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self.rows]
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        return [self.rows[row].get(name) for name in names]
+
+    def where(self, row: int) -> str:
+        return self.wheres[row]
+
+    def fault(self, row: int) -> str | None:
+        return self.faults.get(row)
+
+    def base(self, row: int) -> Path | None:
+        return self._base
+
+
+def image_ref(cell: Any, base: Path | None, where: str) -> ImageRef:
+    """The reference behind an image cell. Raises ImageError: missing side, or a path that leaves `base`."""
+    if isinstance(cell, ImageRef):
+        return cell
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
+    if isinstance(data, str):
+        data, path = None, data
+    if data:
+        return ImageRef(bytes(data), None, where)
+    if not path:
+        raise ImageError(MISSING_SIDE, f"{where} is empty; fill it or remove the row")
+    return ImageRef(None, str(path) if base is None else _inside(base, str(path), where), where)
+
+
+def _inside(base: Path, path: str, where: str) -> str:
+    """`path` under `base`, judged by its letters: symlinks that the user made inside the folder are fine."""
+    root = os.path.abspath(base)
+    full = os.path.normpath(os.path.join(root, path))
+    if os.path.commonpath([root, full]) != root:
+        raise ImageError(
+            OUTSIDE,
+            f"{where} is {path!r}, which leaves {base}; paths are relative to that folder and stay in it "
+            "(move the file there, or link the image folder into it)",
+        )
+    return full

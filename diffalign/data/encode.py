@@ -1,0 +1,234 @@
+"""Writing an encode cache: shard by shard, resumable, by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffalign.data.cache import (
+    DTYPES,
+    MANIFEST,
+    CacheKey,
+    Plan,
+    cache_key,
+    differences,
+    manifest_text,
+    read_manifest,
+)
+from diffalign.data.encoder import Encoder
+from diffalign.data.images import prepare_pair
+from diffalign.data.loading import NULL_PROMPT
+from diffalign.data.rows import DataError, ImageError, Problem
+from diffalign.data.table import PairTable
+from diffalign.objectives.draws import pair_key
+
+SHARD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call of `encode_cache` did."""
+
+    folder: Path
+    key: CacheKey
+    shards_written: int
+    shards_kept: int  # finished by an earlier, interrupted call
+    shards_missing: int  # still to be written by other processes
+    problems: tuple[Problem, ...]  # pairs that could not be read; training substitutes them
+
+
+def encode_cache(
+    table: PairTable,
+    encoder: Encoder,
+    cache_dir: str | Path,
+    *,
+    resolution: int,
+    center_crop: bool = True,
+    random_flip: bool = False,
+    variants: int = 1,
+    run_seed: int = 0,
+    dtype: str = "float32",
+    batch_size: int = 4,
+    num_workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    process: int = 0,
+    processes: int = 1,
+) -> Encoded:
+    """Encode every usable pair and every unique prompt, and the null prompt.
+
+    variants: random crops and flips stored per pair; variant v is what online training with `run_seed` sees
+        at its visit v.
+    batch_size: pairs per VAE call. process, processes: this process writes shards process::processes.
+
+    Call it again after an interruption: finished shards are kept. Raises DataError when the folder holds a
+    cache of something else.
+    """
+    key = cache_key(
+        table,
+        encoder.fingerprint,
+        resolution=resolution,
+        center_crop=center_crop,
+        random_flip=random_flip,
+        run_seed=run_seed,
+        variants=variants,
+        dtype=dtype,
+    )
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
+    plan = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
+    todo = set(plan.missing(folder))
+    problems: list[Problem] = []
+
+    names = [name for name in plan.text_shards()[process::processes] if name in todo]
+    for name in tqdm(names, desc="prompts", unit=" shards", delay=3.0):
+        first = int(name[5:10]) * plan.prompts_per_shard
+        tensors = _encode_text(encoder, prompts[first : first + plan.prompts_per_shard], DTYPES[dtype], batch_size)
+        _write(folder, name, tensors, {})
+    written = len(names)
+
+    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    names = [name for name in plan.moments_shards()[process::processes] if name in todo]
+    ranges = [_range(name, plan) for name in names]
+    with tqdm(total=sum(map(len, ranges)), desc="images", unit=" pairs", delay=3.0) as bar:
+        for name, indices in zip(names, ranges):
+            job = _Pixels(table, indices, key, run_seed)
+            tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
+            tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
+            _write(folder, name, tensors, {"unreadable": json.dumps(unreadable)})
+            problems += [
+                Problem(table.where(indices[int(row)]), each["kind"], each["reason"])
+                for row, each in unreadable.items()
+            ]
+            written += 1
+    mine = len(plan.text_shards()[process::processes]) + len(plan.moments_shards()[process::processes])
+    return Encoded(folder, key, written, mine - written, len(plan.missing(folder)), tuple(problems))
+
+
+def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> Plan:
+    """The plan of the cache that is begun here, or a new one that is then written."""
+    found = read_manifest(folder)
+    if found is not None:
+        if lines := differences(found[0], key):
+            head = f"{folder} holds an encode cache of something else; delete it or name another folder:"
+            raise DataError("\n".join([head, *lines]))
+        return found[1]
+    if leftovers := sorted(folder.glob("*.safetensors")):
+        raise DataError(f"{folder} holds {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache")
+    plan = make()
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_text(manifest_text(key, plan))
+    os.replace(temporary, folder / MANIFEST)
+    return plan
+
+
+def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Plan:
+    """Shard sizes, from the encoder's answer to one blank image and the null prompt."""
+    width = torch.finfo(DTYPES[str(key.dtype)]).bits // 8
+    with torch.no_grad():
+        moments = encoder.moments(torch.zeros(1, 3, key.resolution, key.resolution))
+        text = encoder.prompts([NULL_PROMPT])
+    pair_bytes = 2 * moments.numel() * int(key.variants or 1) * width
+    text_bytes = (text.prompt_embeds.numel() + (0 if text.pooled is None else text.pooled.numel())) * width
+    return Plan(
+        key.pairs, max(1, shard_bytes // max(1, pair_bytes)), prompts, max(1, shard_bytes // max(1, text_bytes))
+    )
+
+
+def _range(name: str, plan: Plan) -> range:
+    first = int(name[8:13]) * plan.pairs_per_shard
+    return range(first, min(first + plan.pairs_per_shard, plan.pairs))
+
+
+class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
+    """All variants of the pairs of one shard: pixels and geometry, or why the pair cannot be read."""
+
+    def __init__(self, table: PairTable, indices: range, key: CacheKey, run_seed: int) -> None:
+        self.table, self.indices, self.key, self.run_seed = table, indices, key, run_seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor] | dict[str, str]:
+        index = self.indices[place]
+        sides = []
+        try:
+            row = self.table[index]
+            for variant in range(int(self.key.variants or 1)):
+                pixels_and_geometry = prepare_pair(
+                    row,
+                    self.key.resolution,
+                    key=pair_key(self.run_seed, row.id, variant),
+                    center_crop=self.key.center_crop,
+                    random_flip=self.key.random_flip,
+                )
+                sides.append(pixels_and_geometry)
+        except ImageError as error:
+            return {"kind": error.kind, "reason": str(error)}
+        return torch.stack([pixels for pixels, _ in sides]), torch.stack([geometry for _, geometry in sides])
+
+
+def _encode_pixels(
+    encoder: Encoder,
+    job: _Pixels,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_workers: int,
+    progress: Callable[[int], object],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors)."""
+    loader = DataLoader(job, batch_size, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
+    unreadable: dict[str, dict[str, str]] = {}
+    moments: Tensor | None = None
+    variants = int(job.key.variants or 1)
+    geometry = torch.zeros(len(job), variants, 2, 6, dtype=torch.int64)
+    readable = torch.zeros(len(job), dtype=torch.uint8)
+    place = 0
+    for batch in loader:
+        good = [i for i, each in enumerate(batch) if not isinstance(each, dict)]
+        unreadable |= {str(place + i): each for i, each in enumerate(batch) if isinstance(each, dict)}
+        if good:
+            pixels = torch.stack([batch[i][0] for i in good])  # "pair variant side 3 H W"
+            with torch.no_grad():
+                encoded = encoder.moments(pixels.flatten(0, 2)).to("cpu", dtype)
+            if moments is None:
+                moments = torch.zeros(len(job), variants, 2, *encoded.shape[1:], dtype=dtype)
+            at = torch.tensor(good) + place
+            moments[at] = encoded.unflatten(0, (len(good), variants, 2))
+            geometry[at] = torch.stack([batch[i][1] for i in good])
+            readable[at] = 1
+        place += len(batch)
+        progress(len(batch))
+    stored = torch.zeros(len(job), variants, 2, 1, 1, 1, dtype=dtype) if moments is None else moments
+    return {"moments": stored, "geometry": geometry, "readable": readable}, unreadable
+
+
+def _encode_text(encoder: Encoder, prompts: list[str], dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
+    """Tensors of one text shard."""
+    embeds, pooled = [], []
+    for first in range(0, len(prompts), batch_size):
+        with torch.no_grad():
+            text = encoder.prompts(prompts[first : first + batch_size])
+        embeds.append(text.prompt_embeds.to("cpu", dtype))
+        if text.pooled is not None:
+            pooled.append(text.pooled.to("cpu", dtype))
+    tensors = {"prompt_embeds": torch.cat(embeds)}
+    return tensors | {"pooled": torch.cat(pooled)} if pooled else tensors
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The shard appears whole or not at all; what a killed process left of it is removed."""
+    for leftover in folder.glob(f".{name}.*"):
+        leftover.unlink(missing_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, folder / name)

@@ -1,0 +1,81 @@
+"""HPDv2's json: several images of one prompt with a preference (train.json) or a ranking (test.json) of them.
+
+Every ordered pair of images of an entry becomes a row. Image paths are relative to the json file or to the
+folder beside it that has its name (train.json and train/).
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.columns import ListColumns
+from diffalign.data.rows import DataError
+
+IMAGES = ("image_path", "file_path")
+NEEDED = "prompt, image_path, and human_preference (1 = preferred) or rank (1 = best)"
+
+
+def open_json(file: Path) -> ListColumns:
+    """A json list: HPDv2 entries, or plain rows with the columns of any other format."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not JSON ({error}); one object per line belongs into a .jsonl") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{file} must be a non-empty list of objects ({NEEDED})")
+    if not any(name in entries[0] for name in IMAGES):
+        wheres = [f"{file.name} entry {number}" for number in range(len(entries))]
+        return ListColumns(entries, wheres, storage=file.name, base=file.parent)
+    rows: list[dict[str, Any]] = []
+    wheres, faults = [], {}
+    for number, entry in enumerate(entries):
+        where = f"{file.name} entry {number}"
+        fault = _fault(entry)
+        if fault:
+            faults[len(rows)] = fault
+            rows.append({})
+            wheres.append(where)
+            continue
+        for first, second in combinations(range(len(_paths(entry))), 2):
+            rows.append(_row(entry, first, second, file))
+            wheres.append(f"{where} images {first}, {second}")
+    return ListColumns(rows, wheres, storage=file.name, base=file.parent, faults=faults)
+
+
+def _paths(entry: dict[str, Any]) -> list[str]:
+    return next((entry[name] for name in IMAGES if name in entry), [])
+
+
+def _fault(entry: dict[str, Any]) -> str | None:
+    order = entry.get("human_preference", entry.get("rank"))
+    if "prompt" not in entry or not isinstance(order, list):
+        return f"has the fields {sorted(entry)}; needed are {NEEDED}"
+    paths = _paths(entry)
+    if not isinstance(paths, list) or len(paths) != len(order) or len(paths) < 2:
+        return f"{len(paths)} image paths for {len(order)} preferences; each image needs one, and two images at least"
+    return None
+
+
+def _row(entry: dict[str, Any], first: int, second: int, file: Path) -> dict[str, Any]:
+    paths = _paths(entry)
+    row = {
+        "prompt": entry["prompt"],
+        "image_0": _beside(paths[first], file),
+        "image_1": _beside(paths[second], file),
+    }
+    if "human_preference" in entry:
+        a, b = entry["human_preference"][first], entry["human_preference"][second]
+    else:
+        a, b = entry["rank"][second], entry["rank"][first]  # rank 1 is the best
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        label = 0.5 if a == b else float(a > b)
+        return row | {"label_0": label, "label_1": 1 - label}
+    return row | {"label_0": a, "label_1": b}
+
+
+def _beside(path: str, file: Path) -> str:
+    in_folder = f"{file.stem}/{path}"
+    return in_folder if not (file.parent / path).exists() and (file.parent / in_folder).exists() else path

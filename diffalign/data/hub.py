@@ -1,0 +1,105 @@
+"""Hugging Face data sets: from the Hub, saved with `save_to_disk`, or parquet laid out as Arrow files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.data.rows import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class ArrowColumns:
+    """Rows of a `datasets.Dataset`: memory-mapped, images kept encoded."""
+
+    def __init__(self, dataset: Dataset, *, storage: str, where: Callable[[int], str]) -> None:
+        from datasets import Image
+
+        for name, feature in dataset.features.items():
+            if isinstance(feature, Image):
+                dataset = dataset.cast_column(name, Image(decode=False))
+        self.dataset, self.storage, self.where = dataset, storage, where
+        self.names = tuple(dataset.column_names)
+        self._views: dict[tuple[str, ...], Dataset] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def column(self, name: str) -> list[Any]:
+        return self.dataset.select_columns([name])[:][name]
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        key = tuple(dict.fromkeys(names))
+        if key not in self._views:
+            self._views[key] = self.dataset.select_columns(list(key))
+        values = self._views[key][row]
+        return [values[name] for name in names]
+
+    def fault(self, row: int) -> str | None:
+        return None
+
+    def base(self, row: int) -> Path | None:
+        return None  # `datasets` itself wrote the paths
+
+
+class SplitRow:
+    """Names rows as "split 'train' row 7" (a class, so that a table can be sent to loader workers)."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def __call__(self, row: int) -> str:
+        return f"split {self.split!r} row {row}"
+
+
+def from_parquet(files: Sequence[Path]) -> Dataset:
+    """The files as one memory-mapped data set; made once, then found in the cache."""
+    from datasets import Dataset
+
+    return Dataset.from_parquet([str(file) for file in files])
+
+
+def open_saved(folder: Path, split: str) -> ArrowColumns:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(folder))
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise missing_split(str(folder), split, list(found))
+        found = found[split]
+    return ArrowColumns(found, storage=f"saved data set {folder.name}", where=SplitRow(split))
+
+
+def open_hub(name: str, split: str) -> ArrowColumns:
+    """A data set of the Hugging Face Hub, downloaded to its cache."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split)
+    except Exception as error:  # `datasets` raises its own, huggingface_hub's, requests' and plain ones
+        if "split" in str(error).lower():
+            try:
+                splits = get_dataset_split_names(name)
+            except Exception:
+                splits = []
+            if splits and split not in splits:
+                raise missing_split(name, split, splits) from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"there is no file or folder {name!r} here, and as a data set of the Hugging Face Hub it cannot be "
+            f"loaded ({type(error).__name__}: {reason}); check the spelling, the network (HF_HUB_OFFLINE) and, "
+            "for a private data set, `hf auth login`"
+        ) from error
+    return ArrowColumns(dataset, storage=f"Hub data set {name}", where=SplitRow(split))
+
+
+def missing_split(name: str, split: str, splits: Sequence[str]) -> DataError:
+    """The error for a split that is not there."""
+    near = difflib.get_close_matches(split, splits, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return DataError(f"{name} has no split {split!r}; it has {sorted(splits)}{hint}")

@@ -1,0 +1,57 @@
+"""From two encoded images to two pixel tensors of one size, and SDXL's geometry of both.
+
+One crop and one flip are drawn per visit of a pair and used for both sides, so that the sides differ in
+content only. Left out: aspect-ratio buckets; every pair becomes a square.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.data.rows import ImageRef, PairRow, check_size
+from diffalign.objectives.draws import uniform
+
+
+def prepare_pair(
+    row: PairRow, resolution: int, *, key: int, center_crop: bool, random_flip: bool
+) -> tuple[Tensor, Tensor]:
+    """Pixels float32 [2 3 h w] in [-1, 1] and geometry int64 [2 6] of both sides.
+
+    The shorter side is resized to `resolution` (Lanczos, antialiased) and a square is cropped at the same
+    relative position of both sides. geometry = (original_h, original_w, crop_top, crop_left, target_h,
+    target_w) in pixels, original before and crop after resizing, as SDXL's micro-conditioning has it; with a
+    flip, crop_left is the one in the mirrored image. `key` (from `pair_key`) decides crop and flip.
+    Raises ImageError when a side does not decode or is smaller than MIN_SIDE.
+    """
+    keys = torch.tensor([key], dtype=torch.int64)
+    position = 0.5 if center_crop else float(uniform(keys, "crop"))
+    flip = random_flip and float(uniform(keys, "flip")) < 0.5
+    sides = [prepare(_opened(ref), resolution, position, flip) for ref in (row.chosen, row.rejected)]
+    return torch.stack([pixels for pixels, _ in sides]), torch.tensor([box for _, box in sides])
+
+
+def _opened(ref: ImageRef) -> Image.Image:
+    image = ref.open()
+    check_size(image.size, ref.where)
+    return image
+
+
+def prepare(
+    image: Image.Image, resolution: int, position: float, flip: bool
+) -> tuple[Tensor, tuple[int, int, int, int, int, int]]:
+    """One side: pixels float32 [3 h w] and its geometry. `position` in [0, 1] along the longer axis."""
+    width, height = image.size
+    scale = resolution / min(width, height)
+    new_w, new_h = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    if (new_w, new_h) != image.size:
+        image = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
+    top, left = round((new_h - resolution) * position), round((new_w - resolution) * position)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        left = new_w - resolution - left
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return pixels.contiguous(), (height, width, top, left, resolution, resolution)

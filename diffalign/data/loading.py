@@ -1,0 +1,138 @@
+"""One visit of one pair, as done in a loader worker: read, crop or look up, and replace what cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffalign.data.images import prepare_pair
+from diffalign.data.rows import DataError, ImageError, Problem
+from diffalign.data.sampler import PairOrder
+from diffalign.data.table import PairTable
+from diffalign.objectives.draws import normal, pair_key, uniform
+
+ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mean that the images are gone
+NULL_PROMPT = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A micro-batch as it leaves a worker; either pixels (text still to be encoded) or latents with text."""
+
+    keys: Tensor  # int64 [pair]
+    geometry: Tensor  # int64 "pair side 6"
+    ids: tuple[str, ...]
+    prompts: tuple[str, ...]  # after dropout
+    problems: tuple[Problem, ...]
+    pixels: Tensor | None = None  # "pair side 3 H W"
+    latents: Tensor | None = None  # "pair side c h w"
+    prompt_embeds: Tensor | None = None  # "pair tokens dim"
+    pooled: Tensor | None = None  # "pair dim"
+    scores: Tensor | None = None  # "pair side"
+
+    def pin_memory(self) -> Loaded:
+        """A copy in pinned memory; `DataLoader` calls this."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned = {name: x.pin_memory() for name, x in tensors.items() if isinstance(x, Tensor) and name != "keys"}
+        return replace(self, **pinned)
+
+
+class Content(Protocol):
+    """Where the two images of a pair come from."""
+
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
+        """Unbatched fields of `Loaded` for one visit; `prompt` None means the null prompt. Raises ImageError."""
+
+
+class Pixels:
+    """Images decoded and cropped at every visit."""
+
+    def __init__(self, table: PairTable, resolution: int, *, center_crop: bool, random_flip: bool) -> None:
+        self.table, self.resolution = table, resolution
+        self.center_crop, self.random_flip = center_crop, random_flip
+
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
+        pixels, geometry = prepare_pair(
+            self.table[index],
+            self.resolution,
+            key=key,
+            center_crop=self.center_crop,
+            random_flip=self.random_flip,
+        )
+        return {"pixels": pixels, "geometry": geometry}
+
+
+class Visits(Dataset[Loaded]):
+    """Positions of the order -> micro-batches. Everything drawn here belongs to the pair and the visit."""
+
+    def __init__(self, table: PairTable, content: Content, *, run_seed: int, prompt_dropout: float) -> None:
+        self.table, self.content = table, content
+        self.run_seed, self.prompt_dropout = run_seed, prompt_dropout
+        self.order = PairOrder(len(table), run_seed)
+
+    def __getitems__(self, positions: list[int]) -> Loaded:
+        """The micro-batch of these positions (`DataLoader` fetches a batch by this one call)."""
+        visits = [self.visit(position) for position in positions]
+        names = visits[0].tensors
+        scores = [visit.scores for visit in visits if visit.scores is not None]
+        return Loaded(
+            keys=torch.tensor([visit.key for visit in visits], dtype=torch.int64),
+            ids=tuple(visit.id for visit in visits),
+            prompts=tuple(visit.prompt for visit in visits),
+            problems=tuple(problem for visit in visits for problem in visit.problems),
+            scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
+            **{name: torch.stack([visit.tensors[name] for visit in visits]) for name in names},  # type: ignore[arg-type]
+        )
+
+    def visit(self, position: int) -> Visit:
+        """What is seen at a position: the pair that the order names, or its substitute."""
+        first, draw = self.order(position)
+        index, problems = first, []
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._look(index, draw, tuple(problems))
+            except ImageError as error:
+                problems.append(Problem(self.table.where(index), error.kind, str(error)))
+                index = substitute(self.table.ids[first], attempt, len(self.table))
+        raise DataError(
+            f"{self.table.where(first)} cannot be read and neither can {ATTEMPTS - 1} substitutes "
+            f"(last: {problems[-1]}); are the images still there? `diffalign data check` names them all"
+        )
+
+    def _look(self, index: int, draw: int, problems: tuple[Problem, ...]) -> Visit:
+        name, prompt = self.table.ids[index], self.table.prompts[index]
+        key = pair_key(self.run_seed, name, draw)
+        keys = torch.tensor([key], dtype=torch.int64)
+        dropped = self.prompt_dropout > 0 and float(uniform(keys, "prompt_dropout")) < self.prompt_dropout
+        tensors = self.content.load(index, key, draw, None if dropped else prompt)
+        scores = self.table.scores(index)
+        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One pair of a micro-batch; `tensors` are its fields of `Loaded`."""
+
+    id: str
+    key: int
+    prompt: str
+    tensors: dict[str, Tensor]
+    scores: tuple[float, float] | None
+    problems: tuple[Problem, ...]
+
+
+def substitute(pair_id: str, attempt: int, n: int) -> int:
+    """Index of the pair that stands in for an unreadable one; a function of that pair's id, not of the run."""
+    digest = hashlib.blake2b(f"{pair_id}\x1f{attempt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % n
+
+
+def sample_latents(moments: Tensor, keys: Tensor) -> Tensor:
+    """Latents float32 "pair side c h w": mean + std · normal, drawn per pair, from moments "pair side 2c h w"."""
+    mean, std = moments.float().chunk(2, dim=2)
+    return mean + std * normal(keys, "vae", mean.shape[1:]).to(mean.device)

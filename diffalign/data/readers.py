@@ -1,0 +1,180 @@
+"""`open_pairs`: from a path or Hub id to usable pairs, whatever the format.
+
+Storage (parquet, saved data set, Hub, listing, json, tar, folder) and column layout (Pick-a-Pic or preference)
+are found separately, so every layout works in every storage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffalign.data import pickapic, preference
+from diffalign.data.columns import Columns
+from diffalign.data.folder import is_pair_folder, open_folder
+from diffalign.data.hpdv2 import open_json
+from diffalign.data.listing import SUFFIXES, open_listing
+from diffalign.data.parquet import open_parquet
+from diffalign.data.pickapic import Layout
+from diffalign.data.rows import DataError
+from diffalign.data.table import PairTable, Verify
+from diffalign.data.webdataset import open_shards
+
+FORMATS = ("auto", "pickapic", "preference")
+_LAYOUTS = {"pickapic": pickapic, "preference": preference}
+_SPLITS = ("train", "validation", "valid", "val", "test", "eval", "dev")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def open_pairs(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    keep_ties: bool = False,
+    max_pairs: int | None = None,
+    invert_preference: bool = False,
+    columns: Mapping[str, str] | None = None,
+    verify: Verify = "header",
+) -> PairTable:
+    """The usable pairs of a file, a folder or a Hub data set; `.problems` names every other row.
+
+    path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
+        rejected/ images, or written by `save_to_disk`; or a Hub id.
+    format: the column layout, "pickapic" or "preference"; "auto" takes the one whose columns are there.
+    split: for data sets and parquet folders that have splits.
+    keep_ties: keep rows labelled 0.5/0.5 (`PairRow.tie`); without score columns the labels become the scores.
+    max_pairs: stop after this many usable pairs.
+    invert_preference: swap chosen and rejected.
+    columns: part -> column for data with other names, e.g. {"prompt": "text", "chosen": "winner"}.
+    verify: "none" opens no image, "header" reads type and size of each, "full" decodes each.
+
+    Raises DataError when the file or folder as a whole cannot be read as pairs.
+    """
+    if verify not in ("none", "header", "full"):
+        raise DataError(f"verify={verify!r}; allowed are 'none', 'header' and 'full'")
+    stored = open_columns(path, split)
+    layout = find_layout(stored, format, columns or {})
+    table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
+    table.examine(verify, max_pairs)
+    return table
+
+
+def open_columns(path: str | Path, split: str = "train") -> Columns:
+    """The stored rows behind a path or Hub id, whatever their columns. Raises DataError."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _open_file(place)
+    if place.is_dir():
+        return _open_folder(place, split)
+    text = str(path)
+    if text.startswith((".", "/", "~")) or place.suffix or not _HUB_ID.fullmatch(text):
+        near = difflib.get_close_matches(place.name, _listed(place.parent), n=1)
+        hint = f"; did you mean {place.parent / near[0]}?" if near else ""
+        raise DataError(f"there is no file or folder {path}{hint}")
+    from diffalign.data.hub import open_hub
+
+    return open_hub(text, split)
+
+
+def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> Layout:
+    """The layout whose columns are all there. Raises DataError with the nearest names when none is."""
+    if format not in FORMATS:
+        raise DataError(f"format={format!r}; allowed are {', '.join(FORMATS)}")
+    wanted = [format] if format != "auto" else list(_LAYOUTS)
+    known = {part for name in wanted for part in _LAYOUTS[name].PARTS}
+    for part, column in columns.items():
+        if part not in known:
+            raise DataError(f"columns names the part {part!r}; the parts are {', '.join(sorted(known))}")
+        if column not in stored.names:
+            raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
+    missing: dict[str, list[str]] = {}
+    for name in wanted:
+        parts = _LAYOUTS[name].PARTS
+        found = {part: column for part, column in columns.items() if part in parts}
+        for part, names in parts.items():
+            column = next((each for each in names if each in stored.names), None)
+            if part not in found and column is not None:
+                found[part] = column
+        missing[name] = [part for part in parts if part not in found and part not in _LAYOUTS[name].OPTIONAL]
+        if not missing[name]:
+            return _LAYOUTS[name].layout(found)
+    lines = [f"{stored.storage} {_has(stored)}; no known layout fits:"]
+    for name in sorted(wanted, key=lambda each: len(missing[each])):
+        for part in missing[name]:
+            names = _LAYOUTS[name].PARTS[part]
+            lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
+    lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
+    raise DataError("\n".join(lines))
+
+
+def _has(stored: Columns) -> str:
+    return f"has the columns {', '.join(stored.names) or '(none)'}"
+
+
+def _near(name: str, stored: Columns) -> str:
+    near = difflib.get_close_matches(name, stored.names, n=1)
+    return f"; nearest here: {near[0]!r}" if near else ""
+
+
+def _open_file(file: Path) -> Columns:
+    if file.suffix == ".parquet":
+        return open_parquet([file])
+    if file.suffix in SUFFIXES:
+        return open_listing(file)
+    if file.suffix == ".json":
+        return open_json(file)
+    if file.suffix == ".tar":
+        return open_shards([file])
+    known = ", ".join((".parquet", *SUFFIXES, ".json", ".tar"))
+    raise DataError(f"{file} ends in {file.suffix or 'nothing'}; pairs are read from {known} files and folders")
+
+
+def _open_folder(folder: Path, split: str) -> Columns:
+    if is_pair_folder(folder):
+        return open_folder(folder)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        from diffalign.data.hub import open_saved
+
+        return open_saved(folder, split)
+    if files := sorted(folder.rglob("*.parquet")):
+        return open_parquet(_of_split(files, folder, split))
+    if files := sorted(folder.rglob("*.tar")):
+        return open_shards(_of_split(files, folder, split))
+    listings = sorted(file for file in folder.iterdir() if file.suffix in (*SUFFIXES, ".json"))
+    if len(listings) == 1:
+        return _open_file(listings[0])
+    if listings:
+        return _open_file(_of_one_split(listings, folder, split))
+    raise DataError(
+        f"{folder} holds {_listed(folder)[:8] or 'nothing'}; a folder of pairs has chosen/ and rejected/, "
+        "parquet or tar shards, one listing (jsonl, csv, json), or is a data set saved by save_to_disk"
+    )
+
+
+def _of_one_split(files: Sequence[Path], folder: Path, split: str) -> Path:
+    found = _of_split(files, folder, split)
+    if len(found) > 1:
+        raise DataError(f"{folder} holds several listings, {[file.name for file in found]}; name one of them")
+    return found[0]
+
+
+def _of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
+    """The files whose name or folder is the split's; all files when none names any split."""
+
+    def splits(file: Path) -> set[str]:
+        return set(re.split(r"[\W_]+", file.relative_to(folder).with_suffix("").as_posix()))
+
+    found = [file for file in files if split in splits(file)]
+    if found:
+        return found
+    named = sorted({part for file in files for part in splits(file)} & set(_SPLITS))
+    if named:
+        raise DataError(f"{folder} has no files of split {split!r}; it has {named}")
+    return list(files)
+
+
+def _listed(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []

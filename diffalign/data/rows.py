@@ -1,0 +1,143 @@
+"""What one pair on disk is: two image references, a prompt, and the fault of a row that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images carry no picture
+
+# Fault kinds, in the order in which a row is examined: a row is reported once, with its first fault.
+BAD_ROW = "bad row"
+NO_LABEL = "no label"
+BAD_LABEL = "bad label"
+TIE = "tie"
+EMPTY_PROMPT = "empty prompt"
+MISSING_SIDE = "missing side"
+OUTSIDE = "path outside the data folder"
+IDENTICAL = "identical images"
+CORRUPT = "corrupt image"
+TINY = "tiny image"
+DUPLICATE = "duplicate id"
+
+
+class DataError(ValueError):
+    """The file or folder as a whole cannot be read as pairs; the message says why and what to do."""
+
+
+class ImageError(ValueError):
+    """One image cannot be used. `kind` is one of the fault kinds; the message names the row."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row with a fault. `where` names it as a person would look for it (file and row or line)."""
+
+    where: str
+    kind: str
+    reason: str
+    dropped: bool = True  # False: the row is kept (duplicate ids) and only pointed out
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.kind}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An encoded image that has not been opened: bytes in memory, a file, or a span of a file (tar member)."""
+
+    data: bytes | None
+    path: str | None
+    where: str  # row and column, for messages
+    span: tuple[int, int] | None = None  # (offset, size) in bytes inside `path`
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises ImageError for a missing or unreadable file."""
+        if self.data is not None:
+            return self.data
+        try:
+            with open(str(self.path), "rb") as file:
+                if self.span is None:
+                    return file.read()
+                file.seek(self.span[0])
+                return file.read(self.span[1])
+        except OSError as error:
+            raise self._missing(error) from error
+
+    def open(self) -> Image.Image:
+        """The decoded image: RGB, upright (EXIF applied), transparency composed on white.
+
+        Raises ImageError: "missing side" when the file is not there, "corrupt image" when it does not decode.
+        """
+        with self._opened() as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) as displayed, from the header alone. Raises ImageError as `open` does."""
+        with self._opened() as image:
+            # asked for only where the header has it: PNG's getexif() decodes the picture to look behind it
+            orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+            return (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        whole_file = self.data is None and self.span is None
+        try:
+            with Image.open(str(self.path) if whole_file else io.BytesIO(self.read())) as image:
+                yield image
+        except ImageError:
+            raise
+        except FileNotFoundError as error:
+            raise self._missing(error) from error
+        except Exception as error:  # PIL decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            reason = re.sub(r"<_io.BytesIO[^>]*>", "the bytes", " ".join(str(error).split()))[:120]
+            raise ImageError(
+                CORRUPT, f"{self.where}: does not open as an image ({reason}); replace it or remove the row"
+            ) from error
+
+    def _missing(self, error: OSError) -> ImageError:
+        return ImageError(MISSING_SIDE, f"{self.where}: cannot read {self.path} ({error.strerror}); restore the file")
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One usable pair. `scores` are (chosen, rejected) values of some scorer, where the data have them."""
+
+    id: str
+    prompt: str
+    chosen: ImageRef
+    rejected: ImageRef
+    scores: tuple[float, float] | None
+    where: str
+    tie: bool = False  # only with keep_ties; "chosen" is then just the first of the two
+
+
+def check_size(size: tuple[int, int], where: str) -> None:
+    """Raise ImageError ("tiny image") for an image with a side below MIN_SIDE pixels."""
+    if min(size) < MIN_SIDE:
+        raise ImageError(TINY, f"{where}: {size[0]}x{size[1]} pixels; each side needs at least {MIN_SIDE}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any PIL image: alpha on white, 16-bit scaled by its own range, the rest by PIL's rules."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode == "F":
+        raise ValueError("float images have no known range; save them as 8- or 16-bit")
+    if image.mode.startswith("I"):  # 16-bit PNG and TIFF; PIL's own convert would clip at 255
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,196 @@
+"""Offline pairs as micro-batches: from pixels through the encoders, or from an encode cache without any model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffalign.data.cache import PairCache
+from diffalign.data.encoder import Encoder
+from diffalign.data.loading import NULL_PROMPT, Content, Loaded, Pixels, Visits, sample_latents
+from diffalign.data.rows import DataError, Problem
+from diffalign.data.sampler import positions_for
+from diffalign.data.table import PairTable
+from diffalign.records import Conditioning, PairBatch
+
+TEXT_MEMO = 256  # prompts whose embeddings stay on the encoder's device (SDXL: 0.6 MB each)
+
+
+@dataclass(frozen=True)
+class Online:
+    """Encode at every visit: no preparation, but VAE and text encoders stay resident."""
+
+    encoder: Encoder
+    resolution: int
+    center_crop: bool = True
+    random_flip: bool = False
+
+
+class OfflinePairs:
+    """A table of pairs as an endless stream of micro-batches.
+
+    content: `Online(encoder, ...)` or what `open_cache` returned.
+    time_ids: geometry "side pair 6" -> micro-conditioning or None; by default the online encoder's.
+    prompt_dropout: share of visits that see the null prompt, both sides alike.
+    with_uncond: add the null prompt's conditioning, for objectives that guide.
+    max_unreadable: share of the table's pairs that may turn out unreadable (and be substituted) before
+        the run stops with DataError; one pair always may.
+
+    `problems` names each row that could not be read so far.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        content: Online | PairCache,
+        *,
+        run_seed: int,
+        train_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        process: int = 0,
+        processes: int = 1,
+        time_ids: Callable[[Tensor], Tensor | None] | None = None,
+        prompt_dropout: float = 0.0,
+        with_uncond: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        max_unreadable: float = 0.05,
+    ) -> None:
+        if not len(table):
+            raise DataError(
+                f"none of the {table.total_rows} rows is usable; `diffalign data check` says why "
+                f"(first: {table.problems[0] if table.problems else 'no rows'})"
+            )
+        self.table, self.content = table, content
+        self.batch, self.accumulation = train_batch_size, gradient_accumulation_steps
+        self.process, self.processes = process, processes
+        self.with_uncond, self.num_workers, self.pin_memory = with_uncond, num_workers, pin_memory
+        self.problems: list[Problem] = []
+        self._allowed = max(1, int(max_unreadable * len(table)))
+        source: Content
+        if isinstance(content, Online):
+            self._encoder: Encoder | None = content.encoder
+            self._time_ids = time_ids or content.encoder.time_ids
+            source = Pixels(table, content.resolution, center_crop=content.center_crop, random_flip=content.random_flip)
+            self._text = TextMemo(content.encoder)
+        else:
+            if content.pairs != len(table):
+                raise DataError(
+                    f"the cache {content.folder} holds {content.pairs} pairs and the table {len(table)}; "
+                    "open both with the same data settings"
+                )
+            self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
+        self._visits = Visits(table, source, run_seed=run_seed, prompt_dropout=prompt_dropout)
+
+    def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
+        """Micro-batches of this process from optimiser step `first_step` on, without end.
+
+        `gradient_accumulation_steps` of them make one step.
+        """
+        loader = DataLoader(
+            self._visits,
+            batch_sampler=_Positions(self, first_step),  # type: ignore[arg-type]
+            collate_fn=_same,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # its own: the loader must not draw from the global one
+        )
+        for loaded in loader:
+            self._note(loaded.problems)
+            yield self._batch(loaded)
+
+    def _batch(self, loaded: Loaded) -> PairBatch:
+        if self._encoder is None:
+            latents, embeds, pooled = loaded.latents, loaded.prompt_embeds, loaded.pooled
+        else:
+            with torch.no_grad():
+                pairs = loaded.pixels.shape[0]  # type: ignore[union-attr]
+                moments = self._encoder.moments(loaded.pixels.flatten(0, 1))  # type: ignore[union-attr]
+                latents = sample_latents(moments.unflatten(0, (pairs, 2)), loaded.keys)
+                embeds, pooled = self._text(loaded.prompts)
+        time_ids = self._time_ids(loaded.geometry.transpose(0, 1))
+        return PairBatch(
+            latents=latents.transpose(0, 1),  # type: ignore[union-attr]
+            cond=_conditioning(embeds, pooled, time_ids),  # type: ignore[arg-type]
+            keys=loaded.keys,
+            uncond=self._uncond(len(loaded.ids), time_ids) if self.with_uncond else None,
+            scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
+            ids=loaded.ids,
+        )
+
+    def _uncond(self, pairs: int, time_ids: Tensor | None) -> Conditioning:
+        if isinstance(self.content, PairCache):
+            embeds, pooled = self.content.null_text()
+        else:
+            embeds, pooled = (x if x is None else x[0] for x in self._text((NULL_PROMPT,)))  # type: ignore[assignment]
+        return _conditioning(
+            embeds.expand(pairs, *embeds.shape),
+            None if pooled is None else pooled.expand(pairs, *pooled.shape),
+            time_ids,
+        )
+
+    def _note(self, problems: tuple[Problem, ...]) -> None:
+        known = {problem.where for problem in self.problems}
+        self.problems += [problem for problem in dict.fromkeys(problems) if problem.where not in known]
+        if len(self.problems) > self._allowed:
+            raise DataError(
+                f"{len(self.problems)} of {len(self.table)} pairs could not be read, more than the {self._allowed} "
+                f"that max_unreadable allows (last: {self.problems[-1]}); run `diffalign data check --full`"
+            )
+
+
+class TextMemo:
+    """Embeddings of unique prompts, the latest ones kept; float32, on the encoder's device."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._kept: OrderedDict[str, tuple[Tensor, Tensor | None]] = OrderedDict()
+
+    def __call__(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [pair tokens dim] and, where the family has it, the pooled ones [pair dim]."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+        if new:
+            text = self.encoder.prompts(new)
+            for row, prompt in enumerate(new):
+                pooled = None if text.pooled is None else text.pooled[row].float().clone()
+                self._kept[prompt] = (text.prompt_embeds[row].float().clone(), pooled)
+        found = [self._kept[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._kept.move_to_end(prompt)
+        while len(self._kept) > TEXT_MEMO:
+            self._kept.popitem(last=False)
+        pooled = [each for _, each in found if each is not None]
+        return torch.stack([embeds for embeds, _ in found]), torch.stack(pooled) if pooled else None
+
+
+class _Positions:
+    """The positions of each micro-batch of a process, from a step on."""
+
+    def __init__(self, pairs: OfflinePairs, first_step: int) -> None:
+        self.pairs, self.first_step = pairs, first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in count(self.first_step):
+            p = self.pairs
+            yield from positions_for(step, p.batch, p.accumulation, p.process, p.processes).tolist()
+
+
+def _conditioning(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Conditioning:
+    """Both sides see one prompt: a view over the side axis."""
+    return Conditioning(
+        embeds.expand(2, *embeds.shape), None if pooled is None else pooled.expand(2, *pooled.shape), time_ids
+    )
+
+
+def _no_time_ids(geometry: Tensor) -> None:
+    return None
+
+
+def _same(loaded: Loaded) -> Loaded:
+    return loaded

@@ -1,0 +1,253 @@
+"""The usable pairs of a data set: an index over stored rows, made once; images stay where they are.
+
+The index holds per pair: its row, its id, its prompt (shared between equal prompts), which side is the chosen
+one, and two image sizes when they were looked at. Nothing else is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from array import array
+from collections import Counter
+from functools import cached_property
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from diffalign.data.columns import Columns, image_ref
+from diffalign.data.pickapic import Layout, judge
+from diffalign.data.rows import (
+    BAD_ROW,
+    DUPLICATE,
+    EMPTY_PROMPT,
+    IDENTICAL,
+    MISSING_SIDE,
+    TIE,
+    ImageError,
+    ImageRef,
+    PairRow,
+    Problem,
+    check_size,
+)
+
+Verify = Literal["none", "header", "full"]
+Size = tuple[int, int]
+
+
+class PairTable:
+    """Usable pairs, in stored order: `len(table)`, `table[i]`, and what was wrong with the other rows."""
+
+    def __init__(self, columns: Columns, layout: Layout, *, keep_ties: bool, invert_preference: bool) -> None:
+        self.columns, self.layout = columns, layout
+        self.keep_ties, self.invert_preference = keep_ties, invert_preference
+        self.format, self.storage = layout.format, columns.storage
+        self.total_rows, self.examined_rows = len(columns), 0
+        self.problems: list[Problem] = []
+        self.ids: list[str] = []
+        self.prompts: list[str] = []  # of each pair
+        self.sizes: list[tuple[Size, Size]] = []  # (width, height) of chosen and rejected; empty with verify="none"
+        self.stamps: list[str] = []  # byte sizes of image files, which their path-based ids do not cover
+        self._rows, self._first, self._ties = array("q"), bytearray(), bytearray()
+        self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> PairRow:
+        """The pair, images unopened. Raises ImageError when a side is empty in the stored row."""
+        row = self._rows[index]
+        refs = self.refs(row)
+        first = self._first[index]
+        return PairRow(
+            self.ids[index],
+            self.prompts[index],
+            refs[first],
+            refs[1 - first],
+            self.scores(index),
+            self.columns.where(row),
+            tie=bool(self._ties[index]),
+        )
+
+    def scores(self, index: int) -> tuple[float, float] | None:
+        """(chosen, rejected) scores of a pair; nan where the data lack one, None where they have no scores."""
+        if self._scores is None:
+            return None
+        values, first = self._scores[index], self._first[index]
+        return values[first], values[1 - first]
+
+    def refs(self, row: int) -> tuple[ImageRef, ImageRef]:
+        """Both images of a stored row, in stored order."""
+        where, names = self.columns.where(row), self.layout.images
+        base = self.columns.base(row)
+        one, two = (
+            image_ref(cell, base, f"{where} {name}") for cell, name in zip(self.columns.cells(row, names), names)
+        )
+        return one, two
+
+    def where(self, index: int) -> str:
+        """The name of a pair's stored row in messages."""
+        return self.columns.where(self._rows[index])
+
+    @property
+    def ties(self) -> int:
+        """Number of kept ties."""
+        return sum(self._ties)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what the pairs are, in their order: ids, prompts, which side is chosen, file sizes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index, name in enumerate(self.ids):
+            stamp = self.stamps[index] if self.stamps else ""
+            sides = f"{self._first[index]}{self._ties[index]}"
+            digest.update("\x1f".join((name, self.prompts[index], sides, stamp, "\x1e")).encode())
+        return digest.hexdigest()
+
+    def examine(self, verify: Verify, max_pairs: int | None) -> None:
+        """Fill the index and `problems` by one pass over the rows; stop after `max_pairs` usable ones."""
+        light = _Light(self.columns, self.layout)
+        seen: Counter[str] = Counter()
+        kept_prompts: dict[str, str] = {}
+        bar = tqdm(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0)
+        for row in bar:
+            if max_pairs is not None and len(self) >= max_pairs:
+                break
+            self.examined_rows += 1
+            fault = self.columns.fault(row)
+            if fault is not None:
+                self._report(row, BAD_ROW, fault)
+                continue
+            judged = light.preferred(row)
+            tie = False
+            if isinstance(judged, tuple):
+                kind, reason = judged
+                if kind != TIE or not self.keep_ties:
+                    self._report(row, kind, reason)
+                    continue
+                judged, tie = 0, True
+            prompt = light.prompt(row)
+            if not prompt.strip():
+                self._report(row, EMPTY_PROMPT, f"{self.layout.prompt} is empty; write one or remove the row")
+                continue
+            uids = light.uids(row)
+            try:
+                name, sizes, stamp = self._look(row, prompt, uids, verify)
+            except ImageError as error:
+                self._report(row, error.kind, str(error))
+                continue
+            seen[name] += 1
+            if seen[name] > 1:
+                reason = f"{name} was seen {seen[name] - 1} times before; kept as {name}#{seen[name]}"
+                self.problems.append(Problem(self.columns.where(row), DUPLICATE, reason, dropped=False))
+                name = f"{name}#{seen[name]}"
+            first = judged if tie else judged ^ self.invert_preference
+            self._rows.append(row)
+            self._first.append(first)
+            self._ties.append(tie)
+            self.ids.append(name)
+            self.prompts.append(kept_prompts.setdefault(prompt, prompt))
+            if self._scores is not None:
+                labels = (0.5, 0.5) if tie else (1.0 - judged, float(judged))
+                self._scores.append(light.scores(row) or labels)
+            if sizes is not None:
+                self.sizes.append((sizes[first], sizes[1 - first]))
+            if stamp is not None:
+                self.stamps.append(stamp)
+
+    def _report(self, row: int, kind: str, reason: str) -> None:
+        self.problems.append(Problem(self.columns.where(row), kind, reason))
+
+    def _look(
+        self, row: int, prompt: str, uids: tuple[str, ...], verify: Verify
+    ) -> tuple[str, tuple[Size, Size] | None, str | None]:
+        """Id, sizes and stamp of a row. Raises ImageError for the first fault of its images."""
+        where, base = self.columns.where(row), self.columns.base(row)
+        if len(uids) == 2 and uids[0] == uids[1]:
+            raise ImageError(IDENTICAL, f"{where}: both sides are image {uids[0]}; nothing to prefer")
+        if uids and verify == "none":  # the one case in which the images are not even fetched
+            return ":".join(uids), None, None
+        refs = self.refs(row)
+        by_path = base is not None and all(ref.path is not None and ref.span is None for ref in refs)
+        if by_path:
+            stamp = " ".join(str(_file_size(ref)) for ref in refs)
+            names = [os.path.relpath(str(ref.path), base).replace(os.sep, "/") for ref in refs]
+            name = ":".join(uids) or _digest(prompt, *names)
+            same = names[0] == names[1] or (
+                verify != "none" and len(set(stamp.split())) == 1 and refs[0].read() == refs[1].read()
+            )
+        else:
+            refs = tuple(ImageRef(ref.read(), None, ref.where) for ref in refs)  # type: ignore[assignment]
+            stamp, same = None, refs[0].data == refs[1].data
+            name = ":".join(uids) or _digest(prompt, *(ref.data or b"" for ref in refs))
+        if same:
+            raise ImageError(IDENTICAL, f"{where}: both sides are the same image; nothing to prefer")
+        if verify == "none":
+            return name, None, stamp
+        sizes = []
+        for ref in refs:
+            sizes.append(ref.open().size if verify == "full" else ref.size())
+            check_size(sizes[-1], ref.where)
+        return name, (sizes[0], sizes[1]), stamp
+
+
+class _Light:
+    """The small columns, read whole."""
+
+    def __init__(self, columns: Columns, layout: Layout) -> None:
+        def read(name: str | None) -> Any:
+            return None if name is None else columns.column(name)
+
+        self._prompts = columns.column(layout.prompt)
+        self._labels = [read(name) for name in layout.labels]
+        self._has_label = read(layout.has_label)
+        self._uids = [columns.column(name) for name in layout.uids]
+        self._scores = [columns.column(name) for name in layout.scores or ()]
+
+    def prompt(self, row: int) -> str:
+        value = self._prompts[row]
+        return value if isinstance(value, str) else ""
+
+    def preferred(self, row: int) -> int | tuple[str, str]:
+        one, two = self._labels
+        if one is None:
+            return 0
+        # an absent second column means 1 - label_0; an empty cell in a present one is a bad label
+        second = None if two is None else (math.nan if two[row] is None else two[row])
+        return judge(one[row], second, True if self._has_label is None else self._has_label[row])
+
+    def uids(self, row: int) -> tuple[str, ...]:
+        values = tuple(str(column[row] if column[row] is not None else "") for column in self._uids)
+        return values if all(values) else ()
+
+    def scores(self, row: int) -> tuple[float, float] | None:
+        """Scores in stored order; nan where one is missing; None where the data have no score columns."""
+        if not self._scores:
+            return None
+        one, two = (_score(column[row]) for column in self._scores)
+        return one, two
+
+
+def _score(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _file_size(ref: ImageRef) -> int:
+    try:
+        return os.path.getsize(str(ref.path))
+    except OSError as error:
+        raise ImageError(
+            MISSING_SIDE, f"{ref.where}: cannot read {ref.path} ({error.strerror}); restore the file"
+        ) from error
+
+
+def _digest(prompt: str, *parts: str | bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (prompt, *parts):
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "big") + raw)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Which kernel computes attention in a UNet.
+
+`unet.set_attention_backend()` does nothing on SD and SDXL UNets (their processor calls SDPA directly), so the choice
+is made in an attention processor, around each SDPA call. That way gradient checkpointing's recomputation, which runs
+outside any context a training step could open, uses the same kernel as the forward did.
+
+    auto        CUDA of compute capability 9 or 10: cuDNN, then flash, efficient, math; elsewhere PyTorch's own choice
+                (other CUDA: flash where it can; CPU: its flash kernel)
+    cudnn       cuDNN's fused attention             CUDA, half precision
+    flash       FlashAttention                      CUDA in half precision, CPU
+    efficient   memory-efficient attention          CUDA
+    xformers    xformers' memory-efficient kernels  CUDA, package xformers
+    math        plain matmuls and softmax           everywhere; slow, for checking
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffalign.models.family import ModelError
+
+AttentionBackend = Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"]
+
+_KERNELS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "math": [SDPBackend.MATH],
+}
+_PREFER_CUDNN = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_CPU_BACKENDS = ("auto", "flash", "math")
+
+
+class PinnedAttention:
+    """diffusers' SDPA processor with the kernels it may use fixed, in order of preference (about 16 µs a call)."""
+
+    def __init__(self, processor: Any, backend: str, kernels: list[SDPBackend]) -> None:
+        self.processor = processor
+        self.backend = backend
+        self.kernels = kernels
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attention as the processor computes it. Raises ModelError when no allowed kernel takes these inputs."""
+        try:
+            with sdpa_kernel(self.kernels, set_priority=True):
+                return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+                raise
+            raise ModelError(
+                f"attention backend {self.backend!r} has no kernel for {hidden_states.dtype} on "
+                f"{hidden_states.device} with heads of {attn.inner_dim // attn.heads}; cudnn and flash need bf16 or "
+                "fp16 (mixed_precision), or use attention: auto"
+            ) from error
+
+
+def set_attention(unet: nn.Module, backend: str = "auto", device: torch.device | str | None = None) -> str:
+    """Choose the attention kernel of a UNet, LoRA layers or not; returns what was chosen, for the log.
+
+    `device` is where the UNet will run; default: where it is. Raises ModelError for a backend that is unknown or
+    cannot work there.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+
+    device = next(unet.parameters()).device if device is None else torch.device(device)
+    _check(backend, device)
+    if backend == "xformers":
+        unet.set_attn_processor(XFormersAttnProcessor())
+    elif backend != "auto":
+        unet.set_attn_processor(PinnedAttention(AttnProcessor2_0(), backend, _KERNELS[backend]))
+    elif _prefers_cudnn(device):
+        unet.set_attn_processor(PinnedAttention(AttnProcessor2_0(), "auto", _PREFER_CUDNN))
+        return "auto: cudnn first"
+    else:
+        unet.set_attn_processor(AttnProcessor2_0())
+        return "auto: PyTorch's choice"
+    return backend
+
+
+def _check(backend: str, device: torch.device) -> None:
+    allowed: Any = get_args(AttentionBackend) if device.type == "cuda" else _CPU_BACKENDS
+    if backend not in get_args(AttentionBackend):
+        raise ModelError(f"attention = {backend!r} is unknown; allowed on {device.type}: {', '.join(allowed)}")
+    if backend not in allowed:
+        raise ModelError(
+            f"attention = {backend!r} needs a CUDA device and this run is on {device.type}; allowed here: "
+            f"{', '.join(allowed)}"
+        )
+    if backend == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise ModelError(
+            "attention = 'xformers', but the package xformers is not installed; `pip install diffalign[xformers]`, or "
+            "use attention: auto"
+        )
+
+
+def _prefers_cudnn(device: torch.device) -> bool:
+    """Hopper and datacenter Blackwell, where cuDNN's attention is the fastest that PyTorch brings."""
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,0 +1,153 @@
+"""One component of a diffusers folder or Hub repository at a time, with errors that say what to do.
+
+Weights come from safetensors only: a pickled .bin or .ckpt can run code when it is opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.models.family import ModelError
+
+_A_BASE_IS = "a base is a diffusers pipeline folder, a Hub id or one .safetensors file"
+
+
+def read_index(source: str, revision: str | None) -> dict[str, Any]:
+    """The pipeline's model_index.json. Raises ModelError when there is none to be had."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return dict(DiffusionPipeline.load_config(source, revision=revision))
+    except OSError as error:
+        raise ModelError(_why_no_pipeline(source, error)) from error
+
+
+def load_unet(source: str, where: Where) -> nn.Module:
+    """UNet2DConditionModel of a pipeline."""
+    from diffusers import UNet2DConditionModel
+
+    return where.load(UNet2DConditionModel, source, "unet", torch_dtype=where.dtype)
+
+
+def load_vae(source: str, subfolder: str | None, where: Where) -> nn.Module:
+    """The autoencoder in `source[/subfolder]`, of the class its config names."""
+    return where.load(_vae_class(source, subfolder, where), source, subfolder, torch_dtype=where.dtype)
+
+
+def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[Any, ...], tuple[nn.Module, ...]]:
+    """Tokenizers and text models; `names` are the model_index keys, e.g. ("", "_2") for both of SDXL."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizers, models = [], []
+    for suffix in names:
+        cls = CLIPTextModelWithProjection if suffix else CLIPTextModel
+        models.append(where.load(cls, source, f"text_encoder{suffix}", dtype=where.dtype))
+        tokenizers.append(
+            CLIPTokenizer.from_pretrained(source, subfolder=f"tokenizer{suffix}", revision=where.revision)
+        )
+    return tuple(tokenizers), tuple(models)
+
+
+def load_scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
+    """The scheduler's config, completed with the defaults of its own class."""
+    from diffusers import DDIMScheduler
+
+    try:
+        config = dict(DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision))
+    except OSError as error:
+        raise ModelError(f"no scheduler/scheduler_config.json in {source!r}: {_first_line(error)}") from error
+    return complete_scheduler_config(config)
+
+
+def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the keys it leaves out, which mean the defaults of the class it names."""
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    full = dict(cls.from_config(config).config) if cls is not None else dict(config)
+    return {key: value for key, value in full.items() if not key.startswith("_")} | {
+        "_class_name": config.get("_class_name", "DDIMScheduler")
+    }
+
+
+class Where:
+    """Revision, variant and dtype that all components of one load share."""
+
+    def __init__(self, revision: str | None, variant: str | None, dtype: torch.dtype) -> None:
+        self.revision = revision
+        self.variant = variant
+        self.dtype = dtype
+
+    def load(self, cls: Any, source: str, subfolder: str | None, **dtype: torch.dtype) -> nn.Module:
+        """`cls.from_pretrained` of safetensors weights. Raises ModelError naming component, cause and remedy."""
+        try:
+            module = cls.from_pretrained(
+                source,
+                subfolder=subfolder or "",
+                revision=self.revision,
+                variant=self.variant,
+                use_safetensors=True,
+                **dtype,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(_why_no_weights(source, subfolder or "", self.variant, error)) from error
+        return module
+
+
+def _vae_class(source: str, subfolder: str | None, where: Where) -> Any:
+    import diffusers
+
+    try:
+        config = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder, revision=where.revision)
+    except OSError as error:
+        raise ModelError(_why_no_weights(source, subfolder or "", where.variant, error)) from error
+    name = config.get("_class_name", "AutoencoderKL")
+    if not (name.startswith("A") and "Autoencoder" in name and hasattr(diffusers, name)):
+        raise ModelError(
+            f"the VAE of {source!r} is a {name!r}; allowed are diffusers' autoencoders (AutoencoderKL, AutoencoderDC, "
+            "AutoencoderTiny, …). Give another one with pretrained_vae_model_name_or_path"
+        )
+    return getattr(diffusers, name)
+
+
+def _why_no_pipeline(source: str, error: OSError) -> str:
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "unet").is_dir() or list(folder.glob("*.safetensors")):
+            return (
+                f"{source!r} holds tuned weights but no model_index.json: it is not a base model. Give the model "
+                "it was tuned from as pretrained_model_name_or_path and this folder as the tuned weights"
+            )
+        return f"{source!r} has no model_index.json; {_A_BASE_IS}"
+    if folder.suffix or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        return f"{source!r} does not exist; {_A_BASE_IS}"
+    return (
+        f"{source!r} is no folder here and could not be read from the Hugging Face Hub ({_first_line(error)}). "
+        f"With a connection: check the name, and HF_TOKEN for a gated model. Without: run `hf download {source}` "
+        "where there is one, then set HF_HUB_OFFLINE=1 and the same HF_HOME here, or give the path of a local copy"
+    )
+
+
+def _why_no_weights(source: str, subfolder: str, variant: str | None, error: Exception) -> str:
+    what = f"{subfolder or 'the weights'} of {source!r}"
+    folder = Path(source) / subfolder
+    if not folder.is_dir():
+        hint = "the folder is missing" if Path(source).is_dir() else _first_line(error)
+        return f"cannot load {what}: {hint}"
+    names = sorted(path.name for path in folder.iterdir())
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights and any(name.endswith((".bin", ".ckpt", ".pt")) for name in names):
+        return (
+            f"cannot load {what}: only pickled weights are there ({', '.join(names)}), and those are not opened "
+            "because they can run code. If you trust them, convert them once: load the pipeline with diffusers' "
+            "from_pretrained(..., use_safetensors=False) and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    return f"cannot load {what} (variant: {variant}): found {', '.join(names) or 'nothing'}. {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

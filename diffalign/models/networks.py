@@ -1,0 +1,96 @@
+"""Policy and reference as `measure` sees them: one code path, one border for casts, float32 out.
+
+Sampling loops, losses and optimisers know nothing of families, wrappers or dtypes; this file does.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.models.base import check_unet
+from diffalign.models.family import Family, ModelError
+from diffalign.models.lora import leave_casts_to_autocast
+from diffalign.models.reference import Reference
+from diffalign.records import Conditioning
+
+
+class Networks:
+    """The two networks of a run; implements the engine's `Models`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        family: Family,
+        schedule: NoiseSchedule,
+        reference: Reference | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`module` is the trainable UNet, DDP- or FSDP-wrapped or not; autocast None computes in its own dtype.
+
+        Autocast is entered here for both networks, so an outer one (accelerate's mixed_precision) must be off.
+        """
+        unet = unwrap(module)
+        check_unet(unet, "policy")
+        self.module = module
+        self.family = family
+        self.schedule = schedule
+        self.device = torch.device(device)
+        self.autocast_dtype = autocast_dtype
+        if autocast_dtype is not None:
+            leave_casts_to_autocast(unet)
+        self._reference = reference
+        self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
+        self.reference_forwards = 0  # networks calls made for the reference; what a run pays for having one
+
+    def policy(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The trainable network's raw prediction "n c h w", float32, with grad where grad is enabled."""
+        return self._predict(self.module, xt, t, cond)
+
+    def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The reference's raw prediction "n c h w", float32, without grad. Raises ModelError without a reference."""
+        if self._reference is None:
+            raise ModelError(
+                "this run has no reference network, but the objective asks for one; set the reference to copy (full "
+                "fine-tuning) or lora_off (LoRA)"
+            )
+        self.reference_forwards += 1
+        with torch.no_grad(), self._reference.active() as module:
+            return self._predict(module, xt, t, cond)
+
+    def _predict(self, module: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        xt, cond = self._cast_inputs(xt, cond)
+        with self._autocast():
+            out = module(xt, t, return_dict=False, **self.family.unet_inputs(cond))[0]
+        return out.float()
+
+    def _cast_inputs(self, xt: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
+        """The border: latents and embeddings take the computing dtype, t stays int64 and time ids float32.
+
+        Time ids are pixel counts: bfloat16 has no 1023.
+        """
+        dtype = self._input_dtype
+        return xt.to(dtype), Conditioning(
+            prompt_embeds=cond.prompt_embeds.to(dtype),
+            pooled=None if cond.pooled is None else cond.pooled.to(dtype),
+            time_ids=cond.time_ids,
+        )
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The UNet inside DDP and torch.compile wrappers."""
+    while True:
+        inner = getattr(module, "module", None) or getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner

@@ -1,0 +1,164 @@
+"""Tuned weights on disk, back onto a network, and into a pipeline that makes pictures.
+
+What a run leaves in its output_dir (or in a checkpoint-N/ of it) is one of
+
+    unet/                                 full fine-tuning: a diffusers folder, safetensors
+    pytorch_lora_weights.safetensors      LoRA: diffusers' layout with the adapter's metadata
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from diffalign.models.base import Base, load_base
+from diffalign.models.family import Family, ModelError
+from diffalign.models.lora import LORA_FILE, load_lora, lora_layers, save_lora
+
+UNET_FOLDER = "unet"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Where tuned weights are, and of which kind."""
+
+    kind: Literal["unet", "lora"]
+    path: Path  # the unet folder, or the LoRA file
+
+
+def save_tuned(unet: nn.Module, output_dir: str | Path, family: Family) -> Path:
+    """Write the unwrapped UNet's LoRA file, or without LoRA its `unet/` folder, into `output_dir`; returns which."""
+    if lora_layers(unet):
+        return save_lora(unet, output_dir, family)
+    folder = Path(output_dir) / UNET_FOLDER
+    unet.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def find_tuned(path: str | Path) -> Tuned:
+    """The tuned weights at `path`: a unet folder, a LoRA file, an output_dir or a checkpoint folder.
+
+    Raises ModelError when there are none, or both kinds.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f"{path} is not a .safetensors file; tuned weights are never unpickled")
+        return Tuned("lora", path)
+    found = [Tuned("unet", p.parent) for p in (path / "config.json", path / UNET_FOLDER / "config.json") if p.is_file()]
+    if (path / LORA_FILE).is_file():
+        found.append(Tuned("lora", path / LORA_FILE))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(f"{path} holds several tuned models: name one of {', '.join(str(t.path) for t in found)}")
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+    hint = f"; give a checkpoint of it, e.g. {checkpoints[-1]}" if checkpoints else ""
+    missing = "" if path.exists() else " (no such path)"
+    raise ModelError(
+        f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/ or {LORA_FILE}, a unet folder, "
+        f"or a LoRA file{hint}"
+    )
+
+
+def load_tuned(unet: nn.Module, path: str | Path) -> Tuned:
+    """Put tuned weights onto a base's UNet, in place; LoRA layers stay separate.
+
+    Raises ModelError if they do not fit.
+    """
+    tuned = find_tuned(path)
+    if tuned.kind == "lora":
+        load_lora(unet, tuned.path)
+    else:
+        _load_full(unet, tuned.path)
+    return tuned
+
+
+def apply_tuned(pipeline: Any, path: str | Path) -> Tuned:
+    """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here."""
+    tuned = find_tuned(path)
+    if tuned.kind == "lora":
+        pipeline.load_lora_weights(str(tuned.path.parent), weight_name=tuned.path.name)
+    else:
+        _load_full(pipeline.unet, tuned.path)
+    return tuned
+
+
+def load_pipeline(
+    pretrained_model_name_or_path: str,
+    *,
+    tuned: str | None = None,
+    pretrained_vae_model_name_or_path: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    single_file_config: str | None = None,
+) -> Any:
+    """The family's diffusers pipeline, with tuned weights if given, ready to generate; no safety checker.
+
+    Loads like `load_base`, so whatever trains also generates. Raises ModelError.
+    """
+    base = load_base(
+        pretrained_model_name_or_path,
+        pretrained_vae_model_name_or_path=pretrained_vae_model_name_or_path,
+        revision=revision,
+        variant=variant,
+        prediction_type=prediction_type,
+        single_file_config=single_file_config,
+        torch_dtype=torch_dtype,
+    )
+    pipeline = make_pipeline(base)
+    if tuned is not None:
+        apply_tuned(pipeline, tuned)
+    return pipeline.to(device)
+
+
+def make_pipeline(base: Base) -> Any:
+    """A diffusers pipeline around the modules of a base (shared, not copied), with its own scheduler."""
+    import diffusers
+
+    if base.vae is None or base.text is None:
+        raise ModelError(f"{base.source!r} was loaded without VAE and text encoders; load it with vae_and_text=True")
+    scheduler_class = getattr(diffusers, base.scheduler_config["_class_name"])
+    shared = {
+        "vae": base.vae,
+        "unet": base.unet,
+        "scheduler": scheduler_class.from_config(base.scheduler_config),
+        "text_encoder": base.text.models[0],
+        "tokenizer": base.text.tokenizers[0],
+    }
+    if base.family.name == "sd":
+        return diffusers.StableDiffusionPipeline(
+            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    return diffusers.StableDiffusionXLPipeline(
+        **shared,
+        text_encoder_2=base.text.models[1],
+        tokenizer_2=base.text.tokenizers[1],
+        force_zeros_for_empty_prompt=base.text.zero_empty_prompt,
+        add_watermarker=False,
+    )
+
+
+def _load_full(unet: nn.Module, folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    dtype = next(unet.parameters()).dtype
+    try:
+        loaded = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise ModelError(f"cannot read the tuned UNet in {folder}: {error}") from error
+    try:
+        unet.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise ModelError(
+            f"the tuned UNet in {folder} does not fit this base: {' '.join(lines[1:2]).strip()}. Give the base it was "
+            "tuned from"
+        ) from error

@@ -1,0 +1,80 @@
+"""Checkpoints: weights in the format everybody loads, and beside them what only resuming needs.
+
+    output_dir/checkpoint-N/unet/ or pytorch_lora_weights.safetensors    usable by `diffalign generate` as it is
+    output_dir/checkpoint-N/training_state.pt                            optimiser, lr schedule, scaler, EMA, step
+
+The order of the data and every draw follow from (seed, step), so neither needs saving. A checkpoint is written to a
+hidden folder and renamed, so a killed run leaves no half of one. The state file is read with `weights_only=True`.
+Left out: sharded (FSDP, DeepSpeed) states.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE_FILE = "training_state.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or does not fit the run."""
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in found if (p / STATE_FILE).is_file()), key=_step)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    save_weights: Callable[[Path], None],
+    state: dict[str, Any],
+    total_limit: int | None = None,
+) -> Path:
+    """Writes checkpoint-`step` and then removes the oldest ones beyond `total_limit`."""
+    final = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_weights(partial)
+    torch.save({**state, "step": step}, partial / STATE_FILE)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    if total_limit is not None:
+        for old in checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+    """The folder to resume from: "latest" is the newest of the run (None where there is none yet), else a path.
+
+    Raises CheckpointError when a named folder is no finished checkpoint.
+    """
+    if resume == "latest":
+        return (checkpoints(output_dir) or [None])[-1]
+    for path in (Path(resume), output_dir / resume):
+        if (path / STATE_FILE).is_file():
+            return path
+    there = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
+    raise CheckpointError(
+        f"training.resume_from_checkpoint: {resume} is no finished checkpoint (no {STATE_FILE} in it); "
+        f"this run has: {there}. Give one of these, a path, or latest"
+    )
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The training state of a checkpoint, on the CPU."""
+    return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))

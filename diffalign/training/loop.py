@@ -1,0 +1,217 @@
+"""The training loop. It names no algorithm: a source gives batches, an objective asks and scores, `measure` calls.
+
+    for every optimiser step
+        for every micro-batch                      gradients are averaged over processes at the last one only
+            probe    = objective.probe(batch)
+            evidence = errors of reference and policy at the probe
+            loss     = mean of objective.score(evidence), divided by the number of micro-batches, backpropagated
+        clip, step, schedule, EMA
+
+Nothing in a step reads a value back from the device; metrics are summed there and read when they are logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.engine.measure import measure_and_backward
+from diffalign.models.lora import load_lora, lora_layers
+from diffalign.models.saving import load_tuned, save_tuned
+from diffalign.records import PairBatch
+from diffalign.training.checkpoint import checkpoints, find_checkpoint, load_state, save_checkpoint
+from diffalign.training.metrics import JsonLines, Meter, observe
+from diffalign.training.setup import Run
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[Run, int], None]
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on."""
+
+
+def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict[str, float]:
+    """Takes the remaining optimiser steps, writes checkpoints, logs and the final weights; returns the last metrics.
+
+    `on_validation(run, step)` is called with the EMA weights in place (where there is an EMA) every
+    `validation.every` steps and at the end. Raises TrainingError when the loss is not finite.
+    """
+    training, accelerator = run.config.training, run.accelerator
+    meter, values = Meter(), {}
+    lines = JsonLines(run.output_dir / "metrics.jsonl", start) if accelerator.is_main_process else None
+    batches = run.source.batches(start)
+    bar = tqdm(
+        total=training.max_train_steps,
+        initial=start,
+        desc=run.objective.name,
+        unit=" steps",
+        disable=not accelerator.is_local_main_process,
+    )
+    noted = 0
+    with bar:
+        for step in range(start + 1, training.max_train_steps + 1):
+            optimizer_step(run, batches, meter)
+            bar.update()
+            last = step == training.max_train_steps
+            if last or step % training.logging_steps == 0:
+                values = _log(run, meter, step, lines)
+                _show(bar, values)
+                noted = _note_problems(run, noted)
+            if training.checkpointing_steps and step % training.checkpointing_steps == 0:
+                checkpoint(run, step)
+            if on_validation is not None and (last or step % run.config.validation.every == 0):
+                with averaged_weights(run):
+                    on_validation(run, step)
+                accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with averaged_weights(run):
+            save_tuned(run.unet, run.output_dir, run.base.family)
+    accelerator.wait_for_everyone()
+    return values
+
+
+def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None:
+    """One optimiser step: every micro-batch forward and backward, then the update."""
+    accelerator, training = run.accelerator, run.config.training
+    wrapped = run.networks.module
+
+    def backward(loss: Tensor) -> None:
+        run.scaler.scale(loss).backward()
+
+    for micro in range(training.gradient_accumulation_steps):
+        batch = next(batches).to(accelerator.device)
+        last = micro == training.gradient_accumulation_steps - 1
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with torch.no_grad():
+                probe = run.objective.probe(batch, run.networks)
+            evidence, score = measure_and_backward(
+                run.networks,
+                probe,
+                run.objective.score,
+                scale=1 / training.gradient_accumulation_steps,
+                backward=backward,
+                no_sync=lambda: accelerator.no_sync(wrapped),
+            )
+        meter.add(observe(evidence, score, run.networks.schedule.num_train_timesteps))
+
+    run.scaler.unscale_(run.optimizer)
+    limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
+    meter.add({"grad_norm": norm[None], "lr": torch.tensor([run.lr_scheduler.get_last_lr()[0]])})
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema is not None:
+        run.ema.step(run.parameters)
+
+
+def checkpoint(run: Run, step: int) -> None:
+    """Writes checkpoint-`step` from the main process; the others wait."""
+    if run.accelerator.is_main_process:
+        save_checkpoint(
+            run.output_dir,
+            step,
+            lambda folder: save_tuned(run.unet, folder, run.base.family),
+            {
+                "optimizer": run.optimizer.state_dict(),
+                "lr_scheduler": run.lr_scheduler.state_dict(),
+                "scaler": run.scaler.state_dict(),
+                "ema": None if run.ema is None else run.ema.state_dict(),
+            },
+            run.config.training.checkpoints_total_limit,
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def resume(run: Run) -> int:
+    """Restores the configured checkpoint, if any, and returns the number of steps already taken."""
+    wanted = run.config.training.resume_from_checkpoint
+    folder = None if wanted is None else find_checkpoint(run.output_dir, wanted)
+    if folder is None:
+        if wanted is not None:
+            log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
+        return 0
+    if lora_layers(run.unet):
+        load_lora(run.unet, folder)
+    else:
+        load_tuned(run.unet, folder)
+    state = load_state(folder)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    run.scaler.load_state_dict(state["scaler"])
+    if (run.ema is None) != (state["ema"] is None):
+        raise TrainingError(
+            f"{folder} was written {'with' if run.ema is None else 'without'} EMA: set ema_decay as then"
+        )
+    if run.ema is not None:
+        run.ema.load_state_dict(state["ema"])
+    log.info("resumed from %s", folder)
+    return int(state["step"])
+
+
+@contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """The EMA weights in the policy within the block; without an EMA nothing changes."""
+    if run.ema is None:
+        yield
+        return
+    run.ema.store(run.parameters)
+    run.ema.copy_to(run.parameters)
+    try:
+        yield
+    finally:
+        run.ema.restore(run.parameters)
+
+
+def clear_output(output_dir: Path) -> None:
+    """Removes what an earlier run left in its folder: checkpoints, metrics, pictures and final weights."""
+    for old in checkpoints(output_dir):
+        shutil.rmtree(old)
+    for name in ("unet", "logs", "validation"):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    for name in ("pytorch_lora_weights.safetensors", "metrics.jsonl", "config.yaml", "run.json"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def _log(run: Run, meter: Meter, step: int, lines: JsonLines | None) -> dict[str, float]:
+    """Means since the last log, over all processes, to the file and the tracker."""
+    values = meter.means(gather_object if run.accelerator.num_processes > 1 else None)
+    if not math.isfinite(values["loss"]):
+        there = checkpoints(run.output_dir)
+        last = f"resume from {there[-1].name}" if there else "start again"
+        raise TrainingError(
+            f"the loss is {values['loss']} at step {step}: lower training.learning_rate, or train in bf16 or fp32 "
+            f"instead of fp16, then {last}"
+        )
+    if lines is not None:
+        lines.write(step, values)
+    run.accelerator.log(values, step=step)
+    return values
+
+
+def _show(bar: Any, values: dict[str, float]) -> None:
+    shown = {"loss": f"{values['loss']:.4f}"}
+    if "implicit_acc" in values:
+        shown["acc"] = f"{values['implicit_acc']:.2f}"
+    shown["lr"] = f"{values['lr']:.1e}"
+    bar.set_postfix(shown)
+
+
+def _note_problems(run: Run, noted: int) -> int:
+    """Names the pairs that turned out unreadable since the last log."""
+    for problem in run.source.problems[noted:]:
+        log.warning("pair replaced by another: %s", problem)
+    return len(run.source.problems)

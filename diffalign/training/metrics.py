@@ -1,0 +1,85 @@
+"""What a run says about itself: sums kept on the device between logs, one transfer a log.
+
+Every pair counts once, whatever the batch, the accumulation or the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.records import CHOSEN, Evidence, Score
+
+QUARTERS = 4
+
+
+def observe(evidence: Evidence, score: Score, timesteps: int) -> dict[str, Tensor]:
+    """Per-pair values of one micro-batch, by metric name; each tensor is averaged over all of its entries.
+
+    Besides the objective's own: `loss`; `implicit_acc`, the share of logits above 0; `displacement`, the share of
+    pairs whose chosen side has become less likely than under the reference; policy and reference errors by quarter
+    of the timestep range (`error/policy/q1` is the quarter with the least noise).
+    """
+    values: dict[str, Tensor] = {"loss": score.loss, **score.metrics}
+    if score.logit is not None:
+        values["implicit_acc"] = (score.logit > 0).float()
+    if evidence.reference is not None:
+        values["displacement"] = (evidence.margin[CHOSEN] > 0).float()
+    if evidence.t is not None:
+        quarter = (evidence.t * QUARTERS // timesteps).expand(evidence.policy.shape)
+        for q in range(QUARTERS):
+            inside = (quarter == q).flatten()
+            if bool(inside.any()):  # t lives on the CPU: no device sync
+                index = inside.nonzero().flatten()
+                for who, errors in (("policy", evidence.policy), ("reference", evidence.reference)):
+                    if errors is not None:
+                        values[f"error/{who}/q{q + 1}"] = errors.flatten()[index.to(errors.device, non_blocking=True)]
+    return values
+
+
+class Meter:
+    """Running sums and counts of named per-pair values."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds every entry of every tensor; nothing is read back from the device."""
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] = self._counts.get(name, 0) + value.numel()
+
+    def means(self, gather: Callable[[object], list[dict[str, tuple[float, int]]]] | None = None) -> dict[str, float]:
+        """Means since the last call, over all processes where `gather` joins their sums; then starts anew."""
+        names = list(self._sums)
+        sums = torch.stack([self._sums[n] for n in names]).tolist() if names else []
+        own = {n: (s, self._counts[n]) for n, s in zip(names, sums, strict=True)}
+        self._sums, self._counts = {}, {}
+        parts = [own] if gather is None else gather([own])
+        merged: dict[str, float] = {}
+        for name in dict.fromkeys(n for part in parts for n in part):
+            held = [part[name] for part in parts if name in part]
+            merged[name] = sum(s for s, _ in held) / sum(c for _, c in held)
+        return merged
+
+
+class JsonLines:
+    """`metrics.jsonl`: one line a log, appended, so that a resumed run continues its own file."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        """Opens the file; lines of steps after `from_step`, which the resumed run will do again, are removed."""
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= from_step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self._path = path
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,0 +1,63 @@
+"""Optimisers and learning-rate schedules by name. Both are libraries' own; what is ours is the choice of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import LRScheduler
+
+from diffalign.config import TrainingSection
+
+
+def make_optimizer(parameters: Iterable[Parameter], training: TrainingSection, lr: float) -> torch.optim.Optimizer:
+    """The configured optimiser at learning rate `lr`.
+
+    adamw        torch's, fused where the parameters' device has it
+    adamw_8bit   torchao's AdamW with 8-bit state (extra `8bit`, CUDA)
+    adafactor    without scaled parameters or relative steps, as Diffusion-DPO's SDXL launcher uses it
+
+    Raises ImportError saying what to install, and ValueError where the device cannot run it.
+    """
+    params = list(parameters)
+    betas = (training.adam_beta1, training.adam_beta2)
+    shared: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": training.adam_weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(params, **shared, eps=training.adam_epsilon, fused=params[0].is_cuda)
+    if training.optimizer == "adamw_8bit":
+        if not params[0].is_cuda:
+            raise ValueError("training.optimizer: adamw_8bit needs a CUDA device; use adamw or adafactor here")
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise ImportError(
+                "training.optimizer: adamw_8bit needs torchao; install it with pip install 'diffalign[8bit]'"
+            ) from None
+        return AdamW8bit(params, **shared, eps=training.adam_epsilon)
+    from transformers.optimization import Adafactor
+
+    return Adafactor(params, lr=lr, weight_decay=training.adam_weight_decay, scale_parameter=False, relative_step=False)
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, training: TrainingSection) -> LRScheduler:
+    """The configured schedule, stepped once an optimiser step; warm-up rises linearly from 0."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        training.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=training.max_train_steps,
+    )
+
+
+def effective_lr(training: TrainingSection, processes: int) -> float:
+    """The learning rate in force: with `scale_lr` the configured one times the effective batch in pairs."""
+    return training.learning_rate * (effective_batch(training, processes) if training.scale_lr else 1)
+
+
+def effective_batch(training: TrainingSection, processes: int) -> int:
+    """Pairs in one optimiser step over all processes."""
+    return training.train_batch_size * training.gradient_accumulation_steps * processes

@@ -1,0 +1,140 @@
+"""What a run is going to do, in words and numbers, before it does it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.records import PairBatch
+from diffalign.training.loop import optimizer_step
+from diffalign.training.metrics import Meter
+from diffalign.training.optim import effective_batch
+from diffalign.training.setup import Run
+
+TINY_LATENT = 32  # side of the latents of the trial step on a CPU; its activations are scaled up to the run's
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 4.0}  # state per trained parameter, at most
+
+
+def describe(run: Run, start: int = 0) -> str:
+    """The plan of a built run: model, what is trained, batch, learning rate, steps, data, files."""
+    config, training = run.config, run.config.training
+    processes = run.accelerator.num_processes
+    batch = effective_batch(training, processes)
+    total = sum(p.numel() for p in run.unet.parameters())
+    trained = sum(p.numel() for p in run.parameters)
+    how = config.tuning.method
+    if how == "lora":
+        how += f" rank {config.tuning.rank} alpha {config.tuning.lora_alpha:g}"
+    product = f"{training.train_batch_size} x {training.gradient_accumulation_steps} x {processes}"
+    lr = f"{run.lr:.3g}"
+    if training.scale_lr:
+        lr += f" = {training.learning_rate:.3g} x {batch} (scale_lr)"
+    steps, pairs = training.max_train_steps, len(run.table)
+    reference = {"none": "none", "copy": "frozen copy", "lora_off": "the policy with LoRA off"}[run.reference_kind]
+    rows = [
+        ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
+        ("model", f"{config.model.pretrained_model_name_or_path} ({run.base.family.name}, "
+                  f"{run.base.schedule.prediction_type}), {total / 1e6:.2f} M parameters"),
+        ("training", f"{how}: {trained / 1e6:.3f} M parameters, reference: {reference}"),
+        ("batch", f"{batch} pairs = {product} (per device x accumulation x processes)"),
+        ("learning rate", f"{lr}, {training.lr_scheduler}, {training.lr_warmup_steps} warm-up steps"),
+        ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, device {run.accelerator.device}"),
+        ("steps", f"{start} -> {steps}, {steps * batch} pairs = {steps * batch / pairs:.2f} epochs of {pairs}"),
+        ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, "
+                 + ("encoded at every visit" if config.data.cache_dir is None else f"cache {config.data.cache_dir}")),
+        ("files", _files(run)),
+    ]  # fmt: skip
+    return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def trial(run: Run) -> str:
+    """Takes one tiny optimiser step on the first pair and says what it measured and what the run will need.
+
+    The run's weights are moved by it: build another run to train.
+    """
+    batch = next(run.source.batches(0))
+    config = run.config
+    tiny = config.model_copy(update={"training": config.training.model_copy(update={"gradient_accumulation_steps": 1})})
+    small = _one_small_pair(batch, run.accelerator.device.type == "cuda")
+    meter, kept = Meter(), _Kept(run.unet)
+    with kept:
+        optimizer_step(replace(run, config=tiny), iter([small]), meter)
+    values = meter.means()
+    scale = batch.pairs * batch.latents[0, 0, 0].numel() / small.latents[0, 0, 0].numel()
+    shape = "x".join(map(str, small.latents.shape[2:]))
+    lines = [
+        f"{'trial step':>14}  1 pair, latents {shape}: loss {values['loss']:.6f}, "
+        f"gradient norm {values['grad_norm']:.4g}",
+        f"{'memory':>14}  {_memory(run, kept.bytes * scale)}",
+    ]
+    return "\n".join(lines)
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for the backward pass, weights excluded, each storage once."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+        seen: set[int] = set()
+        self.bytes = 0
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return x
+
+        super().__init__(pack, lambda x: x)
+
+
+def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
+    """The first pair; on a CPU only a corner of its latents, because this is a look at the machinery."""
+    one = slice(0, 1)
+    latents = batch.latents[:, one] if full else batch.latents[:, one, :, :TINY_LATENT, :TINY_LATENT]
+    uncond = None if batch.uncond is None else batch.uncond.select(slice(None), one)
+    scores = None if batch.scores is None else batch.scores[:, one]
+    return PairBatch(
+        latents.contiguous(), batch.cond.select(slice(None), one), batch.keys[one], uncond, scores, batch.ids[:1]
+    )
+
+
+def _memory(run: Run, activations: float) -> str:
+    """An estimate of the peak on one device: what is resident, plus the activations of one micro-batch."""
+    weights = sum(p.numel() * p.element_size() for p in run.unet.parameters())
+    trained = sum(p.numel() for p in run.parameters)
+    reference = 0
+    if run.reference_kind == "copy":
+        reference = weights if run.networks.autocast_dtype is None else weights // 2
+    other = [run.base.vae, *(run.base.text.models if run.base.text else ())]
+    encoders = sum(p.numel() * p.element_size() for module in other if module is not None for p in module.parameters())
+    parts = {
+        "weights": weights,
+        "reference": reference,
+        "VAE and text": encoders,
+        "gradients": 4 * trained,
+        "optimizer": OPTIMIZER_BYTES[run.config.training.optimizer] * trained,
+        "EMA": 0 if run.ema is None else 4 * trained,
+        "activations": activations,
+    }
+    listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
+    return f"about {_size(sum(parts.values()))} = {listed} (an estimate; kernels and fragmentation come on top)"
+
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:.2f} MiB"
+
+
+def _settings(objective: Any) -> str:
+    return repr(objective).removeprefix(type(objective).__name__)
+
+
+def _files(run: Run) -> str:
+    weights = "unet/" if run.config.tuning.method == "full" else "pytorch_lora_weights.safetensors"
+    names = [weights, "config.yaml", "run.json", "metrics.jsonl"]
+    if run.config.training.checkpointing_steps:
+        names.append("checkpoint-N/")
+    return f"{run.output_dir}/ {', '.join(names)}"

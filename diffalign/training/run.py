@@ -1,0 +1,146 @@
+"""One run from config to final weights: the folder, what is recorded of the run, and the order of things."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from diffalign.config import Config, ConfigError, save_config
+from diffalign.training.loop import OnStep, clear_output, resume, train
+from diffalign.training.plan import describe
+from diffalign.training.setup import build, make_accelerator, open_table
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "torchao", "xformers")
+
+
+def run_training(config: Config, on_validation: OnStep | None = None) -> dict[str, float]:
+    """Runs a config to its end and returns the last logged metrics.
+
+    Raises ConfigError when the output folder holds another run, DataError before any model is loaded.
+    """
+    accelerator = make_accelerator(config)
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        claim(config, output_dir)
+    accelerator.wait_for_everyone()
+    table = open_table(config)
+    if accelerator.is_main_process:
+        log.info("%d usable pairs of %d rows in %s", len(table), table.total_rows, config.data.path)
+        for problem in table.problems[:5]:
+            log.warning("row left out: %s", problem)
+        if len(table.problems) > 5:
+            log.warning("… and %d more rows; `diffalign data check` names them all", len(table.problems) - 5)
+    run = build(config, accelerator, table)
+    start = resume(run)
+    if accelerator.is_main_process:
+        record(config, output_dir, accelerator)
+        print(describe(run, start), flush=True)
+    if config.training.report_to != "none":
+        accelerator.init_trackers("logs")
+    try:
+        return train(run, start, on_validation if config.validation.prompts else None)
+    finally:
+        accelerator.end_training()
+
+
+def claim(config: Config, output_dir: Path) -> None:
+    """Makes sure that the output folder is this run's own.
+
+    Raises ConfigError when it holds a run that is neither resumed nor to be overwritten, or when a resumed run's
+    settings differ from the recorded ones in anything but its length, its logging and its validation.
+    """
+    recorded = output_dir / "config.yaml"
+    if recorded.is_file():
+        if config.overwrite_output_dir and config.training.resume_from_checkpoint is None:
+            clear_output(output_dir)
+        elif config.training.resume_from_checkpoint is None:
+            raise ConfigError(
+                f"output_dir: {output_dir} already holds a run; set training.resume_from_checkpoint=latest to go on "
+                "with it, overwrite_output_dir=true to replace it, or name another folder"
+            )
+        elif changed := _changes(yaml.safe_load(recorded.read_text()), config.resolved()):
+            lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
+            raise ConfigError(
+                f"the run in {output_dir} was started with other settings, and resuming would mix them:\n{lines}\n"
+                "restore them, or start a run of its own in another output_dir"
+            )
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def record(config: Config, output_dir: Path, accelerator: Accelerator) -> None:
+    """Writes config.yaml (resolved) and run.json (versions, commit, device, processes)."""
+    save_config(config, output_dir / "config.yaml")
+    facts = {
+        **environment(),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "command": sys.argv,
+    }
+    (output_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, Python, platform and the git commit of the working folder, as far as there is one."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(), **_commit()}
+
+
+def _commit() -> dict[str, Any]:
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"git_commit": commit, "git_dirty": None if commit is None else bool(git("status", "--porcelain"))}
+
+
+# Settings that may change when a run goes on: how long, how it is watched, how it is spread over devices.
+_FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "validation",
+    "data.dataloader_num_workers",
+    "model.gradient_checkpointing",
+    "model.attention",
+    "training.max_train_steps",
+    "training.train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.checkpointing_steps",
+    "training.checkpoints_total_limit",
+    "training.resume_from_checkpoint",
+    "training.logging_steps",
+    "training.report_to",
+}
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    changed = []
+    for name in {**was, **now}:
+        path = f"{prefix}{name}"
+        if path in _FREE:
+            continue
+        a, b = was.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += _changes(a, b, f"{path}.")
+        elif a != b:
+            changed.append((path, a, b))
+    return changed
