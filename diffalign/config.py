@@ -64,6 +64,7 @@ class DataSection(_Section):
     path: str  # file, folder or Hub id
     format: str = "auto"
     split: str = "train"
+    columns: dict[str, str] = {}  # part -> column where names differ, e.g. {prompt: text, chosen: winner}
     max_pairs: Count | None = None
     invert_preference: bool = False
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None  # pixels; null: the model family's
@@ -73,6 +74,7 @@ class DataSection(_Section):
     verify: Literal["none", "header", "full"] = "header"
     cache_dir: str | None = None  # encode once, train without VAE and text encoders
     cache_variants: Count = 1  # crops/flips of each pair kept in the cache
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of moments and embeddings in the cache
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
 
 
@@ -182,6 +184,24 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved config; loading it gives the same config back."""
     path.write_text(yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
+
+
+def packaged_configs() -> list[tuple[Path, str]]:
+    """The configs that come with diffalign, each with the first line of its header: what it is for."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "training_configs", package / "_training_configs"):
+        if folder.is_dir():
+            files = sorted(folder.rglob("*.yaml"))
+            return [(file, file.read_text().partition("\n")[0].lstrip("# ")) for file in files]
+    return []
+
+
+def packaged_config(name: str) -> Path:
+    """The packaged config called e.g. world/dpo.yaml. Raises ConfigError where it is not installed."""
+    for file, _ in packaged_configs():
+        if file.as_posix().endswith(f"/{name}"):
+            return file
+    raise ConfigError(f"no config {name} comes with this installation; reinstall diffalign")
 
 
 def _parse_objective(node: Any) -> Any:

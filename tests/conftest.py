@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,8 +12,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from diffalign.config import Config, parse_config
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they give, and the tests run side by side
 
@@ -49,3 +54,48 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny
 
     return Path(make_tiny(tmp_path_factory.mktemp("tiny") / "sdxl", "sdxl"))
+
+
+@pytest.fixture(scope="session")
+def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pairs of noise pictures with four prompts, in the folder layout."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for side in ("chosen", "rejected"):
+        (folder / side).mkdir()
+        for i in range(12):
+            pixels = rng.integers(0, 255, (80, 70, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / side / f"{i:03d}.png")
+    for i in range(12):
+        (folder / f"{i:03d}.txt").write_text(f"a red circle {i % 4}")
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, pair_folder: Path) -> Callable[..., Config]:
+    """`make_config(base, {"section.key": value, "objective": {...}})`: a four-step run on a tiny pipeline."""
+
+    def make(base: Path, overrides: dict[str, object] | None = None) -> Config:
+        tree: dict[str, dict] = {
+            "model": {"pretrained_model_name_or_path": str(base)},
+            "tuning": {"rank": 4, "alpha": 8},
+            "objective": {"name": "dpo", "beta": 500.0},
+            "data": {"path": str(pair_folder), "resolution": 32},
+            "training": {
+                "max_train_steps": 4,
+                "train_batch_size": 2,
+                "learning_rate": 1e-3,
+                "logging_steps": 1,
+                "report_to": "none",
+            },
+        }
+        top: dict[str, object] = {"output_dir": str(tmp_path / "out")}
+        for name, value in (overrides or {}).items():
+            section, _, key = name.partition(".")
+            if key:
+                tree.setdefault(section, {})[key] = value
+            else:
+                top[section] = value
+        return parse_config({**tree, **top})
+
+    return make

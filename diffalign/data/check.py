@@ -165,7 +165,7 @@ def check_pairs(
         columns=columns,
         verify=verify,
     )
-    sizes = sorted((size for both in table.sizes for size in both), key=lambda size: size[0] * size[1])
+    sizes = sorted(table.sizes, key=lambda size: size[0] * size[1])
     lengths = sorted(map(len, table.prompts))
     repeats = Counter(table.prompts)
     return Report(

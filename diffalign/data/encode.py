@@ -90,7 +90,7 @@ def encode_cache(
     problems: list[Problem] = []
 
     names = [name for name in plan.text_shards()[process::processes] if name in todo]
-    for name in tqdm(names, desc="prompts", unit=" shards", delay=3.0):
+    for name in tqdm(names, desc="prompts", unit=" shards", delay=3.0, mininterval=1.0):
         first = int(name[5:10]) * plan.prompts_per_shard
         tensors = _encode_text(encoder, prompts[first : first + plan.prompts_per_shard], DTYPES[dtype], batch_size)
         _write(folder, name, tensors, {})
@@ -99,7 +99,7 @@ def encode_cache(
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     names = [name for name in plan.moments_shards()[process::processes] if name in todo]
     ranges = [_range(name, plan) for name in names]
-    with tqdm(total=sum(map(len, ranges)), desc="images", unit=" pairs", delay=3.0) as bar:
+    with tqdm(total=sum(map(len, ranges)), desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
         for name, indices in zip(names, ranges):
             job = _Pixels(table, indices, key, run_seed)
             tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)

@@ -23,7 +23,7 @@ def open_listing(file: Path) -> ListColumns:
             if file.suffix in (".csv", ".tsv"):
                 reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",")
                 for row in reader:
-                    if row.pop(None, None) is not None:  # type: ignore[call-overload]
+                    if row.pop(None, None) is not None:
                         faults[len(rows)] = "more fields than the header has; quote values that hold the delimiter"
                     rows.append(row)
                     wheres.append(f"{file.name} line {reader.line_num}")

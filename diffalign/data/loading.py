@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         """A copy in pinned memory; `DataLoader` calls this."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        pinned = {name: x.pin_memory() for name, x in tensors.items() if isinstance(x, Tensor) and name != "keys"}
-        return replace(self, **pinned)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned = {name: x.pin_memory() for name, x in values.items() if isinstance(x, Tensor)}
+        return Loaded(**(values | pinned))
 
 
 class Content(Protocol):
@@ -86,13 +86,14 @@ class Visits(Dataset[Loaded]):
             prompts=tuple(visit.prompt for visit in visits),
             problems=tuple(problem for visit in visits for problem in visit.problems),
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
-            **{name: torch.stack([visit.tensors[name] for visit in visits]) for name in names},  # type: ignore[arg-type]
+            **{name: torch.stack([visit.tensors[name] for visit in visits]) for name in names},
         )
 
     def visit(self, position: int) -> Visit:
         """What is seen at a position: the pair that the order names, or its substitute."""
         first, draw = self.order(position)
-        index, problems = first, []
+        index = first
+        problems: list[Problem] = []
         for attempt in range(ATTEMPTS):
             try:
                 return self._look(index, draw, tuple(problems))

@@ -95,9 +95,9 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> Lay
         parts = _LAYOUTS[name].PARTS
         found = {part: column for part, column in columns.items() if part in parts}
         for part, names in parts.items():
-            column = next((each for each in names if each in stored.names), None)
-            if part not in found and column is not None:
-                found[part] = column
+            present = next((each for each in names if each in stored.names), None)
+            if part not in found and present is not None:
+                found[part] = present
         missing[name] = [part for part in parts if part not in found and part not in _LAYOUTS[name].OPTIONAL]
         if not missing[name]:
             return _LAYOUTS[name].layout(found)

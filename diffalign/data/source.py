@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from diffalign.data.rows import DataError, Problem
 from diffalign.data.sampler import positions_for
 from diffalign.data.table import PairTable
 from diffalign.records import Conditioning, PairBatch
+
+log = logging.getLogger(__name__)
 
 TEXT_MEMO = 256  # prompts whose embeddings stay on the encoder's device (SDXL: 0.6 MB each)
 
@@ -95,7 +99,7 @@ class OfflinePairs:
         """
         loader = DataLoader(
             self._visits,
-            batch_sampler=_Positions(self, first_step),  # type: ignore[arg-type]
+            batch_sampler=_Positions(self, first_step),
             collate_fn=_same,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -137,7 +141,10 @@ class OfflinePairs:
 
     def _note(self, problems: tuple[Problem, ...]) -> None:
         known = {problem.where for problem in self.problems}
-        self.problems += [problem for problem in dict.fromkeys(problems) if problem.where not in known]
+        for problem in dict.fromkeys(problems):
+            if problem.where not in known:
+                self.problems.append(problem)
+                log.warning("replaced by another pair, each time: %s", problem)
         if len(self.problems) > self._allowed:
             raise DataError(
                 f"{len(self.problems)} of {len(self.table)} pairs could not be read, more than the {self._allowed} "
@@ -165,8 +172,8 @@ class TextMemo:
             self._kept.move_to_end(prompt)
         while len(self._kept) > TEXT_MEMO:
             self._kept.popitem(last=False)
-        pooled = [each for _, each in found if each is not None]
-        return torch.stack([embeds for embeds, _ in found]), torch.stack(pooled) if pooled else None
+        pools = [pooled for _, pooled in found if pooled is not None]
+        return torch.stack([embeds for embeds, _ in found]), torch.stack(pools) if pools else None
 
 
 class _Positions:
@@ -192,5 +199,5 @@ def _no_time_ids(geometry: Tensor) -> None:
     return None
 
 
-def _same(loaded: Loaded) -> Loaded:
-    return loaded
+def _same(loaded: Any) -> Any:
+    return loaded  # `Visits` has made the batch already

@@ -47,7 +47,7 @@ class PairTable:
         self.problems: list[Problem] = []
         self.ids: list[str] = []
         self.prompts: list[str] = []  # of each pair
-        self.sizes: list[tuple[Size, Size]] = []  # (width, height) of chosen and rejected; empty with verify="none"
+        self._sizes = array("i")  # four numbers per pair; empty with verify="none"
         self.stamps: list[str] = []  # byte sizes of image files, which their path-based ids do not cover
         self._rows, self._first, self._ties = array("q"), bytearray(), bytearray()
         self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
@@ -91,6 +91,11 @@ class PairTable:
         return self.columns.where(self._rows[index])
 
     @property
+    def sizes(self) -> list[Size]:
+        """(width, height) of every image, chosen and rejected in turn; empty with verify="none"."""
+        return list(zip(self._sizes[::2], self._sizes[1::2]))
+
+    @property
     def ties(self) -> int:
         """Number of kept ties."""
         return sum(self._ties)
@@ -110,7 +115,7 @@ class PairTable:
         light = _Light(self.columns, self.layout)
         seen: Counter[str] = Counter()
         kept_prompts: dict[str, str] = {}
-        bar = tqdm(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0)
+        bar = tqdm(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0)
         for row in bar:
             if max_pairs is not None and len(self) >= max_pairs:
                 break
@@ -152,7 +157,7 @@ class PairTable:
                 labels = (0.5, 0.5) if tie else (1.0 - judged, float(judged))
                 self._scores.append(light.scores(row) or labels)
             if sizes is not None:
-                self.sizes.append((sizes[first], sizes[1 - first]))
+                self._sizes.extend((*sizes[first], *sizes[1 - first]))
             if stamp is not None:
                 self.stamps.append(stamp)
 

@@ -71,15 +71,15 @@ class PinnedAttention:
             ) from error
 
 
-def set_attention(unet: nn.Module, backend: str = "auto", device: torch.device | str | None = None) -> str:
+def set_attention(unet: nn.Module, backend: str, device: torch.device | str) -> str:
     """Choose the attention kernel of a UNet, LoRA layers or not; returns what was chosen, for the log.
 
-    `device` is where the UNet will run; default: where it is. Raises ModelError for a backend that is unknown or
-    cannot work there.
+    `device` is where the UNet will run, which need not be where it is now. Raises ModelError for a backend that is
+    unknown or cannot work there.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
-    device = next(unet.parameters()).device if device is None else torch.device(device)
+    device = torch.device(device)
     _check(backend, device)
     if backend == "xformers":
         unet.set_attn_processor(XFormersAttnProcessor())

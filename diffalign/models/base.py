@@ -60,6 +60,7 @@ def load_base(
 
     Raises ModelError (a ValueError) when something is missing, pickled, or of a kind that is not tuned here.
     """
+    hide_loading_bars()
     name = str(pretrained_model_name_or_path)
     where = Where(revision, variant, torch_dtype)
     if is_single_file(name):
@@ -79,6 +80,17 @@ def load_base(
     if base.vae is not None:
         base.family = replace(base.family, default_resolution=_resolution(base))
     return base
+
+
+def hide_loading_bars() -> None:
+    """Turns off the bars that libraries draw for reading local files (several a model); downloads keep theirs."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    from huggingface_hub.utils import enable_progress_bars
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # switches the Hub's bars off as well
+    enable_progress_bars()
 
 
 def vae_factor(vae: nn.Module) -> int:

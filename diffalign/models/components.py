@@ -5,6 +5,7 @@ Weights come from safetensors only: a pickled .bin or .ckpt can run code when it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,37 @@ from diffalign.models.family import ModelError
 _A_BASE_IS = "a base is a diffusers pipeline folder, a Hub id or one .safetensors file"
 
 
+@dataclass(frozen=True)
+class Where:
+    """Revision, variant and dtype that all components of one load share."""
+
+    revision: str | None
+    variant: str | None
+    dtype: torch.dtype
+
+    def load(self, cls: Any, source: str, subfolder: str | None, **dtype: torch.dtype) -> nn.Module:
+        """`cls.from_pretrained` of safetensors weights. Raises ModelError naming component, cause and remedy."""
+        try:
+            module = cls.from_pretrained(
+                source,
+                subfolder=subfolder or "",
+                revision=self.revision,
+                variant=self.variant,
+                use_safetensors=True,
+                **dtype,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(_why_no_weights(source, subfolder or "", self.variant, error)) from error
+        return module
+
+
 def read_index(source: str, revision: str | None) -> dict[str, Any]:
     """The pipeline's model_index.json. Raises ModelError when there is none to be had."""
     from diffusers import DiffusionPipeline
 
     try:
         return dict(DiffusionPipeline.load_config(source, revision=revision))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelError(_why_no_pipeline(source, error)) from error
 
 
@@ -46,9 +71,12 @@ def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[
     for suffix in names:
         cls = CLIPTextModelWithProjection if suffix else CLIPTextModel
         models.append(where.load(cls, source, f"text_encoder{suffix}", dtype=where.dtype))
-        tokenizers.append(
-            CLIPTokenizer.from_pretrained(source, subfolder=f"tokenizer{suffix}", revision=where.revision)
-        )
+        try:
+            tokenizers.append(
+                CLIPTokenizer.from_pretrained(source, subfolder=f"tokenizer{suffix}", revision=where.revision)
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(_why_no_weights(source, f"tokenizer{suffix}", None, error)) from error
     return tuple(tokenizers), tuple(models)
 
 
@@ -74,30 +102,6 @@ def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Where:
-    """Revision, variant and dtype that all components of one load share."""
-
-    def __init__(self, revision: str | None, variant: str | None, dtype: torch.dtype) -> None:
-        self.revision = revision
-        self.variant = variant
-        self.dtype = dtype
-
-    def load(self, cls: Any, source: str, subfolder: str | None, **dtype: torch.dtype) -> nn.Module:
-        """`cls.from_pretrained` of safetensors weights. Raises ModelError naming component, cause and remedy."""
-        try:
-            module = cls.from_pretrained(
-                source,
-                subfolder=subfolder or "",
-                revision=self.revision,
-                variant=self.variant,
-                use_safetensors=True,
-                **dtype,
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(_why_no_weights(source, subfolder or "", self.variant, error)) from error
-        return module
-
-
 def _vae_class(source: str, subfolder: str | None, where: Where) -> Any:
     import diffusers
 
@@ -114,7 +118,7 @@ def _vae_class(source: str, subfolder: str | None, where: Where) -> Any:
     return getattr(diffusers, name)
 
 
-def _why_no_pipeline(source: str, error: OSError) -> str:
+def _why_no_pipeline(source: str, error: Exception) -> str:
     folder = Path(source)
     if folder.is_dir():
         if (folder / "unet").is_dir() or list(folder.glob("*.safetensors")):

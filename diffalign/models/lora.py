@@ -111,6 +111,7 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
     than that, or does not fit.
     """
     file = lora_file(path)
+    check_lora_fits(file, unet)
     config, state = read_lora(file, unet)
     if not lora_layers(unet):
         _inject(unet, config)
@@ -142,31 +143,69 @@ def lora_file(path: str | Path) -> Path:
     return file
 
 
+def check_lora_fits(file: Path, unet: nn.Module) -> None:
+    """Raise ModelError unless every UNet weight in the file has a module of its shape here.
+
+    diffusers' own loader only warns, and makes pictures with the part that fits.
+    """
+    for key, value in _unet_weights(_read(file, unet)[0]).items():
+        name, _, side = key.removesuffix(".weight").rpartition(".")
+        try:
+            module = unet.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(f"{file} does not fit this base: it has a LoRA for {name}, the UNet does not") from error
+        weight = getattr(module, "base_layer", module).weight
+        own, axis = (weight.shape[1], 1) if side == "lora_A" else (weight.shape[0], 0)
+        if value.shape[axis] != own:
+            raise ModelError(
+                f"{file} does not fit this base: its {key} has {value.shape[axis]} where the UNet's module has {own}"
+            )
+
+
 def read_lora(file: Path, unet: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     """(peft LoraConfig, weights keyed "module.lora_A.weight") of a LoRA file for this UNet."""
-    from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft, get_peft_kwargs
     from peft import LoraConfig
 
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(load_file(file), unet_config=unet.config)
-    foreign = sorted({key.split(".")[0] for key in state} - {"unet"})
-    if foreign or not state:
+    everything, alphas = _read(file, unet)
+    foreign = sorted({key.split(".")[0] for key in everything} - {"unet"})
+    if foreign or not everything:
         raise ModelError(
             f"{file} holds LoRA weights for {', '.join(foreign) or 'nothing'}; only UNet adapters are tuned here, and "
             "dropping the rest would change the picture. Merge it into the base first if you want to train on it"
         )
-    state = {key.removeprefix("unet."): value for key, value in state.items()}
+    state = _unet_weights(everything)
     with safe_open(file, framework="pt") as opened:
         written = json.loads((opened.metadata() or {}).get(_METADATA_KEY, "{}"))
     if written:
         fields = {key.removeprefix("unet."): value for key, value in written.items()}
         return LoraConfig(**{key: fields[key] for key in _ADAPTER_FIELDS if key in fields}), state
-    state = convert_unet_state_dict_to_peft(state)
     ranks = {f"^{key}": value.shape[1] for key, value in state.items() if "lora_B" in key}
     # kohya's alphas are keyed by a weight of their module: the same renaming leads them to it
-    alphas = {key.removeprefix("unet.").removesuffix(".alpha"): value for key, value in (alphas or {}).items()}
+    alphas = {key.removeprefix("unet.").removesuffix(".alpha"): value for key, value in alphas.items()}
     alphas = {f"{key}.alpha": value for key, value in convert_unet_state_dict_to_peft(alphas).items()}
     return LoraConfig(**get_peft_kwargs(ranks, alphas, state)), state
+
+
+def _read(file: Path, unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights and alphas in one of diffusers' layouts, whatever layout the file is in."""
+    from diffusers import StableDiffusionXLPipeline
+
+    weights = load_file(file)
+    if not any("lora" in key for key in weights):
+        raise ModelError(
+            f"{file} is no LoRA: none of its {len(weights)} tensors is named so (e.g. {next(iter(weights))})"
+        )
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet.config)
+    return state, alphas or {}
+
+
+def _unet_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    return convert_unet_state_dict_to_peft(
+        {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+    )
 
 
 def _inject(unet: nn.Module, config: Any) -> None:

@@ -25,7 +25,8 @@ def store_for_autocast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Keep the frozen weights that autocast would cast at every call in `dtype`, and everything else as it is.
 
     Under autocast to the same dtype the outputs do not change by one bit, at half the memory and without the casts.
-    Trainable parameters (LoRA's) are left alone. In place; returns the module.
+    Trainable parameters (LoRA's) are left alone. In place; returns the module, which from now on must be called under
+    autocast (sampling included).
     """
     for layer in module.modules():
         if isinstance(layer, _AUTOCAST_LAYERS):

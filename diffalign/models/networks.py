@@ -46,7 +46,7 @@ class Networks:
             leave_casts_to_autocast(unet)
         self._reference = reference
         self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
-        self.reference_forwards = 0  # networks calls made for the reference; what a run pays for having one
+        self.reference_forwards = 0  # what a run pays for having one
 
     def policy(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The trainable network's raw prediction "n c h w", float32, with grad where grad is enabled."""

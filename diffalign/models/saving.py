@@ -17,7 +17,7 @@ from torch import nn
 
 from diffalign.models.base import Base, load_base
 from diffalign.models.family import Family, ModelError
-from diffalign.models.lora import LORA_FILE, load_lora, lora_layers, save_lora
+from diffalign.models.lora import LORA_FILE, check_lora_fits, load_lora, lora_layers, save_lora
 
 UNET_FOLDER = "unet"
 
@@ -56,7 +56,7 @@ def find_tuned(path: str | Path) -> Tuned:
         return found[0]
     if found:
         raise ModelError(f"{path} holds several tuned models: name one of {', '.join(str(t.path) for t in found)}")
-    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))  # by step
     hint = f"; give a checkpoint of it, e.g. {checkpoints[-1]}" if checkpoints else ""
     missing = "" if path.exists() else " (no such path)"
     raise ModelError(
@@ -82,6 +82,7 @@ def apply_tuned(pipeline: Any, path: str | Path) -> Tuned:
     """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here."""
     tuned = find_tuned(path)
     if tuned.kind == "lora":
+        check_lora_fits(tuned.path, pipeline.unet)
         pipeline.load_lora_weights(str(tuned.path.parent), weight_name=tuned.path.name)
     else:
         _load_full(pipeline.unet, tuned.path)

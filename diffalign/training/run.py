@@ -21,6 +21,7 @@ from diffalign.training.setup import build, make_accelerator, open_table
 
 log = logging.getLogger(__name__)
 
+NAMED = 5  # rows left out that are named at the start of a run
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "torchao", "xformers")
 
 
@@ -34,13 +35,14 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     if accelerator.is_main_process:
         claim(config, output_dir)
     accelerator.wait_for_everyone()
-    table = open_table(config)
+    table = open_table(config, accelerator)
     if accelerator.is_main_process:
         log.info("%d usable pairs of %d rows in %s", len(table), table.total_rows, config.data.path)
-        for problem in table.problems[:5]:
+        left_out = [problem for problem in table.problems if problem.dropped]
+        for problem in left_out[:NAMED]:
             log.warning("row left out: %s", problem)
-        if len(table.problems) > 5:
-            log.warning("… and %d more rows; `diffalign data check` names them all", len(table.problems) - 5)
+        if len(left_out) > NAMED:
+            log.warning("… and %d more rows; `diffalign data check` names them all", len(left_out) - NAMED)
     run = build(config, accelerator, table)
     start = resume(run)
     if accelerator.is_main_process:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -17,6 +18,7 @@ from diffalign.config import Config
 from diffalign.data.cache import cache_key, open_cache
 from diffalign.data.encode import encode_cache
 from diffalign.data.readers import open_pairs
+from diffalign.data.rows import DataError
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
 from diffalign.models.attention import set_attention
@@ -60,8 +62,26 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def open_table(config: Config) -> PairTable:
-    """The usable pairs of the run's data; needs no model. Raises DataError."""
+def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTable:
+    """The usable pairs of the run's data; needs no model.
+
+    With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return _open_table(config)
+    found: list[PairTable | DataError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [_open_table(config)]
+        except DataError as error:
+            found = [error]
+    (table,) = broadcast_object_list(found)
+    if isinstance(table, DataError):
+        raise table
+    return table
+
+
+def _open_table(config: Config) -> PairTable:
     data = config.data
     return open_pairs(
         data.path,
@@ -69,6 +89,7 @@ def open_table(config: Config) -> PairTable:
         split=data.split,
         max_pairs=data.max_pairs,
         invert_preference=data.invert_preference,
+        columns=data.columns,
         verify=data.verify,
     )
 
@@ -115,6 +136,7 @@ def encode_run(
         random_flip=data.random_flip,
         variants=data.cache_variants,
         run_seed=config.seed,
+        dtype=data.cache_dtype,
         num_workers=data.dataloader_num_workers,
         process=process,
         processes=processes,
@@ -128,7 +150,7 @@ def encode_run(
 def build(config: Config, accelerator: Accelerator, table: PairTable | None = None) -> Run:
     """Builds every part of the run; afterwards only steps are left to take."""
     torch.manual_seed(config.seed)
-    table = open_table(config) if table is None else table
+    table = open_table(config, accelerator) if table is None else table
     objective: Objective = config.objective
     training, device = config.training, accelerator.device
     if training.allow_tf32:
@@ -139,7 +161,7 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     source = _make_source(config, accelerator, table, encoder, resolution)
-    unet = prepare_policy(base, config)
+    unet = prepare_policy(base, config, device)
     kind: ReferenceKind = "none"
     if objective.needs_reference:
         kind = "lora_off" if lora_layers(unet) else "copy"
@@ -179,7 +201,7 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     )
 
 
-def prepare_policy(base: Base, config: Config) -> nn.Module:
+def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Module:
     """The base's UNet made trainable as configured: attention, checkpointing, LoRA or all weights."""
     unet, tuning = base.unet, config.tuning
     if tuning.method == "lora":
@@ -192,7 +214,7 @@ def prepare_policy(base: Base, config: Config) -> nn.Module:
             store_for_autocast(unet, autocast)
     else:
         unet.requires_grad_(True)
-    set_attention(unet, config.model.attention)
+    set_attention(unet, config.model.attention, device)
     set_checkpointing(unet, config.model.gradient_checkpointing)
     return unet
 
@@ -226,6 +248,7 @@ def _make_source(
         random_flip=data.random_flip,
         run_seed=config.seed,
         variants=data.cache_variants,
+        dtype=data.cache_dtype,
     )
     return make(open_cache(data.cache_dir, expected))
 

@@ -1,4 +1,4 @@
-"""The encode cache: equal to the online path, free of model calls, resumable, and refused when it is not the right one."""
+"""The encode cache: equal to the online path, free of model calls, resumable, refused when it is the wrong one."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_killed_encoding_goes_on_where_it_stopped(table: PairTable, tmp_path: Pa
 def test_processes_share_the_shards(table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "one")
     results = [encode(table, tmp_path / "three", process=r, processes=3) for r in range(3)]
-    assert [result.shards_missing for result in results] == [3, 1, 0]
+    assert [result.shards_missing for result in results] == [2, 1, 0]
     assert [result.shards_written for result in results] == [3, 1, 1]
     for file in (tmp_path / "one").iterdir():
         assert (tmp_path / "three" / file.name).read_bytes() == file.read_bytes()
@@ -168,11 +168,17 @@ def test_a_stale_cache_is_refused_by_field(table: PairTable, tmp_path: Path, fie
     assert str(caught.value).count("\n") == 1  # this field and no other
 
 
+def test_a_cache_of_random_crops_is_refused_where_nothing_is_random(table: PairTable, tmp_path: Path) -> None:
+    encode(table, tmp_path / "cache", **RANDOM)
+    with pytest.raises(DataError, match=r"\n  run_seed: the cache has 3, this run needs None"):
+        open_cache(tmp_path / "cache", replace(needed(table, **RANDOM), run_seed=None))
+
+
 def test_other_data_are_refused(table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "cache")
     file = tmp_path / "pairs.parquet"
     for other in (open_pairs(file, invert_preference=True), open_pairs(file, max_pairs=6)):
-        with pytest.raises(DataError, match="dataset: the cache has .*other pairs, prompts, labels"):
+        with pytest.raises(DataError, match=r"dataset: the cache has .*other pairs, prompts, labels"):
             open_cache(tmp_path / "cache", needed(other))
     rows = pick_rows(7)
     rows[0]["caption"] = "another"

@@ -73,6 +73,16 @@ def test_both_sides_get_the_same_relative_crop_and_flip() -> None:
     assert len(seen) > 10
 
 
+def test_the_chosen_side_comes_first_and_the_middle_is_cropped() -> None:
+    chosen, rejected = picture(1, (40, 16)), picture(2, (16, 30))
+    pixels, geometry = prepare_pair(
+        row(encoded(chosen), encoded(rejected)), 16, key=1, center_crop=True, random_flip=False
+    )
+    torch.testing.assert_close(pixels[0].double(), pixels_of(chosen)[:, :, 12:28], rtol=0, atol=1e-7)
+    torch.testing.assert_close(pixels[1].double(), pixels_of(rejected)[:, 7:23], rtol=0, atol=1e-7)
+    assert geometry.tolist() == [[16, 40, 0, 12, 16, 16], [30, 16, 7, 0, 16, 16]]
+
+
 def test_crop_and_flip_belong_to_the_key() -> None:
     pair = row(encoded(picture(1, (48, 16))), encoded(picture(2, (48, 16))))
 

@@ -117,8 +117,6 @@ def test_hpdv2_train_and_ranked_json(tmp_path: Path) -> None:
 
 def write_tar(file: Path, n: int, extra: tuple[tarfile.TarInfo, bytes] | None = None) -> Path:
     with tarfile.open(file, "w") as tar:
-        if extra is not None:
-            tar.addfile(extra[0], io.BytesIO(extra[1]))
         for i in range(n):
             parts = {
                 "original_prompt.txt": f"prompt {i % 3}".encode(),
@@ -130,6 +128,8 @@ def write_tar(file: Path, n: int, extra: tuple[tarfile.TarInfo, bytes] | None = 
                 member = tarfile.TarInfo(f"{i:06d}.{name}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+        if extra is not None:  # last, where it would replace a field of the same name
+            tar.addfile(extra[0], io.BytesIO(extra[1]))
     return file
 
 
@@ -310,6 +310,23 @@ def test_the_index_is_small(tmp_path: Path) -> None:
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", pick_rows(400), row_group_size=50), verify="none")
     table[0].chosen.open()  # a row group is in memory now; it must not travel
     assert len(pickle.dumps(table)) / 400 < 80
+
+
+@pytest.mark.parametrize("storage", ["parquet", "arrow", "jsonl", "tar"])
+def test_a_table_travels_to_other_processes(tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if storage == "arrow":
+        pytest.importorskip("datasets")
+        monkeypatch.setattr(parquet, "LARGE_GROUP", 10)
+    write = {
+        "parquet": lambda: write_parquet(tmp_path / "pairs.parquet", pick_rows(3)),
+        "arrow": lambda: write_parquet(tmp_path / "pairs.parquet", pick_rows(3)),
+        "jsonl": lambda: write_jsonl(tmp_path / "pairs.jsonl", 3),
+        "tar": lambda: write_tar(tmp_path / "pairs.tar", 3),
+    }
+    table = open_pairs(write[storage]())
+    sent = pickle.loads(pickle.dumps(table))
+    assert colours(sent) == colours(table)
+    assert sent.identity == table.identity
 
 
 def test_max_pairs_stops_early(tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def test_a_batch_holds_what_its_pairs_say(table: PairTable) -> None:
     assert batch.scores is None
 
 
+def test_each_side_keeps_its_own_size_and_crop(tmp_path: Path) -> None:
+    rows = [row | {"jpg_1": png(2 * i + 1, (16, 40))} for i, row in enumerate(pick_rows(4))]
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
+    batch = take(pairs(table, train_batch_size=4).batches(), 1)[0]
+    for place, name in enumerate(batch.ids):
+        first_is_chosen = int(name[1]) % 2  # label_0 = i % 2
+        heights = batch.cond.time_ids[:, place, 0].tolist()  # type: ignore[index]
+        assert heights == ([16, 40] if first_is_chosen else [40, 16])
+
+
 @pytest.mark.parametrize("options", [{}, {"prompt_dropout": 0.4, "with_uncond": True}])
 def test_a_batch_of_four_is_four_batches_of_one(table: PairTable, options: dict[str, Any]) -> None:
     four = take(pairs(table, train_batch_size=4, **options).batches(), 5)
@@ -128,6 +138,15 @@ def test_resuming_is_exact_and_loader_workers_change_nothing(table: PairTable) -
     assert_same(joined(line[8:]), joined(resumed))
     worked = take(pairs(table, gradient_accumulation_steps=2, num_workers=2).batches(0), 12)
     assert_same(joined(line), joined(worked))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pinned_memory_changes_nothing(table: PairTable, num_workers: int) -> None:
+    plain = take(pairs(table).batches(), 3)
+    pinned = take(pairs(table, pin_memory=True, num_workers=num_workers).batches(), 3)
+    assert pinned[0].keys.is_pinned()
+    assert_same(joined(plain), joined(pinned))
 
 
 def test_global_random_states_are_neither_used_nor_moved(table: PairTable) -> None:
@@ -214,7 +233,9 @@ def broken(tmp_path: Path) -> PairTable:
     return open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
 
 
-def test_an_unreadable_pair_is_replaced_by_its_own_substitute_and_named(broken: PairTable) -> None:
+def test_an_unreadable_pair_is_replaced_by_its_own_substitute_and_named(
+    broken: PairTable, caplog: pytest.LogCaptureFixture
+) -> None:
     order, stand_in = PairOrder(40, 3), broken.ids[substitute("a5:b5", 0, 40)]
     source_pairs = pairs(broken, train_batch_size=1)
     line = take(source_pairs.batches(), 80)
@@ -223,6 +244,7 @@ def test_an_unreadable_pair_is_replaced_by_its_own_substitute_and_named(broken: 
         assert line[position].ids == (stand_in,)
         assert int(line[position].keys[0]) == pair_key(3, stand_in, epoch)
     assert [(p.where, p.kind) for p in source_pairs.problems] == [("pairs.parquet row 5", "corrupt image")]
+    assert caplog.text.count("replaced by another pair, each time: pairs.parquet row 5: corrupt image") == 1
     assert "a5:b5" not in {name for batch in line for name in batch.ids}
     for options in ({"num_workers": 2}, {"train_batch_size": 4}):
         again = take(pairs(broken, **({"train_batch_size": 1} | options)).batches(0), 10)

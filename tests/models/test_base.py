@@ -32,9 +32,9 @@ def same_weights(a, b) -> bool:
 
 
 @pytest.fixture
-def folder(model: Model, tmp_path: Path) -> Path:
+def folder(models: dict[str, Model], tmp_path: Path) -> Path:
     """A copy of a tiny pipeline that a test may break."""
-    return Path(shutil.copytree(model.folder, tmp_path / "base"))
+    return Path(shutil.copytree(models["sdxl"].folder, tmp_path / "base"))
 
 
 def test_what_a_folder_says_is_what_is_loaded(model: Model):
@@ -86,7 +86,8 @@ def test_keys_missing_from_a_scheduler_config_mean_the_defaults_of_its_class(fol
     assert base.schedule.timestep_spacing == "linspace"
 
 
-def test_another_vae_replaces_the_folders_own(model: Model, tmp_path: Path):
+def test_another_vae_replaces_the_folders_own(models, tmp_path: Path):
+    model = models["sdxl"]
     other = AutoencoderKL.from_config(model.base.vae.config)
     other.save_pretrained(tmp_path / "vae")
     base = load_base(str(model.folder), pretrained_vae_model_name_or_path=str(tmp_path / "vae"))
@@ -95,8 +96,7 @@ def test_another_vae_replaces_the_folders_own(model: Model, tmp_path: Path):
 
 
 @pytest.mark.parametrize("forces", [True, False])
-def test_force_zeros_for_empty_prompt_is_read(models, tmp_path: Path, forces: bool):
-    folder = Path(shutil.copytree(models["sdxl"].folder, tmp_path / "base"))
+def test_force_zeros_for_empty_prompt_is_read(folder: Path, forces: bool):
     edit(folder / "model_index.json", force_zeros_for_empty_prompt=forces)
     assert load_base(str(folder)).text.zero_empty_prompt is forces
 
@@ -154,8 +154,8 @@ def test_a_base_that_is_not_there(name: str, message: str):
         load_base(name)
 
 
-def test_tuned_weights_are_no_base(model: Model, tmp_path: Path):
-    model.base.unet.save_pretrained(tmp_path / "unet")
+def test_tuned_weights_are_no_base(models, tmp_path: Path):
+    models["sd"].base.unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(ModelError, match="tuned weights"):
         load_base(str(tmp_path))
     lora = tmp_path / "lora.safetensors"

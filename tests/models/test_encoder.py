@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch.nn.functional import pixel_unshuffle
 
 from diffalign.models.base import Base, load_base
@@ -16,7 +18,7 @@ PROMPTS = ["a red circle", "", "a photo of the small green square, with words no
 
 
 def fresh(model: Model) -> Base:
-    return load_base(str(model.folder))
+    return copy.deepcopy(model.base)
 
 
 @pytest.fixture
@@ -71,6 +73,16 @@ def test_autoencoders_without_a_distribution_have_std_zero(model: Model):
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     mean, std = Encoder(base).moments(x).chunk(2, dim=1)
     torch.testing.assert_close(mean, pixel_unshuffle(x, 2) * base.vae.config.scaling_factor)
+    assert not std.any()
+
+
+def test_distilled_autoencoders_work_too(model: Model, pixels):
+    base = fresh(model)
+    two = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    base.vae = AutoencoderTiny(**two, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), scaling_factor=0.5).eval()
+    mean, std = Encoder(base).moments(pixels).chunk(2, dim=1)
+    with torch.no_grad():
+        assert torch.equal(mean, base.vae.encode(pixels).latents * 0.5)
     assert not std.any()
 
 

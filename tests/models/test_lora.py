@@ -81,7 +81,7 @@ def test_diffusers_makes_the_same_picture_from_the_file(model: Model, tmp_path: 
     assert file == tmp_path / "pytorch_lora_weights.safetensors"
 
     theirs = PIPELINES[model.base.family.name].from_pretrained(model.folder)
-    theirs.load_lora_weights(tmp_path)
+    theirs.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     expected = picture(ours)
     assert np.array_equal(picture(theirs), expected)
     assert np.abs(expected - plain).max() > 0.01
@@ -129,13 +129,16 @@ def test_an_adapter_of_another_shape_is_refused(model: Model, tmp_path: Path, se
 def test_kohya_files_load_as_diffusers_loads_them(model: Model, tmp_path: Path):
     unet = model.unet()
     add_lora(unet, rank=4, alpha=10)
+    for layer in lora_layers(unet)[::4]:  # kohya keeps an alpha for every module
+        layer.scaling["default"] = 2 / 4
     move_lora(unet)
+    alphas = {name: m.scaling["default"] * 4 for name, m in unet.named_modules() if hasattr(m, "lora_A")}
     state = {}
     for key, value in load_file(save_lora(unet, tmp_path, model.base.family)).items():
         name, _, side = key.removeprefix("unet.").removesuffix(".weight").rpartition(".")
-        name = f"lora_unet_{name.replace('.', '_')}"
+        alpha, name = alphas[name], f"lora_unet_{name.replace('.', '_')}"
         state[f"{name}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value
-        state[f"{name}.alpha"] = torch.tensor(10.0)
+        state[f"{name}.alpha"] = torch.tensor(alpha)
     save_file(state, tmp_path / "kohya.safetensors")
     loaded = model.unet()
     load_lora(loaded, tmp_path / "kohya.safetensors")
@@ -151,6 +154,9 @@ def test_parts_that_would_be_dropped_are_refused(model: Model, tmp_path: Path):
     save_file(load_file(file) | extra, tmp_path / "with_text.safetensors")
     with pytest.raises(ModelError, match="text_encoder"):
         load_lora(model.unet(), tmp_path / "with_text.safetensors")
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ModelError, match=r"is no LoRA.*conv_in"):
+        load_lora(model.unet(), tmp_path / "weights.safetensors")
     with pytest.raises(ModelError, match="no LoRA file"):
         load_lora(model.unet(), tmp_path / "nothing.safetensors")
 

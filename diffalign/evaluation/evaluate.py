@@ -1,0 +1,123 @@
+"""Base against tuned models on the same prompts and seeds: pictures, scores, guards, grid, report.
+
+out_dir/images/NAME-HASH/   the pictures of one model; HASH covers weights and sampling settings, so a second
+                            evaluation reuses whatever has not changed
+out_dir/scores.jsonl        every single score: model, run, prompt, seed
+out_dir/result.json, table.txt, grid.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffalign.evaluation.compare import compare
+from diffalign.evaluation.generate import PATHS, Picture, generate, settings_of
+from diffalign.evaluation.grid import comparison_grid
+from diffalign.evaluation.prompts import unique
+from diffalign.evaluation.report import BASE, Result
+from diffalign.evaluation.scoring import write_rows
+from diffalign.rewards import Scorer, load_scorer
+
+
+def evaluate(
+    base: str,
+    tuned: Mapping[str, str | Sequence[str]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    scorers: Sequence[str | Scorer],
+    out_dir: str | Path,
+    faithfulness: str | Scorer | None = None,
+    steps: int = 30,
+    guidance: float = 5.0,
+    scheduler: str = "ddim",
+    resolution: int | None = None,
+    negative_prompt: str = "",
+    batch: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    vae: str | None = None,
+    prediction_type: str | None = None,
+    tie: float | None = None,
+    grid_rows: int = 8,
+    progress: bool = True,
+) -> Result:
+    """Compare each model of `tuned` with `base` and write everything to `out_dir`.
+
+    `tuned` maps a name to what `generate` takes as `tuned`, or to a list of them: training runs of one method that
+    differ in their seed, reported as one line with runs resampled too. `scorers` and `faithfulness` are names for
+    `load_scorer` or scorers. `tie` replaces the scorers' own tie thresholds. The other arguments are `generate`'s.
+    """
+    loaded = [_scorer(scorer, device) for scorer in scorers]
+    faithful = _scorer(faithfulness, device) if faithfulness is not None else None
+    if not loaded:
+        raise ValueError("no scorer is named; give at least one, for example scorers=['pickscore']")
+    if not tuned or BASE in tuned:
+        raise ValueError(f"tuned models are named {list(tuned)}; name at least one, and none of them '{BASE}'")
+    sampling = {
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "resolution": resolution,
+        "negative_prompt": negative_prompt,
+        "dtype": dtype,
+        "vae": vae,
+        "prediction_type": prediction_type,
+    }
+    folder = Path(out_dir)
+    prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
+    paths = {BASE: [None], **{name: [some] if isinstance(some, str) else list(some) for name, some in tuned.items()}}
+    settings = {name: [settings_of(base, path, **sampling) for path in some] for name, some in paths.items()}
+    for name, some in settings.items():
+        if len({_tag(one) for one in some}) < len(some):
+            raise ValueError(f"two runs of '{name}' have the same weights: {paths[name]}; name each run once")
+    pictures = {
+        name: [
+            generate(
+                base,
+                prompts,
+                seeds,
+                out_dir=folder / "images" / f"{name}-{_tag(settings[name][run])}",
+                tuned=path,
+                batch=batch,
+                device=device,
+                progress=progress,
+                **sampling,
+            )
+            for run, path in enumerate(some)
+        ]
+        for name, some in paths.items()
+    }
+    runs = {name: pictures[name] for name in tuned}
+    result, rows = compare(pictures[BASE][0], runs, loaded, faithful, tie=tie, settings=settings, progress=progress)
+    write_rows(folder / "scores.jsonl", rows)
+    result.write(folder / "result.json")
+    (folder / "table.txt").write_text(result.table() + "\n", encoding="utf-8")
+    shown = prompts[:: max(1, -(-len(prompts) // grid_rows))] if grid_rows else []  # evenly over the list
+    if shown:
+        columns = {name: _first_seed(some[0], shown) for name, some in pictures.items()}
+        comparison_grid(shown, columns).save(folder / "grid.png")
+    return result
+
+
+def _tag(settings: Mapping[str, Any]) -> str:
+    """8 hex digits of all that a picture depends on; paths do not count, the weights found there do."""
+    known = {key: value for key, value in settings.items() if key not in PATHS}
+    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def _scorer(scorer: str | Scorer, device: str) -> Scorer:
+    return load_scorer(scorer, device) if isinstance(scorer, str) else scorer
+
+
+def _first_seed(pictures: Sequence[Picture], prompts: Sequence[str]) -> list[Image.Image]:
+    first: dict[str, Picture] = {}
+    for picture in pictures:
+        first.setdefault(picture.prompt, picture)
+    return [first[prompt].open() for prompt in prompts]

@@ -1,0 +1,114 @@
+"""What an evaluation found: as a record, as JSON, as the table that is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diffalign.evaluation.guards import Look
+from diffalign.evaluation.stats import Estimate, Paired
+
+BASE = "base"  # the name of the model that all others are compared with
+PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One tuned model (or several training runs of one) against the base."""
+
+    name: str
+    scores: dict[str, Paired]  # by scorer name
+    run_gains: dict[str, list[float]]  # by scorer name: each training run's own mean gain
+    faithfulness: Paired | None  # the faithfulness scorer, tuned against base
+    diversity: Estimate | None  # spread between seeds over the base's; None with one seed
+    look: Look
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything an evaluation measured. Lead with `models[i].scores[...].gain`; see docs/evaluation.md."""
+
+    models: list[ModelResult]
+    base_look: Look
+    prompts: list[str]
+    seeds: list[int]
+    faithfulness: str | None  # name of the scorer used for it
+    settings: dict[str, Any]  # by model name: how its pictures were made
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Indented JSON; NaN (an interval that does not exist) becomes null."""
+        return json.dumps(_plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, file: str | Path) -> None:
+        """The JSON to a file."""
+        Path(file).write_text(self.to_json(), encoding="utf-8")
+
+    def table(self) -> str:
+        """One block per scorer, one line per model."""
+        return "\n\n".join(self._block(name) for name in self.models[0].scores)
+
+    def _block(self, scorer: str) -> str:
+        first = self.models[0].scores[scorer]
+        head = (
+            f"scorer {scorer}: base mean {first.base:.4f}; {len(self.prompts)} prompts x {len(self.seeds)} seeds; "
+            f"[{first.level:.0%} interval, clustered by prompt]; tie: |dR| < {first.tie:g}"
+        )
+        rows = [["model", "dR", "win/tie/loss", "win rate"]]
+        if self.faithfulness:
+            rows[0].append(f"{self.faithfulness} (change)")
+        rows[0] += ["diversity", "runs"]
+        digits = 4 if first.tie < 0.001 else 3
+        for model in self.models:
+            score = model.scores[scorer]
+            row = [
+                model.name,
+                _interval(score.gain, digits, sign=True),
+                f"{score.wins}/{score.ties}/{score.losses}",
+                _interval(score.win_rate, 3),
+            ]
+            if model.faithfulness:
+                row.append(f"{model.faithfulness.tuned:.3f} ({_interval(model.faithfulness.gain, 3, sign=True)})")
+            row += [_interval(model.diversity, 2) if model.diversity else "-", str(score.runs)]
+            rows.append(row)
+        return "\n".join([head, *_aligned(rows)])
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on, as installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
+    style = f"{'+' if sign else ''}z.{digits}f"  # z: zero has no minus
+    if math.isnan(estimate.low):
+        return f"{estimate.value:{style}} [no interval]"
+    return f"{estimate.value:{style}} [{estimate.low:{style}}, {estimate.high:{style}}]"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,160 @@
+"""Pictures from a pipeline for given (prompt, seed): the one place that samples.
+
+The starting noise of a picture is drawn on the CPU from a generator of its own, seeded by its prompt and seed,
+and the samplers draw nothing. So a picture depends neither on its neighbours in the batch nor on device count
+(up to the rounding of kernels, which may differ with the batch size), and two models asked for the same
+(prompt, seed) start from the same noise. Prompts get different noise for the same seed, so that they are
+independent when an interval is clustered by prompt.
+
+Left out: stochastic samplers (η > 0), guidance rescale, non-square pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpmsolver": "DPMSolverMultistepScheduler",
+}
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def noise_seed(prompt: str, seed: int) -> int:
+    """The generator seed of a picture, 63 bits.
+
+    `latents=torch.randn(1, c, h, w, generator=torch.Generator().manual_seed(noise_seed(prompt, seed)))` gives
+    the same picture in plain diffusers.
+    """
+    digest = hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def initial_noise(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal float32 "n c h w" on the CPU, row i from `noise_seed(prompts[i], seeds[i])` alone."""
+    generator = torch.Generator()
+    rows = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        generator.manual_seed(noise_seed(prompt, seed))
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+def make_scheduler(pipe: Any, name: str) -> Any:
+    """A diffusers scheduler of kind `name` with the betas, spacing and prediction type of the pipeline's own."""
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler '{name}' is unknown; allowed: {', '.join(SCHEDULERS)}")
+    config = dict(pipe.scheduler.config)
+    # DDIMScheduler clips x_0 unless told otherwise, which is wrong for latents; configs written by other
+    # schedulers do not say.
+    config.setdefault("clip_sample", False)
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def default_resolution(pipe: Any) -> int:
+    """Pixels per side that the network was made for."""
+    return int(pipe.unet.config.sample_size) * int(pipe.vae_scale_factor)
+
+
+def default_batch(resolution: int) -> int:
+    """A batch that fits small machines: 64 tiny pictures, 16 at 512 pixels, 4 at 1024."""
+    return max(1, min(64, 16 * 512**2 // resolution**2))
+
+
+@torch.no_grad()
+def sample_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 30,
+    guidance: float = 5.0,
+    scheduler: str = "ddim",
+    resolution: int | None = None,
+    negative_prompt: str = "",
+    batch: int | None = None,
+) -> list[Image.Image]:
+    """Picture i shows `prompts[i]` from `seeds[i]`; both lists have the same length.
+
+    `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them. It is left as
+    it was found: scheduler, training flags, progress bar, and no global random state is read or written.
+    `guidance` ≤ 1 means no classifier-free guidance. Raises ValueError naming prompt and seed when a picture
+    comes out as NaN.
+    """
+    size = resolution or default_resolution(pipe)
+    batch = batch or default_batch(size)
+    images: list[Image.Image] = []
+    with _ready(pipe, make_scheduler(pipe, scheduler)):
+        for start in range(0, len(prompts), batch):
+            some, own = prompts[start : start + batch], seeds[start : start + batch]
+            latent = size // pipe.vae_scale_factor
+            embeds = _encode(pipe, some, negative_prompt, guidance)
+            noise = initial_noise(some, own, (pipe.unet.config.in_channels, latent, latent))
+            pixels = pipe(
+                **embeds,
+                latents=noise.to(embeds["prompt_embeds"]),
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="pt",
+            ).images
+            images += _to_pil(pixels, some, own)
+    return images
+
+
+def _encode(pipe: Any, prompts: Sequence[str], negative_prompt: str, guidance: float) -> dict[str, Tensor]:
+    """The pipeline's own text embeddings, each prompt encoded once, rows in the order of `prompts`."""
+    texts = list(dict.fromkeys(prompts))
+    embeds = pipe.encode_prompt(
+        texts,
+        device=pipe._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guidance > 1,
+        # None, not "": SDXL replaces a negative prompt that was not given by zeros, as it was trained
+        negative_prompt=[negative_prompt] * len(texts) if negative_prompt else None,
+    )
+    place = {text: i for i, text in enumerate(texts)}
+    rows = torch.tensor([place[prompt] for prompt in prompts], device=pipe._execution_device)
+    return {name: value[rows] for name, value in zip(_EMBEDS, embeds) if value is not None}
+
+
+def _to_pil(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    broken = (~pixels.isfinite().flatten(1).all(1)).nonzero()
+    if len(broken):
+        i = int(broken[0])
+        raise ValueError(
+            f"the picture of prompt {prompts[i]!r}, seed {seeds[i]} is NaN; half precision overflows in some "
+            "VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
+        )
+    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+@contextmanager
+def _ready(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """The pipeline in eval mode, silent and with another scheduler; restored on the way out."""
+    modules = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
+    training = [module for module in modules if module.training]
+    previous, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    for module in training:
+        module.training = False
+    pipe.scheduler = scheduler
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.scheduler = previous
+        pipe.set_progress_bar_config(**bar)
+        for module in training:
+            module.training = True

@@ -1,0 +1,73 @@
+"""Scorers by name. Nothing heavy is imported until a scorer is loaded.
+
+load_scorer("world")                                  a built-in scorer
+load_scorer("pickscore=/models/PickScore_v1")         the same, weights from a folder or another Hub id
+load_scorer("my_package.judges:Sharpness")            your own class (`device` is passed if it takes one)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, tie_of
+
+__all__ = ["DEFAULT_TIE", "Scorer", "ScorerError", "load_scorer", "scorer_names", "tie_of"]
+
+_SCORERS = {
+    "world": "diffalign.world.scorer:WorldReward",
+    "world-size": "diffalign.world.scorer:WorldSize",
+    "world-accuracy": "diffalign.world.scorer:WorldAccuracy",
+    "pickscore": "diffalign.rewards.pickscore:PickScore",
+    "hpsv2.1": "diffalign.rewards.hpsv21:HPSv21",
+    "clip": "diffalign.rewards.clip_score:ClipScore",
+    "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
+}
+
+
+def scorer_names() -> list[str]:
+    """The built-in names that `load_scorer` knows."""
+    return list(_SCORERS)
+
+
+def load_scorer(name: str, device: str = "cpu") -> Scorer:
+    """The scorer called `name` with its weights on `device`.
+
+    `name` is a built-in name, `NAME=PATH` (a folder, file or Hub id in place of the default weights), or
+    `package.module:Class` for a scorer of your own. Raises ScorerError naming the nearest known name.
+    """
+    key, _, path = name.partition("=")
+    target = _SCORERS.get(key, key)
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise ScorerError(_unknown(key))
+    try:
+        factory = getattr(import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ScorerError(
+            f"scorer '{name}': cannot import {attribute} from {module} ({error}); "
+            "a scorer of your own is named package.module:Class and must be on the Python path"
+        ) from error
+    arguments = {"device": device} if _takes_device(factory) else {}
+    scorer = factory(path, **arguments) if path else factory(**arguments)
+    if not isinstance(scorer, Scorer):
+        raise ScorerError(f"scorer '{name}': {target} has no `name` or no `score(images, prompts)` method")
+    return scorer
+
+
+def _takes_device(factory: Callable[..., object]) -> bool:
+    try:
+        return "device" in inspect.signature(factory).parameters
+    except ValueError:  # some classes written in C do not say
+        return False
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, _SCORERS, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return (
+        f"no scorer is called '{name}'{hint} Known: {', '.join(_SCORERS)}. "
+        "A scorer of your own is named package.module:Class."
+    )

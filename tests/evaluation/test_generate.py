@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from diffalign.evaluation.generate import MANIFEST, generate, read_manifest
+from diffalign.evaluation.sampling import noise_seed
+
+PROMPTS, SEEDS = ["a red circle", "a blue square"], [3, 5]
+
+
+@pytest.fixture
+def made(tiny, tmp_path):
+    out = tmp_path / "out"
+    return out, generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, steps=2, progress=False)
+
+
+def no_loading(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("diffalign.models.saving.load_pipeline", refuse)
+
+
+def test_files_and_manifest(made):
+    out, pictures = made
+    assert [(p.prompt, p.seed, p.file.name) for p in pictures] == [
+        ("a red circle", 3, "00000_3.png"),
+        ("a red circle", 5, "00000_5.png"),
+        ("a blue square", 3, "00001_3.png"),
+        ("a blue square", 5, "00001_5.png"),
+    ]
+    rows = [json.loads(line) for line in (out / MANIFEST).read_text().splitlines()]
+    assert [row["noise_seed"] for row in rows] == [noise_seed(p, s) for p in PROMPTS for s in SEEDS]
+    assert rows[0]["settings"]["steps"] == 2
+    assert pictures[0].open().size == (64, 64)
+    assert read_manifest(out) == pictures
+
+
+def test_finished_pictures_are_not_made_again(made, tiny, monkeypatch):
+    out, pictures = made
+    no_loading(monkeypatch)
+    assert generate(tiny["sdxl"], PROMPTS[1:], SEEDS, out_dir=out, steps=2, progress=False) == pictures[2:]
+
+
+def test_a_stopped_run_is_completed(made, tiny):
+    out, pictures = made
+    before = [np.asarray(p.open(), int) for p in pictures]
+    lines = (out / MANIFEST).read_text().splitlines(keepends=True)
+    (out / MANIFEST).write_text("".join(lines[:2]) + lines[2][:40])  # torn in the third line
+    pictures[0].file.unlink()  # and a picture was lost
+    again = generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, steps=2, progress=False)
+    assert again == pictures
+    for picture, pixels in zip(again, before, strict=True):
+        assert np.abs(np.asarray(picture.open(), int) - pixels).max() <= 1
+    assert sorted(map(str, read_manifest(out))) == sorted(map(str, pictures))
+
+
+def test_new_prompts_get_new_files(made, tiny):
+    out, _ = made
+    more = generate(tiny["sdxl"], ["the small photo", *PROMPTS], SEEDS[:1], out_dir=out, steps=2, progress=False)
+    assert [p.file.name for p in more] == ["00002_3.png", "00000_3.png", "00001_3.png"]
+    assert len(read_manifest(out)) == 5
+
+
+def test_other_settings_need_another_folder(made, tiny, tuned):
+    out, _ = made
+    with pytest.raises(ValueError, match="steps 2 there, 3 now"):
+        generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, steps=3, progress=False)
+    with pytest.raises(ValueError, match="fingerprint"):
+        generate(tiny["sdxl"], PROMPTS, SEEDS, tuned=tuned, out_dir=out, steps=2, progress=False)
+
+
+def test_a_moved_model_is_the_same_model(made, tiny, tmp_path, monkeypatch):
+    out, pictures = made
+    moved = shutil.copytree(tiny["sdxl"], tmp_path / "moved")
+    no_loading(monkeypatch)
+    assert generate(str(moved), PROMPTS, SEEDS, out_dir=out, steps=2, progress=False) == pictures
+    weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1  # one bit of one weight
+    weights.write_bytes(raw)
+    with pytest.raises(ValueError, match="fingerprint"):
+        generate(str(moved), PROMPTS, SEEDS, out_dir=out, steps=2, progress=False)
+
+
+def test_tuned_weights_change_the_picture(made, tiny, tuned, tmp_path):
+    _, pictures = made
+    for path in (tuned, f"{tuned}/unet"):
+        folder = tmp_path / path.replace("/", "_")
+        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=path, out_dir=folder, steps=2, progress=False)
+        assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
+
+
+def test_a_lora_file_is_tuned_weights_too(made, tiny, tmp_path):
+    import torch
+
+    from diffalign.models.base import load_base
+    from diffalign.models.lora import add_lora, lora_parameters, save_lora
+
+    _, pictures = made
+    base = load_base(tiny["sdxl"], vae_and_text=False)
+    add_lora(base.unet, 2, 4, ["to_q", "to_v"], seed=0)
+    with torch.no_grad():
+        for parameter in lora_parameters(base.unet):
+            parameter.fill_(0.3)
+    file = save_lora(base.unet, tmp_path / "lora", base.family)
+    for path in (file, tmp_path / "lora"):
+        folder = tmp_path / f"from-{path.name}"
+        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=str(path), out_dir=folder, steps=2, progress=False)
+        assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
+
+
+def test_half_precision_makes_nearly_the_same_picture(made, tiny, tmp_path):
+    _, pictures = made
+    half = generate(
+        tiny["sdxl"], PROMPTS[:1], SEEDS[:1], out_dir=tmp_path / "half", steps=2, dtype="bfloat16", progress=False
+    )
+    difference = np.asarray(half[0].open(), int) - np.asarray(pictures[0].open(), int)
+    assert 0 < np.abs(difference).mean() < 8
+
+
+def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, monkeypatch):
+    no_loading(monkeypatch)
+    arguments = {"out_dir": tmp_path, "progress": False}
+    with pytest.raises(ValueError, match="scheduler 'ddpm' is unknown"):
+        generate(tiny["sd"], PROMPTS, SEEDS, scheduler="ddpm", **arguments)
+    with pytest.raises(ValueError, match="dtype 'fp16' is unknown; allowed: float32"):
+        generate(tiny["sd"], PROMPTS, SEEDS, dtype="fp16", **arguments)
+    with pytest.raises(ValueError, match="steps is 0"):
+        generate(tiny["sd"], PROMPTS, SEEDS, steps=0, **arguments)
+    with pytest.raises(FileNotFoundError, match="diffalign generate"):
+        read_manifest(tmp_path)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from diffalign.evaluation.prompts import PromptError, read_prompts
+
+WANTED = ["a red fox", "snow, at night"]
+
+
+def test_every_format_gives_the_same_prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("a red fox\n\nsnow, at night\na red fox\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": 1, "prompt": p}) + "\n" for p in WANTED))
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(p) + "\n" for p in WANTED))
+    (tmp_path / "p.csv").write_text('id,caption\n1,a red fox\n2,"snow, at night"\n')
+    parquet.write_table(pa.table({"caption": WANTED, "jpg_0": [b"", b""]}), tmp_path / "p.parquet")
+    for file in tmp_path.iterdir():
+        assert read_prompts(str(file)) == WANTED, file.name
+    assert read_prompts(str(tmp_path / "p.txt"), limit=1) == WANTED[:1]
+
+
+def test_anything_else_is_a_prompt():
+    assert read_prompts("a red fox") == ["a red fox"]
+
+
+def test_faults_are_named(tmp_path):
+    (tmp_path / "columns.csv").write_text("id,text\n1,a\n")
+    (tmp_path / "empty.csv").write_text("prompt\na\n  \n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "p.yaml").write_text("a")
+    for file, message in {
+        "columns.csv": r"no column prompt or caption; its columns are \['id', 'text'\]",
+        "empty.csv": "row 2: prompt is '  '",
+        "broken.jsonl": "line 2: not JSON",
+        "blank.txt": "no prompt in it",
+        "p.yaml": "allowed: .txt, .jsonl",
+        "missing.txt": "no such file",
+    }.items():
+        with pytest.raises(PromptError, match=message):
+            read_prompts(str(tmp_path / file))

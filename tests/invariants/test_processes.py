@@ -1,0 +1,68 @@
+"""Two processes (gloo, started by torchrun) give the update of one, cached and online, LoRA and full."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign.config import Config, save_config
+from tests.conftest import ROOT
+from tests.training.test_run import metrics, weights
+
+
+def launch(config: Config, processes: int, where: Path) -> None:
+    """Trains a config under torchrun in processes of its own."""
+    save_config(config, where)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    done = subprocess.run(
+        [*command, "-m", "diffalign", "train", str(where)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_give_the_update_of_one(
+    method: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    shared = {
+        "tuning.method": method,
+        "training.max_train_steps": 2,
+        "training.learning_rate": 1e-4,
+        "training.adam_epsilon": 1e-4,  # Adam's first step is lr·sign(g): without this, rounding decides signs
+        "data.proportion_empty_prompts": 0.2,
+    }
+    if method == "full":  # and once through the cache, whose shards the processes share out
+        shared["data.cache_dir"] = str(tmp_path / "cache")
+    runs = {}
+    for processes in (2, 1):
+        config = make_config(
+            tiny_sdxl,
+            {
+                **shared,
+                "output_dir": str(tmp_path / str(processes)),
+                "training.train_batch_size": 4 // processes,
+                "training.gradient_accumulation_steps": 2,
+            },
+        )
+        launch(config, processes, tmp_path / f"{processes}.yaml")
+        runs[processes] = (weights(config.output_dir), metrics(config.output_dir))
+    one, two = runs[1], runs[2]
+    for name in one[0]:
+        torch.testing.assert_close(two[0][name], one[0][name], rtol=0, atol=2e-6)
+    for a, b in zip(one[1], two[1], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            # rewards are differences of errors times beta / 2 = 250: one float32 ulp of an error near 1 is 3e-5 there
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=6e-5), name

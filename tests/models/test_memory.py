@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffalign.models.lora import add_lora
+from diffalign.models.memory import set_checkpointing, store_for_autocast
+from diffalign.models.networks import Networks
+from diffalign.models.reference import make_reference
+from tests.models.conftest import Model, move_lora
+
+
+def step(model: Model, unet, kind: str, dtype) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """Loss, gradients and bytes kept for the backward pass of one step against the reference."""
+    networks = Networks(
+        unet,
+        family=model.base.family,
+        schedule=model.base.schedule,
+        reference=make_reference(kind, model.unet() if kind == "copy" else unet, dtype),
+        autocast_dtype=dtype,
+    )
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    unet.zero_grad()
+    with saved_tensors_hooks(keep, lambda x: x):
+        policy = networks.policy(model.xt, model.t, model.cond)
+    loss = (policy - networks.reference(model.xt, model.t, model.cond) - 1).square().mean()
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in unet.parameters() if p.requires_grad], sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora_off", "copy"])
+def test_checkpointing_changes_memory_and_nothing_else(model: Model, kind: str, dtype):
+    unet = model.unet().train()
+    if kind == "lora_off":
+        add_lora(unet, rank=4)
+        move_lora(unet)
+    else:
+        unet.requires_grad_(True)
+    plain = step(model, unet, kind, dtype)
+    set_checkpointing(unet, True)
+    checkpointed = step(model, unet, kind, dtype)
+    set_checkpointing(unet, False)
+    again = step(model, unet, kind, dtype)
+    for other in (checkpointed, again):
+        assert torch.equal(other[0], plain[0])
+        for a, b in zip(other[1], plain[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    assert checkpointed[2] < 0.6 * plain[2]
+    assert again[2] == plain[2]
+
+
+def test_only_frozen_matmul_and_conv_weights_change_their_dtype(model: Model):
+    unet = model.unet()
+    unet.conv_in.requires_grad_(True)
+    store_for_autocast(unet, torch.bfloat16)
+    assert unet.conv_in.weight.dtype == torch.float32
+    assert unet.conv_out.weight.dtype == unet.conv_out.bias.dtype == torch.bfloat16
+    assert unet.time_embedding.linear_1.weight.dtype == torch.bfloat16
+    assert unet.conv_norm_out.weight.dtype == torch.float32
