@@ -134,11 +134,6 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
-        if self.training.lr_warmup_steps > self.training.max_train_steps:
-            raise ValueError(
-                f"training.lr_warmup_steps = {self.training.lr_warmup_steps} is more than "
-                f"training.max_train_steps = {self.training.max_train_steps}: the run would end inside its warm-up"
-            )
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
         if self.tuning.resume_lora is not None and self.tuning.method != "lora":

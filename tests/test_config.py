@@ -77,7 +77,6 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         (["objective.beta=much"], "beta: Input should be a valid number"),
         (["objective.name=dop"], "did you mean 'dpo'"),
         (["objective=dpo"], "mapping with a name"),
-        (["training.lr_warmup_steps=9", "training.max_train_steps=5"], "inside its warm-up"),
         (["data.resolution=100"], "multiple of 8"),
         (["data.cache_variants=2"], "needs data.cache_dir"),
         (["seed"], "key.sub=value"),

@@ -66,11 +66,7 @@ class OfflinePairs:
         pin_memory: bool = False,
         max_unreadable: float = 0.05,
     ) -> None:
-        if not len(table):
-            raise DataError(
-                f"none of the {table.total_rows} rows is usable; `diffalign data check` says why "
-                f"(first: {table.problems[0] if table.problems else 'no rows'})"
-            )
+        table.require_usable()
         self.table, self.content = table, content
         self.batch, self.accumulation = train_batch_size, gradient_accumulation_steps
         self.process, self.processes = process, processes

@@ -25,6 +25,7 @@ from diffalign.data.rows import (
     IDENTICAL,
     MISSING_SIDE,
     TIE,
+    DataError,
     ImageError,
     ImageRef,
     PairRow,
@@ -94,6 +95,14 @@ class PairTable:
     def sizes(self) -> list[Size]:
         """(width, height) of every image, chosen and rejected in turn; empty with verify="none"."""
         return list(zip(self._sizes[::2], self._sizes[1::2]))
+
+    def require_usable(self) -> None:
+        """Raise DataError, with the first reason, when no pair is usable."""
+        if not len(self):
+            raise DataError(
+                f"none of the {self.total_rows} rows is usable; `diffalign data check` says why "
+                f"(first: {self.problems[0] if self.problems else 'no rows'})"
+            )
 
     @property
     def ties(self) -> int:

@@ -115,7 +115,7 @@ def _predict(network: Network, probe: Probe) -> Tensor:
     """The network's (guided) prediction at all points, shaped like the probe's x_t."""
     lead = probe.xt.shape[:-3]  # side, pair and, where there is one, point
     xt = probe.xt.flatten(0, len(lead) - 1)
-    t = probe.t.expand(lead).flatten().to(xt.device)
+    t = probe.t.expand(lead).flatten().to(xt.device, non_blocking=True)
     cond = _flat_conditioning(probe.cond, probe.points)
     if probe.guidance == 1.0:
         prediction = network(xt, t, cond)

@@ -59,7 +59,6 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
         unit=" steps",
         disable=not accelerator.is_local_main_process,
     )
-    noted = 0
     with bar:
         for step in range(start + 1, training.max_train_steps + 1):
             optimizer_step(run, batches, meter)
@@ -68,7 +67,6 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
             if last or step % training.logging_steps == 0:
                 values = _log(run, meter, step, lines)
                 _show(bar, values)
-                noted = _note_problems(run, noted)
             if training.checkpointing_steps and step % training.checkpointing_steps == 0:
                 checkpoint(run, step)
             if on_validation is not None and (last or step % run.config.validation.every == 0):
@@ -208,10 +206,3 @@ def _show(bar: Any, values: dict[str, float]) -> None:
         shown["acc"] = f"{values['implicit_acc']:.2f}"
     shown["lr"] = f"{values['lr']:.1e}"
     bar.set_postfix(shown)
-
-
-def _note_problems(run: Run, noted: int) -> int:
-    """Names the pairs that turned out unreadable since the last log."""
-    for problem in run.source.problems[noted:]:
-        log.warning("pair replaced by another: %s", problem)
-    return len(run.source.problems)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.config import TrainingSection
 from diffalign.records import PairBatch
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
@@ -40,7 +41,7 @@ def describe(run: Run, start: int = 0) -> str:
                   f"{run.base.schedule.prediction_type}), {total / 1e6:.2f} M parameters"),
         ("training", f"{how}: {trained / 1e6:.3f} M parameters, reference: {reference}"),
         ("batch", f"{batch} pairs = {product} (per device x accumulation x processes)"),
-        ("learning rate", f"{lr}, {training.lr_scheduler}, {training.lr_warmup_steps} warm-up steps"),
+        ("learning rate", f"{lr}, {training.lr_scheduler}, {_warmup(training)}"),
         ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, device {run.accelerator.device}"),
         ("steps", f"{start} -> {steps}, {steps * batch} pairs = {steps * batch / pairs:.2f} epochs of {pairs}"),
         ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, "
@@ -126,6 +127,11 @@ def _memory(run: Run, activations: float) -> str:
 
 def _size(n: float) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:.2f} MiB"
+
+
+def _warmup(training: TrainingSection) -> str:
+    inside = training.lr_warmup_steps >= training.max_train_steps
+    return f"{training.lr_warmup_steps} warm-up steps{' (the run ends inside them)' if inside else ''}"
 
 
 def _settings(objective: Any) -> str:

@@ -32,9 +32,7 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     """
     accelerator = make_accelerator(config)
     output_dir = Path(config.output_dir)
-    if accelerator.is_main_process:
-        claim(config, output_dir)
-    accelerator.wait_for_everyone()
+    claim(config, output_dir)
     table = open_table(config, accelerator)
     if accelerator.is_main_process:
         log.info("%d usable pairs of %d rows in %s", len(table), table.total_rows, config.data.path)
@@ -46,6 +44,8 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     run = build(config, accelerator, table)
     start = resume(run)
     if accelerator.is_main_process:
+        if config.overwrite_output_dir and start == 0:
+            clear_output(output_dir)
         record(config, output_dir, accelerator)
         print(describe(run, start), flush=True)
     if config.training.report_to != "none":
@@ -57,31 +57,31 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
 
 
 def claim(config: Config, output_dir: Path) -> None:
-    """Makes sure that the output folder is this run's own.
+    """Makes sure that the output folder is this run's own; touches nothing.
 
     Raises ConfigError when it holds a run that is neither resumed nor to be overwritten, or when a resumed run's
     settings differ from the recorded ones in anything but its length, its logging and its validation.
     """
     recorded = output_dir / "config.yaml"
     if recorded.is_file():
-        if config.overwrite_output_dir and config.training.resume_from_checkpoint is None:
-            clear_output(output_dir)
-        elif config.training.resume_from_checkpoint is None:
+        if config.training.resume_from_checkpoint is None:
+            if config.overwrite_output_dir:
+                return
             raise ConfigError(
                 f"output_dir: {output_dir} already holds a run; set training.resume_from_checkpoint=latest to go on "
                 "with it, overwrite_output_dir=true to replace it, or name another folder"
             )
-        elif changed := _changes(yaml.safe_load(recorded.read_text()), config.resolved()):
+        if changed := _changes(yaml.safe_load(recorded.read_text()), config.resolved()):
             lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
             raise ConfigError(
                 f"the run in {output_dir} was started with other settings, and resuming would mix them:\n{lines}\n"
                 "restore them, or start a run of its own in another output_dir"
             )
-    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def record(config: Config, output_dir: Path, accelerator: Accelerator) -> None:
     """Writes config.yaml (resolved) and run.json (versions, commit, device, processes)."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, output_dir / "config.yaml")
     facts = {
         **environment(),

@@ -83,7 +83,7 @@ def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTa
 
 def _open_table(config: Config) -> PairTable:
     data = config.data
-    return open_pairs(
+    table = open_pairs(
         data.path,
         format=data.format,
         split=data.split,
@@ -92,6 +92,8 @@ def _open_table(config: Config) -> PairTable:
         columns=data.columns,
         verify=data.verify,
     )
+    table.require_usable()
+    return table
 
 
 def load_run_base(config: Config, vae_and_text: bool = True) -> Base:
