@@ -45,9 +45,12 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     save_weights(partial)
     torch.save({**state, "step": step}, partial / STATE_FILE)
+    replaced = output_dir / f".checkpoint-{step}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     if total_limit is not None:
         for old in checkpoints(output_dir)[:-total_limit]:
             shutil.rmtree(old)

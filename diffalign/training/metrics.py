@@ -57,9 +57,11 @@ class Meter:
 
     def means(self, gather: Callable[[object], list[dict[str, tuple[float, int]]]] | None = None) -> dict[str, float]:
         """Means since the last call, over all processes where `gather` joins their sums; then starts anew."""
-        names = list(self._sums)
-        sums = torch.stack([self._sums[n] for n in names]).tolist() if names else []
-        own = {n: (s, self._counts[n]) for n, s in zip(names, sums, strict=True)}
+        own: dict[str, tuple[float, int]] = {}
+        for device in {total.device for total in self._sums.values()}:  # the learning rate never left the CPU
+            names = [name for name, total in self._sums.items() if total.device == device]
+            sums = torch.stack([self._sums[name] for name in names]).tolist()
+            own |= {name: (total, self._counts[name]) for name, total in zip(names, sums, strict=True)}
         self._sums, self._counts = {}, {}
         parts = [own] if gather is None else gather([own])
         merged: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -114,9 +115,12 @@ def make_accelerator(config: Config) -> Accelerator:
     """Devices and processes as `accelerate launch` set them up.
 
     Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns
-    accumulation. Raises ValueError for sharded strategies, which checkpoints do not cover.
+    accumulation. Raises ValueError for sharded strategies, which checkpoints do not cover, and ImportError for a
+    tracker that is not installed.
     """
     trackers = None if config.training.report_to == "none" else config.training.report_to
+    if trackers == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ImportError("training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none")
     accelerator = Accelerator(mixed_precision="no", log_with=trackers, project_dir=config.output_dir)
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):

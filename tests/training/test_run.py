@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +220,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, tiny_s
 def test_eight_bit_adam_says_what_it_needs(make_config: MakeConfig, tiny_sd: Path) -> None:
     with pytest.raises(ValueError, match="needs a CUDA device"):
         run_training(make_config(tiny_sd, {"training.optimizer": "adamw_8bit"}))
+
+
+def test_a_tracker_that_is_not_there_is_named(make_config: MakeConfig, tiny_sd: Path) -> None:
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    with pytest.raises(ImportError, match="pip install wandb"):
+        run_training(make_config(tiny_sd, {"training.report_to": "wandb"}))
