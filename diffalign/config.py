@@ -103,6 +103,11 @@ class TrainingSection(_Section):
     logging_steps: Count = 10
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
 
 class ValidationSection(_Section):
     """Pictures made during training."""

@@ -39,6 +39,10 @@ def test_overrides_reach_every_level(file: Path) -> None:
     assert (config.seed, config.model.attention) == (7, "math")
 
 
+def test_a_bare_no_is_no_precision(file: Path) -> None:
+    assert load_config(file, ["training.mixed_precision=no"]).training.mixed_precision == "no"
+
+
 def test_resolved_config_round_trips(file: Path, tmp_path: Path) -> None:
     config = load_config(file, ["tuning.rank=8", "validation.prompts=[a cat, a dog]", "objective.timesteps=[1]"])
     save_config(config, tmp_path / "out.yaml")

@@ -107,7 +107,7 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
     run.scaler.unscale_(run.optimizer)
     limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
-    meter.add({"grad_norm": norm[None], "lr": torch.tensor([run.lr_scheduler.get_last_lr()[0]])})
+    meter.add({"grad_norm": norm[None], "lr": torch.tensor(run.lr_scheduler.get_last_lr()[:1], dtype=torch.float64)})
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.lr_scheduler.step()
@@ -156,6 +156,7 @@ def resume(run: Run) -> int:
         )
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])
+        run.ema.to(run.accelerator.device)
     log.info("resumed from %s", folder)
     return int(state["step"])
 
@@ -201,7 +202,7 @@ def _log(run: Run, meter: Meter, step: int, lines: JsonLines | None) -> dict[str
 
 
 def _show(bar: Any, values: dict[str, float]) -> None:
-    shown = {"loss": f"{values['loss']:.4f}"}
+    shown = {"loss": f"{values['loss']:.4g}"}
     if "implicit_acc" in values:
         shown["acc"] = f"{values['implicit_acc']:.2f}"
     shown["lr"] = f"{values['lr']:.1e}"

@@ -1,0 +1,50 @@
+# make install    .venv with diffalign and its development tools, in the tested versions of constraints.txt
+# make demo       install, then tune the embedded world's model and measure what it gained (minutes, no GPU)
+# make test       install, then lint, types and the whole test suite
+# make lint       formatting, lint and types alone
+# make gpu-test   the tests that need a CUDA device
+# make clean      remove caches and runs/, keep .venv
+#
+# PYTHON=python3.12 make install     another interpreter (3.11 or later)
+# CONSTRAINTS= make install          the newest versions that pyproject.toml allows
+#
+# For a CUDA build of torch, install it first and it stays, as long as it is the version in constraints.txt:
+#   python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130
+#   make install
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint gpu-test clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "diffalign needs Python 3.11 or later: PYTHON=/path/to/python make install"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/diffalign demo
+
+test: lint
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,337 @@
+"""The command line. Each command is a thin door to a room; rooms are imported when their command runs.
+
+diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diffalign train CONFIG ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign import __version__
+
+if TYPE_CHECKING:
+    from diffalign.training.setup import Run
+
+CONFIG_HELP = "YAML file; `diffalign list` names those that come with the package"
+OVERRIDES_HELP = "overrides, e.g. training.learning_rate=1e-5 objective.beta=2000"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; errors of the user's making end in one message and exit status 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        args.run(args)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        # every error that a user can mend is a ValueError with a message that says how; ours are no exception
+        if os.environ.get("DIFFALIGN_TRACEBACK"):
+            raise
+        print(f"diffalign {args.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffalign",
+        description="Preference tuning of text-to-image diffusion models.",
+        epilog="DIFFALIGN_TRACEBACK=1 shows where an error comes from.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    for name, run, help in (
+        ("train", _train, "tune a model as a config says"),
+        ("check", _check, "build a run, take one tiny step, print the plan"),
+        ("encode", _encode, "fill the encode cache of a config (data.cache_dir)"),
+    ):
+        sub = command(name, run, help)
+        sub.add_argument("config", help=CONFIG_HELP)
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+
+    _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
+    _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
+    _data_arguments(command("data", _data, "look at pairs, or write the embedded world's"))
+
+    sub = command("list", _list, "objectives, configs and scorers that come with the package")
+    sub.add_argument("what", nargs="?", choices=("objectives", "configs", "scorers"), help="only these")
+
+    sub = command("demo", _demo, "tune the embedded world's model and measure what it gained")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the config's)")
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Silences what libraries print on import and for every load; our own messages and warnings stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("httpx", "accelerate", "datasets", "urllib3", "filelock", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from diffalign.config import load_config
+    from diffalign.training.run import run_training
+
+    run_training(load_config(args.config, args.overrides), _validate)
+
+
+def _validate(run: Run, step: int) -> None:
+    """Validation pictures of the policy as it stands, to the run's folder and its trackers."""
+    from contextlib import nullcontext
+
+    import numpy as np
+    import torch
+
+    from diffalign.evaluation.validation import validation_pictures
+    from diffalign.models.saving import make_pipeline
+
+    if not run.accelerator.is_main_process:
+        return
+    settings, autocast = run.config.validation, run.networks.autocast_dtype
+    with nullcontext() if autocast is None else torch.autocast(run.accelerator.device.type, autocast):
+        images = validation_pictures(
+            make_pipeline(run.base),
+            settings.prompts,
+            step=step,
+            folder=run.output_dir / "validation",
+            steps=settings.steps,
+            guidance=settings.guidance_scale,
+            seed=settings.seed,
+            resolution=run.config.data.resolution,
+        )
+    for tracker in run.accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"validation": np.stack([np.asarray(image) for image in images])}, step=step, **layout)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from diffalign.config import load_config
+    from diffalign.training.plan import describe, trial
+    from diffalign.training.setup import build, make_accelerator
+
+    config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    run = build(config, make_accelerator(config))
+    print(describe(run))
+    print(trial(run))
+
+
+def _encode(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from diffalign.config import load_config
+    from diffalign.models.encoder import Encoder
+    from diffalign.training.setup import encode_run, load_run_base, open_table
+
+    config = load_config(args.config, args.overrides)
+    if config.data.cache_dir is None:
+        raise ValueError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
+    state = PartialState()
+    table = open_table(config)
+    base = load_run_base(config)
+    encoder = Encoder(base, state.device)
+    resolution = config.data.resolution or base.family.default_resolution
+    encode_run(config, table, encoder, resolution, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
+    sub.add_argument("path", help="file, folder or Hub id")
+    sub.add_argument("--format", default="auto")
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
+    sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
+    sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the report, with every problem, as JSON")
+    sub = actions.add_parser("world", help="write preference pairs of the embedded world")
+    sub.add_argument("out", type=Path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
+    sub.add_argument("--pairs", type=int, default=1024)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--source", default="renders", help="renders, or samples: best and worst of four of the base's own"
+    )
+    sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
+
+
+def _data(args: argparse.Namespace) -> None:
+    if args.action == "world":
+        from diffalign.world.pairs import write_pairs
+
+        layout = "parquet" if args.out.suffix == ".parquet" else "folder"
+        write_pairs(
+            args.out,
+            n=args.pairs,
+            seed=args.seed,
+            source=args.source,
+            layout=layout,
+            shuffle_labels=args.shuffle_labels,
+        )
+        print(f"{args.pairs} pairs in {args.out}")
+        return
+    import json
+
+    from diffalign.data.check import check_pairs
+
+    report = check_pairs(
+        args.path,
+        format=args.format,
+        split=args.split,
+        verify="full" if args.full else "header",
+        resolution=args.resolution,
+    )
+    print(report.text())
+    if args.sample is not None:
+        report.contact_sheet(args.sample)
+        print(f"sample: {args.sample}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
+
+
+def _list(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from diffalign.config import packaged_configs
+    from diffalign.objectives import OBJECTIVES
+    from diffalign.rewards import scorer_names
+
+    if args.what in (None, "objectives"):
+        print("objectives")
+        for name, cls in OBJECTIVES.items():
+            settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+            print(f"  {name:<12} {cls.paper}\n  {'':<12} {settings or 'no settings'}")
+    if args.what in (None, "configs"):
+        print("configs")
+        for path, purpose in packaged_configs():
+            print(f"  {path}\n      {purpose}")
+    if args.what in (None, "scorers"):
+        print("scorers")
+        print("  " + ", ".join(scorer_names()))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from diffalign.demo import run_demo
+
+    run_demo(args.out, steps=args.steps)
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts", required=True, help=".txt (one a line), .jsonl, .csv, .parquet, or one prompt itself"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first prompts")
+    parser.add_argument("--seeds", default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
+    parser.add_argument("--scheduler", default="ddim", help="ddim, euler or dpmsolver")
+    parser.add_argument("--resolution", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--batch", type=int, help="pictures at a time (default: by resolution)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--vae", help="another VAE, e.g. an fp16-safe one")
+    parser.add_argument("--prediction-type", help="override of the scheduler config's")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    names = (
+        "steps",
+        "guidance",
+        "scheduler",
+        "resolution",
+        "negative_prompt",
+        "batch",
+        "dtype",
+        "vae",
+        "prediction_type",
+    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {"device": device, "out_dir": args.out, **{name: getattr(args, name) for name in names}}
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="diffusers folder, Hub id or single-file checkpoint")
+    parser.add_argument("--tuned", help="LoRA file, full unet folder, or output_dir of a run")
+    _sampling_arguments(parser)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from diffalign.evaluation.generate import generate
+    from diffalign.evaluation.prompts import read_prompts
+
+    prompts = read_prompts(args.prompts, limit=args.limit)
+    pictures = generate(args.model, prompts, parse_seeds(args.seeds), tuned=args.tuned, **_sampling(args))
+    print(f"{len(pictures)} pictures in {args.out}")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help="what the tuned models were tuned from: folder, Hub id or single file")
+    parser.add_argument(
+        "--tuned",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="a tuned model; give the same NAME again for runs that differ in their seed",
+    )
+    parser.add_argument("--scorer", action="append", required=True, help="`diffalign list scorers`; may be repeated")
+    parser.add_argument("--faithfulness", help="scorer that guards faithfulness to the prompt")
+    parser.add_argument("--tie", type=float, help="|dR| below this is a tie (default: the scorer's own)")
+    _sampling_arguments(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from diffalign.evaluation.evaluate import evaluate
+    from diffalign.evaluation.prompts import read_prompts
+
+    tuned: dict[str, list[str]] = {}
+    for text in args.tuned:
+        name, found, path = text.partition("=")
+        if not found:
+            raise ValueError(f"--tuned {text}: write NAME=PATH, e.g. --tuned dpo={text}")
+        tuned.setdefault(name, []).append(path)
+    result = evaluate(
+        args.base,
+        tuned,
+        read_prompts(args.prompts, limit=args.limit),
+        parse_seeds(args.seeds),
+        scorers=args.scorer,
+        faithfulness=args.faithfulness,
+        tie=args.tie,
+        **_sampling(args),
+    )
+    print(result.table())
+    print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from "7", "0-11" (both ends) or "0,3,5"; raises ValueError for anything else."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"--seeds {text}: write 7, 0-11 or 0,3,5")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    if not seeds:
+        raise ValueError(f"--seeds {text}: the range is empty")
+    return seeds

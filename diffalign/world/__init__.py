@@ -1,0 +1,36 @@
+"""The embedded world: captions, renders and an oracle whose reward of any picture is known from its pixels.
+
+Nothing heavy is imported here; see `diffalign.world.captions`, `render`, `oracle`, `pairs`, `scorer`, `vae`,
+`base_model` and `fairness` for the parts, and docs/world.md for what it is good for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffalign.world.captions import splits
+
+__all__ = ["base_path", "pairs_path", "splits"]
+
+
+def base_path() -> Path:
+    """Folder of the committed base model, in diffusers' SDXL layout."""
+    return _asset("base")
+
+
+def pairs_path() -> Path:
+    """The committed 1,024 preference pairs of renders (Pick-a-Pic columns, parquet)."""
+    return _asset("pairs/renders.parquet")
+
+
+def _asset(name: str) -> Path:
+    package = Path(__file__).resolve().parents[1]
+    places = (package.parent / "assets" / "world" / name, package / "_assets" / "world" / name)
+    for place in places:
+        if place.exists():
+            return place
+    raise FileNotFoundError(
+        f"the embedded world's {name!r} is neither at {places[0]} (a checkout) nor at {places[1]} (an installed "
+        "wheel); reinstall diffalign, or write it with `python -m diffalign.world.base_model --out ...` (base) "
+        "or `python -m diffalign.world.pairs --out ...` (pairs)"
+    )

@@ -1,0 +1,191 @@
+"""Preference pairs of the world, labelled by the true reward, in the layouts that users' data come in.
+
+    python -m diffalign.world.pairs --out assets/world/pairs/renders.parquet --n 1024 --seed 0
+
+Captions are of training combinations only. Sources:
+    renders   two renders of one caption with independent looks and defects
+    samples   the best and the worst of four pictures that the base makes of one caption
+Which side is shown first is drawn at random, so nothing but the label tells the chosen one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffalign.world import base_path, oracle
+from diffalign.world.captions import TEMPLATES, Combination, caption, splits
+from diffalign.world.render import render
+
+Source = Literal["renders", "samples"]
+Layout = Literal["parquet", "folder"]
+
+BLOCK = 128  # pairs made at once; each block has its own generator, so the first n pairs do not depend on n
+BEST_OF = 4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison; side 0 and 1 in the order in which they are shown."""
+
+    caption: str
+    pictures: tuple[NDArray[np.uint8], NDArray[np.uint8]]  # 16 16 3
+    scores: tuple[float, float]  # true rewards
+    first_is_better: bool  # the label; contradicts the scores only where labels were shuffled
+    name: str
+
+
+def make_pairs(
+    *, n: int, seed: int, source: Source = "renders", shuffle_labels: bool = False, base: Path | None = None
+) -> list[Pair]:
+    """`n` pairs; the same arguments make the same pairs, and n pairs are the first n of more.
+
+    `shuffle_labels` deals the labels out again at random (a control that nothing should be learned from).
+    `base` is the pipeline folder that `samples` are made with, the committed base by default.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; make at least one pair")
+    if source not in ("renders", "samples"):
+        raise ValueError(f"source is {source!r}; it must be 'renders' or 'samples'")
+    blocks = (_block(seed, k, source, base) for k in range(-(-n // BLOCK)))
+    pairs = [pair for block in blocks for pair in block][:n]
+    if shuffle_labels:
+        order = np.random.default_rng([seed, 2**32 - 1]).permutation(n)
+        pairs = [replace(p, first_is_better=pairs[k].first_is_better) for p, k in zip(pairs, order)]
+    return pairs
+
+
+def write_pairs(
+    path: str | Path,
+    *,
+    n: int,
+    seed: int,
+    source: Source = "renders",
+    layout: Layout = "parquet",
+    shuffle_labels: bool = False,
+    base: Path | None = None,
+) -> Path:
+    """Write pairs (see `make_pairs`) to `path` and return it.
+
+    `parquet`: one file in Pick-a-Pic's columns, plus score_0 and score_1.
+    `folder`: `path`/chosen/NAME.png, `path`/rejected/NAME.png and `path`/NAME.txt; `path` must be new or empty.
+    """
+    path = Path(path)
+    if layout not in ("parquet", "folder"):
+        raise ValueError(f"layout is {layout!r}; it must be 'parquet' or 'folder'")
+    if layout == "folder" and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is not an empty folder; pairs are not mixed with what is there. Name a new one")
+    pairs = make_pairs(n=n, seed=seed, source=source, shuffle_labels=shuffle_labels, base=base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if layout == "parquet":
+        _write_parquet(path, pairs)
+    else:
+        _write_folder(path, pairs)
+    return path
+
+
+def _block(seed: int, index: int, source: Source, base: Path | None) -> Iterator[Pair]:
+    """One block of pairs with true labels."""
+    rng = np.random.default_rng([seed, index])
+    combinations = splits()["train"]
+    wanted = [combinations[i] for i in rng.integers(0, len(combinations), BLOCK)]
+    captions = [caption(c, k) for c, k in zip(wanted, rng.integers(0, len(TEMPLATES), BLOCK))]
+    if source == "renders":
+        pictures = np.stack([render(wanted, rng) for _ in range(2)], axis=1)
+    else:
+        pictures = _samples(captions, rng, base)
+    scores = _scores(pictures, wanted)
+    best, worst = scores.argmax(1), scores.argmin(1)
+    best_first = rng.random(BLOCK) < 0.5
+    for i in range(BLOCK):
+        sides = (best[i], worst[i]) if best_first[i] else (worst[i], best[i])
+        yield Pair(
+            captions[i],
+            (pictures[i, sides[0]], pictures[i, sides[1]]),
+            (float(scores[i, sides[0]]), float(scores[i, sides[1]])),
+            bool(best_first[i]),
+            f"{source}-{seed}-{index * BLOCK + i:05d}",
+        )
+
+
+def _samples(captions: list[str], rng: np.random.Generator, base: Path | None) -> NDArray[np.uint8]:
+    """Four pictures [n 4 16 16 3] of each caption, made by the base."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from diffalign.world.sample import sample
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(base or base_path())
+    seeds = rng.integers(0, 2**31, (len(captions), BEST_OF))
+    made = sample(pipe, [c for c in captions for _ in range(BEST_OF)], [int(s) for s in seeds.flat])
+    return made.numpy().reshape(len(captions), BEST_OF, *made.shape[1:])
+
+
+def _scores(pictures: NDArray[np.uint8], wanted: list[Combination]) -> NDArray[np.float32]:
+    """True rewards [n sides] of pictures [n sides 16 16 3]."""
+    sides = pictures.shape[1]
+    reading = oracle.read(torch.from_numpy(pictures.reshape(-1, *pictures.shape[2:])))
+    return oracle.reward(reading, [w for w in wanted for _ in range(sides)]).view(-1, sides).numpy()
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _write_parquet(path: Path, pairs: list[Pair]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    labels = [float(p.first_is_better) for p in pairs]
+    columns = {
+        "caption": [p.caption for p in pairs],
+        "jpg_0": [_png(p.pictures[0]) for p in pairs],  # Pick-a-Pic's name; the bytes are PNG
+        "jpg_1": [_png(p.pictures[1]) for p in pairs],
+        "label_0": labels,
+        "label_1": [1.0 - label for label in labels],
+        "has_label": [True] * len(pairs),
+        "are_different": [True] * len(pairs),
+        "image_0_uid": [f"{p.name}-0" for p in pairs],
+        "image_1_uid": [f"{p.name}-1" for p in pairs],
+        "score_0": pa.array([p.scores[0] for p in pairs], pa.float32()),
+        "score_1": pa.array([p.scores[1] for p in pairs], pa.float32()),
+    }
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def _write_folder(path: Path, pairs: list[Pair]) -> None:
+    for side in ("chosen", "rejected"):
+        (path / side).mkdir(parents=True)
+    for p in pairs:
+        chosen, rejected = p.pictures if p.first_is_better else p.pictures[::-1]
+        (path / "chosen" / f"{p.name}.png").write_bytes(_png(chosen))
+        (path / "rejected" / f"{p.name}.png").write_bytes(_png(rejected))
+        (path / f"{p.name}.txt").write_text(p.caption + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m diffalign.world.pairs", description="write pairs of the world")
+    parser.add_argument("--out", required=True, help="a .parquet file, or a new folder with --layout folder")
+    parser.add_argument("--n", type=int, default=1024, help="number of pairs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--source", choices=("renders", "samples"), default="renders")
+    parser.add_argument("--layout", choices=("parquet", "folder"), default="parquet")
+    parser.add_argument("--shuffle-labels", action="store_true", help="a control: labels dealt out at random")
+    a = parser.parse_args()
+    path = write_pairs(a.out, n=a.n, seed=a.seed, source=a.source, layout=a.layout, shuffle_labels=a.shuffle_labels)
+    print(f"{a.n} pairs from {a.source} written to {path}")
+
+
+if __name__ == "__main__":
+    main()

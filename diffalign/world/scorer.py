@@ -1,0 +1,67 @@
+"""The world's oracle as scorers: `score(images, prompts)` like every other scorer of the package, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.world import oracle
+from diffalign.world.captions import Combination, parse
+from diffalign.world.render import SIZE
+
+
+class WorldReward:
+    """Faithfulness + vividness - 4 x excess grain: the reward that pairs of the world are labelled by."""
+
+    name = "world"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Rewards [n] float32, about -0.5 (noise) to 1.9 (clean and fully vivid). ValueError as in `read_images`."""
+        return oracle.reward(*read_images(images, prompts))
+
+
+class WorldSize:
+    """Faithfulness + size of the shape: a second taste that nothing in the package is tuned on."""
+
+    name = "world-size"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Rewards [n] float32 in [0, 2]. ValueError as in `read_images`."""
+        return oracle.size_reward(*read_images(images, prompts))
+
+
+class WorldAccuracy:
+    """1 where shape, colour and background are all as captioned, else 0."""
+
+    name = "world-accuracy"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Zeros and ones [n] float32. ValueError as in `read_images`."""
+        return oracle.accuracy(*read_images(images, prompts))
+
+
+def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[oracle.Reading, list[Combination]]:
+    """What the oracle sees in the images and what their prompts ask for.
+
+    ValueError when there are not as many prompts as images, when an image is not 16x16, or when a prompt is no
+    caption of the world.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts; give one prompt per image")
+    wanted = [parse(prompt) for prompt in prompts]
+    for i, image in enumerate(images):
+        if image.size != (SIZE, SIZE):
+            raise ValueError(
+                f"image {i} is {image.size[0]}x{image.size[1]}; pictures of the embedded world are {SIZE}x{SIZE}. "
+                f"Generate with resolution {SIZE}; do not resize"
+            )
+    pixels = (
+        np.stack([np.asarray(image.convert("RGB")) for image in images])
+        if images
+        else np.empty((0, SIZE, SIZE, 3), np.uint8)
+    )
+    return oracle.read(torch.from_numpy(pixels)), wanted

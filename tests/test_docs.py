@@ -1,0 +1,87 @@
+"""The reference tables of the docs hold exactly the keys and defaults that the code has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from diffalign.config import Config
+from diffalign.objectives import OBJECTIVES
+from diffalign.training.run import _FREE
+
+DOCS = Path(__file__).parent.parent / "docs"
+ROW = re.compile(r"^\| `(\w+)` \| (—|`(.*?)`) \| (\S.*) \|$", re.MULTILINE)
+SECTIONS = {"The run": Config} | {
+    f"`{key}`": field.annotation
+    for key, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+
+
+def part(page: str, heading: str) -> str:
+    """The text below a heading, up to the next one of its level or above."""
+    text = (DOCS / page).read_text()
+    found = re.search(rf"^(#+) {re.escape(heading)}$", text, re.MULTILINE)
+    assert found, f"{page} has no section {heading}"
+    return re.split(rf"^#{{1,{len(found[1])}}} ", text[found.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def table(page: str, heading: str) -> dict[str, Any]:
+    """Key -> default, as written; required keys have the default —."""
+    rows = ROW.findall(part(page, heading))
+    return {key: "—" if cell == "—" else yaml.safe_load(value) for key, cell, value, _ in rows}
+
+
+def plain(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_the_config_reference_is_the_config(heading: str) -> None:
+    expected = {
+        key: "—" if field.is_required() else plain(field.default)
+        for key, field in SECTIONS[heading].model_fields.items()
+        if key not in ("objective", *(s.strip("`") for s in SECTIONS))
+    }
+    # YAML 1.1 reads a bare `no` as false; pydantic's Literal wants the string, and so does the reader
+    assert table("training.md", heading) == {k: False if v == "no" else v for k, v in expected.items()}
+
+
+def test_every_section_is_covered() -> None:
+    assert set(SECTIONS) == {"The run", "`model`", "`tuning`", "`data`", "`training`", "`validation`"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objectives_reference_is_the_dataclass(name: str) -> None:
+    cls: Any = OBJECTIVES[name]
+    assert table("objectives.md", name) == {f.name: plain(f.default) for f in dataclasses.fields(cls)}
+    arxiv = re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)
+    assert arxiv is None or arxiv[1] in part("objectives.md", name)
+    assert f"[`{name}`](#{name})" in (DOCS / "objectives.md").read_text()
+
+
+def test_what_may_change_on_resuming_is_listed() -> None:
+    listed = set(re.findall(r"`((?:\w+\.)?\w+)`", part("training.md", "Resuming")))
+    assert _FREE - {"output_dir", "overwrite_output_dir"} <= listed
+
+
+def test_every_logged_metric_is_explained() -> None:
+    """Each name a run writes, from a step of every objective on toy networks."""
+    from diffalign.engine.measure import measure
+    from diffalign.training.metrics import observe
+    from tests.toy import toy_batch, toy_models
+
+    text = part("objectives.md", "What the metrics mean")
+    explained = set(re.findall(r"`([\w/]+)`", text))
+    models = toy_models()
+    for cls in OBJECTIVES.values():
+        objective: Any = cls()
+        evidence = measure(models, objective.probe(toy_batch(), models))
+        names = {re.sub(r"q[1-4]$", "q1", n) for n in observe(evidence, objective.score(evidence), 1000)}
+        assert sorted(names - explained) == []

@@ -1,0 +1,112 @@
+"""Every packaged config: it parses, its header says what a user needs, and its command runs this very file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffalign.config import load_config
+from diffalign.objectives import OBJECTIVES
+from diffalign.training.optim import effective_batch, effective_lr
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "training_configs"
+CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+PACKAGED = 15  # a config that disappears, or one that no test sees, changes this number
+LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
+PAIRS_PUBLISHED = {"dpo_full": 2048, "sft_full": 2048, "mapo_full": 128}  # in one optimiser step
+
+
+def header(path: Path) -> dict[str, str]:
+    """The labelled lines of a header, continuation lines joined; "Purpose" is its first line."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line)
+    fields, label = {"Purpose": lines[0].lstrip("# ")}, ""
+    for line in lines[1:]:
+        if found := re.fullmatch(r"# (\w+): +(\S.*)", line):
+            label = found[1]
+            fields[label] = found[2]
+        elif label and re.match(r"# {10,}\S", line):
+            fields[label] += " " + line.lstrip("# ")
+        else:
+            label = ""
+    return fields
+
+
+def test_none_is_missing() -> None:
+    assert len(CONFIGS) == PACKAGED
+    assert {name.split("/")[0] for name in CONFIGS} == {"world", "sd15", "sdxl"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parses_and_says_what_it_is(name: str) -> None:
+    path = CONFIGS[name]
+    config = load_config(path)
+    fields = header(path)
+    assert len(fields["Purpose"]) > 20
+    assert set(LABELS) <= fields.keys()
+    assert fields["Command"] == f"accelerate launch -m diffalign train training_configs/{name}"
+    assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
+    assert config.objective.name == Path(name).stem.split("_")[0]
+    assert max(map(len, path.read_text().splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_is_what_is_meant(name: str) -> None:
+    """Every key in the file is one the config has (none is a default's misspelling), with the value it says."""
+    written = yaml.safe_load(CONFIGS[name].read_text())
+    resolved = load_config(CONFIGS[name]).resolved()
+    for section, keys in written.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            assert resolved[section][key] == value, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("world/")])
+def test_the_worlds_configs_point_at_committed_files(name: str) -> None:
+    config = load_config(CONFIGS[name])
+    assert (ROOT / config.model.pretrained_model_name_or_path / "model_index.json").is_file()
+    assert (ROOT / config.data.path).is_file()
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith("world/")])
+def test_the_others_say_that_the_data_are_the_users(name: str) -> None:
+    assert load_config(CONFIGS[name]).data.path == "data/pairs"
+    text = CONFIGS[name].read_text()
+    assert "data.path is a placeholder" in text
+    assert "data.path=my/pairs.parquet" in text
+
+
+def test_published_batches_and_learning_rates_come_out() -> None:
+    seen = 0
+    for name, path in CONFIGS.items():
+        pairs = PAIRS_PUBLISHED.get(Path(name).stem)
+        if pairs is None or name.startswith("world/"):
+            continue
+        seen += 1
+        training = load_config(path).training
+        assert effective_batch(training, processes=1) == pairs, name
+        assert effective_lr(training, processes=1) == pytest.approx(1e-5 if pairs == 128 else 2.048e-5), name
+    assert seen == 5
+
+
+def test_advice_for_several_gpus_keeps_the_batch() -> None:
+    for name, path in CONFIGS.items():
+        found = re.search(r"--num_processes (\d+) .*gradient_accumulation_steps=(\d+)", path.read_text())
+        if name.startswith("world/"):
+            continue
+        assert found, name
+        training = load_config(path).training
+        there = training.model_copy(update={"gradient_accumulation_steps": int(found[2])})
+        assert effective_batch(there, int(found[1])) == effective_batch(training, 1), name
+
+
+def test_the_world_shows_most_objectives() -> None:
+    shown = {load_config(path).objective.name for name, path in CONFIGS.items() if name.startswith("world/")}
+    assert shown <= OBJECTIVES.keys()
+    assert len(shown) == 5
