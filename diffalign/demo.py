@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ PAIRS = 1024  # of the control; the same pictures as the packaged pairs
 LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
-class DemoError(RuntimeError):
+class DemoError(ValueError):
     """A command of the demo failed; its output says why."""
 
 
@@ -53,7 +54,8 @@ def run_demo(out: Path, steps: int | None = None) -> None:
             _finish(_start(train(pairs_path(), "dpo"), launch=True))
             _finish(background)
         finally:
-            background.kill()
+            if background.poll() is None:
+                os.killpg(background.pid, signal.SIGTERM)  # accelerate launch and the training it started
     _finish(
         _start(
             [
@@ -81,6 +83,7 @@ def _start(arguments: Sequence[str], *, launch: bool = False, output: object = N
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
         stdout=output,  # type: ignore[arg-type]
         stderr=None if output is None else subprocess.STDOUT,
+        start_new_session=output is not None,
     )
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[Run, int], None]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """A run that cannot go on."""
 
 
