@@ -7,33 +7,25 @@ Shape words used everywhere in this package:
     point   several (x_t, t) per pair and side; objectives with one point per pair have no such axis
     c h w   latent channels, height, width
 
-Every record is frozen, holds tensors only where a tensor is meant, and knows how to move itself.
+Every record is frozen and holds tensors only where a tensor is meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-R = TypeVar("R", "Conditioning", "PairBatch")
-
 CHOSEN, REJECTED = 0, 1
 
 
-def _map_tensors(record: R, fn: Callable[[Tensor], Tensor]) -> R:
-    """A copy of a dataclass with `fn` applied to each tensor in it, nested records included."""
-    changed: dict[str, Any] = {}
-    for f in fields(record):
-        value = getattr(record, f.name)
-        if isinstance(value, Tensor):
-            changed[f.name] = fn(value)
-        elif isinstance(value, Conditioning):
-            changed[f.name] = _map_tensors(value, fn)
-    return replace(record, **changed)
+def _move(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on `device` without waiting; an axis that is only an expanded view stays one and is copied once."""
+    if x.ndim and x.stride(0) == 0 and len(x) > 1:
+        return x[:1].to(device, non_blocking=True).expand(x.shape)
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -57,12 +49,16 @@ class Conditioning:
         return self.map(lambda x: x.flatten(0, 1))
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """A copy on `device`; dtypes stay."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
+        """A copy on `device`; dtypes stay, and what the sides share is copied once."""
+        return self.map(lambda x: _move(x, device))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
         """A copy with `fn` applied to every tensor."""
-        return _map_tensors(self, fn)
+        return Conditioning(
+            prompt_embeds=fn(self.prompt_embeds),
+            pooled=None if self.pooled is None else fn(self.pooled),
+            time_ids=None if self.time_ids is None else fn(self.time_ids),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,9 @@ class PairBatch:
 
     latents: Tensor  # "side pair c h w", scaled VAE latents x_0 (float32)
     cond: Conditioning
-    keys: Tensor  # int64 [pair]: seed of every random draw that belongs to this pair at this visit
+    keys: Tensor  # int64 [pair], CPU: seed of every random draw that belongs to this pair at this visit
     uncond: Conditioning | None = None  # the null prompt, only for objectives that guide
-    scores: Tensor | None = None  # "side pair": a scorer's value of each image, where the data have it
+    scores: Tensor | None = None  # "side pair", CPU: a scorer's value of each image, where the data have it
     ids: tuple[str, ...] = field(default=())  # for messages only
 
     @property
@@ -82,9 +78,13 @@ class PairBatch:
         return int(self.latents.shape[1])
 
     def to(self, device: torch.device | str) -> PairBatch:
-        """A copy on `device`; `keys` stay on the CPU, where the generators are."""
-        moved = _map_tensors(self, lambda x: x.to(device, non_blocking=True))
-        return replace(moved, keys=self.keys)
+        """A copy on `device`; `keys` and `scores` stay on the CPU, where generators are and checks cost no wait."""
+        return replace(
+            self,
+            latents=_move(self.latents, device),
+            cond=self.cond.to(device),
+            uncond=None if self.uncond is None else self.uncond.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Probe:
     weight: Tensor | None = None  # "pair [point]", passed on to Evidence untouched
     guidance: float = 1.0  # classifier-free guidance scale of both predictions; 1 = one conditional call
     uncond: Conditioning | None = None  # required when guidance != 1
+    points_per_forward: int | None = None  # so many points of each pair in one forward with grad; None = all
 
     @property
     def points(self) -> int | None:
@@ -125,7 +126,7 @@ class Evidence:
         if self.reference is None:
             raise ValueError(
                 "this evidence has no reference errors, and the objective compares policy with reference; "
-                "measure it with a reference (tuning.reference: copy, or a LoRA policy)"
+                "measure it with a reference (`Probe.needs_reference`, and `Networks` with a reference)"
             )
         return self.policy - self.reference
 

@@ -71,20 +71,27 @@ def toy_models(dtype: torch.dtype = torch.float64, apart: float = 0.0, **config:
 
 
 def toy_batch(pairs: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> PairBatch:
-    """Random latents and prompt embeddings of a few pairs."""
+    """Random latents, prompt embeddings, null prompt and scores of a few pairs."""
     g = torch.Generator().manual_seed(seed)
     embeds = torch.randn(1, pairs, 5, 6, generator=g, dtype=dtype)
     return PairBatch(
         latents=torch.randn(2, pairs, 4, 6, 6, generator=g, dtype=dtype),
         cond=Conditioning(embeds.expand(2, -1, -1, -1)),
         keys=torch.tensor([pair_key(seed, f"pair-{i}", 0) for i in range(pairs)]),
+        uncond=Conditioning(torch.full_like(embeds, 0.3).expand(2, -1, -1, -1)),
+        scores=torch.rand(2, pairs, generator=g, dtype=dtype),
     )
 
 
 def single(batch: PairBatch, i: int) -> PairBatch:
     """One pair of a batch as a batch of its own."""
+    one = slice(i, i + 1)
+    assert batch.uncond is not None
+    assert batch.scores is not None
     return PairBatch(
-        latents=batch.latents[:, i : i + 1],
-        cond=batch.cond.select(slice(None), slice(i, i + 1)),
-        keys=batch.keys[i : i + 1],
+        latents=batch.latents[:, one],
+        cond=batch.cond.select(slice(None), one),
+        keys=batch.keys[one],
+        uncond=batch.uncond.select(slice(None), one),
+        scores=batch.scores[:, one],
     )

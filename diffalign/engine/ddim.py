@@ -4,21 +4,32 @@
     x' = √ᾱ' x̂_0 + √(1−ᾱ'−σ²) ε + σ z                        (eq. 12)
 
 With η = 0 the step is deterministic and runs backwards as well: from a lower to a higher noise level it is DDIM
-inversion. Functions here never call a network except through an `eps_fn` that the caller hands in.
+inversion, which has a file of its own and shows `invert` here. Functions here never call a network except through an
+`eps_fn` that the caller hands in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffalign.engine.inversion import Ascent, EpsFn, invert, noise_between
 from diffalign.engine.schedule import NoiseSchedule, spread
 
-EpsFn = Callable[[Tensor, Tensor], Tensor]  # (x "n c h w", t int64 [n]) -> noise "n c h w"
+__all__ = [
+    "EpsFn",
+    "Step",
+    "inversion_std",
+    "invert",
+    "log_density",
+    "sample",
+    "step",
+    "transition_noise",
+    "variance",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,16 @@ def variance(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 1.0) -> T
     """σ² of the step t → t_prev in float64, shaped like t (eq. 16, times η²)."""
     now, prev = s.alpha_bar(t), s.alpha_bar(t_prev)
     return eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
+
+
+def inversion_std(s: NoiseSchedule, ascent: Ascent, eta: float) -> Tensor:
+    """Std of the noise that InPO adds after each step of an ascent, float64 [n, k].
+
+    That of the sampling step which would lead to the level just reached from as far above it again (at most T − 1).
+    Source: the released code of InPO (arXiv 2503.18454), whose grid lets it look one step ahead.
+    """
+    above = (2 * ascent.high - ascent.low).clamp(max=s.num_train_timesteps - 1)
+    return variance(s, above, ascent.high, eta).sqrt()
 
 
 def step(
@@ -82,11 +103,8 @@ def log_density(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def transition_noise(s: NoiseSchedule, xt: Tensor, x_prev: Tensor, t: Tensor, t_prev: Tensor) -> Tensor:
-    """The noise prediction with which a deterministic step takes x_t exactly to x_prev."""
-    a, sig = s.coefficients(t, xt)
-    a_prev, sig_prev = s.coefficients(t_prev, xt)
-    ratio = a_prev / a
-    return (x_prev - ratio * xt) / (sig_prev - ratio * sig)
+    """The noise prediction with which a deterministic step takes x_t exactly to x_prev; see `noise_between`."""
+    return noise_between(x_prev, xt, s.alpha_bar(t_prev), s.alpha_bar(t))
 
 
 def sample(
@@ -105,39 +123,3 @@ def sample(
         z = None if noise is None else noise[i]
         xt = step(s, eps_fn(xt, t_all), xt, t_all, prev_all, eta, z).prev
     return xt
-
-
-def invert(s: NoiseSchedule, eps_fn: EpsFn, x0: Tensor, t: Tensor, stride: int = 100) -> Tensor:
-    """Deterministic DDIM inversion of clean latents to exactly t, each sample on its own grid.
-
-    A sample's way from the clean image (ᾱ = 1) to t is cut into ⌈(t+1)/stride⌉ nearly equal integer steps. Each step
-    asks `eps_fn` at the level it goes to, as diffusers' DDIMInverseScheduler and the released inversion methods
-    do. Samples that have arrived wait for the others, so a batch costs the steps of its largest t.
-
-    Raises ValueError for a stride below 1 or a negative t.
-    """
-    if stride < 1 or (t.device.type == "cpu" and bool((t < 0).any())):
-        raise ValueError(f"invert needs stride >= 1 and t >= 0, got stride = {stride}, t = {t.tolist()}")
-    steps = -(-(t + 1) // stride)
-    x = x0
-    for k in range(1, int(steps.max()) + 1):
-        low, high = _level(t, steps, k - 1), _level(t, steps, k)
-        live = (k <= steps).reshape((-1,) + (1,) * (x.ndim - 1))
-        x = torch.where(live.to(x.device), _rise(s, eps_fn(x, high), x, low, high), x)
-    return x
-
-
-def _level(t: Tensor, steps: Tensor, k: int) -> Tensor:
-    """The k-th grid point on each sample's way from −1 (clean) to t; t itself once k ≥ steps."""
-    return (t + 1) * torch.clamp(torch.full_like(t, k), max=steps) // steps - 1
-
-
-def _rise(s: NoiseSchedule, eps: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The deterministic step from `low` to the noisier `high`; low = −1 is the clean image itself, ᾱ = 1.
-
-    The final ᾱ of many configs is ᾱ_0 < 1: right for the end of sampling, wrong for a clean start.
-    """
-    below = torch.where(low < 0, 1.0, s.alpha_bar(low))
-    above = s.alpha_bar(high)
-    scale = (above / below).sqrt()
-    return spread(scale, x) * x + spread((1 - above).sqrt() - scale * (1 - below).sqrt(), x) * eps

@@ -61,17 +61,15 @@ def measure_and_backward(
     score: Callable[[Evidence], Score],
     *,
     scale: float = 1.0,
-    points_per_forward: int | None = None,
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Evidence, Score]:
     """Measures, scores and backpropagates scale · mean(loss); evidence and score come back without graph.
 
-    `points_per_forward` limits how many points of each pair are in one forward with grad; None, or a number no
-    smaller than the probe's points, takes the direct way. `no_sync` suppresses gradient reduction of a wrapped
-    module and is entered for every backward but the last.
+    A probe with more points than its `points_per_forward` goes in two passes, any other the direct way. `no_sync`
+    suppresses gradient reduction of a wrapped module and is entered for every backward but the last.
     """
-    points = probe.points
+    points, points_per_forward = probe.points, probe.points_per_forward
     if points is None or points_per_forward is None or points_per_forward >= points:
         evidence = measure(models, probe)
         scored = score(evidence)

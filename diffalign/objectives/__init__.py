@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from diffalign.objectives.base import Objective
 from diffalign.objectives.dpo import DiffusionDPO
+from diffalign.objectives.inpo import InPO
+from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
 from diffalign.objectives.label_noise import ConservativeDPO, RobustDPO
 from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.sft import SFT
+from diffalign.objectives.smpo import SmPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO)
+    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO)
 }
 
-__all__ = ["IPO", "OBJECTIVES", "SFT", "ConservativeDPO", "DiffusionDPO", "MaPO", "Objective", "RobustDPO"]
+__all__ = [
+    "IPO",
+    "OBJECTIVES",
+    "SFT",
+    "ConservativeDPO",
+    "DiffusionDPO",
+    "InPO",
+    "InversionDPO",
+    "MaPO",
+    "Objective",
+    "RobustDPO",
+    "SmPO",
+]

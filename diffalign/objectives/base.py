@@ -24,6 +24,11 @@ class Objective(Protocol):
     paper: ClassVar[str]  # "Authors, title, arXiv id"
     needs_reference: ClassVar[bool]
 
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether batches must carry the null prompt's conditioning (guidance)."""
+        ...
+
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """The points to ask at, made without grad."""
         ...

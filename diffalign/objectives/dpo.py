@@ -34,6 +34,7 @@ class DiffusionDPO:
     name: ClassVar[str] = "dpo"
     paper: ClassVar[str] = "Wallace et al., Diffusion Model Alignment Using DPO, arXiv 2311.12908"
     needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

@@ -29,6 +29,7 @@ class IPO:
         "Azar et al., A General Paradigm to Understand Learning from Human Preferences (IPO), arXiv 2310.12036"
     )
     needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)

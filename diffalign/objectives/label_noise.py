@@ -34,6 +34,7 @@ class ConservativeDPO:
     name: ClassVar[str] = "cdpo"
     paper: ClassVar[str] = "Mitchell, A note on DPO with noisy preferences & relationship to IPO, 2023"
     needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -60,6 +61,7 @@ class RobustDPO:
     name: ClassVar[str] = "robust_dpo"
     paper: ClassVar[str] = "Chowdhury et al., Provably Robust DPO, arXiv 2403.00409"
     needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

@@ -40,6 +40,7 @@ class MaPO:
         "Hong et al., Margin-aware Preference Optimization without Reference (MaPO), arXiv 2406.06424"
     )
     needs_reference: ClassVar[bool] = False
+    needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

@@ -22,6 +22,7 @@ class SFT:
     name: ClassVar[str] = "sft"
     paper: ClassVar[str] = "Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239, eq. 14"
     needs_reference: ClassVar[bool] = False
+    needs_uncond: ClassVar[bool] = False
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """A (t, ε) for each chosen image; rejected images are not asked at."""

@@ -239,6 +239,7 @@ def _make_source(
         processes=accelerator.num_processes,
         time_ids=encoder.time_ids,
         prompt_dropout=data.proportion_empty_prompts,
+        with_uncond=config.objective.needs_uncond,
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )

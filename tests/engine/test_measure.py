@@ -81,7 +81,8 @@ def test_two_pass_gradient_is_the_direct_gradient(chunk: int, dtype: torch.dtype
     direct, chunked = toy_models(dtype, apart=0.05), toy_models(dtype, apart=0.05)
     probe = many_points(direct, 7, dtype=dtype)
     _, expected = measure_and_backward(direct, probe, weighted_dpo, scale=0.25)
-    _, got = measure_and_backward(chunked, probe, weighted_dpo, scale=0.25, points_per_forward=chunk)
+    split = replace(probe, points_per_forward=chunk)
+    _, got = measure_and_backward(chunked, split, weighted_dpo, scale=0.25)
     torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=tolerance)
     for a, b in zip(gradients(chunked), gradients(direct), strict=True):
         assert float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp(min=1))
@@ -89,7 +90,7 @@ def test_two_pass_gradient_is_the_direct_gradient(chunk: int, dtype: torch.dtype
 
 def test_two_pass_asks_each_point_twice_and_the_reference_once() -> None:
     models = toy_models()
-    measure_and_backward(models, many_points(models, 6), weighted_dpo, points_per_forward=2)
+    measure_and_backward(models, replace(many_points(models, 6), points_per_forward=2), weighted_dpo)
     assert (models.policy_calls, models.reference_calls) == (6, 3)
 
 
@@ -110,7 +111,7 @@ def test_two_pass_keeps_the_memory_of_one_chunk() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             measure_and_backward(
-                models, many_points(models, points), weighted_dpo, points_per_forward=2, backward=released
+                models, replace(many_points(models, points), points_per_forward=2), weighted_dpo, backward=released
             )
         return peak
 
@@ -133,7 +134,11 @@ def test_only_the_last_chunk_synchronises() -> None:
         loss.backward()
 
     measure_and_backward(
-        models, many_points(models, 6), weighted_dpo, points_per_forward=2, backward=backward, no_sync=no_sync
+        models,
+        replace(many_points(models, 6), points_per_forward=2),
+        weighted_dpo,
+        backward=backward,
+        no_sync=no_sync,
     )
     assert order == ["quiet", "backward", "quiet", "backward", "backward"]
 
