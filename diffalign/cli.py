@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.run(args)
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        # every error that a user can mend is a ValueError with a message that says how; ours are no exception
+    except (ValueError, ImportError, OSError) as error:
+        # what a user can mend: our own errors are ValueErrors, and files are not always where or what they should be
         if os.environ.get("DIFFALIGN_TRACEBACK"):
             raise
         print(f"diffalign {args.command}: {error}", file=sys.stderr)
@@ -93,8 +94,6 @@ def _train(args: argparse.Namespace) -> None:
 
 def _validate(run: Run, step: int) -> None:
     """Validation pictures of the policy as it stands, to the run's folder and its trackers."""
-    from contextlib import nullcontext
-
     import numpy as np
     import torch
 
@@ -103,8 +102,8 @@ def _validate(run: Run, step: int) -> None:
 
     if not run.accelerator.is_main_process:
         return
-    settings, autocast = run.config.validation, run.networks.autocast_dtype
-    with nullcontext() if autocast is None else torch.autocast(run.accelerator.device.type, autocast):
+    settings = run.config.validation
+    try:
         images = validation_pictures(
             make_pipeline(run.base),
             settings.prompts,
@@ -114,7 +113,11 @@ def _validate(run: Run, step: int) -> None:
             guidance=settings.guidance_scale,
             seed=settings.seed,
             resolution=run.config.data.resolution,
+            autocast=run.networks.autocast_dtype,
         )
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        logging.getLogger(__name__).warning("no validation pictures at step %d, training goes on: %s", step, error)
+        return
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"validation": np.stack([np.asarray(image) for image in images])}, step=step, **layout)
@@ -123,12 +126,19 @@ def _validate(run: Run, step: int) -> None:
 def _check(args: argparse.Namespace) -> None:
     from diffalign.config import load_config
     from diffalign.training.plan import describe, trial
+    from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
-    run = build(config, make_accelerator(config))
-    print(describe(run))
-    print(trial(run))
+    claim(config, Path(config.output_dir))
+    # a look at the machinery must not fill a cache of hours: the trial pair is encoded on the way
+    online = config.data.model_copy(update={"cache_dir": None, "cache_variants": 1})
+    accelerator = make_accelerator(config)
+    run = build(config.model_copy(update={"data": online}), accelerator)
+    planned = replace(run, config=config)
+    if accelerator.is_main_process:
+        print(describe(planned))
+        print(trial(planned))
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -158,6 +168,10 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("path", help="file, folder or Hub id")
     sub.add_argument("--format", default="auto")
     sub.add_argument("--split", default="train")
+    sub.add_argument(
+        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help="names that differ, e.g. prompt=text"
+    )
+    sub.add_argument("--max-pairs", type=int, help="look at no more than this many usable pairs")
     sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
     sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
     sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
@@ -195,6 +209,8 @@ def _data(args: argparse.Namespace) -> None:
         args.path,
         format=args.format,
         split=args.split,
+        columns=dict(part.split("=", 1) for part in args.columns if "=" in part),
+        max_pairs=args.max_pairs,
         verify="full" if args.full else "header",
         resolution=args.resolution,
     )

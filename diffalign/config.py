@@ -22,6 +22,12 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+SWITCHES = ("objective.name", "tuning.method")  # overriding one of these drops the file's other settings of the section
+SHORT = {"lr": "learning_rate", "batch_size": "train_batch_size", "steps": "max_train_steps"}
+LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
+ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
 class ConfigError(ValueError):
     """Everything that is wrong with a config, one fault a line."""
 
@@ -30,8 +36,20 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def packaged_asset(path: Any) -> Any:
+    """`assets/…` names what comes with diffalign, from whichever folder a command is run; other paths stay."""
+    if isinstance(path, str) and path.startswith("assets/") and not Path(path).exists():
+        package = Path(__file__).resolve().parent
+        for folder in (package.parent / "assets", package / "_assets"):
+            if (found := folder / path.removeprefix("assets/")).exists():
+                return str(found)
+    return path
+
+
 class ModelSection(_Section):
     """The base model."""
+
+    _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
 
     pretrained_model_name_or_path: str  # diffusers folder, Hub id, or a single-file .safetensors checkpoint
     pretrained_vae_model_name_or_path: str | None = None  # e.g. an fp16-safe SDXL VAE
@@ -60,6 +78,8 @@ class TuningSection(_Section):
 
 class DataSection(_Section):
     """The preference pairs and how they become latents."""
+
+    _shipped = field_validator("path", mode="before")(packaged_asset)
 
     path: str  # file, folder or Hub id
     format: str = "auto"
@@ -139,10 +159,19 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
+        training = self.training
+        if training.lr_scheduler == "constant" and training.lr_warmup_steps:
+            raise ValueError("training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup")
+        if training.optimizer == "adafactor":
+            idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
+            if idle:
+                raise ValueError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
-        if self.tuning.resume_lora is not None and self.tuning.method != "lora":
-            raise ValueError("tuning.resume_lora needs tuning.method: lora")
+        if self.tuning.method == "full":
+            idle = [n for n in LORA_ONLY if getattr(self.tuning, n) != TuningSection.model_fields[n].default]
+            if idle:
+                raise ValueError(f"tuning.{', tuning.'.join(idle)}: only tuning.method: lora has such a setting")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -167,7 +196,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in SWITCHES):
         _override(tree, override)
     return parse_config(tree, where=str(path))
 
@@ -175,7 +204,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     """A checked config from nested dictionaries. Raises ConfigError naming every fault at once."""
     try:
-        return Config(**tree)
+        return Config.model_validate(tree)
     except ValidationError as e:
         lines = [f"  {_describe(fault)}" for fault in e.errors()]
         raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
@@ -210,7 +239,7 @@ def _parse_objective(node: Any) -> Any:
     if not isinstance(node, dict) or "name" not in node:
         raise ValueError(f"give a mapping with a name, one of: {', '.join(OBJECTIVES)}")
     name = node["name"]
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"no objective is called {name!r}{_nearest(str(name), OBJECTIVES)}")
     cls = OBJECTIVES[name]
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -235,7 +264,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {text!r}: {section} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
+        if key in SWITCHES and node.get(leaf) != parsed:
+            node.clear()  # another objective or method: the settings that the file has for its own are not meant for it
+        node[leaf] = parsed
     except yaml.YAMLError as e:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {e}") from None
 
@@ -262,6 +294,8 @@ def _keys_at(loc: tuple[Any, ...]) -> list[str]:
 
 
 def _nearest(name: str, known: Any) -> str:
+    if name in SHORT and SHORT[name] in known:
+        return f"; did you mean {SHORT[name]!r}?"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     allowed = ", ".join(known) or "none"
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {allowed}"

@@ -89,6 +89,8 @@ def make_config(tmp_path: Path, pair_folder: Path) -> Callable[..., Config]:
                 "report_to": "none",
             },
         }
+        if (overrides or {}).get("tuning.method") == "full":
+            tree["tuning"] = {}
         top: dict[str, object] = {"output_dir": str(tmp_path / "out")}
         for name, value in (overrides or {}).items():
             section, _, key = name.partition(".")

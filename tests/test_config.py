@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from diffalign.config import ConfigError, load_config, parse_config, save_config
-from diffalign.objectives import DiffusionDPO
+from diffalign.objectives import DiffusionDPO, MaPO
 
 MINIMAL = {
     "output_dir": "runs/x",
@@ -41,6 +41,23 @@ def test_overrides_reach_every_level(file: Path) -> None:
 
 def test_a_bare_no_is_no_precision(file: Path) -> None:
     assert load_config(file, ["training.mixed_precision=no"]).training.mixed_precision == "no"
+
+
+def test_another_objective_starts_from_its_own_defaults(file: Path) -> None:
+    """MaPO's beta is 0.1: the 2000 that the file has for DPO is not meant for it."""
+    assert load_config(file, ["objective.name=mapo"]).objective == MaPO()
+    assert load_config(file, ["objective.beta=0.2", "objective.name=mapo"]).objective == MaPO(beta=0.2)
+    assert load_config(file, ["objective.name=dpo"]).objective == DiffusionDPO(beta=2000.0)
+    lora = load_config(file, ["tuning.rank=4"])
+    assert load_config(file, ["tuning.method=full"]).tuning.method == "full"
+    assert lora.tuning.rank == 4
+
+
+def test_shipped_assets_are_found_from_any_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(file, ["data.path=assets/world/pairs/renders.parquet"])
+    assert Path(config.data.path).is_file()
+    assert load_config(file, ["data.path=assets/mine.parquet"]).data.path == "assets/mine.parquet"
 
 
 def test_resolved_config_round_trips(file: Path, tmp_path: Path) -> None:
@@ -86,7 +103,11 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         (["seed"], "key.sub=value"),
         (["seed.x=1", "seed.x.y=1"], "not a section"),
         (["seed=[1"], "not valid YAML"),
-        (["tuning.method=full", "tuning.resume_lora=x"], "needs tuning.method: lora"),
+        (["tuning.method=full", "tuning.resume_lora=x"], r"tuning\.resume_lora: only tuning.method: lora"),
+        (["training.lr_scheduler=constant", "training.lr_warmup_steps=5"], "constant has no warm-up"),
+        (["training.optimizer=adafactor", "training.adam_beta1=0.8"], r"training\.adam_beta1: adafactor"),
+        (["training.lr=1"], "did you mean 'learning_rate'"),
+        (["objective.name=[dpo]"], "no objective is called"),
     ],
 )
 def test_single_faults(file: Path, overrides: list[str], words: str) -> None:

@@ -87,6 +87,8 @@ class NoiseSchedule:
 
         Raises TypeError unless t is int64, ValueError for t ≥ T (checked where reading it costs no device sync).
         """
+        if not isinstance(t, Tensor):
+            raise TypeError(f"timesteps must be an int64 tensor, got {t!r}; torch.tensor({t!r}) serves every sample")
         if t.dtype != torch.int64:
             raise TypeError(
                 f"timesteps must be int64, got {t.dtype}; half-precision timesteps hit wrong entries of the table"

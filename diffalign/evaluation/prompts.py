@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 COLUMNS = ("prompt", "caption")
+LONGEST_NAME = 255  # bytes that file systems allow; a longer text can only be a prompt
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 
 
@@ -24,7 +25,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     """
     path = Path(source)
     if path.suffix.lower() not in FORMATS:
-        if path.is_file():
+        if len(source) < LONGEST_NAME and path.is_file():
             raise PromptError(f"{source}: cannot read prompts from '{path.suffix}'; allowed: {', '.join(FORMATS)}")
         prompts = [source]
     elif not path.is_file():

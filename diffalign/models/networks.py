@@ -56,8 +56,8 @@ class Networks:
         """The reference's raw prediction "n c h w", float32, without grad. Raises ModelError without a reference."""
         if self._reference is None:
             raise ModelError(
-                "this run has no reference network, but the objective asks for one; set the reference to copy (full "
-                "fine-tuning) or lora_off (LoRA)"
+                "the objective asks for a reference network, and this `Networks` has none; build it with "
+                "make_reference('copy', unet) for full fine-tuning or make_reference('lora_off', unet) for LoRA"
             )
         self.reference_forwards += 1
         with torch.no_grad(), self._reference.active() as module:

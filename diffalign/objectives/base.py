@@ -68,13 +68,14 @@ def shared_noise(
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """TRL's reward names from the implicit rewards of both sides, each [pair], detached."""
+    """TRL's reward names, and Diffusion-DPO's `implicit_acc`, from both sides' implicit rewards; [pair], detached."""
     chosen, rejected = chosen.detach(), rejected.detach()
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": (chosen > rejected).float(),
+        "implicit_acc": (chosen > rejected).float(),
     }
 
 

@@ -26,6 +26,8 @@ from diffalign.engine.measure import Models
 from diffalign.objectives.base import positive, reward_metrics, shared_noise
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
+SERIES_BELOW = 1e-3  # the next term of the series is −x⁴/720: below float64's precision there
+
 
 @dataclass(frozen=True)
 class MaPO:
@@ -69,5 +71,6 @@ class MaPO:
 
 def bounded_likelihood(x: Tensor) -> Tensor:
     """x / (e^x − 1) for x ≥ 0, continued by its limit 1 at x = 0, with a finite gradient everywhere."""
-    safe = torch.where(x > 0, x, torch.ones_like(x))
-    return torch.where(x > 0, safe * torch.exp(-safe) / -torch.expm1(-safe), 1 - x / 2)
+    small = x < SERIES_BELOW
+    safe = torch.where(small, torch.ones_like(x), x)
+    return torch.where(small, 1 - x / 2 + x**2 / 12, safe * torch.exp(-safe) / -torch.expm1(-safe))

@@ -1,6 +1,7 @@
 """Checkpoints: weights in the format everybody loads, and beside them what only resuming needs.
 
     output_dir/checkpoint-N/unet/ or pytorch_lora_weights.safetensors    usable by `diffalign generate` as it is
+    output_dir/checkpoint-N/config.yaml                                  the settings, resolved
     output_dir/checkpoint-N/training_state.pt                            optimiser, lr schedule, scaler, EMA, step
 
 The order of the data and every draw follow from (seed, step), so neither needs saving. A checkpoint is written to a
@@ -10,6 +11,7 @@ Left out: sharded (FSDP, DeepSpeed) states.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 
@@ -52,7 +56,7 @@ def save_checkpoint(
     partial.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
     if total_limit is not None:
-        for old in checkpoints(output_dir)[:-total_limit]:
+        for old in [p for p in checkpoints(output_dir) if p != final][: -(total_limit - 1) or None]:
             shutil.rmtree(old)
     return final
 
@@ -64,7 +68,7 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     """
     if resume == "latest":
         return (checkpoints(output_dir) or [None])[-1]
-    for path in (Path(resume), output_dir / resume):
+    for path in (output_dir / resume, Path(resume)):
         if (path / STATE_FILE).is_file():
             return path
     there = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
@@ -72,6 +76,15 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         f"training.resume_from_checkpoint: {resume} is no finished checkpoint (no {STATE_FILE} in it); "
         f"this run has: {there}. Give one of these, a path, or latest"
     )
+
+
+def set_aside(output_dir: Path, step: int) -> None:
+    """Renames checkpoints after `step` to checkpoint-N.abandoned: a resumed run will write its own."""
+    for newer in [p for p in checkpoints(output_dir) if _step(p) > step]:
+        abandoned = newer.with_name(f"{newer.name}.abandoned")
+        shutil.rmtree(abandoned, ignore_errors=True)
+        newer.rename(abandoned)
+        log.info("%s is of the run before this one resumed at step %d: kept as %s", newer.name, step, abandoned.name)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

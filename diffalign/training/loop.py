@@ -25,12 +25,21 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from diffalign.config import save_config
 from diffalign.engine.measure import measure_and_backward
-from diffalign.models.lora import load_lora, lora_layers
-from diffalign.models.saving import load_tuned, save_tuned
+from diffalign.models.lora import LORA_FILE, load_lora, lora_layers
+from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
 from diffalign.records import PairBatch
-from diffalign.training.checkpoint import checkpoints, find_checkpoint, load_state, save_checkpoint
+from diffalign.training.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    find_checkpoint,
+    load_state,
+    save_checkpoint,
+    set_aside,
+)
 from diffalign.training.metrics import JsonLines, Meter, observe
+from diffalign.training.optim import effective_batch
 from diffalign.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -69,14 +78,12 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
                 _show(bar, values)
             if training.checkpointing_steps and step % training.checkpointing_steps == 0:
                 checkpoint(run, step)
+            if last:
+                save_final(run, step)
             if on_validation is not None and (last or step % run.config.validation.every == 0):
                 with averaged_weights(run):
                     on_validation(run, step)
                 accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with averaged_weights(run):
-            save_tuned(run.unet, run.output_dir, run.base.family)
-    accelerator.wait_for_everyone()
     return values
 
 
@@ -107,31 +114,70 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
     run.scaler.unscale_(run.optimizer)
     limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
-    meter.add({"grad_norm": norm[None], "lr": torch.tensor(run.lr_scheduler.get_last_lr()[:1], dtype=torch.float64)})
+    taken = _update(run)
+    run.optimizer.zero_grad(set_to_none=True)
+    if taken:
+        lr = torch.tensor(run.lr_scheduler.get_last_lr()[:1], dtype=torch.float64)
+        meter.add({"grad_norm": norm[None], "lr": lr})
+        run.lr_scheduler.step()
+        if run.ema is not None:
+            run.ema.step(run.parameters)
+    if run.scaler.is_enabled():
+        meter.add({"skipped_steps": torch.tensor([float(not taken)])})
+
+
+def _update(run: Run) -> bool:
+    """The optimiser's update; False where fp16 gradients overflowed and the scaler skipped it."""
+    if not run.scaler.is_enabled():
+        run.optimizer.step()
+        return True
+    scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.lr_scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.ema is not None:
-        run.ema.step(run.parameters)
+    return run.scaler.get_scale() >= scale
+
+
+def save_final(run: Run, step: int) -> None:
+    """Writes the final weights (the EMA's where there is one) from the main process; the others wait."""
+    ensure_finite(run, step)
+    if run.accelerator.is_main_process:
+        with averaged_weights(run):
+            save_tuned(run.unet, run.output_dir, run.base.family)
+    run.accelerator.wait_for_everyone()
+
+
+def ensure_finite(run: Run, step: int) -> None:
+    """Raises TrainingError when a trained weight is not finite, so that nothing broken is written or rotates out
+    what is whole."""
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in run.parameters]))
+    if not bool(norms.isfinite().all()):
+        raise _diverged(run, f"the weights are no longer finite at step {step}")
 
 
 def checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-`step` from the main process; the others wait."""
+    ensure_finite(run, step)
     if run.accelerator.is_main_process:
         save_checkpoint(
             run.output_dir,
             step,
-            lambda folder: save_tuned(run.unet, folder, run.base.family),
+            lambda folder: _write(run, folder),
             {
                 "optimizer": run.optimizer.state_dict(),
                 "lr_scheduler": run.lr_scheduler.state_dict(),
                 "scaler": run.scaler.state_dict(),
                 "ema": None if run.ema is None else run.ema.state_dict(),
+                "pairs_per_step": _pairs_per_step(run),
             },
             run.config.training.checkpoints_total_limit,
         )
     run.accelerator.wait_for_everyone()
+
+
+def _write(run: Run, folder: Path) -> None:
+    """The weights, and the settings they were trained with."""
+    save_tuned(run.unet, folder, run.base.family)
+    save_config(run.config, folder / "config.yaml")
 
 
 def resume(run: Run) -> int:
@@ -139,14 +185,31 @@ def resume(run: Run) -> int:
     wanted = run.config.training.resume_from_checkpoint
     folder = None if wanted is None else find_checkpoint(run.output_dir, wanted)
     if folder is None:
-        if wanted is not None:
-            log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
+        if wanted is None:
+            return 0
+        if has_final_weights(run.output_dir) and not run.config.overwrite_output_dir:
+            raise CheckpointError(
+                f"training.resume_from_checkpoint: {run.output_dir} holds a finished run without checkpoints; set "
+                "overwrite_output_dir=true to run it again, or name another output_dir"
+            )
+        log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
         return 0
     if lora_layers(run.unet):
         load_lora(run.unet, folder)
     else:
         load_tuned(run.unet, folder)
     state = load_state(folder)
+    if state["step"] > run.config.training.max_train_steps:
+        raise CheckpointError(
+            f"{folder} is at step {state['step']}, past training.max_train_steps = "
+            f"{run.config.training.max_train_steps}: raise that, or name an earlier checkpoint"
+        )
+    if state["pairs_per_step"] != _pairs_per_step(run):
+        raise CheckpointError(
+            f"{folder} was written at {state['pairs_per_step']} pairs a step, this run takes {_pairs_per_step(run)}: "
+            "keep the product of train_batch_size, gradient_accumulation_steps and processes, or pairs would be "
+            "skipped or seen twice"
+        )
     run.optimizer.load_state_dict(state["optimizer"])
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     run.scaler.load_state_dict(state["scaler"])
@@ -158,6 +221,9 @@ def resume(run: Run) -> int:
         run.ema.load_state_dict(state["ema"])
         run.ema.to(run.accelerator.device)
     log.info("resumed from %s", folder)
+    if run.accelerator.is_main_process:
+        set_aside(run.output_dir, int(state["step"]))
+    run.accelerator.wait_for_everyone()
     return int(state["step"])
 
 
@@ -175,13 +241,21 @@ def averaged_weights(run: Run) -> Iterator[None]:
         run.ema.restore(run.parameters)
 
 
+def has_final_weights(output_dir: Path) -> bool:
+    """Whether a run got to its end there."""
+    return (output_dir / UNET_FOLDER).is_dir() or (output_dir / LORA_FILE).is_file()
+
+
 def clear_output(output_dir: Path) -> None:
-    """Removes what an earlier run left in its folder: checkpoints, metrics, pictures and final weights."""
+    """Removes what an earlier run left in its folder: checkpoints, metrics, pictures and final weights.
+
+    Only for a folder that holds a run; `training.run.claim` sees to that.
+    """
     for old in checkpoints(output_dir):
         shutil.rmtree(old)
-    for name in ("unet", "logs", "validation"):
+    for name in (UNET_FOLDER, "logs", "validation"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in ("pytorch_lora_weights.safetensors", "metrics.jsonl", "config.yaml", "run.json"):
+    for name in (LORA_FILE, "metrics.jsonl", "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -189,21 +263,29 @@ def _log(run: Run, meter: Meter, step: int, lines: JsonLines | None) -> dict[str
     """Means since the last log, over all processes, to the file and the tracker."""
     values = meter.means(gather_object if run.accelerator.num_processes > 1 else None)
     if not math.isfinite(values["loss"]):
-        there = checkpoints(run.output_dir)
-        last = f"resume from {there[-1].name}" if there else "start again"
-        raise TrainingError(
-            f"the loss is {values['loss']} at step {step}: lower training.learning_rate, or train in bf16 or fp32 "
-            f"instead of fp16, then {last}"
-        )
+        raise _diverged(run, f"the loss is {values['loss']} at step {step}")
     if lines is not None:
         lines.write(step, values)
     run.accelerator.log(values, step=step)
     return values
 
 
+def _diverged(run: Run, what: str) -> TrainingError:
+    there = checkpoints(run.output_dir)
+    last = f"resume from {there[-1].name}" if there else "start again"
+    return TrainingError(f"{what}: lower training.learning_rate, or train in bf16 or fp32 instead of fp16, then {last}")
+
+
+def _pairs_per_step(run: Run) -> int:
+    return effective_batch(run.config.training, run.accelerator.num_processes)
+
+
 def _show(bar: Any, values: dict[str, float]) -> None:
     shown = {"loss": f"{values['loss']:.4g}"}
     if "implicit_acc" in values:
         shown["acc"] = f"{values['implicit_acc']:.2f}"
-    shown["lr"] = f"{values['lr']:.1e}"
+    if "lr" in values:  # no step was taken where fp16 skipped all of them
+        shown["lr"] = f"{values['lr']:.1e}"
+    if values.get("skipped_steps"):
+        shown["skipped"] = f"{values['skipped_steps']:.0%}"
     bar.set_postfix(shown)

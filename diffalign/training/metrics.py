@@ -6,6 +6,7 @@ Every pair counts once, whatever the batch, the accumulation or the number of pr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,13 +21,11 @@ QUARTERS = 4
 def observe(evidence: Evidence, score: Score, timesteps: int) -> dict[str, Tensor]:
     """Per-pair values of one micro-batch, by metric name; each tensor is averaged over all of its entries.
 
-    Besides the objective's own: `loss`; `implicit_acc`, the share of logits above 0; `displacement`, the share of
-    pairs whose chosen side has become less likely than under the reference; policy and reference errors by quarter
-    of the timestep range (`error/policy/q1` is the quarter with the least noise).
+    Besides the objective's own: `loss`; `displacement`, the share of pairs whose chosen side has become less likely
+    than under the reference; policy and reference errors by quarter of the timestep range (`error/policy/q1` is the
+    quarter with the least noise).
     """
     values: dict[str, Tensor] = {"loss": score.loss, **score.metrics}
-    if score.logit is not None:
-        values["implicit_acc"] = (score.logit > 0).float()
     if evidence.reference is not None:
         values["displacement"] = (evidence.margin[CHOSEN] > 0).float()
     if evidence.t is not None:
@@ -77,11 +76,20 @@ class JsonLines:
     def __init__(self, path: Path, from_step: int) -> None:
         """Opens the file; lines of steps after `from_step`, which the resumed run will do again, are removed."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= from_step]
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= from_step]
             path.write_text("".join(f"{line}\n" for line in kept))
         self._path = path
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line; beyond all steps where a killed run left half a line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.config import TrainingSection
+from diffalign.models.lora import ADAPTER
 from diffalign.records import PairBatch
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
@@ -24,11 +25,12 @@ def describe(run: Run, start: int = 0) -> str:
     config, training = run.config, run.config.training
     processes = run.accelerator.num_processes
     batch = effective_batch(training, processes)
-    total = sum(p.numel() for p in run.unet.parameters())
+    total = sum(p.numel() for name, p in run.unet.named_parameters() if ".lora_" not in name)
     trained = sum(p.numel() for p in run.parameters)
     how = config.tuning.method
     if how == "lora":
-        how += f" rank {config.tuning.rank} alpha {config.tuning.lora_alpha:g}"
+        adapter = run.unet.peft_config[ADAPTER]  # what is in force, also where it came with resume_lora
+        how += f" rank {adapter.r} alpha {adapter.lora_alpha:g}"
     product = f"{training.train_batch_size} x {training.gradient_accumulation_steps} x {processes}"
     lr = f"{run.lr:.3g}"
     if training.scale_lr:
@@ -69,7 +71,7 @@ def trial(run: Run) -> str:
     lines = [
         f"{'trial step':>14}  1 pair, latents {shape}: loss {values['loss']:.6f}, "
         f"gradient norm {values['grad_norm']:.4g}",
-        f"{'memory':>14}  {_memory(run, kept.bytes * scale)}",
+        f"{'memory':>14}  {_memory(run, kept.bytes * scale, kept.casts)}",
     ]
     return "\n".join(lines)
 
@@ -79,14 +81,19 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, unet: nn.Module) -> None:
         weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+        shapes = {s for p in unet.parameters() for s in (p.shape, p.shape[::-1]) if p.ndim > 1}
         seen: set[int] = set()
-        self.bytes = 0
+        self.bytes = 0  # grows with pictures and their size
+        self.casts = 0  # weights that autocast keeps in its dtype: the same for every batch
 
         def pack(x: Tensor) -> Tensor:
             storage = x.untyped_storage()
             if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
-                self.bytes += storage.nbytes()
+                if x.shape in shapes and x.dtype != torch.float32:
+                    self.casts += storage.nbytes()
+                else:
+                    self.bytes += storage.nbytes()
             return x
 
         super().__init__(pack, lambda x: x)
@@ -103,14 +110,15 @@ def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
     )
 
 
-def _memory(run: Run, activations: float) -> str:
+def _memory(run: Run, activations: float, casts: int) -> str:
     """An estimate of the peak on one device: what is resident, plus the activations of one micro-batch."""
     weights = sum(p.numel() * p.element_size() for p in run.unet.parameters())
     trained = sum(p.numel() for p in run.parameters)
     reference = 0
     if run.reference_kind == "copy":
         reference = weights if run.networks.autocast_dtype is None else weights // 2
-    other = [run.base.vae, *(run.base.text.models if run.base.text else ())]
+    unloaded = run.config.data.cache_dir is not None and not run.config.validation.prompts
+    other = [] if unloaded else [run.base.vae, *(run.base.text.models if run.base.text else ())]
     encoders = sum(p.numel() * p.element_size() for module in other if module is not None for p in module.parameters())
     parts = {
         "weights": weights,
@@ -119,6 +127,7 @@ def _memory(run: Run, activations: float) -> str:
         "gradients": 4 * trained,
         "optimizer": OPTIMIZER_BYTES[run.config.training.optimizer] * trained,
         "EMA": 0 if run.ema is None else 4 * trained,
+        "weight casts": casts,
         "activations": activations,
     }
     listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)

@@ -15,7 +15,8 @@ import yaml
 from accelerate import Accelerator
 
 from diffalign.config import Config, ConfigError, save_config
-from diffalign.training.loop import OnStep, clear_output, resume, train
+from diffalign.training.checkpoint import checkpoints, find_checkpoint
+from diffalign.training.loop import OnStep, TrainingError, clear_output, has_final_weights, resume, train
 from diffalign.training.plan import describe
 from diffalign.training.setup import build, make_accelerator, open_table
 
@@ -44,26 +45,43 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     run = build(config, accelerator, table)
     start = resume(run)
     if accelerator.is_main_process:
-        if config.overwrite_output_dir and start == 0:
+        if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
             clear_output(output_dir)
         record(config, output_dir, accelerator)
         print(describe(run, start), flush=True)
     if config.training.report_to != "none":
         accelerator.init_trackers("logs")
     try:
-        return train(run, start, on_validation if config.validation.prompts else None)
+        values = train(run, start, on_validation if config.validation.prompts else None)
+    except KeyboardInterrupt:
+        there = checkpoints(output_dir)
+        hint = (
+            "training.resume_from_checkpoint=latest goes on from " + there[-1].name
+            if there
+            else "nothing was saved yet"
+        )
+        raise TrainingError(f"interrupted; {hint}") from None
     finally:
         accelerator.end_training()
+    if accelerator.is_main_process:
+        print(f"weights in {output_dir}: `diffalign generate` and `diffalign evaluate` take this folder as --tuned")
+    return values
 
 
 def claim(config: Config, output_dir: Path) -> None:
     """Makes sure that the output folder is this run's own; touches nothing.
 
-    Raises ConfigError when it holds a run that is neither resumed nor to be overwritten, or when a resumed run's
-    settings differ from the recorded ones in anything but its length, its logging and its validation.
+    Raises ConfigError when it is a file, when it holds a model or weights that no run of ours wrote, when it holds a
+    run that is neither resumed nor to be overwritten, or when a resumed run's settings differ from the recorded ones
+    in anything but its length, its logging and its validation. Raises CheckpointError when there is nothing to resume.
     """
     recorded = output_dir / "config.yaml"
-    if recorded.is_file():
+    ours = recorded.is_file() and (output_dir / "run.json").is_file()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir: {output_dir} is a file; name a folder for the run")
+    if (output_dir / "model_index.json").exists() or (has_final_weights(output_dir) and not ours):
+        raise ConfigError(f"output_dir: {output_dir} holds a model, which a run would overwrite; name another folder")
+    if ours:
         if config.training.resume_from_checkpoint is None:
             if config.overwrite_output_dir:
                 return
@@ -71,12 +89,21 @@ def claim(config: Config, output_dir: Path) -> None:
                 f"output_dir: {output_dir} already holds a run; set training.resume_from_checkpoint=latest to go on "
                 "with it, overwrite_output_dir=true to replace it, or name another folder"
             )
-        if changed := _changes(yaml.safe_load(recorded.read_text()), config.resolved()):
-            lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
-            raise ConfigError(
-                f"the run in {output_dir} was started with other settings, and resuming would mix them:\n{lines}\n"
-                "restore them, or start a run of its own in another output_dir"
-            )
+        _same_settings(recorded, config)
+    if config.training.resume_from_checkpoint is not None:
+        folder = find_checkpoint(output_dir, config.training.resume_from_checkpoint)
+        if folder is not None:
+            _same_settings(folder / "config.yaml", config)
+
+
+def _same_settings(recorded: Path, config: Config) -> None:
+    """Raises ConfigError naming every setting that must not change on resuming and did."""
+    if changed := _changes(yaml.safe_load(recorded.read_text()) or {}, config.resolved()):
+        lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
+        raise ConfigError(
+            f"the run of {recorded.parent} was started with other settings, and resuming would mix them:\n{lines}\n"
+            "restore them, or start a run of its own in another output_dir"
+        )
 
 
 def record(config: Config, output_dir: Path, accelerator: Accelerator) -> None:

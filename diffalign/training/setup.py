@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,7 +27,7 @@ from diffalign.data.table import PairTable
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
-from diffalign.models.lora import add_lora, load_lora, lora_layers
+from diffalign.models.lora import ADAPTER, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
 from diffalign.models.reference import ReferenceKind, make_reference
@@ -34,6 +36,7 @@ from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optim
 
 log = logging.getLogger(__name__)
 
+PATIENCE = timedelta(hours=12)  # others wait while one process examines the data or writes a checkpoint
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -121,7 +124,22 @@ def make_accelerator(config: Config) -> Accelerator:
     trackers = None if config.training.report_to == "none" else config.training.report_to
     if trackers == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ImportError("training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none")
-    accelerator = Accelerator(mixed_precision="no", log_with=trackers, project_dir=config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=trackers,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != config.training.mixed_precision and accelerator.is_main_process:
+        log.warning(
+            "accelerate was launched with mixed precision %s; in force is the config's training.mixed_precision: %s",
+            launched,
+            config.training.mixed_precision,
+        )
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")
@@ -159,9 +177,8 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     table = open_table(config, accelerator) if table is None else table
     objective: Objective = config.objective
     training, device = config.training, accelerator.device
-    if training.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
+    torch.backends.cudnn.allow_tf32 = training.allow_tf32  # torch's own default is True
 
     base = load_run_base(config)
     encoder = Encoder(base, device)
@@ -213,6 +230,13 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
     if tuning.method == "lora":
         if tuning.resume_lora is not None:
             load_lora(unet, tuning.resume_lora)
+            found = unet.peft_config[ADAPTER]
+            if (found.r, found.lora_alpha) != (tuning.rank, tuning.lora_alpha):
+                log.warning(
+                    "tuning.resume_lora has rank %d and alpha %g: these are in force, not tuning.rank and tuning.alpha",
+                    found.r,
+                    found.lora_alpha,
+                )
         else:
             add_lora(unet, tuning.rank, tuning.lora_alpha, tuning.target_modules, seed=config.seed)
         autocast = AUTOCAST[config.training.mixed_precision]
@@ -265,4 +289,4 @@ def _make_ema(parameters: list[nn.Parameter], decay: float | None) -> Any | None
         return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(parameters, decay=decay)
+    return EMAModel(parameters, decay=decay, foreach=True)

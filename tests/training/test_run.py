@@ -149,7 +149,8 @@ def test_accumulation_and_batch_are_interchangeable(
         for a, b in zip(lines, other, strict=True):
             assert a.keys() == b.keys()
             for name in a:
-                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
+                # rewards are differences of errors times beta / 2 = 250: one float32 ulp of an error near 1 is 3e-5
+                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=6e-5), name
         for name in reference:
             torch.testing.assert_close(tensors[name], reference[name], rtol=0, atol=2e-6)
 
