@@ -164,3 +164,22 @@ def test_seeds() -> None:
     for bad in ("", "3-1", "-1", "1.5"):
         with pytest.raises(ValueError, match="--seeds"):
             parse_seeds(bad)
+
+
+def test_check_leaves_the_cache_alone_and_sees_an_occupied_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    main(["check", str(WORLD), f"data.cache_dir={cache}", f"output_dir={tmp_path / 'out'}"])
+    assert f"cache {cache}" in capsys.readouterr().out
+    assert not cache.exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.yaml").write_text("{}")
+    (tmp_path / "out/run.json").write_text("{}")
+    assert "already holds a run" in fails(capsys, "check", str(WORLD), f"output_dir={tmp_path / 'out'}")
+
+
+def test_a_long_prompt_is_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "a red circle on a black background " * 40
+    main(["generate", str(BASE), "--prompts", prompt, "--steps", "1", "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1

@@ -109,3 +109,19 @@ def test_relative_links_lead_to_files(page: Path) -> None:
 def test_no_figure_is_left_open() -> None:
     mark = "TODO" + "-"
     assert [name(p) for p in FILES if p.suffix in (".yaml", ".md", ".py") and mark in p.read_text()] == []
+
+
+def test_the_readme_has_a_line_for_every_module() -> None:
+    """Name and order of rooms as on disk: the tree of the README cannot drift."""
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2].partition("## Limits")[0]
+    listed, room = set(), ""
+    for line in tree.splitlines():
+        if found := re.match(r"      (\w+)/ ", line):
+            room = found[1] + "/"
+        elif found := re.match(r"        (\w+\.py) +\S", line):
+            listed.add(room + found[1])
+        elif found := re.match(r"      (\w+\.py) +\S", line):
+            listed.add(found[1])
+    package = ROOT / "diffalign"
+    modules = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if p.name != "__init__.py"}
+    assert listed == modules
