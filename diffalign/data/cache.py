@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _REMEDY = {
     "format_version": "encode again with this version of diffalign",
     "encoder": "the VAE or text encoders are others: encode again with this model",
-    "dataset": "other pairs, prompts, labels, order or image sizes: use the data settings (path, split, columns, "
+    "dataset": "other pairs, prompts, labels, order or image files: use the data settings (path, split, columns, "
     "keep_ties, invert_preference, max_pairs, verify) of the encode run, or encode again",
     "pairs": "see dataset",
     "resolution": "set the resolution that was encoded, or encode again",

@@ -15,6 +15,7 @@ class Columns(Protocol):
 
     storage: str  # for people: "3 parquet files", "pairs.jsonl"
     names: tuple[str, ...]
+    in_memory: bool  # image cells are paths or references that are here already; False: looking at one reads storage
 
     def __len__(self) -> int: ...
 
@@ -36,6 +37,8 @@ class Columns(Protocol):
 
 class ListColumns:
     """Rows held as dictionaries: what a text listing, a folder or a tar index amounts to."""
+
+    in_memory = True
 
     def __init__(
         self,

@@ -1,10 +1,18 @@
-"""Writing an encode cache: shard by shard, resumable, by any number of processes."""
+"""Writing an encode cache: shard by shard, resumable, by any number of processes and of runs at once.
+
+Runs that fill one folder at the same time do not talk to each other: each takes the shards in an order of its
+own and leaves out those that have appeared, so they seldom encode the same one, and then harmlessly.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import random
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +40,7 @@ from diffalign.data.table import PairTable
 from diffalign.objectives.draws import pair_key
 
 SHARD_BYTES = 256 << 20
+ABANDONED = 6 * 3600  # seconds after which a temporary file belongs to a killed process, wherever that ran
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Encoded:
     folder: Path
     key: CacheKey
     shards_written: int
-    shards_kept: int  # finished by an earlier, interrupted call
+    shards_kept: int  # finished by an earlier, interrupted call or meanwhile by another run
     shards_missing: int  # still to be written by other processes
     problems: tuple[Problem, ...]  # pairs that could not be read; training substitutes them
 
@@ -86,49 +95,72 @@ def encode_cache(
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
     plan = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
-    todo = set(plan.missing(folder))
-    problems: list[Problem] = []
+    _sweep(folder)
+    problems: dict[int, Problem] = {}  # by index of the pair
+    written = 0
 
-    names = [name for name in plan.text_shards()[process::processes] if name in todo]
-    for name in tqdm(names, desc="prompts", unit=" shards", delay=3.0, mininterval=1.0):
-        first = int(name[5:10]) * plan.prompts_per_shard
-        tensors = _encode_text(encoder, prompts[first : first + plan.prompts_per_shard], DTYPES[dtype], batch_size)
-        _write(folder, name, tensors, {})
-    written = len(names)
+    names = plan.text_shards()[process::processes]
+    with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
+        for name, missing in _in_own_order(folder, names):
+            if missing:
+                part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
+                _write(folder, name, _encode_text(encoder, part, DTYPES[dtype], batch_size), {})
+                written += 1
+            bar.update(1)
 
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    names = [name for name in plan.moments_shards()[process::processes] if name in todo]
-    ranges = [_range(name, plan) for name in names]
-    with tqdm(total=sum(map(len, ranges)), desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
-        for name, indices in zip(names, ranges):
+    names = plan.moments_shards()[process::processes]
+    total = sum(len(_range(name, plan)) for name in names)
+    with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
+        for name, missing in _in_own_order(folder, names):
+            indices = _range(name, plan)
+            if not missing:
+                bar.update(len(indices))
+                continue
             job = _Pixels(table, indices, key, run_seed)
             tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
             tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
             _write(folder, name, tensors, {"unreadable": json.dumps(unreadable)})
-            problems += [
-                Problem(table.where(indices[int(row)]), each["kind"], each["reason"])
-                for row, each in unreadable.items()
-            ]
+            for row, each in unreadable.items():
+                index = indices[int(row)]
+                problems[index] = Problem(table.where(index), each["kind"], each["reason"])
             written += 1
-    mine = len(plan.text_shards()[process::processes]) + len(plan.moments_shards()[process::processes])
-    return Encoded(folder, key, written, mine - written, len(plan.missing(folder)), tuple(problems))
+    kept = len(plan.text_shards()[process::processes]) + len(names) - written
+    found = tuple(problem for _, problem in sorted(problems.items()))
+    return Encoded(folder, key, written, kept, len(plan.missing(folder)), found)
+
+
+def _in_own_order(folder: Path, names: list[str]) -> Iterator[tuple[str, bool]]:
+    """The shards and whether each is still missing when its turn comes; those that are there first."""
+    there = {file.name for file in folder.iterdir()}
+    yield from ((name, False) for name in names if name in there)
+    todo = [name for name in names if name not in there]
+    random.Random(uuid.uuid4().int).shuffle(todo)
+    yield from ((name, not (folder / name).exists()) for name in todo)
 
 
 def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> Plan:
     """The plan of the cache that is begun here, or a new one that is then written."""
+    leftovers = sorted(folder.glob("*.safetensors"))  # looked for first: another run may be just beginning
+    if read_manifest(folder) is None:
+        if leftovers:
+            raise DataError(f"{folder} holds {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache")
+        temporary = _temporary(folder, MANIFEST)
+        temporary.write_text(manifest_text(key, make()))
+        try:
+            os.link(temporary, folder / MANIFEST)  # unlike a rename, fails when another run was quicker
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(temporary, folder / MANIFEST)
+        temporary.unlink(missing_ok=True)
     found = read_manifest(folder)
-    if found is not None:
-        if lines := differences(found[0], key):
-            head = f"{folder} holds an encode cache of something else; delete it or name another folder:"
-            raise DataError("\n".join([head, *lines]))
-        return found[1]
-    if leftovers := sorted(folder.glob("*.safetensors")):
-        raise DataError(f"{folder} holds {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache")
-    plan = make()
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(manifest_text(key, plan))
-    os.replace(temporary, folder / MANIFEST)
-    return plan
+    if found is None:
+        raise DataError(f"{folder / MANIFEST} was removed while the cache was being begun; encode again")
+    if lines := differences(found[0], key):
+        head = f"{folder} holds an encode cache of something else; delete it or name another folder:"
+        raise DataError("\n".join([head, *lines]))
+    return found[1]
 
 
 def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Plan:
@@ -226,9 +258,25 @@ def _encode_text(encoder: Encoder, prompts: list[str], dtype: torch.dtype, batch
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The shard appears whole or not at all; what a killed process left of it is removed."""
-    for leftover in folder.glob(f".{name}.*"):
-        leftover.unlink(missing_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, folder / name)
+    """The shard appears whole or not at all."""
+    temporary = _temporary(folder, name)
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    """A name that no other process on any machine uses."""
+    return folder / f".{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left. Younger temporary files may be another run's, which is writing them."""
+    for file in [*folder.glob(".*.safetensors.*"), *folder.glob(f".{MANIFEST}.*")]:
+        try:
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
+        except FileNotFoundError:
+            continue  # that run has finished it, or swept it first

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Callable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.rows import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
 
 class ArrowColumns:
     """Rows of a `datasets.Dataset`: memory-mapped, images kept encoded."""
+
+    in_memory = False
 
     def __init__(self, dataset: Dataset, *, storage: str, where: Callable[[int], str]) -> None:
         from datasets import Image
@@ -56,11 +60,30 @@ class SplitRow:
         return f"split {self.split!r} row {row}"
 
 
-def from_parquet(files: Sequence[Path]) -> Dataset:
-    """The files as one memory-mapped data set; made once, then found in the cache."""
-    from datasets import Dataset
+def arrow_builder(files: Sequence[Path]) -> DatasetBuilder:
+    """What makes one memory-mapped data set of parquet files, once, in the Hugging Face cache."""
+    from datasets import load_dataset_builder
 
-    return Dataset.from_parquet([str(file) for file in files])
+    return load_dataset_builder("parquet", data_files={"train": [escape(str(file)) for file in files]})
+
+
+def laid_out(builder: DatasetBuilder) -> bool:
+    """Whether the data set is in the cache already."""
+    return Path(builder.cache_dir, "dataset_info.json").is_file()
+
+
+def free_bytes(builder: DatasetBuilder) -> int:
+    """Room on the disk that the data set would be written to."""
+    place = Path(builder.cache_dir)
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def lay_out(builder: DatasetBuilder) -> Dataset:
+    """The data set, made if it is not there."""
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train")
 
 
 def open_saved(folder: Path, split: str) -> ArrowColumns:

@@ -136,4 +136,4 @@ def substitute(pair_id: str, attempt: int, n: int) -> int:
 def sample_latents(moments: Tensor, keys: Tensor) -> Tensor:
     """Latents float32 "pair side c h w": mean + std · normal, drawn per pair, from moments "pair side 2c h w"."""
     mean, std = moments.float().chunk(2, dim=2)
-    return mean + std * normal(keys, "vae", mean.shape[1:]).to(mean.device)
+    return mean + std * normal(keys, "vae", mean.shape[1:]).to(mean.device, non_blocking=True)

@@ -1,14 +1,13 @@
 """Parquet shards, read row group by row group.
 
-Parquet has no access to single rows: reading one reads its row group. Small groups are read directly and the
-last ones kept; files with large groups are laid out once as Arrow files in the Hugging Face cache instead,
-which gives single rows by memory map at the price of a second copy on disk.
+Parquet has no access to single rows: reading one reads its row group, and training visits rows in random order.
+Small groups are read directly and the last ones kept; files with large groups are laid out once as Arrow files in
+the Hugging Face cache instead, which gives single rows by memory map at the price of a second copy on disk.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,19 +22,23 @@ from diffalign.data.rows import DataError
 
 log = logging.getLogger(__name__)
 
-LARGE_GROUP = 32 << 20  # bytes: above it, reading a whole row group costs more than decoding the pair in it
+SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs about as much as decoding the pair
 KEPT_BYTES = 128 << 20  # bytes of row groups kept in memory by each process
 
 
 class ParquetColumns:
     """Rows of several parquet files of one schema, in file order."""
 
+    in_memory = False
+
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
         self.storage = f"{len(files)} parquet file" + "s" * (len(files) > 1)
         self._starts: list[int] = []  # first row of each row group
         self._groups: list[tuple[int, int, int]] = []  # (file, row group in it, its first row in the file)
-        self.rows, self.largest_group = 0, 0
+        self.rows, self.bytes = 0, 0
+        self.surplus = 0  # bytes of a row group beside one row of it, at most
+        self.row_bytes = 0  # of a row in that group
         schema: pa.Schema | None = None
         for number, file in enumerate(self.files):
             metadata = _metadata(file)
@@ -50,11 +53,17 @@ class ParquetColumns:
             for group in range(metadata.num_row_groups):
                 self._starts.append(self.rows + in_file)
                 self._groups.append((number, group, in_file))
-                in_file += metadata.row_group(group).num_rows
-                self.largest_group = max(self.largest_group, metadata.row_group(group).total_byte_size)
+                rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).total_byte_size
+                in_file += rows
+                self.bytes += size
+                row_bytes = size // max(1, rows)
+                if size - row_bytes > self.surplus:
+                    self.surplus, self.row_bytes = size - row_bytes, row_bytes
             self.rows += in_file
         self.names = tuple(schema.names) if schema is not None else ()
         self._kept: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._kept_bytes = 0
+        self._footer: tuple[int, pq.FileMetaData] | None = None  # of the file read last
 
     def __len__(self) -> int:
         return self.rows
@@ -77,13 +86,16 @@ class ParquetColumns:
             self._kept.move_to_end(key)
             return self._kept[key]
         number, in_file, _ = self._groups[group]
-        # The file is opened anew (a footer read): open handles do not survive a fork into loader workers,
-        # and neither does pyarrow's thread pool.
-        with pq.ParquetFile(self.files[number], memory_map=True) as file:
+        if self._footer is None or self._footer[0] != number:
+            self._footer = number, _metadata(self.files[number])
+        # The file is opened anew: open handles do not survive a fork into loader workers, and neither does pyarrow's
+        # thread pool. What takes long about it is parsing the footer, and that does survive.
+        with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer[1]) as file:
             table = file.read_row_group(in_file, columns=list(names), use_threads=False)
         self._kept[key] = table
-        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self._kept_bytes += table.nbytes
+        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return table
 
     def where(self, row: int) -> str:
@@ -98,24 +110,32 @@ class ParquetColumns:
         return self.files[self._groups[bisect_right(self._starts, row) - 1][0]].parent
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict()}
+        return self.__dict__ | {"_kept": OrderedDict(), "_kept_bytes": 0, "_footer": None}
 
 
 def open_parquet(files: Sequence[Path]) -> Columns:
     """The rows of the files, by whichever route gives single rows quickly."""
     direct = ParquetColumns(files)
-    if direct.largest_group <= LARGE_GROUP:
+    if direct.surplus <= SURPLUS:
         return direct
-    from diffalign.data.hub import ArrowColumns, from_parquet
+    from diffalign.data.hub import ArrowColumns, arrow_builder, free_bytes, laid_out, lay_out
 
-    size = sum(os.path.getsize(file) for file in files) / 2**30
-    log.warning(
-        "row groups of up to %d MB: laying the rows out once as Arrow files in the Hugging Face cache "
-        "(about %.1f GB; HF_DATASETS_CACHE moves it; row_group_size=100 when writing parquet avoids it)",
-        direct.largest_group >> 20,
-        size,
-    )
-    return ArrowColumns(from_parquet(files), storage=direct.storage, where=direct.where)
+    builder = arrow_builder(files)
+    if not laid_out(builder):
+        each = f"a row is read with up to {direct.surplus >> 20} MB of its row group"
+        hint = f"write parquet with row_group_size={1 + SURPLUS // max(1, direct.row_bytes)} to avoid both"
+        if free_bytes(builder) < 1.1 * direct.bytes:
+            log.warning(
+                "%s, which is slow, and the disk of %s has no room for the %.1f GB of an Arrow copy; HF_DATASETS_CACHE "
+                "names another place, or %s",
+                *(each, builder.cache_dir, direct.bytes / 2**30, hint),
+            )
+            return direct
+        log.warning(
+            "%s: laying the rows out once as Arrow files in %s (%.1f GB; HF_DATASETS_CACHE moves it; %s)",
+            *(each, builder.cache_dir, direct.bytes / 2**30, hint),
+        )
+    return ArrowColumns(lay_out(builder), storage=direct.storage, where=direct.where)
 
 
 def _metadata(file: Path) -> pq.FileMetaData:

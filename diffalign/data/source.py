@@ -158,11 +158,11 @@ class TextMemo:
     def __call__(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         """Embeddings [pair tokens dim] and, where the family has it, the pooled ones [pair dim]."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
-        if new:
-            text = self.encoder.prompts(new)
-            for row, prompt in enumerate(new):
-                pooled = None if text.pooled is None else text.pooled[row].float().clone()
-                self._kept[prompt] = (text.prompt_embeds[row].float().clone(), pooled)
+        for prompt in new:
+            # One a call: a batch of another size rounds otherwise, and what is new depends on where the run began.
+            text = self.encoder.prompts([prompt])
+            pooled = None if text.pooled is None else text.pooled[0].float()
+            self._kept[prompt] = (text.prompt_embeds[0].float(), pooled)
         found = [self._kept[prompt] for prompt in prompts]
         for prompt in prompts:
             self._kept.move_to_end(prompt)

@@ -7,6 +7,7 @@ one, and two image sizes when they were looked at. Nothing else is in memory.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from array import array
@@ -17,13 +18,13 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from diffalign.data.columns import Columns, image_ref
+from diffalign.data.content import Files, file_stat
 from diffalign.data.pickapic import Layout, judge
 from diffalign.data.rows import (
     BAD_ROW,
     DUPLICATE,
     EMPTY_PROMPT,
     IDENTICAL,
-    MISSING_SIDE,
     TIE,
     DataError,
     ImageError,
@@ -33,7 +34,10 @@ from diffalign.data.rows import (
     check_size,
 )
 
+log = logging.getLogger(__name__)
+
 Verify = Literal["none", "header", "full"]
+MANY_ROWS = 100_000  # above it, looking at every image takes long enough to say how to do without
 Size = tuple[int, int]
 
 
@@ -49,7 +53,8 @@ class PairTable:
         self.ids: list[str] = []
         self.prompts: list[str] = []  # of each pair
         self._sizes = array("i")  # four numbers per pair; empty with verify="none"
-        self.stamps: list[str] = []  # byte sizes of image files, which their path-based ids do not cover
+        self._files = Files()  # whose contents the ids do not cover
+        self._by_file = array("q")  # indices of the pairs that name them
         self._rows, self._first, self._ties = array("q"), bytearray(), bytearray()
         self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
 
@@ -111,12 +116,17 @@ class PairTable:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of what the pairs are, in their order: ids, prompts, which side is chosen, file sizes."""
+        """Hash of what the pairs are, in their order: ids, prompts, which side is chosen, contents of image files.
+
+        The same however the images were verified. Reads the image files that rows name, unless their hash is
+        remembered; raises ImageError when one has gone.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for index, name in enumerate(self.ids):
-            stamp = self.stamps[index] if self.stamps else ""
             sides = f"{self._first[index]}{self._ties[index]}"
-            digest.update("\x1f".join((name, self.prompts[index], sides, stamp, "\x1e")).encode())
+            digest.update("\x1f".join((name, self.prompts[index], sides, "\x1e")).encode())
+        if self._by_file:
+            digest.update(self._files.contents(self.refs(self._rows[index]) for index in self._by_file).encode())
         return digest.hexdigest()
 
     def examine(self, verify: Verify, max_pairs: int | None) -> None:
@@ -124,6 +134,10 @@ class PairTable:
         light = _Light(self.columns, self.layout)
         seen: Counter[str] = Counter()
         kept_prompts: dict[str, str] = {}
+        if verify != "none" and self.total_rows >= MANY_ROWS and max_pairs is None:
+            log.info(
+                "looking at the images of all %d rows (verify=%r); verify='none' skips it", self.total_rows, verify
+            )
         bar = tqdm(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0)
         for row in bar:
             if max_pairs is not None and len(self) >= max_pairs:
@@ -147,7 +161,7 @@ class PairTable:
                 continue
             uids = light.uids(row)
             try:
-                name, sizes, stamp = self._look(row, prompt, uids, verify)
+                name, sizes, files = self._look(row, prompt, uids, verify)
             except ImageError as error:
                 self._report(row, error.kind, str(error))
                 continue
@@ -157,6 +171,9 @@ class PairTable:
                 self.problems.append(Problem(self.columns.where(row), DUPLICATE, reason, dropped=False))
                 name = f"{name}#{seen[name]}"
             first = judged if tie else judged ^ self.invert_preference
+            if files is not None:
+                self._files.add(*files)
+                self._by_file.append(len(self))
             self._rows.append(row)
             self._first.append(first)
             self._ties.append(tie)
@@ -167,43 +184,48 @@ class PairTable:
                 self._scores.append(light.scores(row) or labels)
             if sizes is not None:
                 self._sizes.extend((*sizes[first], *sizes[1 - first]))
-            if stamp is not None:
-                self.stamps.append(stamp)
 
     def _report(self, row: int, kind: str, reason: str) -> None:
         self.problems.append(Problem(self.columns.where(row), kind, reason))
 
     def _look(
         self, row: int, prompt: str, uids: tuple[str, ...], verify: Verify
-    ) -> tuple[str, tuple[Size, Size] | None, str | None]:
-        """Id, sizes and stamp of a row. Raises ImageError for the first fault of its images."""
+    ) -> tuple[str, tuple[Size, Size] | None, tuple[list[str], list[os.stat_result]] | None]:
+        """Id and sizes of a row, and its image files where these are not covered by the id (paths and states).
+
+        Whether they are covered does not depend on `verify`. Raises ImageError for the first fault of the images.
+        """
         where, base = self.columns.where(row), self.columns.base(row)
         if len(uids) == 2 and uids[0] == uids[1]:
             raise ImageError(IDENTICAL, f"{where}: both sides are image {uids[0]}; nothing to prefer")
-        if uids and verify == "none":  # the one case in which the images are not even fetched
+        if uids and verify == "none" and not self.columns.in_memory:  # the cells are not even fetched
             return ":".join(uids), None, None
-        refs = self.refs(row)
+        refs, files = self.refs(row), None
         by_path = base is not None and all(ref.path is not None and ref.span is None for ref in refs)
         if by_path:
-            stamp = " ".join(str(_file_size(ref)) for ref in refs)
-            names = [os.path.relpath(str(ref.path), base).replace(os.sep, "/") for ref in refs]
+            paths, stats = [str(ref.path) for ref in refs], [file_stat(ref) for ref in refs]
+            if self.columns.in_memory or not uids:
+                files = paths, stats
+            names = [os.path.relpath(path, base).replace(os.sep, "/") for path in paths]
             name = ":".join(uids) or _digest(prompt, *names)
             same = names[0] == names[1] or (
-                verify != "none" and len(set(stamp.split())) == 1 and refs[0].read() == refs[1].read()
+                verify != "none" and stats[0].st_size == stats[1].st_size and refs[0].read() == refs[1].read()
             )
+        elif uids and verify == "none":
+            return ":".join(uids), None, None
         else:
             refs = tuple(ImageRef(ref.read(), None, ref.where) for ref in refs)  # type: ignore[assignment]
-            stamp, same = None, refs[0].data == refs[1].data
+            same = refs[0].data == refs[1].data
             name = ":".join(uids) or _digest(prompt, *(ref.data or b"" for ref in refs))
         if same:
             raise ImageError(IDENTICAL, f"{where}: both sides are the same image; nothing to prefer")
         if verify == "none":
-            return name, None, stamp
+            return name, None, files
         sizes = []
         for ref in refs:
             sizes.append(ref.open().size if verify == "full" else ref.size())
             check_size(sizes[-1], ref.where)
-        return name, (sizes[0], sizes[1]), stamp
+        return name, (sizes[0], sizes[1]), files
 
 
 class _Light:
@@ -248,15 +270,6 @@ def _score(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
-
-
-def _file_size(ref: ImageRef) -> int:
-    try:
-        return os.path.getsize(str(ref.path))
-    except OSError as error:
-        raise ImageError(
-            MISSING_SIDE, f"{ref.where}: cannot read {ref.path} ({error.strerror}); restore the file"
-        ) from error
 
 
 def _digest(prompt: str, *parts: str | bytes) -> str:

@@ -85,7 +85,9 @@ class Encoder:
         return torch.cat(parts)
 
     def _moments(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        mean, std = _posterior(vae.encode(pixels.to(self.device, self.vae_dtype)))
+        # copied first and cast there: a cast on the CPU would leave pinned memory, and the copy would block
+        placed = pixels.to(self.device, non_blocking=True).to(self.vae_dtype)
+        mean, std = _posterior(vae.encode(placed))
         shift, scale = latent_scaling(vae, mean)
         return torch.cat([(mean - shift) * scale, std * scale], dim=1)
 

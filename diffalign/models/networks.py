@@ -56,7 +56,7 @@ class Networks:
         """The reference's raw prediction "n c h w", float32, without grad. Raises ModelError without a reference."""
         if self._reference is None:
             raise ModelError(
-                "the objective asks for a reference network, and this `Networks` has none; build it with "
+                "these networks have no reference, and the objective asks for one; build them with "
                 "make_reference('copy', unet) for full fine-tuning or make_reference('lora_off', unet) for LoRA"
             )
         self.reference_forwards += 1

@@ -97,6 +97,8 @@ def _open_table(config: Config) -> PairTable:
         verify=data.verify,
     )
     table.require_usable()
+    if data.cache_dir is not None:
+        _ = table.identity  # may read every image once: done here, before other processes get the table
     return table
 
 

@@ -109,42 +109,6 @@ def test_smaller_dtypes_are_close_and_half_the_size(
         assert shard.get_tensor("moments").dtype == getattr(torch, dtype)
 
 
-def test_killed_encoding_goes_on_where_it_stopped(table: PairTable, tmp_path: Path) -> None:
-    class Killed(FakeEncoder):
-        def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-            if self.image_calls == 3:
-                raise KeyboardInterrupt
-            return super().moments(pixels)
-
-    folder = tmp_path / "cache"
-    with pytest.raises(KeyboardInterrupt):
-        encode(table, folder, Killed(), batch_size=2)
-    (folder / ".moments-00002.safetensors.999").write_bytes(b"half a shard")  # what a kill -9 leaves
-    finished = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-    assert len([name for name in finished if name.startswith("moments")]) == 2
-    with pytest.raises(DataError, match=r"is incomplete: 2 of 5 shards are missing \(first: moments-00002.*goes on"):
-        open_cache(folder, needed(table))
-    encoder = FakeEncoder()
-    result = encode(table, folder, encoder, batch_size=2)
-    assert (result.shards_written, result.shards_kept, result.shards_missing) == (2, 3, 0)
-    assert encoder.image_calls == 2
-    for name, content in finished.items():
-        assert (folder / name).read_bytes() == content
-    encode(table, tmp_path / "whole")
-    for file in (tmp_path / "whole").iterdir():
-        assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
-    assert not list(folder.glob(".*"))
-
-
-def test_processes_share_the_shards(table: PairTable, tmp_path: Path) -> None:
-    encode(table, tmp_path / "one")
-    results = [encode(table, tmp_path / "three", process=r, processes=3) for r in range(3)]
-    assert [result.shards_missing for result in results] == [2, 1, 0]
-    assert [result.shards_written for result in results] == [3, 1, 1]
-    for file in (tmp_path / "one").iterdir():
-        assert (tmp_path / "three" / file.name).read_bytes() == file.read_bytes()
-
-
 STALE: dict[str, tuple[Callable[[CacheKey], CacheKey], str]] = {
     "encoder": (lambda key: replace(key, encoder="other"), "encoder: the cache has 'fake-1', this run needs 'other'"),
     "resolution": (lambda key: replace(key, resolution=32), "resolution: the cache has 16, this run needs 32; set"),
@@ -194,6 +158,16 @@ def test_the_same_data_elsewhere_are_accepted(table: PairTable, tmp_path: Path) 
     encode(table, tmp_path / "cache")
     moved = open_pairs(write_parquet(tmp_path / "moved" / "renamed.parquet", pick_rows(7), row_group_size=7))
     open_cache(tmp_path / "cache", needed(moved))
+
+
+def test_a_changed_image_file_of_the_same_size_makes_the_cache_stale(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", 3)
+    encode(open_pairs(file), tmp_path / "cache")
+    open_cache(tmp_path / "cache", needed(open_pairs(file, verify="full")))
+    (tmp_path / "images" / "1c.png").write_bytes(png(99))
+    assert len({image.stat().st_size for image in (tmp_path / "images").iterdir()}) == 1
+    with pytest.raises(DataError, match=r"dataset: the cache has .*order or image files: use the data settings"):
+        open_cache(tmp_path / "cache", needed(open_pairs(file)))
 
 
 def test_encoding_into_a_cache_of_something_else_is_refused(table: PairTable, tmp_path: Path) -> None:

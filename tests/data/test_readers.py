@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffalign.data import parquet
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError, PairRow
 from diffalign.data.table import PairTable
@@ -180,25 +179,6 @@ def test_shards_of_a_split_are_chosen_by_name(tmp_path: Path) -> None:
         open_pairs(tmp_path, split="dev")
 
 
-def test_large_row_groups_are_read_through_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-    file = write_parquet(tmp_path / "pairs.parquet", pick_rows(4))
-    direct = open_pairs(file)
-    monkeypatch.setattr(parquet, "LARGE_GROUP", 10)
-    through = open_pairs(file)
-    assert type(through.columns).__name__ == "ArrowColumns"
-    assert colours(through) == colours(direct)
-    assert through[2].where == direct[2].where == "pairs.parquet row 2"
-    assert through.identity == direct.identity
-
-
-def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "KEPT_BYTES", 5 * len(png(0)))  # two groups of one row of two images
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", pick_rows(9), row_group_size=1))
-    assert isinstance(table.columns, parquet.ParquetColumns)
-    assert len(table.columns._kept) == 2
-
-
 def test_ids_do_not_depend_on_place_or_sharding(tmp_path: Path) -> None:
     rows = [{key: row[key] for key in ("caption", "jpg_0", "jpg_1", "label_0", "label_1")} for row in pick_rows(4)]
     one = open_pairs(write_parquet(tmp_path / "a" / "x.parquet", rows))
@@ -216,6 +196,19 @@ def test_identity_changes_with_an_image_file(tmp_path: Path) -> None:
     before = open_pairs(file).identity
     (tmp_path / "images" / "1c.png").write_bytes(png(50, (40, 40)))
     assert open_pairs(file).identity != before
+
+
+def test_many_rows_say_how_to_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    file = write_parquet(tmp_path / "pairs.parquet", pick_rows(3))
+    open_pairs(file)
+    monkeypatch.setattr("diffalign.data.table.MANY_ROWS", 3)
+    open_pairs(file, verify="none")
+    assert "images of all" not in caplog.text
+    open_pairs(file)
+    assert "looking at the images of all 3 rows (verify='header'); verify='none' skips it" in caplog.text
 
 
 def test_duplicate_ids_are_kept_with_a_suffix_and_pointed_out(tmp_path: Path) -> None:
@@ -313,10 +306,9 @@ def test_the_index_is_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["parquet", "arrow", "jsonl", "tar"])
-def test_a_table_travels_to_other_processes(tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_travels_to_other_processes(tmp_path: Path, storage: str, request: pytest.FixtureRequest) -> None:
     if storage == "arrow":
-        pytest.importorskip("datasets")
-        monkeypatch.setattr(parquet, "LARGE_GROUP", 10)
+        request.getfixturevalue("arrow")
     write = {
         "parquet": lambda: write_parquet(tmp_path / "pairs.parquet", pick_rows(3)),
         "arrow": lambda: write_parquet(tmp_path / "pairs.parquet", pick_rows(3)),

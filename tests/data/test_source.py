@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffalign.data import source
 from diffalign.data.images import prepare_pair
-from diffalign.data.loading import substitute
+from diffalign.data.loading import sample_latents, substitute
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
 from diffalign.data.sampler import PairOrder
@@ -147,6 +147,19 @@ def test_pinned_memory_changes_nothing(table: PairTable, num_workers: int) -> No
     pinned = take(pairs(table, pin_memory=True, num_workers=num_workers).batches(), 3)
     assert pinned[0].keys.is_pinned()
     assert_same(joined(plain), joined(pinned))
+
+
+@pytest.mark.gpu
+def test_latents_are_drawn_without_waiting_for_the_device() -> None:
+    moments = torch.rand(2, 2, 8, 4, 4)
+    keys = torch.tensor([5, 9])
+    placed = moments.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        latents = sample_latents(placed, keys)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(latents.cpu(), sample_latents(moments, keys))
 
 
 def test_global_random_states_are_neither_used_nor_moved(table: PairTable) -> None:

@@ -189,6 +189,20 @@ def test_a_vae_that_overflows_in_half_stays_in_float32(model: Model):
     assert {p.dtype for p in base.text.models[0].parameters()} == {torch.float16}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pinned_pixels_reach_the_device_without_waiting(model: Model, pixels, dtype):
+    encoder = Encoder(fresh(model), "cuda", dtype)
+    expected = encoder.moments(pixels)
+    pinned = pixels.pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moments = encoder.moments(pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(moments, expected)
+
+
 def test_unload_frees_the_base_and_keeps_the_fingerprint(model: Model, pixels):
     base = fresh(model)
     encoder = Encoder(base)
