@@ -66,6 +66,7 @@ def open_columns(path: str | Path, split: str = "train") -> Columns:
     """The stored rows behind a path or Hub id, whatever their columns. Raises DataError."""
     place = Path(path).expanduser()
     if place.is_file():
+        _has_no_splits(place, split)
         return _open_file(place)
     if place.is_dir():
         return _open_folder(place, split)
@@ -134,6 +135,7 @@ def _open_file(file: Path) -> Columns:
 
 def _open_folder(folder: Path, split: str) -> Columns:
     if is_pair_folder(folder):
+        _has_no_splits(folder, split)
         return open_folder(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         from diffalign.data.hub import open_saved
@@ -144,8 +146,6 @@ def _open_folder(folder: Path, split: str) -> Columns:
     if files := sorted(folder.rglob("*.tar")):
         return open_shards(_of_split(files, folder, split))
     listings = sorted(file for file in folder.iterdir() if file.suffix in (*SUFFIXES, ".json"))
-    if len(listings) == 1:
-        return _open_file(listings[0])
     if listings:
         return _open_file(_of_one_split(listings, folder, split))
     raise DataError(
@@ -173,7 +173,14 @@ def _of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
     named = sorted({part for file in files for part in splits(file)} & set(_SPLITS))
     if named:
         raise DataError(f"{folder} has no files of split {split!r}; it has {named}")
+    _has_no_splits(folder, split)
     return list(files)
+
+
+def _has_no_splits(place: Path, split: str) -> None:
+    """Raise DataError when a split was asked for where there are none; "train", the default, is everything."""
+    if split != "train":
+        raise DataError(f"{place} has no splits, and split {split!r} was asked for; leave split out to read all of it")
 
 
 def _listed(folder: Path) -> list[str]:

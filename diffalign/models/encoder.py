@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # Raise it when the same weights give other moments or embeddings than before: caches made earlier are then stale.
 ENCODING_VERSION = 1
+NAMED = 5  # prompts that were cut and are named in the log; Encoder.truncated has all
 # Pictures with more pixels go through the VAE one at a time: at 1024 px its activations are several GB each.
 SLICE_ABOVE_PIXELS = 768 * 768
 
@@ -95,16 +96,22 @@ class Encoder:
     def prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings of the prompts, float32; "" is the null prompt.
 
-        A prompt longer than a tokenizer takes is cut, as in every pipeline; each is logged once, with the number of
-        tokens lost, and kept in `truncated`.
+        A prompt longer than a tokenizer takes is cut, as in every pipeline; the first few are logged, with the number
+        of tokens lost, and all are kept in `truncated`.
         """
         _, text = self._loaded()
         for prompt, lost in text.overlong(prompts).items():
             if prompt not in self.truncated:
                 self.truncated[prompt] = lost
-                log.warning("prompt cut by %d tokens (at most %s fit): %r", lost, _limit(text), prompt)
+                self._warn(prompt, lost, _limit(text))
         out = self.base.family.encode_prompts(text, prompts)
         return PromptEmbeds(out.prompt_embeds.float(), None if out.pooled is None else out.pooled.float())
+
+    def _warn(self, prompt: str, lost: int, limit: str) -> None:
+        if len(self.truncated) <= NAMED:
+            log.warning("prompt cut by %d tokens (at most %s fit): %.60r…", lost, limit, prompt)
+        if len(self.truncated) == NAMED:
+            log.warning("further prompts that are cut are not named")
 
     def time_ids(self, geometry: Tensor) -> Tensor | None:
         """SDXL's micro-conditioning for a geometry int64 "... 6" (see Family.time_ids); None for SD."""

@@ -327,3 +327,11 @@ def test_max_pairs_stops_early(tmp_path: Path) -> None:
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), max_pairs=2)
     assert table.ids == ["a1:b1", "a2:b2"]
     assert (table.total_rows, table.examined_rows) == (6, 3)
+
+
+def test_a_split_is_not_invented(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", 2)
+    assert len(open_pairs(file)) == 2
+    for place in (file, tmp_path):
+        with pytest.raises(DataError, match="has no splits, and split 'test' was asked for"):
+            open_pairs(place, split="test")
