@@ -59,12 +59,11 @@ class NoiseSchedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler object: its own float32 table, cast to float64."""
-        table = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
-        if scheduler.config.get("rescale_betas_zero_snr") and table[-1] < 1e-7:
-            # Euler-type schedulers keep 2^-24 here so that their sigmas stay finite; the model's own value is 0.
-            table = torch.cat([table[:-1], table.new_zeros(1)])
-        return cls._with_grid(table, scheduler.config)
+        """The schedule of a diffusers scheduler object: its own float32 table, cast to float64.
+
+        With zero terminal SNR, Euler-type schedulers keep 2^-24 in its last place; `from_config` has the exact 0.
+        """
+        return cls._with_grid(scheduler.alphas_cumprod.detach().to("cpu", torch.float64), scheduler.config)
 
     @classmethod
     def _with_grid(cls, alphas_cumprod: Tensor, config: Mapping[str, Any]) -> NoiseSchedule:

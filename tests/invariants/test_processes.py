@@ -32,18 +32,29 @@ def launch(config: Config, processes: int, where: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+OBJECTIVES = {
+    "dpo": {"name": "dpo", "beta": 500.0},
+    "inpo": {"name": "inpo", "beta": 500.0, "steps": 4},
+    # guided, and its points backpropagated one at a time: all but the last without synchronising
+    "inversion_dpo": {"name": "inversion_dpo", "beta": 500.0, "steps": 3, "substeps": 2, "normalise": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"), [("lora", "dpo"), ("full", "dpo"), ("lora", "inpo"), ("full", "inversion_dpo")]
+)
 def test_two_processes_give_the_update_of_one(
-    method: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
+    method: str, objective: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
 ) -> None:
     shared = {
         "tuning.method": method,
+        "objective": OBJECTIVES[objective],
         "training.max_train_steps": 2,
         "training.learning_rate": 1e-4,
         "training.adam_epsilon": 1e-4,  # Adam's first step is lr·sign(g): without this, rounding decides signs
         "data.proportion_empty_prompts": 0.2,
     }
-    if method == "full":  # and once through the cache, whose shards the processes share out
+    if (method, objective) == ("full", "dpo"):  # and once through the cache, whose shards the processes share out
         shared["data.cache_dir"] = str(tmp_path / "cache")
     runs = {}
     for processes in (2, 1):
