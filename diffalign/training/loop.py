@@ -58,6 +58,9 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
     `validation.every` steps and at the end. Raises TrainingError when the loss is not finite.
     """
     training, accelerator = run.config.training, run.accelerator
+    if start == training.max_train_steps:  # killed between its last checkpoint and its final weights
+        save_final(run, start)
+        return {}
     meter, values = Meter(), {}
     lines = JsonLines(run.output_dir / "metrics.jsonl", start) if accelerator.is_main_process else None
     batches = run.source.batches(start)

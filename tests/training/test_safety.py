@@ -126,6 +126,17 @@ def test_latest_does_not_redo_a_finished_run(make_config: MakeConfig, tiny_sd: P
     assert same(weights(again.output_dir), before)
 
 
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_weights(make_config: MakeConfig, tiny_sd: Path) -> None:
+    settings = {"training.checkpointing_steps": 4}
+    config = make_config(tiny_sd, settings)
+    run_training(config)
+    final = Path(config.output_dir) / "pytorch_lora_weights.safetensors"
+    expected = weights(config.output_dir)
+    final.unlink()
+    run_training(make_config(tiny_sd, settings | {"training.resume_from_checkpoint": "latest"}))
+    assert same(weights(config.output_dir), expected)
+
+
 def test_online_resume_is_bitwise_with_prompts_of_any_length(
     make_config: MakeConfig, tiny_sdxl: Path, tmp_path: Path, pair_folder: Path
 ) -> None:
