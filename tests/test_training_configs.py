@@ -109,4 +109,4 @@ def test_advice_for_several_gpus_keeps_the_batch() -> None:
 def test_the_world_shows_most_objectives() -> None:
     shown = {load_config(path).objective.name for name, path in CONFIGS.items() if name.startswith("world/")}
     assert shown <= OBJECTIVES.keys()
-    assert len(shown) == 5
+    assert len(shown) == 6
