@@ -209,7 +209,7 @@ def _data(args: argparse.Namespace) -> None:
         args.path,
         format=args.format,
         split=args.split,
-        columns=dict(part.split("=", 1) for part in args.columns if "=" in part),
+        columns=_columns(args.columns),
         max_pairs=args.max_pairs,
         verify="full" if args.full else "header",
         resolution=args.resolution,
@@ -220,6 +220,14 @@ def _data(args: argparse.Namespace) -> None:
         print(f"sample: {args.sample}")
     if args.json is not None:
         args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
+
+
+def _columns(parts: Sequence[str]) -> dict[str, str]:
+    """PART=COLUMN words as a mapping; raises ValueError for a word of another form."""
+    for part in parts:
+        if not part.partition("=")[2]:
+            raise ValueError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
+    return dict(part.split("=", 1) for part in parts)
 
 
 def _list(args: argparse.Namespace) -> None:

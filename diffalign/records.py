@@ -52,6 +52,18 @@ class Conditioning:
         """A copy on `device`; dtypes stay, and what the sides share is copied once."""
         return self.map(lambda x: _move(x, device))
 
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """Both along the first axis, this one first; they have the same fields."""
+
+        def join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+            return None if x is None or y is None else torch.cat([x, y])
+
+        return Conditioning(
+            prompt_embeds=torch.cat([self.prompt_embeds, other.prompt_embeds]),
+            pooled=join(self.pooled, other.pooled),
+            time_ids=join(self.time_ids, other.time_ids),
+        )
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
         """A copy with `fn` applied to every tensor."""
         return Conditioning(
@@ -76,6 +88,17 @@ class PairBatch:
     def pairs(self) -> int:
         """Number of pairs in the batch."""
         return int(self.latents.shape[1])
+
+    def select(self, pairs: slice) -> PairBatch:
+        """Some of the pairs as a batch of their own."""
+        return PairBatch(
+            latents=self.latents[:, pairs],
+            cond=self.cond.select(slice(None), pairs),
+            keys=self.keys[pairs],
+            uncond=None if self.uncond is None else self.uncond.select(slice(None), pairs),
+            scores=None if self.scores is None else self.scores[:, pairs],
+            ids=self.ids[pairs],
+        )
 
     def to(self, device: torch.device | str) -> PairBatch:
         """A copy on `device`; `keys` and `scores` stay on the CPU, where generators are and checks cost no wait."""

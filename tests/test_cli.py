@@ -142,6 +142,7 @@ def test_data_world_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["train", str(WORLD), "model.pretrained_model_name_or_path=no/such/model"], "no/such/model"),
         (["encode", str(WORLD)], "data.cache_dir is not set"),
         (["data", "check", "nowhere"], "nowhere"),
+        (["data", "check", "nowhere", "--columns", "prompt:text"], "--columns prompt:text: write PART=COLUMN"),
         (["evaluate", "b", "--tuned", "x", "--scorer", "world", "--prompts", "p", "--out", "o"], "write NAME=PATH"),
         (["evaluate", "b", "--tuned", "a=x", "--scorer", "wrld", "--prompts", "p", "--out", "o"], "did you mean"),
         (["generate", "b", "--prompts", "p", "--seeds", "a", "--out", "o"], "--seeds a"),

@@ -85,13 +85,4 @@ def toy_batch(pairs: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0)
 
 def single(batch: PairBatch, i: int) -> PairBatch:
     """One pair of a batch as a batch of its own."""
-    one = slice(i, i + 1)
-    assert batch.uncond is not None
-    assert batch.scores is not None
-    return PairBatch(
-        latents=batch.latents[:, one],
-        cond=batch.cond.select(slice(None), one),
-        keys=batch.keys[one],
-        uncond=batch.uncond.select(slice(None), one),
-        scores=batch.scores[:, one],
-    )
+    return batch.select(slice(i, i + 1))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffalign.engine.inversion import Predict
-from diffalign.engine.measure import Network
+from diffalign.engine.measure import Network, guided
 from diffalign.records import Conditioning
 
 
@@ -28,20 +27,7 @@ def predictor(
         return part if len(rows) == n else part.map(lambda x: x[rows])
 
     def predict(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        told = of(cond, rows)
-        if uncond is None or guidance == 1.0:
-            return network(x, t, told)
-        both = network(torch.cat([x, x]), torch.cat([t, t]), _stacked(told, of(uncond, rows)))
-        conditional, unconditional = both.unflatten(0, (2, -1))
-        return unconditional + guidance * (conditional - unconditional)
+        null = None if uncond is None else of(uncond, rows)
+        return guided(network, x, t, of(cond, rows), guidance, null)
 
     return predict
-
-
-def _stacked(a: Conditioning, b: Conditioning) -> Conditioning:
-    def stack(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        return None if x is None or y is None else torch.cat([x, y])
-
-    return Conditioning(
-        torch.cat([a.prompt_embeds, b.prompt_embeds]), stack(a.pooled, b.pooled), stack(a.time_ids, b.time_ids)
-    )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from diffalign.config import save_config
 from diffalign.engine.measure import measure_and_backward
-from diffalign.models.lora import LORA_FILE, load_lora, lora_layers
+from diffalign.models.lora import LORA_FILE
 from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
 from diffalign.records import PairBatch
 from diffalign.training.checkpoint import (
@@ -197,10 +197,7 @@ def resume(run: Run) -> int:
             )
         log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
         return 0
-    if lora_layers(run.unet):
-        load_lora(run.unet, folder)
-    else:
-        load_tuned(run.unet, folder)
+    load_tuned(run.unet, folder)
     state = load_state(folder)
     if state["step"] > run.config.training.max_train_steps:
         raise CheckpointError(

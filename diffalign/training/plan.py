@@ -101,13 +101,9 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
 
 def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
     """The first pair; on a CPU only a corner of its latents, because this is a look at the machinery."""
-    one = slice(0, 1)
-    latents = batch.latents[:, one] if full else batch.latents[:, one, :, :TINY_LATENT, :TINY_LATENT]
-    uncond = None if batch.uncond is None else batch.uncond.select(slice(None), one)
-    scores = None if batch.scores is None else batch.scores[:, one]
-    return PairBatch(
-        latents.contiguous(), batch.cond.select(slice(None), one), batch.keys[one], uncond, scores, batch.ids[:1]
-    )
+    one = batch.select(slice(0, 1))
+    latents = one.latents if full else one.latents[..., :TINY_LATENT, :TINY_LATENT]
+    return replace(one, latents=latents.contiguous())
 
 
 def _memory(run: Run, activations: float, casts: int) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import Config
-from diffalign.data.cache import cache_key, open_cache
+from diffalign.data.cache import CacheKey, open_cache
 from diffalign.data.encode import encode_cache
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
@@ -102,7 +102,7 @@ def _open_table(config: Config) -> PairTable:
     return table
 
 
-def load_run_base(config: Config, vae_and_text: bool = True) -> Base:
+def load_run_base(config: Config) -> Base:
     """The base model that the config names, in float32 on the CPU."""
     model = config.model
     return load_base(
@@ -112,7 +112,6 @@ def load_run_base(config: Config, vae_and_text: bool = True) -> Base:
         variant=model.variant,
         prediction_type=model.prediction_type,
         single_file_config=model.single_file_config,
-        vae_and_text=vae_and_text,
     )
 
 
@@ -150,8 +149,11 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def encode_run(
     config: Config, table: PairTable, encoder: Encoder, resolution: int, process: int, processes: int
-) -> None:
-    """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards."""
+) -> CacheKey:
+    """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
+
+    Returns the key of that cache.
+    """
     data = config.data
     done = encode_cache(
         table,
@@ -171,6 +173,7 @@ def encode_run(
         log.info("encoded %d shards into %s", done.shards_written, done.folder)
     for problem in done.problems:
         log.warning("pair left out of the cache: %s", problem)
+    return done.key
 
 
 def build(config: Config, accelerator: Accelerator, table: PairTable | None = None) -> Run:
@@ -271,19 +274,9 @@ def _make_source(
     )
     if data.cache_dir is None:
         return make(Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip))
-    encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
+    key = encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    expected = cache_key(
-        table,
-        encoder.fingerprint,
-        resolution=resolution,
-        center_crop=data.center_crop,
-        random_flip=data.random_flip,
-        run_seed=config.seed,
-        variants=data.cache_variants,
-        dtype=data.cache_dtype,
-    )
-    return make(open_cache(data.cache_dir, expected))
+    return make(open_cache(data.cache_dir, key))
 
 
 def _make_ema(parameters: list[nn.Parameter], decay: float | None) -> Any | None:
