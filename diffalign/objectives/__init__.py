@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from diffalign.objectives.base import Objective
+from diffalign.objectives.cdpo import ConservativeDPO
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.inpo import InPO
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
-from diffalign.objectives.label_noise import ConservativeDPO, RobustDPO
 from diffalign.objectives.mapo import MaPO
+from diffalign.objectives.robust_dpo import RobustDPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 

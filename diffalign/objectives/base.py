@@ -100,3 +100,9 @@ def timesteps_valid(timesteps: tuple[int, ...] | None) -> None:
     """Raises ValueError for an empty or negative set of timesteps."""
     if timesteps is not None and (not timesteps or min(timesteps) < 0):
         raise ValueError(f"timesteps = {timesteps}: give at least one timestep, none below 0, or null for all")
+
+
+def noise_rate(e: float) -> None:
+    """Raises ValueError unless a share of wrong labels is in [0, 0.5)."""
+    if not 0 <= e < 0.5:
+        raise ValueError(f"label_smoothing = {e}: must be in [0, 0.5), the share of labels believed to be wrong")

@@ -1,0 +1,46 @@
+"""Conservative DPO (Mitchell, "A note on DPO with noisy preferences & relationship to IPO", 2023).
+
+    L = −(1−ε) log σ(h) − ε log σ(−h),   h Diffusion-DPO's logit, ε the share of labels believed to be wrong
+
+Cross-entropy against smoothed labels; its minimum is at the finite logit log((1−ε)/ε). Stated for language models;
+the logit is the only thing that changes. Computed with log σ(−h) = log σ(h) − h as −log σ(h) + ε h, which is exactly
+log 2 at h = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn.functional import logsigmoid
+
+from diffalign.engine.measure import Models
+from diffalign.objectives.base import dpo_logit, noise_rate, positive, shared_noise
+from diffalign.records import Evidence, PairBatch, Probe, Score
+
+
+@dataclass(frozen=True)
+class ConservativeDPO:
+    """Diffusion-DPO with smoothed labels."""
+
+    beta: float = 5000.0  # as DiffusionDPO
+    label_smoothing: float = 0.1  # ε, the share of labels believed to be wrong
+
+    name: ClassVar[str] = "cdpo"
+    paper: ClassVar[str] = "Mitchell, A note on DPO with noisy preferences & relationship to IPO, 2023"
+    needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        positive("beta", self.beta)
+        noise_rate(self.label_smoothing)
+
+    def probe(self, batch: PairBatch, models: Models) -> Probe:
+        """As Diffusion-DPO."""
+        return shared_noise(batch, models.schedule)
+
+    def score(self, evidence: Evidence) -> Score:
+        """Cross-entropy against labels (1−ε, ε)."""
+        h, metrics = dpo_logit(evidence, self.beta)
+        e = self.label_smoothing
+        return Score(loss=-logsigmoid(h) + e * h, logit=h, metrics=metrics)

@@ -1,0 +1,46 @@
+"""Robust DPO (Chowdhury et al., arXiv 2403.00409): the unbiased correction for label noise.
+
+    L = ( −(1−ε) log σ(h) + ε log σ(−h) ) / (1 − 2ε),   h Diffusion-DPO's logit, ε the share of labels that are wrong
+
+On average over the label noise it is the loss on clean labels, and it is unbounded below for pairs that the policy gets
+very wrong. Stated for language models; the logit is the only thing that changes. Computed with log σ(−h) = log σ(h) − h
+as −log σ(h) − ε h / (1 − 2ε), which is exactly log 2 at h = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn.functional import logsigmoid
+
+from diffalign.engine.measure import Models
+from diffalign.objectives.base import dpo_logit, noise_rate, positive, shared_noise
+from diffalign.records import Evidence, PairBatch, Probe, Score
+
+
+@dataclass(frozen=True)
+class RobustDPO:
+    """Diffusion-DPO with the unbiased correction for label noise."""
+
+    beta: float = 5000.0  # as DiffusionDPO
+    label_smoothing: float = 0.1  # ε, the share of labels believed to be wrong
+
+    name: ClassVar[str] = "robust_dpo"
+    paper: ClassVar[str] = "Chowdhury et al., Provably Robust DPO, arXiv 2403.00409"
+    needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        positive("beta", self.beta)
+        noise_rate(self.label_smoothing)
+
+    def probe(self, batch: PairBatch, models: Models) -> Probe:
+        """As Diffusion-DPO."""
+        return shared_noise(batch, models.schedule)
+
+    def score(self, evidence: Evidence) -> Score:
+        """The loss whose mean over flipped labels is the clean one."""
+        h, metrics = dpo_logit(evidence, self.beta)
+        e = self.label_smoothing
+        return Score(loss=-logsigmoid(h) - e * h / (1 - 2 * e), logit=h, metrics=metrics)
