@@ -1,4 +1,4 @@
-"""The five records that pass between the rooms: what is fed in, asked, measured and scored.
+"""The records that pass between the rooms: what is fed in, asked, measured and scored.
 
 Shape words used everywhere in this package:
 
@@ -74,6 +74,28 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Transitions:
+    """Recorded moves of both sides between two noise levels: of a sampler on its way down, of an inversion on its way
+    up.
+
+    Where both sides started from one latent, that side axis is an expanded view.
+    """
+
+    noisy: Tensor  # "side pair [point] c h w", x at t
+    clean: Tensor  # "side pair [point] c h w", x at t_prev
+    t: Tensor  # int64 "pair [point]", CPU
+    t_prev: Tensor  # int64 "pair [point]", CPU; below 0: the clean image
+
+    def select(self, pairs: slice) -> Transitions:
+        """The transitions of some of the pairs."""
+        return Transitions(self.noisy[:, pairs], self.clean[:, pairs], self.t[pairs], self.t_prev[pairs])
+
+    def to(self, device: torch.device | str) -> Transitions:
+        """A copy on `device`; timesteps stay on the CPU, and what the sides share is copied once."""
+        return replace(self, noisy=_move(self.noisy, device), clean=_move(self.clean, device))
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """Clean latents of some pairs and what they were conditioned on: all that an objective may look at."""
 
@@ -82,6 +104,7 @@ class PairBatch:
     keys: Tensor  # int64 [pair], CPU: seed of every random draw that belongs to this pair at this visit
     uncond: Conditioning | None = None  # the null prompt, only for objectives that guide
     scores: Tensor | None = None  # "side pair", CPU: a scorer's value of each image, where the data have it
+    transitions: Transitions | None = None  # where the source recorded how the images came about
     ids: tuple[str, ...] = field(default=())  # for messages only
 
     @property
@@ -97,6 +120,7 @@ class PairBatch:
             keys=self.keys[pairs],
             uncond=None if self.uncond is None else self.uncond.select(slice(None), pairs),
             scores=None if self.scores is None else self.scores[:, pairs],
+            transitions=None if self.transitions is None else self.transitions.select(pairs),
             ids=self.ids[pairs],
         )
 
@@ -107,6 +131,7 @@ class PairBatch:
             latents=_move(self.latents, device),
             cond=self.cond.to(device),
             uncond=None if self.uncond is None else self.uncond.to(device),
+            transitions=None if self.transitions is None else self.transitions.to(device),
         )
 
 

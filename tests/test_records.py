@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from diffalign.records import Conditioning
+from diffalign.records import Conditioning, Transitions
 from tests.toy import toy_batch
 
 
@@ -34,3 +36,17 @@ def test_select_and_flatten_are_side_major() -> None:
     assert cond.select(slice(1, 2), slice(2, 3)).pooled.flatten().tolist() == [5.0]
     assert cond.flatten().pooled.flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert cond.flatten().prompt_embeds.shape == (6, 2, 1)
+
+
+def test_transitions_follow_their_pairs() -> None:
+    start = torch.randn(1, 3, 4, 2, 2).expand(2, -1, -1, -1, -1)
+    moves = Transitions(start, torch.randn(2, 3, 4, 2, 2), torch.tensor([9, 5, 1]), torch.tensor([5, 1, -1]))
+    batch = replace(toy_batch(3), transitions=moves)
+    one = batch.select(slice(1, 2)).transitions
+    assert one is not None
+    assert (one.t.tolist(), one.t_prev.tolist()) == ([5], [1])
+    assert torch.equal(one.clean, moves.clean[:, 1:2])
+    moved = batch.to("meta").transitions
+    assert moved is not None
+    assert moved.noisy.untyped_storage().nbytes() == start[0].numel() * 4
+    assert not moved.t.is_meta
