@@ -217,16 +217,19 @@ def noise_between(x_low: Tensor, x_high: Tensor, below: Tensor, above: Tensor) -
     return spread(above.sqrt() / apart, x_low) * x_low - spread(below.sqrt() / apart, x_high) * x_high
 
 
-def transition_target(s: NoiseSchedule, rise: Rise) -> Tensor:
-    """What the network would have to answer at `rise.after` for a DDIM step to lead back to `rise.before` exactly.
+def transition_target(
+    s: NoiseSchedule, clean: Tensor, noisy: Tensor, below: Tensor, above: Tensor, t: Tensor
+) -> Tensor:
+    """What the network would have to answer at `noisy` for a DDIM step to lead to `clean` exactly.
 
-    In the network's own prediction space, and defined at ᾱ = 0 too. Not for steps with added noise.
+    ᾱ is `below` at the clean end and `above` at the noisy one, which the network is told is at t. In the network's
+    own prediction space, and defined at ᾱ = 0 too.
     """
+    eps = noise_between(clean, noisy, below, above)
     if s.prediction_type == "epsilon":
-        return rise.eps
-    below = rise.alpha_bar[0]
-    x0 = (rise.before - spread((1 - below).sqrt(), rise.eps) * rise.eps) / spread(below.sqrt(), rise.eps)
-    return s.target(x0, rise.eps, rise.high)
+        return eps
+    x0 = (clean - spread((1 - below).sqrt(), eps) * eps) / spread(below.sqrt(), eps)
+    return s.target(x0, eps, t)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,16 @@ def errors(network: Network, probe: Probe) -> Tensor:
     return ((prediction - probe.target) ** 2).mean(dim=(-3, -2, -1))
 
 
+@torch.no_grad()
+def predictions(network: Network, probe: Probe) -> Tensor:
+    """The network's (guided) predictions at all points, shaped like x_t; `points_per_forward` of them at a time."""
+    points = probe.points
+    if points is None:
+        return _predict(network, probe)
+    chunks = _point_chunks(probe, probe.points_per_forward or points)
+    return torch.cat([_predict(network, chunk) for chunk in chunks], dim=2)
+
+
 def _reference_errors(models: Models, probe: Probe) -> Tensor | None:
     if not probe.needs_reference:
         return None

@@ -6,7 +6,7 @@ An objective is a frozen dataclass whose fields are its hyper-parameters. It has
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,32 @@ class Objective(Protocol):
 
     def score(self, evidence: Evidence) -> Score:
         """The loss of each pair from its errors: a pure function."""
+        ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """An objective that looks at transitions of a trajectory which no training changes: it can be made once and kept.
+
+    The trajectory of a pair depends on its images, prompt and base model and on what `recording` says. A batch that
+    carries `PairBatch.transitions` needs no inversion.
+    """
+
+    @property
+    def recording(self) -> dict[str, Any] | None:
+        """All settings that a trajectory depends on, plain values by name; None: it cannot be kept."""
+        ...
+
+    def record(self, batch: PairBatch, models: Models) -> Tensor:
+        """Whole trajectories without grad, "side pair level c h w"; level 0 is the clean image."""
+        ...
+
+    def levels(self, schedule: NoiseSchedule) -> Tensor:
+        """t of each level, int64 [level]; below 0: the clean image."""
+        ...
+
+    def visited(self, keys: Tensor) -> Tensor:
+        """Transitions looked at in a visit, int64 [pair, point]; k leads from level k to level k + 1."""
         ...
 
 

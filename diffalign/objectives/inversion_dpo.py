@@ -25,21 +25,31 @@ By hand: released, w = 1, β = 20, S = (.1, 0) → logit = 10·.1 = 1, loss = lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.inversion import Ascent, ascend, beside, exact_ascent, merged, released_ascent, transition_target
-from diffalign.engine.measure import Models
+from diffalign.engine.inversion import (
+    Ascent,
+    Rise,
+    ascend,
+    beside,
+    exact_ascent,
+    merged,
+    released_ascent,
+    transition_target,
+)
+from diffalign.engine.measure import Models, predictions
 from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.objectives.base import positive, reward_metrics
 from diffalign.objectives.draws import normal
 from diffalign.objectives.inpo import Grid, Inverter, inversion_valid
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
 
 Form = Literal["residual", "released", "released_flipped"]
 Weighting = Literal["inverse_alpha", "uniform"]
@@ -86,51 +96,67 @@ class InversionDPO:
         """Whether batches must carry the null prompt."""
         return self.guidance != 1.0
 
+    @property
+    def recording(self) -> dict[str, Any] | None:
+        """See `objectives.base.Recordable`: only the reference's trajectories stay as they are."""
+        if self.trajectory == "policy":
+            return None
+        return {"steps": self.steps, "substeps": self.substeps, "guidance": self.guidance, "grid": self.grid}
+
     @torch.no_grad()
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """The trajectories of both images, or the points of them that this visit asks at.
 
         Raises ValueError where guidance has no null prompt, or w is infinite at a point of the grid.
         """
-        s, pairs = models.schedule, batch.pairs
-        uncond = batch.uncond if self.guidance != 1.0 else None
-        cond, null = batch.cond.flatten(), None if uncond is None else uncond.flatten()
-        reference = predictor(models.reference, cond, self.guidance, null)
-        policy = predictor(models.policy, cond, self.guidance, null) if self.trajectory == "policy" else None
-
-        points = self._points(batch.keys)
-        wanted = points.repeat(2, 1)  # both sides of a pair are asked at the same points
-        ascent = self._ascent(s, wanted.max(1).values + 1)
-        high = ascent.high[:, self.substeps - 1 :: self.substeps]  # where the transitions lead
-        x0 = batch.latents.flatten(0, 1)
-        xt = x0.new_empty((len(x0), points.shape[1], *x0.shape[1:]))
-        target = torch.empty_like(xt)
-        for rise in merged(ascend(s, policy or reference, x0, ascent), self.substeps):
-            here, slot = (wanted[rise.rows] == rise.index).nonzero(as_tuple=True)
-            if not len(here):
-                continue
-            rows, slot = beside(rise.rows[here], x0), beside(slot, x0)
-            told, here = beside(rise.high[here], x0), beside(here, x0)
-            if self.form == "residual":
-                xt[rows, slot], target[rows, slot] = rise.after[here], transition_target(s, rise)[here]
-            else:
-                xt[rows, slot] = rise.before[here]
-                if policy is None:
-                    target[rows, slot] = rise.prediction[here]
-                else:
-                    target[rows, slot] = reference(rise.before[here], told, rows)
-        t = high.gather(1, wanted)[:pairs]
-        return Probe(
-            xt=xt.unflatten(0, (2, -1)),
-            t=t,
-            target=target.unflatten(0, (2, -1)),
+        s = models.schedule
+        recorded = batch.transitions
+        moves, answers = self._follow(batch, models) if recorded is None else (recorded, None)
+        t = moves.t.repeat(2, 1).unflatten(0, (2, -1))
+        probe = Probe(
+            xt=moves.noisy if self.form == "residual" else moves.clean,
+            t=moves.t,
+            target=moves.clean,  # replaced below
             cond=batch.cond,
             needs_reference=self.form == "residual",
-            weight=self._weights(s, high[0], t),
+            weight=self._weights(s, moves.t),
             guidance=self.guidance,
-            uncond=uncond,
+            uncond=batch.uncond if self.guidance != 1.0 else None,
             points_per_forward=self.points_per_forward,
         )
+        if self.form == "residual":
+            clean = torch.where(moves.t_prev < 0, self._grid(s, 1).clean, s.alpha_bar(moves.t_prev)).expand(t.shape)
+            answers = transition_target(s, moves.clean, moves.noisy, clean, s.alpha_bar(t), t)
+        elif answers is None:
+            answers = predictions(models.reference, probe)
+        return replace(probe, target=answers)
+
+    @torch.no_grad()
+    def record(self, batch: PairBatch, models: Models) -> Tensor:
+        """Whole trajectories, "side pair level c h w" on `levels`: the clean image first."""
+        x0 = batch.latents.flatten(0, 1)
+        whole = x0.new_empty((len(x0), self.steps + 1, *x0.shape[1:]))
+        whole[:, 0] = x0
+        every = torch.full((len(x0),), self.steps)
+        for rise in merged(self._ascend(batch, models, every), self.substeps):
+            whole[:, rise.index + 1] = rise.after
+        return whole.unflatten(0, (2, -1))
+
+    def levels(self, schedule: NoiseSchedule) -> Tensor:
+        """t of each level of a trajectory, int64 [steps + 1]; −1 is the clean image."""
+        high = self._grid(schedule, 1).high[0, self.substeps - 1 :: self.substeps]
+        return torch.cat([high.new_full((1,), -1), high])
+
+    def visited(self, keys: Tensor) -> Tensor:
+        """Which transitions a visit asks at, ascending, int64 [pair, point]; a pair's draw is without replacement.
+
+        Transition k leads from level k to level k + 1.
+        """
+        count = self.points_per_step
+        if count is None or count == self.steps:
+            return torch.arange(self.steps).expand(len(keys), -1)
+        order = normal(keys, "points", (self.steps,)).argsort(1)
+        return order[:, :count].sort(1).values
 
     def score(self, evidence: Evidence) -> Score:
         """−log σ of the difference of weighted sums; in the released forms the errors are the deviations d."""
@@ -142,28 +168,48 @@ class InversionDPO:
         logit = reward[CHOSEN] - reward[REJECTED]
         return Score(loss=-logsigmoid(logit), logit=logit, metrics=reward_metrics(reward[CHOSEN], reward[REJECTED]))
 
-    def _points(self, keys: Tensor) -> Tensor:
-        """Indices of the grid points to ask at, ascending, [pair, point]; a pair's draw is without replacement."""
-        count = self.points_per_step
-        if count is None or count == self.steps:
-            return torch.arange(self.steps).expand(len(keys), -1)
-        order = normal(keys, "points", (self.steps,)).argsort(1)
-        return order[:, :count].sort(1).values
+    def _follow(self, batch: PairBatch, models: Models) -> tuple[Transitions, Tensor | None]:
+        """The transitions that this visit asks at, and the reference's answers at their clean ends.
 
-    def _ascent(self, s: NoiseSchedule, transitions: Tensor) -> Ascent:
-        """The whole grid, of which each row takes its first `transitions`: none beyond the last it is asked at."""
+        No answers where the policy made the trajectory. No step is taken beyond the last one that is asked at.
+        """
+        points = self.visited(batch.keys)
+        wanted = points.repeat(2, 1)  # both sides of a pair are asked at the same points
+        x0 = batch.latents.flatten(0, 1)
+        clean = x0.new_empty((len(x0), points.shape[1], *x0.shape[1:]))
+        noisy, answers = torch.empty_like(clean), torch.empty_like(clean)
+        for rise in merged(self._ascend(batch, models, wanted.max(1).values + 1), self.substeps):
+            here, slot = (wanted[rise.rows] == rise.index).nonzero(as_tuple=True)
+            if not len(here):
+                continue
+            rows, slot, here = beside(rise.rows[here], x0), beside(slot, x0), beside(here, x0)
+            clean[rows, slot], noisy[rows, slot] = rise.before[here], rise.after[here]
+            answers[rows, slot] = rise.prediction[here]
+        levels = self.levels(models.schedule)
+        sides = (2, -1)
+        moves = Transitions(noisy.unflatten(0, sides), clean.unflatten(0, sides), levels[points + 1], levels[points])
+        return moves, answers.unflatten(0, sides) if self.trajectory == "reference" else None
+
+    def _ascend(self, batch: PairBatch, models: Models, transitions: Tensor) -> Iterator[Rise]:
+        """Both images on their way up, each row for so many transitions."""
+        null = batch.uncond.flatten() if self.guidance != 1.0 and batch.uncond is not None else None
+        network = models.policy if self.trajectory == "policy" else models.reference
+        inverter = predictor(network, batch.cond.flatten(), self.guidance, null)
+        ascent = replace(self._grid(models.schedule, len(transitions)), steps=transitions * self.substeps)
+        return ascend(models.schedule, inverter, batch.latents.flatten(0, 1), ascent)
+
+    def _grid(self, s: NoiseSchedule, rows: int) -> Ascent:
+        """The whole grid, every substep a step of its own, for each of the rows."""
         T, steps = s.num_train_timesteps, self.steps * self.substeps
         if self.grid == "released":
-            whole = released_ascent(s, torch.full_like(transitions, T), steps)
-        else:
-            whole = exact_ascent(torch.full_like(transitions, T - 1), torch.full_like(transitions, steps))
-        return replace(whole, steps=transitions * self.substeps)
+            return released_ascent(s, torch.full((rows,), T), steps)
+        return exact_ascent(torch.full((rows,), T - 1), torch.full((rows,), steps))
 
-    def _weights(self, s: NoiseSchedule, grid: Tensor, t: Tensor) -> Tensor | None:
+    def _weights(self, s: NoiseSchedule, t: Tensor) -> Tensor | None:
         """w at each point, "pair point"; None where every w is 1."""
         if self.weighting == "uniform":
             return None
-        return _inverse_alpha(s, t) / (_inverse_alpha(s, grid).mean() if self.normalise else 1.0)
+        return _inverse_alpha(s, t) / (_inverse_alpha(s, self.levels(s)[1:]).mean() if self.normalise else 1.0)
 
 
 def _inverse_alpha(s: NoiseSchedule, t: Tensor) -> Tensor:

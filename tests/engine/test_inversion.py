@@ -250,7 +250,7 @@ def test_the_transition_target_leads_back(prediction_type: str, zero_snr: bool) 
     answer = torch.randn(4, 2, 4, 3, 3, dtype=torch.float64)
     ascent = exact_ascent(torch.full((2,), 999), torch.full((2,), 4))
     for rise in ascend(s, lambda x, t, rows: answer[3 - int(t[0]) // 250], torch.randn_like(answer[0]), ascent):
-        target = transition_target(s, rise)
+        target = transition_target(s, rise.before, rise.after, *rise.alpha_bar, rise.high)
         eps, x0 = s.to_eps(target, rise.after, rise.high), s.to_x0(target, rise.after, rise.high)
         low = ascent.low[rise.rows, rise.index]
         back = ddim.step(to_one, eps, rise.after, rise.high, low, x0=x0).prev

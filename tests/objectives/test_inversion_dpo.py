@@ -30,10 +30,10 @@ def test_points_drawn_are_unbiased_for_the_sum() -> None:
     """Over all visits the mean of the drawn points' errors is the mean over the grid, and every pair draws its own."""
     every, some = InversionDPO(steps=12), InversionDPO(steps=12, points_per_step=3)
     keys = torch.arange(4000)
-    assert every._points(keys)[7].tolist() == list(range(12))
-    points = some._points(keys)
+    assert every.visited(keys)[7].tolist() == list(range(12))
+    points = some.visited(keys)
     assert bool((points.diff(dim=1) > 0).all())
-    assert torch.equal(points[5:6], some._points(keys[5:6]))
+    assert torch.equal(points[5:6], some.visited(keys[5:6]))
     value = torch.arange(12, dtype=torch.float64) ** 2
     drawn = value[points].mean(1)
     assert float(drawn.mean()) == pytest.approx(float(value.mean()), abs=4 * float(drawn.std()) / 4000**0.5)
@@ -43,7 +43,7 @@ def test_some_points_are_those_of_the_whole_trajectory() -> None:
     models, batch = toy_models(apart=0.1), toy_batch(3)
     whole = InversionDPO(steps=8).probe(batch, models)
     objective = InversionDPO(steps=8, points_per_step=3)
-    probe, points = objective.probe(batch, models), objective._points(batch.keys)
+    probe, points = objective.probe(batch, models), objective.visited(batch.keys)
     for pair in range(3):
         torch.testing.assert_close(probe.xt[:, pair], whole.xt[:, pair, points[pair]])
         torch.testing.assert_close(probe.target[:, pair], whole.target[:, pair, points[pair]])
@@ -106,7 +106,7 @@ def test_inversion_dpo_costs_its_trajectory_and_each_point_twice() -> None:
 
 def test_drawn_points_cost_no_step_beyond_the_last() -> None:
     objective = InversionDPO(steps=6, guidance=1.0, points_per_step=1)
-    last = objective._points(toy_batch(4).keys).max(1).values + 1
+    last = objective.visited(toy_batch(4).keys).max(1).values + 1
     assert cost(objective) == {"policy": 2 * 4, "reference": 2 * int(last.sum()) + 2 * 4}
 
 
