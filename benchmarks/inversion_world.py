@@ -30,33 +30,47 @@ import torch
 
 from diffalign.config import parse_config
 from diffalign.evaluation.evaluate import evaluate
-from diffalign.training.run import run_training
+from diffalign.training.run import environment, run_training
 from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 
 # β = 2000 as in the world's DPO. Scores of the world span about two units.
-IDPO = {"name": "inversion_dpo", "beta": 2000, "steps": 20, "normalise": True, "points_per_step": 4}
+INPO = {"name": "inpo", "beta": 2000}
 SMPO = {"name": "smpo", "beta": 2000, "score_low": 0.0, "score_high": 2.0}
+# The grid of 20 points with two of them drawn for each pair and visit; w divided by its mean, so that β is DPO's.
+IDPO = {
+    "name": "inversion_dpo",
+    "beta": 2000,
+    "steps": 20,
+    "normalise": True,
+    "points_per_step": 2,
+    "points_per_forward": None,
+}
+FINER = {**IDPO, "steps": 10, "substeps": 8, "weighting": "uniform", "normalise": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "beta": 2000},
-    "sft": {"name": "sft"},
-    "inpo": {"name": "inpo", "beta": 2000},
-    "inpo, no added noise": {"name": "inpo", "beta": 2000, "eta": 0.0},
-    "inpo, 40 steps": {"name": "inpo", "beta": 2000, "steps": 40},
-    "inpo, inverted by reference": {"name": "inpo", "beta": 2000, "inverter": "reference"},
+    "inpo": INPO,
+    "inpo, eta 0": {**INPO, "eta": 0.0},
+    "inpo, 40 steps": {**INPO, "steps": 40},
+    "inpo, 40 steps, eta 0": {**INPO, "steps": 40, "eta": 0.0},
     "smpo": SMPO,
-    "smpo, 40 steps": {**SMPO, "steps": 40},
+    "smpo, 20 steps": {**SMPO, "steps": 20},
     "idpo released": {**IDPO, "form": "released"},
     "idpo released, no guidance": {**IDPO, "form": "released", "guidance": 1.0},
-    "idpo released, own trajectory": {**IDPO, "form": "released", "trajectory": "policy"},
+    "idpo released, own trajectory, no guidance": {
+        **IDPO,
+        "form": "released",
+        "guidance": 1.0,
+        "trajectory": "policy",
+    },
     "idpo flipped": {**IDPO, "form": "released_flipped"},
     "idpo flipped, no guidance": {**IDPO, "form": "released_flipped", "guidance": 1.0},
     "idpo residual": IDPO,
-    "idpo residual, finer path": {**IDPO, "steps": 10, "substeps": 8, "guidance": 1.0},
-    "idpo residual, finer path, guided": {**IDPO, "steps": 10, "substeps": 8},
     "idpo residual, no guidance": {**IDPO, "guidance": 1.0},
-    "idpo residual, own trajectory": {**IDPO, "trajectory": "policy"},
-    "idpo residual, uniform weights": {**IDPO, "weighting": "uniform"},
+    "idpo residual, own trajectory, no guidance": {**IDPO, "guidance": 1.0, "trajectory": "policy"},
+    "idpo residual, finer path": FINER,
+    "idpo residual, finer path, no guidance": {**FINER, "guidance": 1.0},
+    "idpo residual, finer path, own trajectory, no guidance": {**FINER, "guidance": 1.0, "trajectory": "policy"},
 }
 STARTS = ("base", "sft")
 SCORERS = ("world", "world-size")
@@ -95,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     p.add_argument("--start", nargs="+", choices=STARTS, default=["base"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
-    p.add_argument("--steps", type=int, default=150, help="optimiser steps")
+    p.add_argument("--steps", type=int, default=60, help="optimiser steps")
     p.add_argument("--sft-steps", type=int, default=300, help="optimiser steps of the SFT start")
     p.add_argument("--batch", type=int, default=32, help="pairs of a step")
     p.add_argument("--lr", type=float, default=1e-5)
@@ -172,6 +186,7 @@ def measure_line(a: argparse.Namespace, start: str, model: Path, setting: str) -
         "accuracy": [found.faithfulness.base, found.faithfulness.tuned] if found.faithfulness else None,
         "diversity": interval(found.diversity) if found.diversity else None,
         "last_metrics": [last_metrics(Path(run)) for run in runs],
+        "environment": environment(),
         "training_seconds": [float((Path(run) / "seconds").read_text()) for run in runs],
     }
 
@@ -187,7 +202,13 @@ def train(a: argparse.Namespace, model: Path, objective: dict[str, Any], out: Pa
         "model": {"pretrained_model_name_or_path": str(model)},
         "tuning": {"method": "full"},
         "objective": objective,
-        "data": {"path": str(a.pairs), "resolution": 16},
+        "data": {
+            "path": str(a.pairs),
+            "resolution": 16,
+            "cache_dir": str(a.out / "cache"),
+            # one trajectory of every pair serves all seeds, and all forms with the same path
+            "cache_trajectories": objective["name"] == "inversion_dpo" and "trajectory" not in objective,
+        },
         "training": {
             "max_train_steps": steps,
             "train_batch_size": a.batch,

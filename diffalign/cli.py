@@ -132,7 +132,7 @@ def _check(args: argparse.Namespace) -> None:
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     claim(config, Path(config.output_dir))
     # a look at the machinery must not fill a cache of hours: the trial pair is encoded on the way
-    online = config.data.model_copy(update={"cache_dir": None, "cache_variants": 1})
+    online = config.data.model_copy(update={"cache_dir": None, "cache_variants": 1, "cache_trajectories": False})
     accelerator = make_accelerator(config)
     run = build(config.model_copy(update={"data": online}), accelerator)
     planned = replace(run, config=config)

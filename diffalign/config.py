@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from diffalign.objectives import OBJECTIVES
+from diffalign.objectives.base import Recordable
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -95,6 +96,7 @@ class DataSection(_Section):
     cache_dir: str | None = None  # encode once, train without VAE and text encoders
     cache_variants: Count = 1  # crops/flips of each pair kept in the cache
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of moments and embeddings in the cache
+    cache_trajectories: bool = False  # keep the reference's inversions in the cache, for objectives that look at them
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
 
 
@@ -168,11 +170,28 @@ class Config(_Section):
                 raise ValueError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+        if self.data.cache_trajectories:
+            self._can_keep_trajectories()
         if self.tuning.method == "full":
             idle = [n for n in LORA_ONLY if getattr(self.tuning, n) != TuningSection.model_fields[n].default]
             if idle:
                 raise ValueError(f"tuning.{', tuning.'.join(idle)}: only tuning.method: lora has such a setting")
         return self
+
+    def _can_keep_trajectories(self) -> None:
+        objective = self.objective
+        if not isinstance(objective, Recordable) or objective.recording is None:
+            raise ValueError(
+                f"data.cache_trajectories: {objective.name} with these settings inverts by the network being trained, "
+                "or not at all; only trajectories of a frozen reference can be kept (inversion_dpo, trajectory: "
+                "reference)"
+            )
+        if self.data.cache_dir is None:
+            raise ValueError("data.cache_trajectories needs data.cache_dir: trajectories lie beside the encoded images")
+        if self.data.proportion_empty_prompts:
+            raise ValueError(
+                "data.cache_trajectories: a trajectory belongs to its prompt; set data.proportion_empty_prompts: 0"
+            )
 
     def resolved(self) -> dict[str, Any]:
         """The config as plain YAML-ready values, defaults filled in."""

@@ -12,23 +12,19 @@ the manifest and a directory listing, a pair costs its own bytes.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from diffalign.data.loading import sample_latents
 from diffalign.data.rows import DataError, ImageError
+from diffalign.data.shards import MANIFEST, OpenShards
 from diffalign.data.table import PairTable
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-OPEN_SHARDS = 64  # memory maps held by each process
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Field of the key -> what to do when it differs.
@@ -173,7 +169,13 @@ class PairCache:
     def __init__(self, folder: Path, key: CacheKey, plan: Plan) -> None:
         self.folder, self.key, self.plan = folder, key, plan
         self.pairs = plan.pairs
-        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._shards = OpenShards(folder)
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        """c, h, w of the latents, where any pair could be read."""
+        shape = self._shards["moments-00000.safetensors"].get_slice("moments").get_shape()
+        return torch.Size((shape[3] // 2, *shape[4:]))
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
         """One visit of a pair: latents [2 c h w], geometry [2 6], text (the null prompt's for `prompt` None).
@@ -189,7 +191,7 @@ class PairCache:
     def moments(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
         """Moments float32 [2 2c h w] and geometry int64 [2 6] of a pair's variant for this draw."""
         number, row = divmod(index, self.plan.pairs_per_shard)
-        shard = self._shard(f"moments-{number:05d}.safetensors")
+        shard = self._shards[f"moments-{number:05d}.safetensors"]
         if not int(shard.get_slice("readable")[row : row + 1]):
             problem = json.loads(shard.metadata()["unreadable"])[str(row)]
             raise ImageError(problem["kind"], problem["reason"])
@@ -202,7 +204,7 @@ class PairCache:
     def text(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Float32 embeddings [tokens dim] of a pair's prompt and the pooled one [dim], where there is one."""
         number, row = divmod(index, self.plan.pairs_per_shard)
-        rows = self._shard(f"moments-{number:05d}.safetensors").get_slice("text_row")
+        rows = self._shards[f"moments-{number:05d}.safetensors"].get_slice("text_row")
         return self._text_row(int(rows[row : row + 1]))
 
     def null_text(self) -> tuple[Tensor, Tensor | None]:
@@ -211,18 +213,7 @@ class PairCache:
 
     def _text_row(self, text_row: int) -> tuple[Tensor, Tensor | None]:
         number, row = divmod(text_row, self.plan.prompts_per_shard)
-        shard = self._shard(f"text-{number:05d}.safetensors")
+        shard = self._shards[f"text-{number:05d}.safetensors"]
         names: Mapping[str, None] = dict.fromkeys(shard.keys())
         pooled = shard.get_slice("pooled")[row : row + 1][0].float() if "pooled" in names else None
         return shard.get_slice("prompt_embeds")[row : row + 1][0].float(), pooled
-
-    def _shard(self, name: str) -> Any:
-        if name not in self._shards:
-            self._shards[name] = safe_open(self.folder / name, "pt")
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(name)
-        return self._shards[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": OrderedDict()}  # memory maps are opened anew in each loader worker

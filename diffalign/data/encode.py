@@ -1,30 +1,19 @@
-"""Writing an encode cache: shard by shard, resumable, by any number of processes and of runs at once.
-
-Runs that fill one folder at the same time do not talk to each other: each takes the shards in an order of its
-own and leaves out those that have appeared, so they seldom encode the same one, and then harmlessly.
-"""
+"""Writing an encode cache: shard by shard, resumable, by any number of processes and of runs at once."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import socket
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffalign.data.cache import (
     DTYPES,
-    MANIFEST,
     CacheKey,
     Plan,
     cache_key,
@@ -36,11 +25,9 @@ from diffalign.data.encoder import Encoder
 from diffalign.data.images import prepare_pair
 from diffalign.data.loading import NULL_PROMPT
 from diffalign.data.rows import DataError, ImageError, Problem
+from diffalign.data.shards import MANIFEST, SHARD_BYTES, in_own_order, sweep, write_manifest, write_shard
 from diffalign.data.table import PairTable
 from diffalign.objectives.draws import pair_key
-
-SHARD_BYTES = 256 << 20
-ABANDONED = 6 * 3600  # seconds after which a temporary file belongs to a killed process, wherever that ran
 
 
 @dataclass(frozen=True)
@@ -95,16 +82,16 @@ def encode_cache(
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
     plan = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
-    _sweep(folder)
+    sweep(folder)
     problems: dict[int, Problem] = {}  # by index of the pair
     written = 0
 
     names = plan.text_shards()[process::processes]
     with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in _in_own_order(folder, names):
+        for name, missing in in_own_order(folder, names):
             if missing:
                 part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
-                _write(folder, name, _encode_text(encoder, part, DTYPES[dtype], batch_size), {})
+                write_shard(folder, name, _encode_text(encoder, part, DTYPES[dtype], batch_size), {})
                 written += 1
             bar.update(1)
 
@@ -112,7 +99,7 @@ def encode_cache(
     names = plan.moments_shards()[process::processes]
     total = sum(len(_range(name, plan)) for name in names)
     with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in _in_own_order(folder, names):
+        for name, missing in in_own_order(folder, names):
             indices = _range(name, plan)
             if not missing:
                 bar.update(len(indices))
@@ -120,7 +107,7 @@ def encode_cache(
             job = _Pixels(table, indices, key, run_seed)
             tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
             tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
-            _write(folder, name, tensors, {"unreadable": json.dumps(unreadable)})
+            write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)})
             for row, each in unreadable.items():
                 index = indices[int(row)]
                 problems[index] = Problem(table.where(index), each["kind"], each["reason"])
@@ -130,30 +117,13 @@ def encode_cache(
     return Encoded(folder, key, written, kept, len(plan.missing(folder)), found)
 
 
-def _in_own_order(folder: Path, names: list[str]) -> Iterator[tuple[str, bool]]:
-    """The shards and whether each is still missing when its turn comes; those that are there first."""
-    there = {file.name for file in folder.iterdir()}
-    yield from ((name, False) for name in names if name in there)
-    todo = [name for name in names if name not in there]
-    random.Random(uuid.uuid4().int).shuffle(todo)
-    yield from ((name, not (folder / name).exists()) for name in todo)
-
-
 def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> Plan:
     """The plan of the cache that is begun here, or a new one that is then written."""
     leftovers = sorted(folder.glob("*.safetensors"))  # looked for first: another run may be just beginning
     if read_manifest(folder) is None:
         if leftovers:
             raise DataError(f"{folder} holds {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache")
-        temporary = _temporary(folder, MANIFEST)
-        temporary.write_text(manifest_text(key, make()))
-        try:
-            os.link(temporary, folder / MANIFEST)  # unlike a rename, fails when another run was quicker
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(temporary, folder / MANIFEST)
-        temporary.unlink(missing_ok=True)
+        write_manifest(folder, manifest_text(key, make()))
     found = read_manifest(folder)
     if found is None:
         raise DataError(f"{folder / MANIFEST} was removed while the cache was being begun; encode again")
@@ -255,28 +225,3 @@ def _encode_text(encoder: Encoder, prompts: list[str], dtype: torch.dtype, batch
             pooled.append(text.pooled.to("cpu", dtype))
     tensors = {"prompt_embeds": torch.cat(embeds)}
     return tensors | {"pooled": torch.cat(pooled)} if pooled else tensors
-
-
-def _write(folder: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The shard appears whole or not at all."""
-    temporary = _temporary(folder, name)
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    """A name that no other process on any machine uses."""
-    return folder / f".{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left. Younger temporary files may be another run's, which is writing them."""
-    for file in [*folder.glob(".*.safetensors.*"), *folder.glob(f".{MANIFEST}.*")]:
-        try:
-            if time.time() - file.stat().st_mtime > ABANDONED:
-                file.unlink()
-        except FileNotFoundError:
-            continue  # that run has finished it, or swept it first

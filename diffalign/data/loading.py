@@ -34,6 +34,10 @@ class Loaded:
     prompt_embeds: Tensor | None = None  # "pair tokens dim"
     pooled: Tensor | None = None  # "pair dim"
     scores: Tensor | None = None  # "pair side"
+    noisy: Tensor | None = None  # "pair side point c h w", with clean, t and t_prev [pair point]: see `Transitions`
+    clean: Tensor | None = None
+    t: Tensor | None = None
+    t_prev: Tensor | None = None
 
     def pin_memory(self) -> Loaded:
         """A copy in pinned memory; `DataLoader` calls this."""

@@ -19,7 +19,8 @@ from diffalign.data.loading import NULL_PROMPT, Content, Loaded, Pixels, Visits,
 from diffalign.data.rows import DataError, Problem
 from diffalign.data.sampler import positions_for
 from diffalign.data.table import PairTable
-from diffalign.records import Conditioning, PairBatch
+from diffalign.data.trajectories import Trajectories
+from diffalign.records import Conditioning, PairBatch, Transitions
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Online:
 class OfflinePairs:
     """A table of pairs as an endless stream of micro-batches.
 
-    content: `Online(encoder, ...)` or what `open_cache` returned.
+    content: `Online(encoder, ...)`, what `open_cache` returned, or `Trajectories` on top of that.
     time_ids: geometry "side pair 6" -> micro-conditioning or None; by default the online encoder's.
     prompt_dropout: share of visits that see the null prompt, both sides alike.
     with_uncond: add the null prompt's conditioning, for objectives that guide.
@@ -52,7 +53,7 @@ class OfflinePairs:
     def __init__(
         self,
         table: PairTable,
-        content: Online | PairCache,
+        content: Online | PairCache | Trajectories,
         *,
         run_seed: int,
         train_batch_size: int,
@@ -78,14 +79,17 @@ class OfflinePairs:
             self._encoder: Encoder | None = content.encoder
             self._time_ids = time_ids or content.encoder.time_ids
             source = Pixels(table, content.resolution, center_crop=content.center_crop, random_flip=content.random_flip)
-            self._text = TextMemo(content.encoder)
+            self._text = text = TextMemo(content.encoder)
+            self._null_text = lambda: tuple(x if x is None else x[0] for x in text((NULL_PROMPT,)))
         else:
-            if content.pairs != len(table):
+            cache = content.cache if isinstance(content, Trajectories) else content
+            if cache.pairs != len(table):
                 raise DataError(
-                    f"the cache {content.folder} holds {content.pairs} pairs and the table {len(table)}; "
+                    f"the cache {cache.folder} holds {cache.pairs} pairs and the table {len(table)}; "
                     "open both with the same data settings"
                 )
             self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
+            self._null_text = cache.null_text
         self._visits = Visits(table, source, run_seed=run_seed, prompt_dropout=prompt_dropout)
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
@@ -103,9 +107,10 @@ class OfflinePairs:
         )
         for loaded in loader:
             self._note(loaded.problems)
-            yield self._batch(loaded)
+            yield self.assemble(loaded)
 
-    def _batch(self, loaded: Loaded) -> PairBatch:
+    def assemble(self, loaded: Loaded) -> PairBatch:
+        """What a loader worker brought as a batch: encoded where it is pixels, with the null prompt where wanted."""
         if self._encoder is None:
             latents, embeds, pooled = loaded.latents, loaded.prompt_embeds, loaded.pooled
         else:
@@ -121,14 +126,12 @@ class OfflinePairs:
             keys=loaded.keys,
             uncond=self._uncond(len(loaded.ids), time_ids) if self.with_uncond else None,
             scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
+            transitions=_transitions(loaded),
             ids=loaded.ids,
         )
 
     def _uncond(self, pairs: int, time_ids: Tensor | None) -> Conditioning:
-        if isinstance(self.content, PairCache):
-            embeds, pooled = self.content.null_text()
-        else:
-            embeds, pooled = (x if x is None else x[0] for x in self._text((NULL_PROMPT,)))  # type: ignore[assignment]
+        embeds, pooled = self._null_text()
         return _conditioning(
             embeds.expand(pairs, *embeds.shape),
             None if pooled is None else pooled.expand(pairs, *pooled.shape),
@@ -182,6 +185,15 @@ class _Positions:
         for step in count(self.first_step):
             p = self.pairs
             yield from positions_for(step, p.batch, p.accumulation, p.process, p.processes).tolist()
+
+
+def _transitions(loaded: Loaded) -> Transitions | None:
+    if loaded.noisy is None:
+        return None
+    assert loaded.clean is not None
+    assert loaded.t is not None
+    assert loaded.t_prev is not None
+    return Transitions(loaded.noisy.transpose(0, 1), loaded.clean.transpose(0, 1), loaded.t, loaded.t_prev)
 
 
 def _conditioning(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Conditioning:

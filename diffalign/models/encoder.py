@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffalign.models.base import Base, vae_factor
 from diffalign.models.family import PromptEmbeds
+from diffalign.models.fingerprint import hash_module
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Encoder:
         }
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for module in (vae, *text.models):
-            _hash_module(digest, module)
+            hash_module(digest, module)
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -164,19 +165,3 @@ def _tokenizer_facts(tokenizer: Any) -> Any:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
     return [rules, tokenizer.model_max_length, tokenizer.pad_token]
-
-
-def _hash_module(digest: Any, module: nn.Module) -> None:
-    config = {k: v for k, v in dict(_config(module)).items() if not k.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _config(module: nn.Module) -> Any:
-    config = module.config
-    if not hasattr(config, "to_diff_dict"):
-        return config
-    # transformers: only what differs from the class's defaults, less the version that happened to read it
-    return {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}

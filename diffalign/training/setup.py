@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,15 +19,18 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import Config
-from diffalign.data.cache import CacheKey, open_cache
+from diffalign.data.cache import CacheKey, PairCache, open_cache
 from diffalign.data.encode import encode_cache
 from diffalign.data.readers import open_pairs
+from diffalign.data.record import record_trajectories, trajectory_key
 from diffalign.data.rows import DataError
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
+from diffalign.data.trajectories import Trajectories
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
+from diffalign.models.fingerprint import network_fingerprint
 from diffalign.models.lora import ADAPTER, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
@@ -188,7 +192,9 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     base = load_run_base(config)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
-    source = _make_source(config, accelerator, table, encoder, resolution)
+    make_source = _source_maker(config, accelerator, table, encoder)
+    content = _content(config, accelerator, table, encoder, resolution)
+    fingerprint = network_fingerprint(base.unet, base.schedule) if config.data.cache_trajectories else ""
     unet = prepare_policy(base, config, device)
     kind: ReferenceKind = "none"
     if objective.needs_reference:
@@ -202,20 +208,23 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
     optimizer = make_optimizer(parameters, training, lr)
-    wrapped = accelerator.prepare_model(unet)
+    networks = Networks(
+        accelerator.prepare_model(unet),
+        family=base.family,
+        schedule=base.schedule,
+        reference=reference,
+        autocast_dtype=autocast,
+        device=device,
+    )
+    source = make_source(content)
+    if isinstance(content, PairCache) and config.data.cache_trajectories:
+        source = make_source(_trajectories(config, accelerator, source, content, networks, fingerprint))
     return Run(
         config=config,
         accelerator=accelerator,
         base=base,
         unet=unet,
-        networks=Networks(
-            wrapped,
-            family=base.family,
-            schedule=base.schedule,
-            reference=reference,
-            autocast_dtype=autocast,
-            device=device,
-        ),
+        networks=networks,
         source=source,
         objective=objective,
         parameters=parameters,
@@ -254,11 +263,12 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
     return unet
 
 
-def _make_source(
-    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
-) -> OfflinePairs:
+def _source_maker(
+    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
+) -> Callable[[Online | PairCache | Trajectories], OfflinePairs]:
+    """From where the pixels come from to the run's source of batches."""
     data = config.data
-    make = partial(
+    return partial(
         OfflinePairs,
         table,
         run_seed=config.seed,
@@ -272,11 +282,49 @@ def _make_source(
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def _content(
+    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
+) -> Online | PairCache:
+    """The pixels themselves, or the encode cache, which is filled as far as it is not yet."""
+    data = config.data
     if data.cache_dir is None:
-        return make(Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip))
+        return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
     key = encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    return make(open_cache(data.cache_dir, key))
+    return open_cache(data.cache_dir, key)
+
+
+def _trajectories(
+    config: Config,
+    accelerator: Accelerator,
+    source: OfflinePairs,
+    cache: PairCache,
+    networks: Networks,
+    fingerprint: str,
+) -> Trajectories:
+    """The trajectories of all pairs, made as far as they are not there yet; each process makes its share."""
+    objective = config.objective
+    facts = {
+        "network": fingerprint,
+        "precision": config.training.mixed_precision,
+        "objective": objective.name,
+        "recording": objective.recording,
+    }
+    levels = objective.levels(networks.schedule)
+    folder, per_shard = record_trajectories(
+        source,
+        cache,
+        trajectory_key(cache, facts),
+        lambda batch: objective.record(batch.to(accelerator.device), networks),
+        len(levels),
+        batch_size=config.training.train_batch_size,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    return Trajectories(cache, folder, per_shard, levels, objective.visited)
 
 
 def _make_ema(parameters: list[nn.Parameter], decay: float | None) -> Any | None:

@@ -219,9 +219,9 @@ def test_opening_reads_the_manifest_only(tmp_path: Path, monkeypatch: pytest.Mon
     encode(table, tmp_path / "cache", shard_bytes=1)
     opened: list[str] = []
     monkeypatch.setattr(
-        "diffalign.data.cache.safe_open", lambda file, kind: opened.append(file.name) or safe_open(file, kind)
+        "diffalign.data.shards.safe_open", lambda file, kind: opened.append(file.name) or safe_open(file, kind)
     )
-    monkeypatch.setattr("diffalign.data.cache.OPEN_SHARDS", 4)
+    monkeypatch.setattr("diffalign.data.shards.OPEN_SHARDS", 4)
     cache = open_cache(tmp_path / "cache", needed(table))
     assert opened == []
     assert len(pickle.dumps(cache)) < 2000

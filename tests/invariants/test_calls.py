@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffalign.config import Config
+from diffalign.config import Config, ConfigError
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.setup import Run, build, make_accelerator
@@ -121,3 +121,38 @@ def test_cached_and_online_runs_are_the_same_run(make_config: MakeConfig, tiny_s
     for name in runs[0]:
         # moments are encoded in batches of another size there: equal up to the rounding of convolutions
         torch.testing.assert_close(runs[0][name], runs[1][name], rtol=0, atol=2e-5)
+
+
+def test_kept_trajectories_leave_no_inversion_in_the_step(
+    make_config: MakeConfig, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    """The first run inverts every pair once; neither its steps nor another run of another seed does so again."""
+    settings = {
+        "objective": {"name": "inversion_dpo", "steps": 3, "substeps": 2, "points_per_step": 2, "normalise": True},
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.cache_trajectories": True,
+        "tuning.method": "full",
+    }
+    counts = []
+    for seed in (0, 1):
+        run = built(make_config(tiny_sdxl, {**settings, "seed": seed, "output_dir": str(tmp_path / str(seed))}))
+        before = run.networks.reference_forwards
+        batches = run.source.batches()
+        for _ in range(3):
+            optimizer_step(run, batches, Meter())
+        counts.append((before, run.networks.reference_forwards - before))
+    inversion = 3 * 2 * 6  # steps x substeps x batches of two of the twelve pairs
+    assert counts == [(inversion, 3 * 2), (0, 3 * 2)]  # two points a step, one forward each
+
+
+def test_trajectories_that_cannot_be_kept_are_refused(make_config: MakeConfig, tiny_sdxl: Path) -> None:
+    kept = {"data.cache_trajectories": True, "data.cache_dir": "cache"}
+    recordable = {"name": "inversion_dpo"}
+    for settings, message in (
+        (kept, "dpo with these settings inverts by the network being trained"),
+        ({**kept, "objective": {**recordable, "trajectory": "policy"}}, "only trajectories of a frozen reference"),
+        ({**kept, "objective": recordable, "data.cache_dir": None}, r"needs data\.cache_dir"),
+        ({**kept, "objective": recordable, "data.proportion_empty_prompts": 0.1}, "belongs to its prompt"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_config(tiny_sdxl, settings)

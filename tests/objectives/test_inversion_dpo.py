@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffalign.engine.measure import measure, measure_and_backward
 from diffalign.objectives.inversion_dpo import InversionDPO
-from diffalign.records import Evidence, Probe
+from diffalign.records import Evidence, PairBatch, Probe, Transitions
 from tests.objectives.test_inversion_objectives import OBJECTIVES, Retold, Spy
-from tests.toy import toy_batch, toy_models
+from tests.toy import ToyModels, toy_batch, toy_models
 
 
 def test_inversion_dpo_by_hand() -> None:
@@ -195,3 +195,48 @@ def test_with_substeps_it_is_a_property_of_the_path() -> None:
     assert ten == pytest.approx(forty, rel=0.01)
     assert twenty == pytest.approx(forty, rel=0.01)
     assert one != pytest.approx(forty, rel=0.1)
+
+
+def recorded(objective: InversionDPO, batch: PairBatch, models: ToyModels) -> PairBatch:
+    """The batch with the transitions that its visit looks at, out of whole trajectories."""
+    whole, levels, points = (
+        objective.record(batch, models),
+        objective.levels(models.schedule),
+        objective.visited(batch.keys),
+    )
+    at = points[None, :, :, None, None, None].expand(2, -1, -1, *batch.latents.shape[2:])
+    moves = Transitions(whole.gather(2, at + 1), whole.gather(2, at), levels[points + 1], levels[points])
+    return replace(batch, transitions=moves)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if getattr(OBJECTIVES[n], "recording", None)])
+def test_recorded_transitions_give_the_same_probe_without_inverting(name: str, prediction_type: str) -> None:
+    objective, batch = OBJECTIVES[name], toy_batch(3)
+    models = toy_models(apart=0.02, prediction_type=prediction_type)
+    kept = recorded(objective, batch, models)
+    models.reference_calls = 0
+    live, probe = objective.probe(batch, models), objective.probe(kept, models)
+    calls = models.reference_calls
+    torch.testing.assert_close(probe.xt, live.xt)
+    torch.testing.assert_close(probe.target, live.target, rtol=1e-7, atol=1e-9)
+    assert torch.equal(probe.t, live.t)
+    assert objective.record(batch, models).shape == (2, 3, objective.steps + 1, 4, 6, 6)
+    again = ToyModels(models.net, models.frozen, models.schedule)
+    objective.probe(kept, again)
+    asked = 0 if objective.form == "residual" else objective.visited(batch.keys).shape[1]
+    assert again.reference_calls == asked < calls  # released forms ask at each point, one forward a point
+
+
+def test_recorded_released_forms_start_at_exactly_log_2() -> None:
+    """Their target is asked for as the policy is, so that not even rounding tells the two apart."""
+    objective, models = InversionDPO(steps=6, form="released"), toy_models(torch.float32)
+    probe = objective.probe(recorded(objective, toy_batch(3, torch.float32), models), models)
+    _, score = measure_and_backward(models, probe, objective.score)
+    assert score.loss.tolist() == [float(torch.tensor(2.0).log())] * 3
+
+
+def test_only_the_references_trajectories_can_be_kept() -> None:
+    assert InversionDPO(trajectory="policy").recording is None
+    settings = InversionDPO(steps=10, substeps=8, guidance=1.0).recording
+    assert settings == {"steps": 10, "substeps": 8, "guidance": 1.0, "grid": "exact"}
