@@ -6,6 +6,7 @@ diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diff
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign import __version__
 
 if TYPE_CHECKING:
+    from diffalign.config import Config
     from diffalign.training.setup import Run
 
 CONFIG_HELP = "YAML file; `diffalign list` names those that come with the package"
@@ -57,10 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "tune a model as a config says"),
         ("check", _check, "build a run, take one tiny step, print the plan"),
         ("encode", _encode, "fill the encode cache of a config (data.cache_dir)"),
+        ("diagnose", _diagnose, "an objective's gradient beside Diffusion-DPO's, before any step is taken"),
     ):
         sub = command(name, run, help)
         sub.add_argument("config", help=CONFIG_HELP)
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+        if name == "diagnose":
+            sub.add_argument("--batches", type=int, default=8, help="micro-batches of the run's pairs (default 8)")
+            sub.add_argument("--json", type=Path, help="write the figures to this file as well")
 
     _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
@@ -131,14 +137,32 @@ def _check(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     claim(config, Path(config.output_dir))
-    # a look at the machinery must not fill a cache of hours: the trial pair is encoded on the way
-    online = config.data.model_copy(update={"cache_dir": None, "cache_variants": 1, "cache_trajectories": False})
     accelerator = make_accelerator(config)
-    run = build(config.model_copy(update={"data": online}), accelerator)
+    run = build(_online(config), accelerator)
     planned = replace(run, config=config)
     if accelerator.is_main_process:
         print(describe(planned))
         print(trial(planned))
+
+
+def _online(config: Config) -> Config:
+    """The run without its caches: a look at the machinery must not fill one of hours."""
+    data = {"cache_dir": None, "cache_variants": 1, "cache_trajectories": False}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    from diffalign.config import load_config
+    from diffalign.training.diagnose import diagnose, plain_values, table
+    from diffalign.training.setup import build, make_accelerator
+
+    if args.batches < 1:
+        raise ValueError(f"--batches {args.batches}: give at least one")
+    config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    found = diagnose(build(_online(config), make_accelerator(config)), args.batches)
+    print(table(found))
+    if args.json is not None:
+        args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n")
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -201,7 +225,6 @@ def _data(args: argparse.Namespace) -> None:
         )
         print(f"{args.pairs} pairs in {args.out}")
         return
-    import json
 
     from diffalign.data.check import check_pairs
 

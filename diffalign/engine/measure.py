@@ -76,7 +76,7 @@ def measure_and_backward(
         backward(scored.loss.mean() * scale)
         return _detached(evidence), _detached_score(scored)
 
-    chunks = _point_chunks(probe, points_per_forward)
+    chunks = point_chunks(probe, points_per_forward)
     with torch.no_grad():
         evidence = Evidence(
             reference=_joined_errors(models.reference, chunks) if probe.needs_reference else None,
@@ -105,7 +105,7 @@ def predictions(network: Network, probe: Probe) -> Tensor:
     points = probe.points
     if points is None:
         return _predict(network, probe)
-    chunks = _point_chunks(probe, probe.points_per_forward or points)
+    chunks = point_chunks(probe, probe.points_per_forward or points)
     return torch.cat([_predict(network, chunk) for chunk in chunks], dim=2)
 
 
@@ -156,7 +156,7 @@ def _flat_conditioning(cond: Conditioning, points: int | None) -> Conditioning:
     return cond.flatten()
 
 
-def _point_chunks(probe: Probe, size: int) -> list[Probe]:
+def point_chunks(probe: Probe, size: int) -> list[Probe]:
     """The probe cut along its point axis."""
     weights = [None] * len(probe.t.split(size, dim=-1)) if probe.weight is None else probe.weight.split(size, dim=-1)
     parts = zip(
