@@ -88,6 +88,8 @@ class DataSection(_Section):
     columns: dict[str, str] = {}  # part -> column where names differ, e.g. {prompt: text, chosen: winner}
     max_pairs: Count | None = None
     invert_preference: bool = False
+    scores: str | None = None  # file of scores by `diffalign data score`, in place of score columns
+    relabel: bool = False  # the image with the higher of these scores is the chosen one, whatever the labels say
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None  # pixels; null: the model family's
     center_crop: bool = True
     random_flip: bool = False
@@ -170,6 +172,8 @@ class Config(_Section):
                 raise ValueError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+        if self.data.relabel and self.data.scores is None:
+            raise ValueError("data.relabel needs data.scores, a file that `diffalign data score` writes")
         if self.data.cache_trajectories:
             self._can_keep_trajectories()
         if self.tuning.method == "full":

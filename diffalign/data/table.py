@@ -83,6 +83,25 @@ class PairTable:
         values, first = self._scores[index], self._first[index]
         return values[first], values[1 - first]
 
+    def take_scores(self, scores: list[tuple[float, float]], *, relabel: bool) -> None:
+        """Scores of every pair's images in stored order; with `relabel` they also say which is the chosen one.
+
+        Equal or missing scores leave the label as it is.
+        """
+        self._scores = scores
+        for index, (one, two) in enumerate(scores) if relabel else ():
+            first = (one < two) ^ self.invert_preference
+            if (one < two or one > two) and first != self._first[index]:
+                self._first[index] = first
+                if self._sizes:
+                    sizes = self._sizes[4 * index : 4 * index + 4]
+                    self._sizes[4 * index : 4 * index + 4] = sizes[2:] + sizes[:2]
+            self._ties[index] = self._ties[index] and one == two
+
+    def stored(self, index: int) -> tuple[ImageRef, ImageRef]:
+        """Both images of a pair, in stored order."""
+        return self.refs(self._rows[index])
+
     def refs(self, row: int) -> tuple[ImageRef, ImageRef]:
         """Both images of a stored row, in stored order."""
         where, names = self.columns.where(row), self.layout.images

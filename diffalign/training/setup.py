@@ -24,6 +24,7 @@ from diffalign.data.encode import encode_cache
 from diffalign.data.readers import open_pairs
 from diffalign.data.record import record_trajectories, trajectory_key
 from diffalign.data.rows import DataError
+from diffalign.data.scores import read_scores, use_scores
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
 from diffalign.data.trajectories import Trajectories
@@ -101,6 +102,8 @@ def _open_table(config: Config) -> PairTable:
         verify=data.verify,
     )
     table.require_usable()
+    if data.scores is not None:
+        use_scores(table, read_scores(data.scores), relabel=data.relabel, where=f"data.scores: {data.scores}")
     if data.cache_dir is not None:
         _ = table.identity  # may read every image once: done here, before other processes get the table
     return table
