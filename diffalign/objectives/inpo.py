@@ -19,14 +19,21 @@ Differs from the released code (JaydenLyh/InPO, train.py), with `grid: exact`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.ddim import inversion_std
-from diffalign.engine.inversion import Ascent, Refinement, arrive, released_ascent, strided_ascent
+from diffalign.engine.inversion import (
+    Ascent,
+    Refinement,
+    arrive,
+    quadratic_ascent,
+    released_ascent,
+    strided_ascent,
+)
 from diffalign.engine.measure import Models
 from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule, spread
@@ -34,7 +41,7 @@ from diffalign.objectives.base import dpo_logit, positive
 from diffalign.objectives.draws import integers, normal
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
-Grid = Literal["exact", "released"]
+Grid = Literal["exact", "quadratic", "released"]
 Inverter = Literal["policy", "reference"]
 
 
@@ -45,7 +52,7 @@ class InPO:
     beta: float = 5000.0  # as DiffusionDPO; the release uses 5000 for SDXL, 2000 for SD1.5
     steps: int = 10  # inversion steps from a clean image to t = T − 1; fewer to a smaller t
     eta: float = 0.1  # share of DDPM's noise added after each inversion step; 0: deterministic
-    grid: Grid = "exact"  # released: the authors' grid, which ends below t
+    grid: Grid = "exact"  # equal steps; quadratic: finer near the image; released: the authors' grid, ends below t
     inverter: Inverter = "policy"  # whose noise predictions invert; the released code uses the current policy
 
     name: ClassVar[str] = "inpo"
@@ -57,7 +64,7 @@ class InPO:
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
-        inversion_valid(self.steps, self.grid, self.inverter)
+        inversion_valid(self.steps, self.grid, get_args(Grid), self.inverter)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta = {self.eta}: must be in [0, 1]; 0 is deterministic inversion, the paper has 0.1")
 
@@ -89,6 +96,8 @@ def ascent_to(s: NoiseSchedule, t: Tensor, steps: int, grid: Grid) -> Ascent:
     t = t.repeat(2)
     if grid == "released":
         return released_ascent(s, t, steps)
+    if grid == "quadratic":
+        return quadratic_ascent(t, steps, s.num_train_timesteps)
     return strided_ascent(t, -(-s.num_train_timesteps // steps))
 
 
@@ -114,11 +123,11 @@ def inverted(
     return Probe(xt=xt.unflatten(0, (2, -1)), t=t, target=target.unflatten(0, (2, -1)), cond=batch.cond)
 
 
-def inversion_valid(steps: int, grid: str, inverter: str) -> None:
+def inversion_valid(steps: int, grid: str, grids: tuple[str, ...], inverter: str) -> None:
     """Raises ValueError for settings that no inversion has."""
     if steps < 1:
         raise ValueError(f"steps = {steps}: inversion takes at least one step")
-    if grid not in ("exact", "released"):
-        raise ValueError(f"grid = {grid!r}: allowed are exact and released")
-    if inverter not in ("policy", "reference"):
+    if grid not in grids:
+        raise ValueError(f"grid = {grid!r}: allowed are {', '.join(grids)}")
+    if inverter not in get_args(Inverter):
         raise ValueError(f"{inverter!r} is no network to invert with: allowed are policy and reference")

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,9 +48,10 @@ from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.objectives.base import positive, reward_metrics
 from diffalign.objectives.draws import normal
-from diffalign.objectives.inpo import Grid, Inverter, inversion_valid
+from diffalign.objectives.inpo import Inverter, inversion_valid
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
 
+Grid = Literal["exact", "released"]
 Form = Literal["residual", "released", "released_flipped"]
 Weighting = Literal["inverse_alpha", "uniform"]
 
@@ -79,7 +80,7 @@ class InversionDPO:
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
-        inversion_valid(self.steps, self.grid, self.trajectory)
+        inversion_valid(self.steps, self.grid, get_args(Grid), self.trajectory)
         if self.form not in ("residual", "released", "released_flipped"):
             raise ValueError(f"form = {self.form!r}: allowed are residual, released and released_flipped")
         if self.weighting not in ("inverse_alpha", "uniform"):

@@ -19,7 +19,7 @@ By hand: D = (−.1, 0), β = 20, scores with n_c − n_r = log 3 → p = .75, W
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class SmPO:
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         positive("gamma", self.gamma)
-        inversion_valid(self.steps, self.grid, self.inverter)
+        inversion_valid(self.steps, self.grid, get_args(Grid), self.inverter)
         if not self.score_low < self.score_high:
             raise ValueError(f"score_low = {self.score_low} must be below score_high = {self.score_high}")
         if self.refinements < 0:

@@ -28,6 +28,7 @@ LOG2 = float(torch.tensor(2.0).log())
 OBJECTIVES: dict[str, Objective] = {
     "inpo": InPO(beta=50.0),
     "inpo by reference": InPO(beta=50.0, inverter="reference", eta=0.0),
+    "inpo quadratic": InPO(beta=50.0, grid="quadratic"),
     "inpo released": InPO(beta=50.0, grid="released"),
     "smpo": SmPO(beta=50.0, score_low=0.0, score_high=1.0),
     "smpo fixed point": SmPO(beta=50.0, score_low=0.0, score_high=1.0, refinements=4, tolerance=1e-6),
@@ -226,7 +227,8 @@ def test_smpo_costs_two_predictions_a_step() -> None:
     [
         (lambda: InPO(steps=0), "steps = 0"),
         (lambda: InPO(eta=1.5), "eta = 1.5"),
-        (lambda: InPO(grid="coarse"), "exact and released"),
+        (lambda: InPO(grid="coarse"), "exact, quadratic, released"),
+        (lambda: InversionDPO(grid="quadratic"), "allowed are exact, released"),
         (lambda: InPO(inverter="ema"), "policy and reference"),
         (lambda: SmPO(score_low=2.0), "score_low = 2.0"),
         (lambda: SmPO(refinements=-1), "refinements = -1"),
