@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffalign.engine.measure import measure, measure_and_backward
+from diffalign.engine.measure import Models, measure, measure_and_backward
+from diffalign.models.base import load_base
+from diffalign.models.networks import Networks
+from diffalign.models.reference import make_reference
 from diffalign.objectives.inversion_dpo import InversionDPO
-from diffalign.records import Evidence, PairBatch, Probe, Transitions
+from diffalign.records import Conditioning, Evidence, PairBatch, Probe, Transitions
 from tests.objectives.test_inversion_objectives import OBJECTIVES, Retold, Spy
 from tests.toy import ToyModels, toy_batch, toy_models
 
@@ -110,9 +114,10 @@ def test_drawn_points_cost_no_step_beyond_the_last() -> None:
     assert cost(objective) == {"policy": 2 * 4, "reference": 2 * int(last.sum()) + 2 * 4}
 
 
-def peak_saved(objective: InversionDPO) -> int:
+def peak_saved(objective: InversionDPO, models: Models | None = None, batch: PairBatch | None = None) -> int:
     """Bytes kept for backward at the worst moment of a step: deterministic, and the same on every machine."""
-    models, kept, peak = toy_models(torch.float32), 0, 0
+    models, kept, peak = models or toy_models(torch.float32), 0, 0
+    batch = toy_batch(2, torch.float32) if batch is None else batch
 
     def pack(x: Tensor) -> Tensor:
         nonlocal kept, peak
@@ -126,7 +131,7 @@ def peak_saved(objective: InversionDPO) -> int:
         kept = 0
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        probe = objective.probe(toy_batch(2, torch.float32), models)
+        probe = objective.probe(batch, models)
         measure_and_backward(models, probe, objective.score, backward=released)
     return peak
 
@@ -136,6 +141,21 @@ def test_eighty_points_take_the_memory_of_eight(form: str) -> None:
     many, few = (peak_saved(InversionDPO(steps=n, form=form)) for n in (80, 8))
     assert many <= 1.05 * few
     assert peak_saved(InversionDPO(steps=80, form=form, points_per_forward=None)) > 5 * many
+
+
+def test_eighty_points_of_a_unet_take_the_memory_of_eight(tiny_sd: Path) -> None:
+    """Full tuning of a small SD-structured UNet, guided: 160 forwards with grad, one point's activations."""
+    base = load_base(str(tiny_sd), vae_and_text=False)
+    unet = base.unet.requires_grad_(True)
+    models = Networks(unet, family=base.family, schedule=base.schedule, reference=make_reference("copy", unet))
+    g = torch.Generator().manual_seed(0)
+    dim = unet.config.cross_attention_dim
+    text, null = (Conditioning(torch.randn(1, 1, 4, dim, generator=g).expand(2, -1, -1, -1)) for _ in range(2))
+    latents = torch.randn(2, 1, 4, 8, 8, generator=g)
+    batch = PairBatch(latents, text, torch.tensor([1]), uncond=null)
+    many, few = (peak_saved(InversionDPO(steps=n), models, batch) for n in (80, 8))
+    assert few > 0
+    assert many <= 1.05 * few
 
 
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if isinstance(OBJECTIVES[n], InversionDPO)])
