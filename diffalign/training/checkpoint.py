@@ -46,7 +46,7 @@ def save_checkpoint(
     total_limit: int | None = None,
     source: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes checkpoint-`step`, with the source's state where it has one; then removes the oldest beyond `total_limit`."""
+    """Writes checkpoint-`step`, with the source's state if it has any; then removes the oldest beyond `total_limit`."""
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
