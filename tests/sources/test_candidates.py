@@ -53,7 +53,7 @@ def test_best_of_has_one_side(make_context: Callable[..., Context]) -> None:
 
 def test_pairs_below_the_gap_are_not_valid(make_context: Callable[..., Context]) -> None:
     equal = OnlinePairs("tests.sources.judges:Indifferent", prompts_per_round=2, samples_per_prompt=2, **FAST)
-    with pytest.raises(SourceError, match="10 rounds in a row had no valid pair"):
+    with pytest.raises(SourceError, match="10 rounds in a row, of 2 prompts each, had no valid pair"):
         next(equal.build(make_context("sd", PROMPTS)).batches())
 
 

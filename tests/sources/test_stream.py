@@ -144,10 +144,10 @@ def test_a_round_without_a_valid_pair_is_skipped_and_counted(tmp_path: Path) -> 
     seen = values(take(source, 2))
     assert {int(x) // 50 for x in seen} <= {2, 4}
     assert source.take_metrics()["rollout/empty"].tolist() == [1, 1, 0, 1, 0]
-    with pytest.raises(SourceError, match="3 rounds in a row had no valid pair"):
+    with pytest.raises(SourceError, match="3 rounds in a row, of 5 prompts each, had no valid pair"):
         take(emptied(toy_source(toy_context(tmp_path / "b"), max_empty_rounds=3), {0, 1, 2}), 1)
     pool = toy_source(toy_context(tmp_path / "c"), max_empty_rounds=2, steps_per_round=2)
-    with pytest.raises(SourceError, match="2 rounds in a row"):
+    with pytest.raises(SourceError, match="2 rounds in a row, of 5"):
         take(emptied(pool, {0, 1}), 1)
 
 
