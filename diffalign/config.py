@@ -274,9 +274,9 @@ def _usable_together(config: Config) -> None:
     source, objective, data = config.source, config.objective, config.data
     if source.objectives and objective.name not in source.objectives:
         raise ValueError(f"source: {source.name} makes data for objective {' or '.join(source.objectives)} only")
-    idle = ["cache_dir", "invert_preference"]
+    idle = ["cache_dir", "invert_preference", "dataloader_num_workers"]
     if source.data == "prompts":
-        idle += ["format", "columns", "random_flip", "center_crop", "verify"]
+        idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
     if set_ := [name for name in idle if getattr(data, name) != DataSection.model_fields[name].default]:
         raise ValueError(
             f"data.{', data.'.join(set_)}: source {source.name} makes its pictures and has no such setting"

@@ -140,7 +140,12 @@ class RoundPairs:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state; the files of its rounds are read when `batches` is called."""
+        """Takes up a state; the files of its rounds are read when `batches` is called.
+
+        Raises SourceError for the state of a run whose pairs were there before it.
+        """
+        if "round" not in state:
+            raise SourceError("this checkpoint is of a run on offline pairs; resume it without a `source` section")
         self._step, self._round, self._used = state["step"], state["round"], state["used"]
         self._empty = state["empty"]
         self._carried = [(number, position) for number, position in state["carried"]]

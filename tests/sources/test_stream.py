@@ -95,6 +95,11 @@ def test_a_state_belongs_to_its_step(tmp_path: Path) -> None:
         next(source.batches(5))
 
 
+def test_the_state_of_offline_pairs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="without a `source` section"):
+        toy_source(toy_context(tmp_path)).load_state_dict({})
+
+
 def two_processes(folder: Path, steps: int, **settings: Any) -> list[list[PairBatch]]:
     """The batches of two processes, played by threads that share a folder and a barrier."""
     barrier, out = threading.Barrier(2, timeout=60), [[], []]
