@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
+from diffalign.cli_data import data, data_arguments
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -70,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
-    _data_arguments(command("data", _data, "look at pairs, or write the embedded world's"))
+    data_arguments(command("data", data, "look at pairs, or write the embedded world's"))
 
-    sub = command("list", _list, "objectives, configs and scorers that come with the package")
-    sub.add_argument("what", nargs="?", choices=("objectives", "configs", "scorers"), help="only these")
+    sub = command("list", _list, "objectives, sources, configs and scorers that come with the package")
+    sub.add_argument("what", nargs="?", choices=("objectives", "sources", "configs", "scorers"), help="only these")
 
     sub = command("demo", _demo, "tune the embedded world's model and measure what it gained")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
@@ -131,24 +133,31 @@ def _validate(run: Run, step: int) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from diffalign.config import load_config
+    from diffalign.training.optim import effective_lr
     from diffalign.training.plan import describe, trial
     from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     claim(config, Path(config.output_dir))
+    changes: dict[str, Any] = {}
+    if config.source is not None:
+        changes["source"] = config.source.small()
+        one = {"train_batch_size": 1, "gradient_accumulation_steps": 1}  # a step of one pair, so that one is enough
+        changes["training"] = config.training.model_copy(update=one)
     accelerator = make_accelerator(config)
-    run = build(_online(config), accelerator)
-    planned = replace(run, config=config)
-    if accelerator.is_main_process:
-        print(describe(planned))
-        print(trial(planned))
+    with TemporaryDirectory() as folder:
+        run = build(_look(config.model_copy(update=changes), folder), accelerator)
+        planned = replace(run, config=config, lr=effective_lr(config.training, accelerator.num_processes))
+        if accelerator.is_main_process:
+            print(describe(planned))
+            print(trial(planned))
 
 
-def _online(config: Config) -> Config:
-    """The run without its caches: a look at the machinery must not fill one of hours."""
+def _look(config: Config, folder: str) -> Config:
+    """The run as a look at its machinery: no cache of hours is filled, and pairs that it makes go to `folder`."""
     data = {"cache_dir": None, "cache_variants": 1, "cache_trajectories": False}
-    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+    return config.model_copy(update={"data": config.data.model_copy(update=data), "output_dir": folder})
 
 
 def _diagnose(args: argparse.Namespace) -> None:
@@ -159,7 +168,8 @@ def _diagnose(args: argparse.Namespace) -> None:
     if args.batches < 1:
         raise ValueError(f"--batches {args.batches}: give at least one")
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
-    found = diagnose(build(_online(config), make_accelerator(config)), args.batches)
+    with TemporaryDirectory() as folder:
+        found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
     if args.json is not None:
         args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n")
@@ -170,7 +180,8 @@ def _encode(args: argparse.Namespace) -> None:
 
     from diffalign.config import load_config
     from diffalign.models.encoder import Encoder
-    from diffalign.training.setup import encode_run, load_run_base, open_table
+    from diffalign.training.feed import encode_run
+    from diffalign.training.setup import load_run_base, open_table
 
     config = load_config(args.config, args.overrides)
     if config.data.cache_dir is None:
@@ -186,116 +197,23 @@ def _encode(args: argparse.Namespace) -> None:
         print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
 
 
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
-    _pairs_arguments(sub)
-    sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
-    sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
-    sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the report, with every problem, as JSON")
-    sub = actions.add_parser("score", help="score both images of every pair, into a file that data.scores names")
-    _pairs_arguments(sub)
-    sub.add_argument("--scorer", required=True, help="`diffalign list scorers`")
-    sub.add_argument(
-        "--out", type=Path, required=True, metavar="JSONL", help="file of scores; goes on where it stopped"
-    )
-    sub.add_argument("--device", help="default: cuda where there is one")
-    sub = actions.add_parser("world", help="write preference pairs of the embedded world")
-    sub.add_argument("out", type=Path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
-    sub.add_argument("--pairs", type=int, default=1024)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--source", default="renders", help="renders, or samples: best and worst of four of the base's own"
-    )
-    sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
-
-
-def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", help="file, folder or Hub id")
-    sub.add_argument("--format", default="auto")
-    sub.add_argument("--split", default="train")
-    sub.add_argument(
-        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help="names that differ, e.g. prompt=text"
-    )
-    sub.add_argument("--max-pairs", type=int, help="look at no more than this many usable pairs")
-
-
-def _score_pairs(args: argparse.Namespace) -> None:
-    import torch
-
-    from diffalign.data.readers import open_pairs
-    from diffalign.data.scores import score_pairs
-    from diffalign.rewards import load_scorer
-
-    table = open_pairs(
-        args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
-    )
-    table.require_usable()
-    scorer = load_scorer(args.scorer, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scored, unreadable = score_pairs(table, args.scorer, lambda *of: scorer.score(*of).tolist(), args.out)
-    print(f"{args.out}: {len(table)} pairs, {scored} of them scored now, {unreadable} with an image that does not open")
-    print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
-
-
-def _data(args: argparse.Namespace) -> None:
-    if args.action == "score":
-        _score_pairs(args)
-        return
-    if args.action == "world":
-        from diffalign.world.pairs import write_pairs
-
-        layout = "parquet" if args.out.suffix == ".parquet" else "folder"
-        write_pairs(
-            args.out,
-            n=args.pairs,
-            seed=args.seed,
-            source=args.source,
-            layout=layout,
-            shuffle_labels=args.shuffle_labels,
-        )
-        print(f"{args.pairs} pairs in {args.out}")
-        return
-
-    from diffalign.data.check import check_pairs
-
-    report = check_pairs(
-        args.path,
-        format=args.format,
-        split=args.split,
-        columns=_columns(args.columns),
-        max_pairs=args.max_pairs,
-        verify="full" if args.full else "header",
-        resolution=args.resolution,
-    )
-    print(report.text())
-    if args.sample is not None:
-        report.contact_sheet(args.sample)
-        print(f"sample: {args.sample}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
-
-
-def _columns(parts: Sequence[str]) -> dict[str, str]:
-    """PART=COLUMN words as a mapping; raises ValueError for a word of another form."""
-    for part in parts:
-        if not part.partition("=")[2]:
-            raise ValueError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
-    return dict(part.split("=", 1) for part in parts)
-
-
 def _list(args: argparse.Namespace) -> None:
     import dataclasses
 
     from diffalign.config import packaged_configs
     from diffalign.objectives import OBJECTIVES
     from diffalign.rewards import scorer_names
+    from diffalign.sources import SOURCES
 
     if args.what in (None, "objectives"):
         print("objectives")
         for name, cls in OBJECTIVES.items():
             settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
             print(f"  {name:<12} {cls.paper}\n  {'':<12} {settings or 'no settings'}")
+    if args.what in (None, "sources"):
+        print("sources")
+        for name, source in SOURCES.items():
+            print(f"  {name:<12} {source.paper}; from {source.data}")
     if args.what in (None, "configs"):
         print("configs")
         for path, purpose in packaged_configs():
@@ -355,8 +273,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from diffalign.data.prompts import read_prompts
     from diffalign.evaluation.generate import generate
-    from diffalign.evaluation.prompts import read_prompts
 
     prompts = read_prompts(args.prompts, limit=args.limit)
     pictures = generate(args.model, prompts, parse_seeds(args.seeds), tuned=args.tuned, **_sampling(args))
@@ -379,8 +297,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from diffalign.data.prompts import read_prompts
     from diffalign.evaluation.evaluate import evaluate
-    from diffalign.evaluation.prompts import read_prompts
 
     tuned: dict[str, list[str]] = {}
     for text in args.tuned:

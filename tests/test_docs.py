@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from diffalign.config import Config
 from diffalign.objectives import OBJECTIVES
+from diffalign.sources import SOURCES
 from diffalign.training.run import _FREE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -65,6 +66,16 @@ def test_the_objectives_reference_is_the_dataclass(name: str) -> None:
     arxiv = re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)
     assert arxiv is None or arxiv[1] in part(page, name)
     assert f"[`{name}`]({page.replace('objectives.md', '')}#{name})" in (DOCS / "objectives.md").read_text()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_sources_reference_is_the_dataclass(name: str) -> None:
+    cls: Any = SOURCES[name]
+    required = dataclasses.MISSING
+    expected = {f.name: "—" if f.default is required else plain(f.default) for f in dataclasses.fields(cls)}
+    assert table("online.md", name) == expected
+    assert re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)[1] in part("online.md", name)  # type: ignore[index]
+    assert f"[`{name}`](#{name})" in part("online.md", "Online: pairs made while training")
 
 
 def test_what_may_change_on_resuming_is_listed() -> None:

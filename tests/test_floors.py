@@ -33,7 +33,8 @@ FLOORS = {
     "export": 6,
     "cli": 7,
 }
-SAME_ROOM = {"__main__": "cli", "demo": "cli"}  # the demo is a list of commands, and a command itself
+# `data` has a file of its own for its options; the demo is a list of commands, and a command itself
+SAME_ROOM = {"__main__": "cli", "cli_data": "cli", "demo": "cli"}
 
 # Where a package may be imported: a room, or one file of it.
 ONLY_IN = {
@@ -43,7 +44,7 @@ ONLY_IN = {
     "torchao": {"training/optim.py"},
     "accelerate": {"training", "cli.py"},
     "datasets": {"data"},
-    "pyarrow": {"data", "world", "evaluation"},
+    "pyarrow": {"data", "world"},
     "PIL": {"data", "rewards", "evaluation", "world", "demo.py"},
     "pydantic": {"config.py"},
     "yaml": {"config.py", "training"},

@@ -10,11 +10,12 @@ from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
 from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.robust_dpo import RobustDPO
+from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO)
+    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO, SePPO)
 }
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "MaPO",
     "Objective",
     "RobustDPO",
+    "SePPO",
     "SmPO",
 ]

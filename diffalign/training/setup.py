@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,22 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import Config
-from diffalign.data.cache import CacheKey, PairCache, open_cache
-from diffalign.data.encode import encode_cache
+from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
-from diffalign.data.record import record_trajectories, trajectory_key
 from diffalign.data.rows import DataError
 from diffalign.data.scores import read_scores, use_scores
-from diffalign.data.source import OfflinePairs, Online
-from diffalign.data.table import PairTable
-from diffalign.data.trajectories import Trajectories
+from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
-from diffalign.models.fingerprint import network_fingerprint
+from diffalign.models.former import make_former
 from diffalign.models.lora import ADAPTER, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
 from diffalign.models.reference import ReferenceKind, make_reference
 from diffalign.objectives import Objective
+from diffalign.sources import Source
+from diffalign.training.feed import make_feed
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -54,7 +50,7 @@ class Run:
     base: Base
     unet: nn.Module  # the policy, unwrapped
     networks: Networks
-    source: OfflinePairs
+    source: Source
     objective: Objective
     parameters: list[nn.Parameter]  # what the optimiser trains
     optimizer: torch.optim.Optimizer
@@ -63,7 +59,7 @@ class Run:
     ema: Any | None  # diffusers' EMAModel
     reference_kind: ReferenceKind
     lr: float  # in force, after scale_lr
-    table: PairTable
+    table: Table
 
     @property
     def output_dir(self) -> Path:
@@ -71,14 +67,14 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTable:
-    """The usable pairs of the run's data; needs no model.
+def open_table(config: Config, accelerator: Accelerator | None = None) -> Table:
+    """The usable pairs of the run's data, or the prompts of a source that makes its pictures; needs no model.
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return _open_table(config)
-    found: list[PairTable | DataError | None] = [None]
+    found: list[Table | DataError | None] = [None]
     if accelerator.is_main_process:
         try:
             found = [_open_table(config)]
@@ -90,8 +86,19 @@ def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTa
     return table
 
 
-def _open_table(config: Config) -> PairTable:
+def _open_table(config: Config) -> Table:
     data = config.data
+    if config.source is not None and config.source.data == "prompts":
+        return open_prompts(data.path, limit=data.max_pairs)
+    if config.source is not None:
+        return open_winners(
+            data.path,
+            format=data.format,
+            split=data.split,
+            max_pairs=data.max_pairs,
+            columns=data.columns,
+            verify=data.verify,
+        )
     table = open_pairs(
         data.path,
         format=data.format,
@@ -154,36 +161,7 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def encode_run(
-    config: Config, table: PairTable, encoder: Encoder, resolution: int, process: int, processes: int
-) -> CacheKey:
-    """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
-
-    Returns the key of that cache.
-    """
-    data = config.data
-    done = encode_cache(
-        table,
-        encoder,
-        str(data.cache_dir),
-        resolution=resolution,
-        center_crop=data.center_crop,
-        random_flip=data.random_flip,
-        variants=data.cache_variants,
-        run_seed=config.seed,
-        dtype=data.cache_dtype,
-        num_workers=data.dataloader_num_workers,
-        process=process,
-        processes=processes,
-    )
-    if done.shards_written:
-        log.info("encoded %d shards into %s", done.shards_written, done.folder)
-    for problem in done.problems:
-        log.warning("pair left out of the cache: %s", problem)
-    return done.key
-
-
-def build(config: Config, accelerator: Accelerator, table: PairTable | None = None) -> Run:
+def build(config: Config, accelerator: Accelerator, table: Table | None = None) -> Run:
     """Builds every part of the run; afterwards only steps are left to take."""
     torch.manual_seed(config.seed)
     table = open_table(config, accelerator) if table is None else table
@@ -195,16 +173,17 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     base = load_run_base(config)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
-    make_source = _source_maker(config, accelerator, table, encoder)
-    content = _content(config, accelerator, table, encoder, resolution)
-    fingerprint = network_fingerprint(base.unet, base.schedule) if config.data.cache_trajectories else ""
+    feed = make_feed(config, accelerator, table, encoder, resolution)
     unet = prepare_policy(base, config, device)
     kind: ReferenceKind = "none"
     if objective.needs_reference:
         kind = "lora_off" if lora_layers(unet) else "copy"
     autocast = AUTOCAST[training.mixed_precision]
     unet.to(device)
-    reference = make_reference(kind, unet, autocast)
+    former = None
+    if config.source is not None and config.source.own_reference:
+        kind, former = "former", make_former(unet, base.family, autocast)
+    reference = make_reference(kind, unet, autocast) if former is None else former
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
 
@@ -219,16 +198,13 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
         autocast_dtype=autocast,
         device=device,
     )
-    source = make_source(content)
-    if isinstance(content, PairCache) and config.data.cache_trajectories:
-        source = make_source(_trajectories(config, accelerator, source, content, networks, fingerprint))
     return Run(
         config=config,
         accelerator=accelerator,
         base=base,
         unet=unet,
         networks=networks,
-        source=source,
+        source=feed(networks, unet, former),
         objective=objective,
         parameters=parameters,
         optimizer=optimizer,
@@ -264,70 +240,6 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
     set_attention(unet, config.model.attention, device)
     set_checkpointing(unet, config.model.gradient_checkpointing)
     return unet
-
-
-def _source_maker(
-    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
-) -> Callable[[Online | PairCache | Trajectories], OfflinePairs]:
-    """From where the pixels come from to the run's source of batches."""
-    data = config.data
-    return partial(
-        OfflinePairs,
-        table,
-        run_seed=config.seed,
-        train_batch_size=config.training.train_batch_size,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        time_ids=encoder.time_ids,
-        prompt_dropout=data.proportion_empty_prompts,
-        with_uncond=config.objective.needs_uncond,
-        num_workers=data.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
-
-def _content(
-    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
-) -> Online | PairCache:
-    """The pixels themselves, or the encode cache, which is filled as far as it is not yet."""
-    data = config.data
-    if data.cache_dir is None:
-        return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
-    key = encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    return open_cache(data.cache_dir, key)
-
-
-def _trajectories(
-    config: Config,
-    accelerator: Accelerator,
-    source: OfflinePairs,
-    cache: PairCache,
-    networks: Networks,
-    fingerprint: str,
-) -> Trajectories:
-    """The trajectories of all pairs, made as far as they are not there yet; each process makes its share."""
-    objective = config.objective
-    facts = {
-        "network": fingerprint,
-        "precision": config.training.mixed_precision,
-        "objective": objective.name,
-        "recording": objective.recording,
-    }
-    levels = objective.levels(networks.schedule)
-    folder, per_shard = record_trajectories(
-        source,
-        cache,
-        trajectory_key(cache, facts),
-        lambda batch: objective.record(batch.to(accelerator.device), networks),
-        len(levels),
-        batch_size=config.training.train_batch_size,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    accelerator.wait_for_everyone()
-    return Trajectories(cache, folder, per_shard, levels, objective.visited)
 
 
 def _make_ema(parameters: list[nn.Parameter], decay: float | None) -> Any | None:

@@ -1,0 +1,108 @@
+"""`diffalign data check | score | world`: looking at pairs, scoring them, and writing the embedded world's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
+    _pairs_arguments(sub)
+    sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
+    sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
+    sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the report, with every problem, as JSON")
+    sub = actions.add_parser("score", help="score both images of every pair, into a file that data.scores names")
+    _pairs_arguments(sub)
+    sub.add_argument("--scorer", required=True, help="`diffalign list scorers`")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="JSONL", help="file of scores; goes on where it stopped"
+    )
+    sub.add_argument("--device", help="default: cuda where there is one")
+    sub = actions.add_parser("world", help="write preference pairs of the embedded world")
+    sub.add_argument("out", type=Path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
+    sub.add_argument("--pairs", type=int, default=1024)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--source", default="renders", help="renders, or samples: best and worst of four of the base's own"
+    )
+    sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
+
+
+def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="file, folder or Hub id")
+    sub.add_argument("--format", default="auto")
+    sub.add_argument("--split", default="train")
+    sub.add_argument(
+        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help="names that differ, e.g. prompt=text"
+    )
+    sub.add_argument("--max-pairs", type=int, help="look at no more than this many usable pairs")
+
+
+def _score_pairs(args: argparse.Namespace) -> None:
+    import torch
+
+    from diffalign.data.readers import open_pairs
+    from diffalign.data.scores import score_pairs
+    from diffalign.rewards import load_scorer
+
+    table = open_pairs(
+        args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
+    )
+    table.require_usable()
+    scorer = load_scorer(args.scorer, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scored, unreadable = score_pairs(table, args.scorer, lambda *of: scorer.score(*of).tolist(), args.out)
+    print(f"{args.out}: {len(table)} pairs, {scored} of them scored now, {unreadable} with an image that does not open")
+    print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
+
+
+def data(args: argparse.Namespace) -> None:
+    """Runs one of them."""
+    if args.action == "score":
+        _score_pairs(args)
+        return
+    if args.action == "world":
+        from diffalign.world.pairs import write_pairs
+
+        layout = "parquet" if args.out.suffix == ".parquet" else "folder"
+        write_pairs(
+            args.out,
+            n=args.pairs,
+            seed=args.seed,
+            source=args.source,
+            layout=layout,
+            shuffle_labels=args.shuffle_labels,
+        )
+        print(f"{args.pairs} pairs in {args.out}")
+        return
+
+    from diffalign.data.check import check_pairs
+
+    report = check_pairs(
+        args.path,
+        format=args.format,
+        split=args.split,
+        columns=_columns(args.columns),
+        max_pairs=args.max_pairs,
+        verify="full" if args.full else "header",
+        resolution=args.resolution,
+    )
+    print(report.text())
+    if args.sample is not None:
+        report.contact_sheet(args.sample)
+        print(f"sample: {args.sample}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
+
+
+def _columns(parts: Sequence[str]) -> dict[str, str]:
+    """PART=COLUMN words as a mapping; raises ValueError for a word of another form."""
+    for part in parts:
+        if not part.partition("=")[2]:
+            raise ValueError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
+    return dict(part.split("=", 1) for part in parts)

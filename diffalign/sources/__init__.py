@@ -1,0 +1,12 @@
+"""Sources that make their pairs while training, and the table that finds them by name. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from diffalign.sources.base import Context, Settings, Source, SourceError
+from diffalign.sources.best_of import BestOf
+from diffalign.sources.online_pairs import OnlinePairs
+from diffalign.sources.selfplay import SelfPlay
+
+SOURCES: dict[str, type[Settings]] = {cls.name: cls for cls in (BestOf, OnlinePairs, SelfPlay)}
+
+__all__ = ["SOURCES", "BestOf", "Context", "OnlinePairs", "SelfPlay", "Settings", "Source", "SourceError"]

@@ -1,0 +1,189 @@
+"""From a config to the run's source of batches: offline pairs, online or cached, or a source that makes its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from accelerate import Accelerator
+from torch import nn
+
+from diffalign.config import Config
+from diffalign.data.cache import CacheKey, PairCache, open_cache
+from diffalign.data.encode import encode_cache
+from diffalign.data.prompts import Table
+from diffalign.data.record import record_trajectories, trajectory_key
+from diffalign.data.source import OfflinePairs, Online
+from diffalign.data.table import PairTable
+from diffalign.data.trajectories import Trajectories
+from diffalign.models.base import vae_factor
+from diffalign.models.encoder import Encoder
+from diffalign.models.fingerprint import network_fingerprint
+from diffalign.models.former import Former
+from diffalign.models.networks import Networks
+from diffalign.sources import Context, Source
+from diffalign.training.checkpoint import source_states
+
+log = logging.getLogger(__name__)
+
+SOURCE_FOLDER = "source"  # in a run's folder: what a source that makes its pairs keeps on disk
+
+Feed = Callable[[Networks, nn.Module, Former | None], Source]
+
+
+def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int) -> Feed:
+    """What makes the run's source once its networks are there.
+
+    What needs no UNet is done here, before that takes its memory: filling an encode cache, and looking at the base's
+    weights while they are still as they were loaded.
+    """
+    if config.source is not None:
+        return partial(_own_pairs, config, accelerator, table, encoder, resolution)
+    pairs = cast("PairTable", table)
+    make, content = (
+        _source_maker(config, accelerator, pairs, encoder),
+        _content(config, accelerator, pairs, encoder, resolution),
+    )
+    if not (isinstance(content, PairCache) and config.data.cache_trajectories):
+        return lambda networks, unet, former: make(content)
+    fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
+
+    def with_trajectories(networks: Networks, unet: nn.Module, former: Former | None) -> Source:
+        return make(_trajectories(config, accelerator, make(content), content, networks, fingerprint))
+
+    return with_trajectories
+
+
+def encode_run(
+    config: Config, table: PairTable, encoder: Encoder, resolution: int, process: int, processes: int
+) -> CacheKey:
+    """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
+
+    Returns the key of that cache.
+    """
+    data = config.data
+    done = encode_cache(
+        table,
+        encoder,
+        str(data.cache_dir),
+        resolution=resolution,
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        variants=data.cache_variants,
+        run_seed=config.seed,
+        dtype=data.cache_dtype,
+        num_workers=data.dataloader_num_workers,
+        process=process,
+        processes=processes,
+    )
+    if done.shards_written:
+        log.info("encoded %d shards into %s", done.shards_written, done.folder)
+    for problem in done.problems:
+        log.warning("pair left out of the cache: %s", problem)
+    return done.key
+
+
+def _own_pairs(
+    config: Config,
+    accelerator: Accelerator,
+    table: Table,
+    encoder: Encoder,
+    resolution: int,
+    networks: Networks,
+    unet: nn.Module,
+    former: Former | None,
+) -> Source:
+    """The source of a run that makes its pairs, and what it is given to work with."""
+    side = resolution // vae_factor(encoder.base.vae)
+    output_dir = Path(config.output_dir)
+    context = Context(
+        networks=networks,
+        unet=unet,
+        former=former,
+        family=networks.family,
+        encoder=encoder,
+        table=table,
+        seed=config.seed,
+        train_batch_size=config.training.train_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+        folder=output_dir / SOURCE_FOLDER,
+        saved=lambda: source_states(output_dir),
+        latent_shape=(unet.config.in_channels, side, side),
+        resolution=resolution,
+        device=accelerator.device,
+        center_crop=config.data.center_crop,
+        random_flip=config.data.random_flip,
+        prompt_dropout=config.data.proportion_empty_prompts,
+        with_uncond=config.objective.needs_uncond,
+    )
+    return config.source.build(context)
+
+
+def _source_maker(
+    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
+) -> Callable[[Online | PairCache | Trajectories], OfflinePairs]:
+    """From where the pixels come from to the run's source of batches."""
+    data = config.data
+    return partial(
+        OfflinePairs,
+        table,
+        run_seed=config.seed,
+        train_batch_size=config.training.train_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        time_ids=encoder.time_ids,
+        prompt_dropout=data.proportion_empty_prompts,
+        with_uncond=config.objective.needs_uncond,
+        num_workers=data.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _content(
+    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
+) -> Online | PairCache:
+    """The pixels themselves, or the encode cache, which is filled as far as it is not yet."""
+    data = config.data
+    if data.cache_dir is None:
+        return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
+    key = encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    return open_cache(data.cache_dir, key)
+
+
+def _trajectories(
+    config: Config,
+    accelerator: Accelerator,
+    source: OfflinePairs,
+    cache: PairCache,
+    networks: Networks,
+    fingerprint: str,
+) -> Trajectories:
+    """The trajectories of all pairs, made as far as they are not there yet; each process makes its share."""
+    objective = config.objective
+    facts = {
+        "network": fingerprint,
+        "precision": config.training.mixed_precision,
+        "objective": objective.name,
+        "recording": objective.recording,
+    }
+    levels = objective.levels(networks.schedule)
+    folder, per_shard = record_trajectories(
+        source,
+        cache,
+        trajectory_key(cache, facts),
+        lambda batch: objective.record(batch.to(accelerator.device), networks),
+        len(levels),
+        batch_size=config.training.train_batch_size,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    return Trajectories(cache, folder, per_shard, levels, objective.visited)
