@@ -12,15 +12,17 @@ from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.robust_dpo import RobustDPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
+from diffalign.objectives.spo import SPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO)
+    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO, SPO)
 }
 
 __all__ = [
     "IPO",
     "OBJECTIVES",
     "SFT",
+    "SPO",
     "ConservativeDPO",
     "DiffusionDPO",
     "InPO",
