@@ -41,6 +41,7 @@ class Verdict:
 
     levels: Tensor  # int64 [level], CPU: t before the branching step, and after each step since
     path: Tensor  # "side prompt level c h w"; at the first level the sides are equal
+    judged: Tensor  # "side prompt c h w", the clean latents that the judge saw
     scores: Tensor  # "side prompt", CPU: of the chosen and of the rejected
     valid: Tensor  # bool [prompt], CPU: whether they differ by enough
     index: int  # of the branching step
@@ -97,7 +98,7 @@ def branching_chain(
         answer = _answer(s, predict, here, t, prompts)
         if i in branch_at:
             if path:
-                yield _verdict(path, levels, start, i, judge(answer.x0, t), threshold, t)
+                yield _verdict(path, levels[start : i + 1], start, answer.x0, judge(answer.x0, t), threshold, t)
                 answer = answer.member(pick(i, len(here)), prompts)
             path, start = [answer.x], i
         members = num_candidates if i in branch_at else len(here)
@@ -105,7 +106,7 @@ def branching_chain(
         if path:
             path.append(here)
     if path:
-        yield _verdict(path, levels, start, len(levels) - 1, judge(here, 0), threshold, 0)
+        yield _verdict(path, levels[start:], start, here, judge(here, 0), threshold, 0)
 
 
 @dataclass(frozen=True)
@@ -140,19 +141,20 @@ def _moved(s: NoiseSchedule, answer: _Answer, t: int, t_next: int, eta: float, n
 
 
 def _verdict(
-    path: list[Tensor], levels: Tensor, start: int, end: int, scores: Tensor, threshold: float, t: int
+    path: list[Tensor], levels: Tensor, index: int, judged: Tensor, scores: Tensor, threshold: float, t: int
 ) -> Verdict:
     scores = scores.cpu().double()
     chosen, rejected, valid = compare(scores, threshold)
     sides, prompts = torch.stack([chosen, rejected]), torch.arange(scores.shape[1])
-    where = sides.to(path[0].device, non_blocking=True), prompts.to(path[0].device, non_blocking=True)
+    where = sides.to(judged.device, non_blocking=True), prompts.to(judged.device, non_blocking=True)
     first = path[0].expand(2, *path[0].shape[1:])
-    later = [members[where[0], where[1]] for members in path[1:]]
+    later = [members[where] for members in path[1:]]
     return Verdict(
-        levels=levels[start : end + 1],
+        levels=levels,
         path=torch.stack([first, *later], dim=2),
+        judged=judged[where],
         scores=scores[sides, prompts],
         valid=valid,
-        index=start,
+        index=index,
         t=t,
     )
