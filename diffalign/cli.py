@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
@@ -125,20 +126,26 @@ def _validate(run: Run, step: int) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from diffalign.config import load_config
+    from diffalign.training.optim import effective_lr
     from diffalign.training.plan import describe, trial
     from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     claim(config, Path(config.output_dir))
-    # a look at the machinery must not fill a cache of hours: the trial pair is encoded on the way
-    online = config.data.model_copy(update={"cache_dir": None, "cache_variants": 1})
+    # a look at the machinery must not fill a cache of hours: the trial pair is encoded, or made, on the way
+    changes: dict[str, Any] = {"data": config.data.model_copy(update={"cache_dir": None, "cache_variants": 1})}
+    if config.source is not None:
+        changes["source"] = config.source.small()
+        one = {"train_batch_size": 1, "gradient_accumulation_steps": 1}  # a step of one pair, so that one is enough
+        changes["training"] = config.training.model_copy(update=one)
     accelerator = make_accelerator(config)
-    run = build(config.model_copy(update={"data": online}), accelerator)
-    planned = replace(run, config=config)
-    if accelerator.is_main_process:
-        print(describe(planned))
-        print(trial(planned))
+    with TemporaryDirectory() as folder:
+        run = build(config.model_copy(update={**changes, "output_dir": folder}), accelerator)
+        planned = replace(run, config=config, lr=effective_lr(config.training, accelerator.num_processes))
+        if accelerator.is_main_process:
+            print(describe(planned))
+            print(trial(planned))
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -301,8 +308,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from diffalign.data.prompts import read_prompts
     from diffalign.evaluation.generate import generate
-    from diffalign.evaluation.prompts import read_prompts
 
     prompts = read_prompts(args.prompts, limit=args.limit)
     pictures = generate(args.model, prompts, parse_seeds(args.seeds), tuned=args.tuned, **_sampling(args))
@@ -325,8 +332,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from diffalign.data.prompts import read_prompts
     from diffalign.evaluation.evaluate import evaluate
-    from diffalign.evaluation.prompts import read_prompts
 
     tuned: dict[str, list[str]] = {}
     for text in args.tuned:

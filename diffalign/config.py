@@ -1,14 +1,14 @@
 """One YAML file is one run: parsed, overridden from the command line, checked whole, and written back resolved.
 
 Field names follow diffusers and TRL. Unknown keys and wrong values are errors, reported all at once, each with the
-nearest right name or the allowed values. The `objective` node parses straight into the objective's own dataclass.
+nearest right name or the allowed values. The `objective` and `source` nodes parse straight into their own dataclasses.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from diffalign.objectives import OBJECTIVES
+from diffalign.sources import SOURCES
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-SWITCHES = ("objective.name", "tuning.method")  # overriding one of these drops the file's other settings of the section
+# overriding one of these drops the file's other settings of the section
+SWITCHES = ("objective.name", "source.name", "tuning.method")
 SHORT = {"lr": "learning_rate", "batch_size": "train_batch_size", "steps": "max_train_steps"}
 LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -148,6 +150,7 @@ class Config(_Section):
     model: ModelSection
     tuning: TuningSection = TuningSection()
     objective: Any  # an objective's dataclass
+    source: Any = None  # the settings of a source that makes pairs while training; null: the pairs of `data`
     data: DataSection
     training: TrainingSection = TrainingSection()
     validation: ValidationSection = ValidationSection()
@@ -155,7 +158,12 @@ class Config(_Section):
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, node: Any) -> Any:
-        return _parse_objective(node)
+        return _parse_named(node, OBJECTIVES, "objective")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source(cls, node: Any) -> Any:
+        return None if node is None else _parse_named(node, SOURCES, "source")
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
@@ -172,14 +180,15 @@ class Config(_Section):
             idle = [n for n in LORA_ONLY if getattr(self.tuning, n) != TuningSection.model_fields[n].default]
             if idle:
                 raise ValueError(f"tuning.{', tuning.'.join(idle)}: only tuning.method: lora has such a setting")
+        if self.source is not None:
+            _usable_together(self)
         return self
 
     def resolved(self) -> dict[str, Any]:
         """The config as plain YAML-ready values, defaults filled in."""
-        plain = self.model_dump(mode="json", exclude={"objective"})
-        settings = {f.name: getattr(self.objective, f.name) for f in dataclasses.fields(self.objective)}
-        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        return {**plain, "objective": {"name": self.objective.name, **settings}}
+        plain = self.model_dump(mode="json", exclude={"objective", "source"})
+        source = None if self.source is None else _plain(self.source)
+        return {**plain, "objective": _plain(self.objective), "source": source}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -233,24 +242,51 @@ def packaged_config(name: str) -> Path:
     raise ConfigError(f"no config {name} comes with this installation; reinstall diffalign")
 
 
-def _parse_objective(node: Any) -> Any:
-    if dataclasses.is_dataclass(node) and type(node) in OBJECTIVES.values():
+def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
+    """The dataclass called `name` in a table, made from the node's other keys."""
+    if dataclasses.is_dataclass(node) and type(node) in known.values():
         return node
     if not isinstance(node, dict) or "name" not in node:
-        raise ValueError(f"give a mapping with a name, one of: {', '.join(OBJECTIVES)}")
+        raise ValueError(f"give a mapping with a name, one of: {', '.join(known)}")
     name = node["name"]
-    if not isinstance(name, str) or name not in OBJECTIVES:
-        raise ValueError(f"no objective is called {name!r}{_nearest(str(name), OBJECTIVES)}")
-    cls = OBJECTIVES[name]
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"no {what} is called {name!r}{_nearest(str(name), known)}")
+    cls = known[name]
+    allowed = [f.name for f in dataclasses.fields(cls)]
     settings = {k: v for k, v in node.items() if k != "name"}
-    faults = [f"{k}: {name} has no such setting{_nearest(k, known)}" for k in settings if k not in known]
+    faults = [f"{k}: {name} has no such setting{_nearest(k, allowed)}" for k in settings if k not in allowed]
     if not faults:
         try:
             return TypeAdapter(cls).validate_python(settings)
         except ValidationError as e:
             faults = [f"{'.'.join(map(str, f['loc'])) or name}: {_message(f)}" for f in e.errors()]
     raise ValueError("; ".join(faults))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings with its name, as YAML-ready values."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    return {"name": settings.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def _usable_together(config: Config) -> None:
+    """Raises ValueError for settings that a source which makes its pairs cannot honour."""
+    source, objective, data = config.source, config.objective, config.data
+    if source.objectives and objective.name not in source.objectives:
+        raise ValueError(f"source: {source.name} makes data for objective {' or '.join(source.objectives)} only")
+    for own, its in getattr(source, "same_in_objective", {}).items():
+        if getattr(source, own) != getattr(objective, its):
+            raise ValueError(
+                f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the objective "
+                "compares the very steps that the source took; give both the same value"
+            )
+    idle = ["cache_dir", "invert_preference"]
+    if source.data == "prompts":
+        idle += ["format", "columns", "random_flip", "center_crop", "verify"]
+    if set_ := [name for name in idle if getattr(data, name) != DataSection.model_fields[name].default]:
+        raise ValueError(
+            f"data.{', data.'.join(set_)}: source {source.name} makes its pictures and has no such setting"
+        )
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

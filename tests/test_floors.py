@@ -43,7 +43,7 @@ ONLY_IN = {
     "torchao": {"training/optim.py"},
     "accelerate": {"training", "cli.py"},
     "datasets": {"data"},
-    "pyarrow": {"data", "world", "evaluation"},
+    "pyarrow": {"data", "world"},
     "PIL": {"data", "rewards", "evaluation", "world", "demo.py"},
     "pydantic": {"config.py"},
     "yaml": {"config.py", "training"},

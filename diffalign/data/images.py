@@ -1,10 +1,12 @@
-"""From two encoded images to two pixel tensors of one size, and SDXL's geometry of both.
+"""From two encoded images to two pixel tensors of one size, and SDXL's geometry of both; and pixels to pictures.
 
 One crop and one flip are drawn per visit of a pair and used for both sides, so that the sides differ in
 content only. Left out: aspect-ratio buckets; every pair becomes a square.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -55,3 +57,19 @@ def prepare(
         left = new_w - resolution - left
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
     return pixels.contiguous(), (height, width, top, left, resolution, resolution)
+
+
+def pictures(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    """8-bit pictures of decoded pixels "n 3 h w" in [0, 1]; one transfer.
+
+    Raises ValueError naming prompt and seed of the first picture that is not finite.
+    """
+    broken = (~pixels.isfinite().flatten(1).all(1)).nonzero()
+    if len(broken):
+        i = int(broken[0])
+        raise ValueError(
+            f"the picture of prompt {prompts[i]!r}, seed {seeds[i]} is NaN; half precision overflows in some "
+            "VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
+        )
+    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]

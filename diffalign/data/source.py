@@ -105,6 +105,19 @@ class OfflinePairs:
             self._note(loaded.problems)
             yield self._batch(loaded)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order of the pairs follows from seed and step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up. Raises DataError for the state of a source that has one."""
+        if state:
+            raise DataError("this checkpoint is of a run that made its own pairs; resume it with its `source` section")
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        """Nothing to say."""
+        return {}
+
     def _batch(self, loaded: Loaded) -> PairBatch:
         if self._encoder is None:
             latents, embeds, pooled = loaded.latents, loaded.prompt_embeds, loaded.pooled

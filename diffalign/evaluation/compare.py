@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffalign.data.prompts import unique
 from diffalign.evaluation.generate import Picture
 from diffalign.evaluation.guards import Embed, Look, look, pixel_features, spread
-from diffalign.evaluation.prompts import unique
 from diffalign.evaluation.report import BASE, ModelResult, Result, versions
 from diffalign.evaluation.scoring import score_pictures
 from diffalign.evaluation.stats import Paired, paired, ratio

@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 
+from diffalign.data.prompts import unique
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.generate import PATHS, Picture, generate, settings_of
 from diffalign.evaluation.grid import comparison_grid
-from diffalign.evaluation.prompts import unique
 from diffalign.evaluation.report import BASE, Result
 from diffalign.evaluation.scoring import write_rows
 from diffalign.rewards import Scorer, load_scorer

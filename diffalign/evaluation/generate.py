@@ -16,15 +16,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffalign.data.prompts import unique
 from diffalign.evaluation.fingerprint import fingerprint
-from diffalign.evaluation.prompts import unique
-from diffalign.evaluation.sampling import (
-    SCHEDULERS,
-    default_batch,
-    default_resolution,
-    noise_seed,
-    sample_images,
-)
+from diffalign.evaluation.sampling import SCHEDULERS, default_batch, default_resolution, sample_images
+from diffalign.objectives.draws import noise_seed
 
 MANIFEST = "manifest.jsonl"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

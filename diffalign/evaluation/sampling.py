@@ -11,7 +11,6 @@ Left out: stochastic samplers (η > 0), guidance rescale, non-square pictures.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,32 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffalign.data.images import pictures
+from diffalign.objectives.draws import initial_noise
+
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpmsolver": "DPMSolverMultistepScheduler",
 }
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-
-
-def noise_seed(prompt: str, seed: int) -> int:
-    """The generator seed of a picture, 63 bits.
-
-    `latents=torch.randn(1, c, h, w, generator=torch.Generator().manual_seed(noise_seed(prompt, seed)))` gives
-    the same picture in plain diffusers.
-    """
-    digest = hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def initial_noise(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal float32 "n c h w" on the CPU, row i from `noise_seed(prompts[i], seeds[i])` alone."""
-    generator = torch.Generator()
-    rows = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        generator.manual_seed(noise_seed(prompt, seed))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows)
 
 
 def make_scheduler(pipe: Any, name: str) -> Any:
@@ -109,7 +91,7 @@ def sample_images(
                 guidance_scale=guidance,
                 output_type="pt",
             ).images
-            images += _to_pil(pixels, some, own)
+            images += pictures(pixels, some, own)
     return images
 
 
@@ -127,18 +109,6 @@ def _encode(pipe: Any, prompts: Sequence[str], negative_prompt: str, guidance: f
     place = {text: i for i, text in enumerate(texts)}
     rows = torch.tensor([place[prompt] for prompt in prompts], device=pipe._execution_device)
     return {name: value[rows] for name, value in zip(_EMBEDS, embeds) if value is not None}
-
-
-def _to_pil(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    broken = (~pixels.isfinite().flatten(1).all(1)).nonzero()
-    if len(broken):
-        i = int(broken[0])
-        raise ValueError(
-            f"the picture of prompt {prompts[i]!r}, seed {seeds[i]} is NaN; half precision overflows in some "
-            "VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
-        )
-    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pictures to latent moments and prompts to embeddings: the frozen half of a base, which a cache can replace.
+"""Pictures to latent moments and back, prompts to embeddings: the frozen half of a base, which a cache can replace.
 
 The moments, not a sample, are what is worth keeping: latents drawn from them later are exact, and a new draw costs
 nothing. Everything comes back as float32, whatever dtype it was computed in.
@@ -91,6 +91,23 @@ class Encoder:
         mean, std = _posterior(vae.encode(placed))
         shift, scale = latent_scaling(vae, mean)
         return torch.cat([(mean - shift) * scale, std * scale], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels "n 3 H W" float32 in [0, 1] of scaled latents "n c h w", on the VAE's device.
+
+        Nothing is checked here: a VAE that overflows gives NaN, which only the caller can put a name to.
+        """
+        vae, _ = self._loaded()
+        factor = vae_factor(vae)
+        chunk = 1 if latents[0, 0].numel() * factor**2 > SLICE_ABOVE_PIXELS else len(latents)
+        parts = []
+        for part in latents.split(chunk):
+            placed = part.to(self.device, non_blocking=True).float()
+            shift, scale = latent_scaling(vae, placed)
+            decoded = vae.decode((placed / scale + shift).to(self.vae_dtype), return_dict=False)[0]
+            parts.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> PromptEmbeds:

@@ -10,12 +10,26 @@ from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
 from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.robust_dpo import RobustDPO
+from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.objectives.spo import SPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO, SPO)
+    cls.name: cls
+    for cls in (
+        DiffusionDPO,
+        SFT,
+        MaPO,
+        IPO,
+        ConservativeDPO,
+        RobustDPO,
+        InPO,
+        SmPO,
+        InversionDPO,
+        SePPO,
+        SPO,
+    )
 }
 
 __all__ = [
@@ -30,5 +44,6 @@ __all__ = [
     "MaPO",
     "Objective",
     "RobustDPO",
+    "SePPO",
     "SmPO",
 ]

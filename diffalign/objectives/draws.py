@@ -2,6 +2,7 @@
 
 Every random number used on a pair is a function of (run seed, pair id, how often the pair was drawn before,
 stream name) and of nothing else, so batch size, number of processes, loader workers and resuming change nothing.
+A picture that is sampled starts from noise that belongs to its prompt and seed in the same way.
 """
 
 from __future__ import annotations
@@ -45,6 +46,26 @@ def normal(keys: Tensor, stream: str, shape: Sequence[int]) -> Tensor:
     """A float32 standard normal tensor of `shape` for each key, stacked on a new first axis."""
     draws = [torch.randn(tuple(shape), generator=generator(k, stream)) for k in _listed(keys)]
     return torch.stack(draws)
+
+
+def noise_seed(prompt: str, seed: int) -> int:
+    """The generator seed of a picture, 63 bits.
+
+    `latents=torch.randn(1, c, h, w, generator=torch.Generator().manual_seed(noise_seed(prompt, seed)))` gives
+    the same picture in plain diffusers.
+    """
+    digest = hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def initial_noise(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal float32 "n c h w" on the CPU, row i from `noise_seed(prompts[i], seeds[i])` alone."""
+    generator = torch.Generator()
+    rows = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        generator.manual_seed(noise_seed(prompt, seed))
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
 
 
 def _listed(keys: Tensor) -> list[int]:

@@ -135,7 +135,7 @@ class Chains:
             place=each(torch.tensor([place.number for place in found], dtype=torch.int64)),
             index=(verdict.index + torch.arange(steps)).repeat(len(who)),
             latents=each(verdict.judged[:, there].float().cpu().transpose(0, 1)),
-            geometry=sampled_geometry(self.context.resolution, len(who) * steps)[:, None].expand(-1, 2, -1),
+            geometry=sampled_geometry(self.context.resolution, len(who) * steps)[:, None],
             seeds=each(torch.tensor(self._seeds(found), dtype=torch.int64))[:, None].expand(-1, 2),
             scores=each(verdict.scores[:, who].float().T),
             noisy=path[:sides, :, :-1].flatten(1, 2).transpose(0, 1),

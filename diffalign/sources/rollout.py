@@ -47,6 +47,7 @@ class BranchingRollout:
     data: ClassVar[Literal["prompts", "winners"]] = "prompts"
     objectives: ClassVar[tuple[str, ...]] = ("spo",)
     own_reference: ClassVar[bool] = False
+    same_in_objective: ClassVar[dict[str, str]] = {"eta": "eta", "guidance_scale": "guidance"}
 
     def __post_init__(self) -> None:
         if self.rule not in ("every_step", "inner_steps"):

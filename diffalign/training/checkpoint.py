@@ -3,6 +3,7 @@
     output_dir/checkpoint-N/unet/ or pytorch_lora_weights.safetensors    usable by `diffalign generate` as it is
     output_dir/checkpoint-N/config.yaml                                  the settings, resolved
     output_dir/checkpoint-N/training_state.pt                            optimiser, lr schedule, scaler, EMA, step
+    output_dir/checkpoint-N/source.json                                  where a source that makes its pairs stands
 
 The order of the data and every draw follow from (seed, step), so neither needs saving. A checkpoint is written to a
 hidden folder and renamed, so a killed run leaves no half of one. The state file is read with `weights_only=True`.
@@ -11,6 +12,7 @@ Left out: sharded (FSDP, DeepSpeed) states.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -23,6 +25,7 @@ import torch
 log = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
+SOURCE_FILE = "source.json"
 
 
 class CheckpointError(ValueError):
@@ -41,14 +44,17 @@ def save_checkpoint(
     save_weights: Callable[[Path], None],
     state: dict[str, Any],
     total_limit: int | None = None,
+    source: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes checkpoint-`step` and then removes the oldest ones beyond `total_limit`."""
+    """Writes checkpoint-`step`, with the source's state if it has any; then removes the oldest beyond `total_limit`."""
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f".checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_weights(partial)
     torch.save({**state, "step": step}, partial / STATE_FILE)
+    if source:
+        (partial / SOURCE_FILE).write_text(json.dumps(source) + "\n")
     replaced = output_dir / f".checkpoint-{step}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -90,6 +96,17 @@ def set_aside(output_dir: Path, step: int) -> None:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The training state of a checkpoint, on the CPU."""
     return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def load_source_state(checkpoint: Path) -> dict[str, Any]:
+    """Where the run's source stood; empty for pairs that were there before the run."""
+    file = checkpoint / SOURCE_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def source_states(output_dir: Path) -> list[dict[str, Any]]:
+    """The source's state in each finished checkpoint that has one."""
+    return [state for checkpoint in checkpoints(output_dir) if (state := load_source_state(checkpoint))]
 
 
 def _step(path: Path) -> int:

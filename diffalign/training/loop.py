@@ -34,13 +34,14 @@ from diffalign.training.checkpoint import (
     CheckpointError,
     checkpoints,
     find_checkpoint,
+    load_source_state,
     load_state,
     save_checkpoint,
     set_aside,
 )
 from diffalign.training.metrics import JsonLines, Meter, observe
 from diffalign.training.optim import effective_batch
-from diffalign.training.setup import Run
+from diffalign.training.setup import SOURCE_FOLDER, Run
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
     with bar:
         for step in range(start + 1, training.max_train_steps + 1):
             optimizer_step(run, batches, meter)
+            meter.add(run.source.take_metrics())
             bar.update()
             last = step == training.max_train_steps
             if last or step % training.logging_steps == 0:
@@ -173,6 +175,7 @@ def checkpoint(run: Run, step: int) -> None:
                 "pairs_per_step": _pairs_per_step(run),
             },
             run.config.training.checkpoints_total_limit,
+            run.source.state_dict(),
         )
     run.accelerator.wait_for_everyone()
 
@@ -220,6 +223,7 @@ def resume(run: Run) -> int:
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])
         run.ema.to(run.accelerator.device)
+    run.source.load_state_dict(load_source_state(folder))
     log.info("resumed from %s", folder)
     if run.accelerator.is_main_process:
         set_aside(run.output_dir, int(state["step"]))
@@ -253,7 +257,7 @@ def clear_output(output_dir: Path) -> None:
     """
     for old in checkpoints(output_dir):
         shutil.rmtree(old)
-    for name in (UNET_FOLDER, "logs", "validation"):
+    for name in (UNET_FOLDER, "logs", "validation", SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (LORA_FILE, "metrics.jsonl", "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)

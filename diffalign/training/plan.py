@@ -35,7 +35,7 @@ def describe(run: Run, start: int = 0) -> str:
     lr = f"{run.lr:.3g}"
     if training.scale_lr:
         lr += f" = {training.learning_rate:.3g} x {batch} (scale_lr)"
-    steps, pairs = training.max_train_steps, len(run.table)
+    steps = training.max_train_steps
     reference = {"none": "none", "copy": "frozen copy", "lora_off": "the policy with LoRA off"}[run.reference_kind]
     rows = [
         ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
@@ -45,12 +45,24 @@ def describe(run: Run, start: int = 0) -> str:
         ("batch", f"{batch} pairs = {product} (per device x accumulation x processes)"),
         ("learning rate", f"{lr}, {training.lr_scheduler}, {_warmup(training)}"),
         ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, device {run.accelerator.device}"),
-        ("steps", f"{start} -> {steps}, {steps * batch} pairs = {steps * batch / pairs:.2f} epochs of {pairs}"),
-        ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, "
-                 + ("encoded at every visit" if config.data.cache_dir is None else f"cache {config.data.cache_dir}")),
+        ("steps", f"{start} -> {steps}, {steps * batch} pairs" + _epochs(run, steps * batch)),
+        ("data", _data(run)),
         ("files", _files(run)),
     ]  # fmt: skip
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def _epochs(run: Run, visits: int) -> str:
+    return "" if run.config.source is not None else f" = {visits / len(run.table):.2f} epochs of {len(run.table)}"
+
+
+def _data(run: Run) -> str:
+    data, rows = run.config.data, f"{len(run.table)} usable of {run.table.total_rows} rows"
+    if run.config.source is not None:
+        return f"{data.path}, {rows}, pairs made by {run.config.source.name} {_settings(run.config.source)}"
+    return f"{data.path}, {rows}, " + (
+        "encoded at every visit" if data.cache_dir is None else f"cache {data.cache_dir}"
+    )
 
 
 def trial(run: Run) -> str:
@@ -66,7 +78,7 @@ def trial(run: Run) -> str:
     with kept:
         optimizer_step(replace(run, config=tiny), iter([small]), meter)
     values = meter.means()
-    scale = batch.pairs * batch.latents[0, 0, 0].numel() / small.latents[0, 0, 0].numel()
+    scale = config.training.train_batch_size * batch.latents[0, 0, 0].numel() / small.latents[0, 0, 0].numel()
     shape = "x".join(map(str, small.latents.shape[2:]))
     lines = [
         f"{'trial step':>14}  1 pair, latents {shape}: loss {values['loss']:.6f}, "

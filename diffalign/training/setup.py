@@ -20,23 +20,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from diffalign.config import Config
 from diffalign.data.cache import CacheKey, open_cache
 from diffalign.data.encode import encode_cache
+from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
 from diffalign.models.attention import set_attention
-from diffalign.models.base import Base, load_base
+from diffalign.models.base import Base, load_base, vae_factor
 from diffalign.models.encoder import Encoder
 from diffalign.models.lora import ADAPTER, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
-from diffalign.models.reference import ReferenceKind, make_reference
+from diffalign.models.reference import Reference, ReferenceKind, make_reference
 from diffalign.objectives import Objective
+from diffalign.sources import Context, Source
+from diffalign.training.checkpoint import source_states
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
 
 log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=12)  # others wait while one process examines the data or writes a checkpoint
+SOURCE_FOLDER = "source"  # in a run's folder: what a source that makes its pairs keeps on disk
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,7 +53,7 @@ class Run:
     base: Base
     unet: nn.Module  # the policy, unwrapped
     networks: Networks
-    source: OfflinePairs
+    source: Source
     objective: Objective
     parameters: list[nn.Parameter]  # what the optimiser trains
     optimizer: torch.optim.Optimizer
@@ -58,7 +62,7 @@ class Run:
     ema: Any | None  # diffusers' EMAModel
     reference_kind: ReferenceKind
     lr: float  # in force, after scale_lr
-    table: PairTable
+    table: Table
 
     @property
     def output_dir(self) -> Path:
@@ -66,14 +70,14 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTable:
-    """The usable pairs of the run's data; needs no model.
+def open_table(config: Config, accelerator: Accelerator | None = None) -> Table:
+    """The usable pairs of the run's data, or the prompts of a source that makes its pictures; needs no model.
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return _open_table(config)
-    found: list[PairTable | DataError | None] = [None]
+    found: list[Table | DataError | None] = [None]
     if accelerator.is_main_process:
         try:
             found = [_open_table(config)]
@@ -85,8 +89,10 @@ def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTa
     return table
 
 
-def _open_table(config: Config) -> PairTable:
+def _open_table(config: Config) -> Table:
     data = config.data
+    if config.source is not None and config.source.data == "prompts":
+        return open_prompts(data.path, limit=data.max_pairs)
     table = open_pairs(
         data.path,
         format=data.format,
@@ -176,7 +182,7 @@ def encode_run(
     return done.key
 
 
-def build(config: Config, accelerator: Accelerator, table: PairTable | None = None) -> Run:
+def build(config: Config, accelerator: Accelerator, table: Table | None = None) -> Run:
     """Builds every part of the run; afterwards only steps are left to take."""
     torch.manual_seed(config.seed)
     table = open_table(config, accelerator) if table is None else table
@@ -188,7 +194,9 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     base = load_run_base(config)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
-    source = _make_source(config, accelerator, table, encoder, resolution)
+    source: Source | None = None
+    if config.source is None:  # before the UNet takes its memory: a cache may still have to be filled
+        source = _offline_pairs(config, accelerator, table, encoder, resolution)
     unet = prepare_policy(base, config, device)
     kind: ReferenceKind = "none"
     if objective.needs_reference:
@@ -202,20 +210,24 @@ def build(config: Config, accelerator: Accelerator, table: PairTable | None = No
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
     optimizer = make_optimizer(parameters, training, lr)
-    wrapped = accelerator.prepare_model(unet)
+    networks = Networks(
+        accelerator.prepare_model(unet),
+        family=base.family,
+        schedule=base.schedule,
+        reference=reference,
+        autocast_dtype=autocast,
+        device=device,
+    )
+    if source is None:
+        source = config.source.build(
+            _context(config, accelerator, table, encoder, resolution, networks, unet, reference)
+        )
     return Run(
         config=config,
         accelerator=accelerator,
         base=base,
         unet=unet,
-        networks=Networks(
-            wrapped,
-            family=base.family,
-            schedule=base.schedule,
-            reference=reference,
-            autocast_dtype=autocast,
-            device=device,
-        ),
+        networks=networks,
         source=source,
         objective=objective,
         parameters=parameters,
@@ -254,8 +266,44 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
     return unet
 
 
-def _make_source(
-    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
+def _context(
+    config: Config,
+    accelerator: Accelerator,
+    table: Table,
+    encoder: Encoder,
+    resolution: int,
+    networks: Networks,
+    unet: nn.Module,
+    reference: Reference | None,
+) -> Context:
+    """What a source that makes its pairs is given to work with."""
+    side = resolution // vae_factor(encoder.base.vae)
+    output_dir = Path(config.output_dir)
+    return Context(
+        networks=networks,
+        unet=unet,
+        reference=reference,
+        family=networks.family,
+        encoder=encoder,
+        table=table,
+        seed=config.seed,
+        train_batch_size=config.training.train_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+        folder=output_dir / SOURCE_FOLDER,
+        saved=lambda: source_states(output_dir),
+        latent_shape=(unet.config.in_channels, side, side),
+        resolution=resolution,
+        device=accelerator.device,
+        prompt_dropout=config.data.proportion_empty_prompts,
+        with_uncond=config.objective.needs_uncond,
+    )
+
+
+def _offline_pairs(
+    config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int
 ) -> OfflinePairs:
     data = config.data
     make = partial(

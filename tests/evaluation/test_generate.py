@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffalign.evaluation.generate import MANIFEST, generate, read_manifest
-from diffalign.evaluation.sampling import noise_seed
+from diffalign.objectives.draws import noise_seed
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [3, 5]
 

@@ -9,12 +9,11 @@ import torch
 from diffalign.evaluation.sampling import (
     SCHEDULERS,
     default_batch,
-    initial_noise,
     make_scheduler,
-    noise_seed,
     sample_images,
 )
 from diffalign.models.saving import load_pipeline
+from diffalign.objectives.draws import initial_noise, noise_seed
 
 PROMPTS = ["a red circle", "a blue square", "a red circle", "a small photo", "the large square"]
 SEEDS = [0, 0, 1, 2, 3]

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from diffalign.engine.measure import measure
-from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO
+from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO, SePPO
 from diffalign.objectives.mapo import bounded_likelihood
 from diffalign.records import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
 
-PAIRWISE = [c for c in OBJECTIVES if c != "sft"]
+ONE_SIDED = ("seppo",)  # its sides have different roles: a test of its own says what swapping does
+PAIRWISE = [c for c in OBJECTIVES if c != "sft" and c not in ONE_SIDED]
 FOUND = ("inpo", "smpo", "inversion_dpo", "spo")  # their noise is found, not drawn: tests of their own
 AGAINST_REFERENCE = [c for c in OBJECTIVES if OBJECTIVES[c].needs_reference]
 
@@ -72,6 +73,50 @@ def test_ipo_by_hand() -> None:
 def test_mapo_by_hand() -> None:
     score = MaPO(beta=1.0, num_train_timesteps=1).score(evidence([0.0, 1e4]))
     assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "flip", "logit", "flipped"),
+    [
+        ([0.4, 0.3], "anchor", -1.0, 0.0),  # better at the winner: D = (-.1, -.2), DPO
+        ([0.6, 0.3], "anchor", 1.0, 1.0),  # worse at it: D = (.1, -.2), f = -1, -10 (.1 - .2)
+        ([0.5, 0.3], "anchor", 0.0, 1.0),  # neither: the winner alone
+        ([0.6, 0.3], "indicator", -1.0, 1.0),  # f = 0, -10 (.1)
+        ([0.4, 0.3], "indicator", -1.0, 0.0),
+        ([0.6, 0.3], "none", -3.0, 0.0),  # -10 (.1 + .2)
+    ],
+)
+def test_seppo_by_hand(policy: list[float], flip: str, logit: float, flipped: float) -> None:
+    score = SePPO(beta=20.0, flip=flip).score(evidence(policy, [0.5, 0.5]))
+    assert float(score.logit) == pytest.approx(logit)
+    assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-logit)))
+    assert float(score.metrics["flip_rate"]) == flipped
+    assert float(score.metrics["rewards/rejected"]) == pytest.approx(2.0)  # before the flip
+
+
+def test_seppo_without_a_flip_is_dpo_and_the_flip_carries_no_gradient() -> None:
+    torch.manual_seed(0)
+    policy, reference = torch.rand(2, 16, requires_grad=True), torch.rand(2, 16)
+
+    def gradient(objective: object) -> torch.Tensor:
+        return torch.autograd.grad(objective.score(Evidence(policy, reference)).loss.sum(), policy)[0]
+
+    seen = Evidence(policy.detach(), reference)
+    assert torch.equal(SePPO(beta=3.0, flip="none").score(seen).loss, DiffusionDPO(beta=3.0).score(seen).loss)
+    assert torch.equal(gradient(SePPO(beta=3.0, flip="none")), gradient(DiffusionDPO(beta=3.0)))
+    # the slopes of -log s(z), z = -(b/2)(D^c - f D^r): s(-z) b/2 on the winner and -f of that on the other side
+    worse = policy[0] > reference[0]
+    slope = gradient(SePPO(beta=3.0))
+    torch.testing.assert_close(slope[1], torch.where(worse, slope[0], -slope[0]))
+    assert 0 < int(worse.sum()) < 16
+
+
+def test_seppo_swapped_negates_only_without_a_flip() -> None:
+    seen, swapped = evidence([0.6, 0.3], [0.5, 0.5]), evidence([0.3, 0.6], [0.5, 0.5])
+    plain = SePPO(beta=20.0, flip="none")
+    assert float(plain.score(swapped).logit) == -float(plain.score(seen).logit)
+    assert float(SePPO(beta=20.0).score(swapped).logit) == pytest.approx(3.0)  # the winner got better: DPO
+    assert float(SePPO(beta=20.0).score(seen).logit) == pytest.approx(1.0)
 
 
 def test_sft_is_the_chosen_error() -> None:
@@ -183,6 +228,7 @@ def test_objectives_are_frozen_and_every_field_has_a_default() -> None:
         (lambda: RobustDPO(label_smoothing=0.5), "label_smoothing = 0.5"),
         (lambda: IPO(tau=-1), "tau = -1"),
         (lambda: MaPO(snr=0), "snr = 0"),
+        (lambda: SePPO(flip="both"), "flip = 'both'"),
     ],
 )
 def test_faulty_settings_are_named(make: object, words: str) -> None:

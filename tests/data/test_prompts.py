@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from diffalign.evaluation.prompts import PromptError, read_prompts
+from diffalign.data.prompts import PromptError, read_prompts
 
 WANTED = ["a red fox", "snow, at night"]
 

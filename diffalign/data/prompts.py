@@ -1,19 +1,64 @@
-"""Prompts from a file or from the command line."""
+"""Prompts from a file or from the command line, and as the table of a run that makes its own pictures."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
+
+from diffalign.data.rows import DataError, Problem
 
 COLUMNS = ("prompt", "caption")
 LONGEST_NAME = 255  # bytes that file systems allow; a longer text can only be a prompt
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 
 
-class PromptError(ValueError):
+class PromptError(DataError):
     """Prompts cannot be read; the message names file and row."""
+
+
+class Table(Protocol):
+    """What every table of a run has, of pairs, of winners or of prompts alone: rows with an id and a prompt."""
+
+    ids: Sequence[str]
+    prompts: Sequence[str]
+    problems: Sequence[Problem]
+    total_rows: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the rows are, in their order."""
+
+
+class PromptTable:
+    """Prompts, each once; a prompt's id is a hash of its text, so that it draws the same in every file."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = list(prompts)
+        self.ids = [hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest() for prompt in self.prompts]
+        self.problems: list[Problem] = []
+        self.total_rows = len(self.prompts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the prompts in their order."""
+        return hashlib.blake2b("\x1f".join(self.ids).encode(), digest_size=16).hexdigest()
+
+
+def open_prompts(path: str, *, limit: int | None = None) -> PromptTable:
+    """The prompts of a file as a table. Raises PromptError, also for a path that is no such file."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise PromptError(f"{path}: prompts are read from a file that ends in {', '.join(FORMATS)}")
+    return PromptTable(read_prompts(path, limit=limit))
 
 
 def read_prompts(source: str, *, limit: int | None = None) -> list[str]:

@@ -1,0 +1,72 @@
+"""SePPO (Zhang et al., arXiv 2410.05255): a winner against a picture that a former policy made, which may be no loser.
+
+    L = −log σ( −(β/2) · (D^c − f · D^r) ),   D = E_policy − E_reference,   f without gradient
+
+    anchor      f = −sign(D^c)       the policy has become better at the winner: push the other picture away (DPO);
+                                     worse: pull it in as well; neither: fine-tune on the winner alone
+    indicator   f = 1 where D^c < 0, else 0
+    none        f = 1                SPIN-Diffusion's loss (Yuan et al., arXiv 2402.10210), and DPO's
+
+Both sides share one t and one ε as in DPO. In the paper the reference is a former policy drawn at random, which has
+made the rejected pictures as well: that is `sources/selfplay.py`'s part. On fixed pairs the loss stands by itself.
+
+No training code was released: the sign convention is the paper's adaptive anchor in the words of its algorithm, and
+nothing here could be compared with the authors' numbers. At the start D = 0, so f = 0: the loss is exactly log 2 and
+its gradient that of fine-tuning on the winner, times β/4.
+
+By hand: E_policy = (.4, .3), E_reference = (.5, .5), β = 20 → D = (−.1, −.2), f = 1, logit = −10·(−.1 + .2) = −1,
+loss = log(1 + e) = 1.3133. With E_policy^c = .6, D^c = .1, f = −1, logit = −10·(.1 − .2) = 1, loss = .3133.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from diffalign.engine.measure import Models
+from diffalign.objectives.base import positive, reward_metrics, shared_noise
+from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+
+FLIPS = ("anchor", "indicator", "none")
+
+
+@dataclass(frozen=True)
+class SePPO:
+    """DPO whose rejected side changes its sign where the policy has become worse at the chosen one."""
+
+    beta: float = 2000.0  # errors are means over c·h·w; the paper's value for SD1.5, second-hand
+    flip: Literal["anchor", "indicator", "none"] = "anchor"  # the paper's; an ablation there finds indicator as good
+
+    name: ClassVar[str] = "seppo"
+    paper: ClassVar[str] = "Zhang et al., SePPO: Semi-Policy Preference Optimization, arXiv 2410.05255"
+    needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        positive("beta", self.beta)
+        if self.flip not in FLIPS:
+            raise ValueError(f"flip = {self.flip!r}; allowed: {', '.join(FLIPS)}")
+
+    def probe(self, batch: PairBatch, models: Models) -> Probe:
+        """One shared (t, ε) for each pair."""
+        return shared_noise(batch, models.schedule)
+
+    def score(self, evidence: Evidence) -> Score:
+        """−log σ of the logit with the flipped rejected side; rewards are DPO's, before the flip."""
+        reward = -(self.beta / 2) * evidence.margin
+        f = self._factor(evidence.margin[CHOSEN].detach())
+        logit = reward[CHOSEN] - f * reward[REJECTED]
+        metrics = {**reward_metrics(reward[CHOSEN], reward[REJECTED]), "flip_rate": (f < 1).float()}
+        return Score(loss=-logsigmoid(logit), logit=logit, metrics=metrics)
+
+    def _factor(self, chosen: Tensor) -> Tensor:
+        """f from D^c."""
+        if self.flip == "anchor":
+            return -torch.sign(chosen)
+        if self.flip == "indicator":
+            return (chosen < 0).to(chosen.dtype)
+        return torch.ones_like(chosen)

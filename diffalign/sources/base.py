@@ -1,0 +1,103 @@
+"""What a source of pairs is, how its settings are built into one, and what it is given to work with.
+
+A source is anything that gives micro-batches of pairs. Offline pairs are one (`data/source.py`); those in this room
+make their pairs while training. Their settings are frozen dataclasses, found by name like objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.records import PairBatch
+
+if TYPE_CHECKING:
+    from diffalign.data.prompts import Table
+    from diffalign.models.encoder import Encoder
+    from diffalign.models.family import Family
+    from diffalign.models.networks import Networks
+    from diffalign.models.reference import Reference
+
+
+class SourceError(ValueError):
+    """A source that cannot go on; the message says what was found and what to do."""
+
+
+class Source(Protocol):
+    """Where pairs come from, as the training loop sees it."""
+
+    def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
+        """Micro-batches of this process from optimiser step `first_step` on, without end.
+
+        `gradient_accumulation_steps` of them make one step.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on after the last whole step needs besides that step's number: plain JSON values.
+
+        The same in every process, so that the main process's is enough.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state; `batches` is called afterwards."""
+        ...
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        """What the source has to say since the last call: values by metric name, averaged over all of their entries."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a source may use. Networks are called without grad; every process has a context of its own."""
+
+    networks: Networks  # policy and reference, raw predictions
+    unet: nn.Module  # the policy without wrappers: its weights as they are now
+    reference: Reference | None  # what `networks` calls; a source with `own_reference` puts weights into it
+    family: Family
+    encoder: Encoder  # text encoders and VAE
+    table: Table  # prompts with ids, and images where `Settings.data` asks for them
+    seed: int  # of the run
+    train_batch_size: int  # pairs per process and micro-step
+    gradient_accumulation_steps: int
+    process: int
+    processes: int
+    wait: Callable[[], None]  # returns when every process has called it
+    folder: Path  # of the source, inside the run's
+    saved: Callable[[], list[dict[str, Any]]]  # states that the run's checkpoints hold: what they need must stay
+    latent_shape: tuple[int, int, int]  # c h w of a sampled picture
+    resolution: int  # pixels
+    device: torch.device
+    prompt_dropout: float = 0.0  # share of visits that see the null prompt, both sides alike
+    with_uncond: bool = False  # batches carry the null prompt's conditioning
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes what all share."""
+        return self.process == 0
+
+
+class Settings(Protocol):
+    """The settings of a source: a frozen dataclass, the `source` section of a config."""
+
+    name: ClassVar[str]  # the name in configs
+    paper: ClassVar[str]  # "Authors, title, arXiv id"
+    data: ClassVar[Literal["prompts", "winners"]]  # what `data.path` must hold
+    objectives: ClassVar[tuple[str, ...]]  # the only ones that can use its pairs; empty: any
+    own_reference: ClassVar[bool]  # the source decides what the reference is
+    # A source may also have `same_in_objective`, a ClassVar[dict[str, str]]: its fields that must equal the objective's.
+
+    def build(self, context: Context) -> Source:
+        """The source of a run."""
+        ...
+
+    def small(self) -> Settings:
+        """The same source at the least cost, for a look at the machinery (`diffalign check`)."""
+        ...

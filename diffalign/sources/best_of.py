@@ -1,0 +1,86 @@
+"""RAFT (Dong et al., arXiv 2304.06767): the best of K own samples by a scorer, to be fine-tuned on with `sft`.
+
+    every round     for each of its prompts, K pictures by the policy as it is; the best goes into the round, chosen
+                    side only; each is used once
+
+Differs from the authors' code, which is for language models and ranks over the whole batch by default: the best of each
+prompt (their `local` ranking), which keeps every prompt in the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from diffalign.objectives.base import positive
+from diffalign.sources.base import Context, Settings, Source
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Each round: the best of K samples of the policy, for every prompt of the round."""
+
+    scorer: str  # `diffalign list scorers`, NAME=PATH or package.module:Class
+    prompts_per_round: int = 128  # over all processes; our choice
+    samples_per_prompt: int = 8  # K; the paper's diffusion experiments rank small batches, size not given: our choice
+    sampling_steps: int = 20  # DDIM
+    guidance_scale: float = 5.0  # of sampling; at most 1: none
+    generation_batch_size: int = 8  # pictures sampled, decoded and scored at a time, per process
+    keep_rounds: bool = False  # keep every round's file instead of those that a checkpoint needs
+
+    name: ClassVar[str] = "best_of"
+    paper: ClassVar[str] = "Dong et al., RAFT: Reward rAnked FineTuning, arXiv 2304.06767"
+    data: ClassVar[Literal["prompts", "winners"]] = "prompts"
+    objectives: ClassVar[tuple[str, ...]] = ("sft",)
+    own_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least("samples_per_prompt", self.samples_per_prompt, 2)
+        at_least("prompts_per_round", self.prompts_per_round, 1)
+        at_least("sampling_steps", self.sampling_steps, 1)
+        at_least("generation_batch_size", self.generation_batch_size, 1)
+        positive("guidance_scale", self.guidance_scale)
+
+    def build(self, context: Context) -> Source:
+        """The source of a run, with its scorer loaded."""
+        from diffalign.rewards import load_scorer
+        from diffalign.sources.candidates import chosen_records, sample_candidates
+        from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
+
+        judge = load_scorer(self.scorer, str(context.device))
+
+        def roll(number: int, places: list[Place]) -> Rollout:
+            found = sample_candidates(
+                context,
+                source.text,
+                judge,
+                places,
+                samples_per_prompt=self.samples_per_prompt,
+                steps=self.sampling_steps,
+                guidance_scale=self.guidance_scale,
+                batch_size=self.generation_batch_size,
+                title=f"round {number}",
+            )
+            best = found.scores.argmax(1, keepdim=True)
+            records = chosen_records(context, found, list(range(len(places))), best)
+            metrics = {"rollout/score": found.scores.flatten(), "rollout/score_best": found.scores.amax(1)}
+            return Rollout(records, metrics)
+
+        source = RoundPairs(
+            context,
+            key=fingerprint(context, self),
+            roll=roll,
+            prompts_per_round=self.prompts_per_round,
+            keep_rounds=self.keep_rounds,
+        )
+        return source
+
+    def small(self) -> Settings:
+        """Two samples of one prompt a round."""
+        return replace(self, prompts_per_round=1, samples_per_prompt=2, generation_batch_size=1)
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises ValueError for a count below what makes sense."""
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}")

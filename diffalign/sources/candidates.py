@@ -1,0 +1,96 @@
+"""K pictures of each prompt by the policy as it is, and what a scorer thinks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.data.images import pictures
+from diffalign.rewards import Scorer
+from diffalign.sources.base import Context, SourceError
+from diffalign.sources.rounds import Records
+from diffalign.sources.sampling import Text, sample_latents, sampled_geometry
+from diffalign.sources.stream import Place
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The pictures of some places; entry [i, k] is picture k at place i."""
+
+    places: list[Place]
+    latents: Tensor  # "place k c h w"
+    seeds: Tensor  # int64 "place k"
+    scores: Tensor  # float32 "place k"
+
+
+def sample_candidates(
+    context: Context,
+    text: Text,
+    judge: Scorer,
+    places: list[Place],
+    *,
+    samples_per_prompt: int,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    title: str,
+) -> Candidates:
+    """Samples from the policy, decodes and scores; raises SourceError when a score is not finite."""
+    prompts = [place.prompt for place in places for _ in range(samples_per_prompt)]
+    seeds = [place.seed(context.seed, k) for place in places for k in range(samples_per_prompt)]
+    latents = sample_latents(
+        context,
+        text,
+        context.networks.policy,
+        prompts,
+        seeds,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        title=title,
+    )
+    scores = score_latents(context, judge, latents, prompts, seeds, batch_size)
+    shape = (len(places), samples_per_prompt)
+    return Candidates(
+        places=places,
+        latents=latents.unflatten(0, shape),
+        seeds=torch.tensor(seeds, dtype=torch.int64).view(shape),
+        scores=scores.view(shape),
+    )
+
+
+def score_latents(
+    context: Context, judge: Scorer, latents: Tensor, prompts: list[str], seeds: list[int], batch_size: int
+) -> Tensor:
+    """The scorer's value float32 [n] of each decoded latent. Raises SourceError when one is not finite."""
+    scores = torch.empty(len(latents))
+    for start in range(0, len(latents), batch_size):
+        part = slice(start, start + batch_size)
+        images = pictures(context.encoder.decode(latents[part]), prompts[part], seeds[part])
+        scores[part] = judge.score(images, prompts[part]).float().cpu()
+    broken = (~scores.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        raise SourceError(
+            f"scorer '{judge.name}' gave {float(scores[broken[0]])} to the picture of prompt {prompts[broken[0]]!r}, "
+            f"seed {seeds[broken[0]]}; a score must be a finite number"
+        )
+    return scores
+
+
+def chosen_records(context: Context, found: Candidates, rows: list[int], picks: Tensor) -> Records | None:
+    """Records of the candidates `picks` int64 "row side" at the places `rows`, chosen first; None without rows."""
+    if not rows:
+        return None
+    at, sides = torch.tensor(rows), picks.shape[1]
+    geometry = sampled_geometry(context.resolution, len(rows) * sides).unflatten(0, (len(rows), sides))
+    return Records(
+        prompt=torch.tensor([found.places[row].row for row in rows]),
+        place=torch.tensor([found.places[row].number for row in rows]),
+        index=torch.zeros(len(rows), dtype=torch.int64),
+        latents=found.latents[at[:, None], picks],
+        geometry=geometry,
+        seeds=found.seeds[at[:, None], picks],
+        scores=found.scores[at[:, None], picks],
+    )

@@ -1,0 +1,175 @@
+"""The pairs of one round on disk, so that they can be read again after a stop, by other processes, or made elsewhere.
+
+    round-00003/share-00001-of-00002.safetensors      what the second of two processes made in round 3
+
+    prompt    int64 [pair]               row of the run's table of prompts
+    place     int64 [pair]               position in the run's line of prompts, unique over the run
+    index     int64 [pair]               which of the pairs made at that place
+    latents   float32 "pair side c h w"  scaled VAE latents; side 0 chosen, 1 rejected, or the chosen one alone
+    geometry  int64 "pair side 6"        SDXL's geometry of both pictures, pixels; a side axis of 1 is shared by both
+    seeds     int64 "pair side"          seed of the starting noise; -1 for a picture that was not sampled
+    scores    float32 "pair side"        a scorer's values                                              (optional)
+    noisy, clean   float32 "pair side [point] c h w"     transitions; a side axis of 1 is shared by both      (optional)
+    t, t_prev      int64 "pair [point]"                  their timesteps; below 0: the clean image            (optional)
+
+The header says `format`, `round`, `policy_version` (optimiser steps taken when the pairs were made), `key` (what
+they were made with), `pairs`. A share without pairs has no tensors. Pairs are read in the order of (place, index),
+whatever the number of shares. Files are written aside and renamed: a name that is there is a whole file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.sources.base import SourceError
+
+FORMAT = "1"
+NO_SEED = -1  # of a picture that was not sampled
+_SHARE = re.compile(r"share-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Pairs as they are written; see the head of this file for each field."""
+
+    prompt: Tensor
+    place: Tensor
+    index: Tensor
+    latents: Tensor
+    geometry: Tensor
+    seeds: Tensor
+    scores: Tensor | None = None
+    noisy: Tensor | None = None
+    clean: Tensor | None = None
+    t: Tensor | None = None
+    t_prev: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the pairs of a round were made by and with."""
+
+    round: int
+    policy_version: int  # optimiser steps that the policy had taken
+    key: str  # hash of settings, prompts and seed
+
+    def header(self, pairs: int) -> dict[str, str]:
+        """As a file's metadata."""
+        own = {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        return {"format": FORMAT, **own, "pairs": str(pairs)}
+
+
+def round_folder(folder: Path, number: int) -> Path:
+    """Where the files of a round are."""
+    return folder / f"round-{number:05d}"
+
+
+def rounds_there(folder: Path) -> list[int]:
+    """Numbers of the rounds that have a folder."""
+    found = (re.fullmatch(r"round-(\d{5,})", path.name) for path in folder.glob("round-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def write_share(folder: Path, records: Records | None, about: About, process: int, processes: int) -> Path:
+    """Writes what one process made of a round; None: it made no pair."""
+    place = round_folder(folder, about.round)
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / f"share-{process:05d}-of-{processes:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    if records is not None and len(records):
+        values = {f.name: getattr(records, f.name) for f in fields(Records)}
+        tensors = {name: value.contiguous() for name, value in values.items() if value is not None}
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, about.header(0 if records is None else len(records)))
+    os.replace(partial, file)
+    return file
+
+
+def remove_round(folder: Path, number: int) -> None:
+    """Removes the files of a round, if there are any."""
+    shutil.rmtree(round_folder(folder, number), ignore_errors=True)
+
+
+def shares(folder: Path, number: int) -> list[Path]:
+    """The files of a round in order, if all that belong together are there; else none. Raises SourceError on a mixture.
+
+    A mixture is what two producers with different numbers of processes leave: each set whole.
+    """
+    sets: dict[int, list[Path]] = {}
+    for file in sorted(round_folder(folder, number).glob("share-*.safetensors")):
+        if found := _SHARE.fullmatch(file.name):
+            sets.setdefault(int(found[2]), []).append(file)
+    whole = [files for count, files in sets.items() if len(files) == count]
+    if len(whole) > 1:
+        raise SourceError(f"{round_folder(folder, number)} holds the files of two producers; remove one set")
+    return whole[0] if whole else []
+
+
+class Round:
+    """The pairs of a round, opened by memory map: a pair costs its own bytes, when it is asked for."""
+
+    def __init__(self, folder: Path, about: About) -> None:
+        """Raises SourceError when files are missing or are not of this run at this point."""
+        files = shares(folder, about.round)
+        if not files:
+            raise SourceError(
+                f"the files of round {about.round} are not in {round_folder(folder, about.round)}, and its pairs "
+                "cannot be made again: the policy has moved on. Put them back, or resume from a checkpoint whose "
+                "rounds are there"
+            )
+        self.number = about.round
+        self._shares = [_opened(file, about) for file in files]
+        rows = []
+        for number, share in enumerate(self._shares):
+            if int(share.metadata()["pairs"]):
+                pairs = zip(share.get_tensor("place").tolist(), share.get_tensor("index").tolist(), strict=True)
+                rows += [(place, index, number, row) for row, (place, index) in enumerate(pairs)]
+        self._rows = sorted(rows)
+        if len({row[:2] for row in rows}) < len(rows):
+            raise SourceError(f"{round_folder(folder, about.round)}: two pairs have one place and index; make it again")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """The fields of one pair, without the pair axis."""
+        _, _, number, row = self._rows[position]
+        share = self._shares[number]
+        return {name: share.get_slice(name)[row : row + 1][0] for name in share.keys()}  # noqa: SIM118
+
+
+def _opened(file: Path, about: About) -> Any:
+    try:
+        share = safe_open(file, "pt")
+    except Exception as error:  # safetensors has one exception for everything, and it is not public everywhere
+        raise SourceError(f"{file} does not open ({error}); remove {file.parent} and resume") from error
+    header = share.metadata() or {}
+    for name, wanted in {"format": FORMAT, **about.header(0)}.items():
+        if name != "pairs" and header.get(name) != wanted:
+            raise SourceError(
+                f"{file} has {name} {header.get(name)}, and {wanted} is needed here: it was made by another run, with "
+                f"other settings or by another policy. Remove {file.parent}, or use its run's folder"
+            )
+    return share
+
+
+def join(parts: list[Records]) -> Records | None:
+    """Records one after the other; None where there is none. All have the same fields."""
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return None
+    values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Records)}
+    return Records(**{name: None if held[0] is None else torch.cat(held) for name, held in values.items()})

@@ -1,0 +1,95 @@
+"""Latents sampled from a network of the run: DDIM with guidance on the model's own grid, as `evaluation` samples.
+
+The starting noise belongs to prompt and seed, so the latents of a picture depend neither on its neighbours nor on the
+number of processes, up to the rounding of kernels. Left out: stochastic samplers; those record what they do and have a
+file of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.engine.ddim import step
+from diffalign.engine.measure import Network, guided
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.objectives.draws import initial_noise
+from diffalign.records import Conditioning
+from diffalign.sources.base import Context
+
+NULL_PROMPT = ""
+Text = Callable[[tuple[str, ...]], tuple[Tensor, Tensor | None]]  # prompts -> embeddings and pooled ones, on the device
+
+
+@torch.no_grad()
+def sample_latents(
+    context: Context,
+    text: Text,
+    network: Network,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    title: str,
+) -> Tensor:
+    """Clean latents float32 "n c h w" on the CPU; picture i is of `prompts[i]` from the noise of `seeds[i]`.
+
+    `network` is `context.networks.policy` or `.reference`; `batch_size` pictures go through it at a time, twice as
+    many rows with guidance. A scale of at most 1 means no guidance. `title` names the progress bar.
+    """
+    parts = []
+    with tqdm(total=len(prompts), desc=title, unit="img", leave=False, disable=not context.main) as bar:
+        for start in range(0, len(prompts), batch_size):
+            some, own = tuple(prompts[start : start + batch_size]), seeds[start : start + batch_size]
+            cond, uncond = guidance_conditioning(context, text, some, guidance_scale)
+            noise = initial_noise(some, own, context.latent_shape).to(context.device)
+            x0 = _descend(context.networks.schedule, network, noise, cond, uncond, steps, guidance_scale)
+            parts.append(x0.float().cpu())
+            bar.update(len(some))
+    return torch.cat(parts) if parts else torch.empty(0, *context.latent_shape)
+
+
+def guidance_conditioning(
+    context: Context, text: Text, prompts: tuple[str, ...], guidance_scale: float
+) -> tuple[Conditioning, Conditioning | None]:
+    """Flat conditioning of some pictures to be sampled, and the null prompt's where they are guided (scale > 1)."""
+    time_ids = context.encoder.time_ids(sampled_geometry(context.resolution, len(prompts)))
+    if time_ids is not None:
+        time_ids = time_ids.to(context.device)
+    cond = Conditioning(*text(prompts), time_ids)
+    if guidance_scale <= 1:
+        return cond, None
+    embeds, pooled = text((NULL_PROMPT,))
+    n = len(prompts)
+    null = Conditioning(embeds.expand(n, -1, -1), None if pooled is None else pooled.expand(n, -1), time_ids)
+    return cond, null
+
+
+def sampled_geometry(resolution: int, n: int) -> Tensor:
+    """SDXL's geometry int64 "n 6" of pictures that were made at this size: nothing was resized, nothing cropped."""
+    return torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).expand(n, 6)
+
+
+def _descend(
+    s: NoiseSchedule,
+    network: Network,
+    xt: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """`engine.ddim.sample` with η = 0 for a raw prediction, which says x̂_0 even where ᾱ_t = 0."""
+    grid = s.timesteps(steps)
+    following = torch.cat([grid[1:], grid.new_full((1,), -1)])
+    for t, t_prev in zip(grid, following, strict=True):
+        t_all, prev_all = t.expand(len(xt)), t_prev.expand(len(xt))
+        prediction = guided(network, xt, t_all.to(xt.device), cond, guidance_scale, uncond)
+        eps, x0 = s.to_eps(prediction, xt, t_all), s.to_x0(prediction, xt, t_all)
+        xt = step(s, eps, xt, t_all, prev_all, x0=x0).prev
+    return xt

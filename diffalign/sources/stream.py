@@ -1,0 +1,315 @@
+"""Rounds as an endless stream of micro-batches: make or read a round, order it, share it out, use it, go on.
+
+    round r    every process makes pairs at its share of the round's prompts and writes them; after a barrier all
+               read all. One seeded permutation, the same everywhere, decides the order; an optimiser step takes the
+               next pairs of it, split over micro-batches and processes as offline pairs are (`data/sampler.py`).
+
+Used once (`steps_per_round` None), what is left of a round and fills no step goes first in the next one. Used for a
+number of steps, the pairs are a pool that is visited in a new order as often as these steps need, with fresh draws.
+The state is (round, steps used of it, pairs carried into it): a stop in the middle of a round re-reads its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.data.sampler import PairOrder, positions_for
+from diffalign.data.source import TextMemo
+from diffalign.objectives.draws import generator, pair_key, uniform
+from diffalign.records import Conditioning, PairBatch, Transitions
+from diffalign.sources.base import Context, SourceError
+from diffalign.sources.rounds import (
+    About,
+    Records,
+    Round,
+    remove_round,
+    rounds_there,
+    shares,
+    write_share,
+)
+from diffalign.sources.sampling import NULL_PROMPT
+
+log = logging.getLogger(__name__)
+
+ROUNDS = "rounds"  # folder of the round files, inside the source's
+
+
+@dataclass(frozen=True)
+class Place:
+    """One position in the run's line of prompts: every prompt once, in a seeded order, then again in another."""
+
+    number: int  # unique over the run
+    row: int  # of the table
+    id: str
+    prompt: str
+
+    def seed(self, run_seed: int, candidate: int) -> int:
+        """Seed of the starting noise of a picture sampled at this place: 32 bits, to be read and typed."""
+        return pair_key(run_seed, f"{self.id}\x1f{candidate}", self.number) >> 31
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one process made of a round."""
+
+    records: Records | None  # None: no valid pair
+    metrics: dict[str, Tensor]  # of all that was made, valid or not; averaged over entries and processes
+
+
+Roll = Callable[[int, list[Place]], Rollout]
+
+
+def fingerprint(context: Context, settings: Any) -> str:
+    """What the pairs of a round depend on besides policy and round: settings, prompts, run seed."""
+    text = f"{settings!r}\x1f{context.table.identity}\x1f{context.seed}\x1f{context.resolution}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class RoundPairs:
+    """Pairs that are made in rounds; a source.
+
+    roll: makes this process's pairs at some places of a round; the only part that differs between methods.
+    enter: called when a round begins, before `roll`, and when it is taken up again after a stop (fresh False).
+    prompts_per_round: places that all processes together visit in a round.
+    steps_per_round: optimiser steps on the pairs of one round; None: each pair is used once.
+    max_empty_rounds: rounds without a valid pair in a row after which the run stops with SourceError.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        key: str,
+        roll: Roll,
+        prompts_per_round: int,
+        steps_per_round: int | None = None,
+        enter: Callable[[int, bool], None] | None = None,
+        keep_rounds: bool = False,
+        max_empty_rounds: int = 10,
+    ) -> None:
+        self.context, self.key, self.roll, self.enter = context, key, roll, enter
+        self.prompts_per_round, self.steps_per_round = prompts_per_round, steps_per_round
+        self.keep_rounds, self.max_empty_rounds = keep_rounds, max_empty_rounds
+        self.folder = context.folder / ROUNDS
+        self.text = TextMemo(context.encoder)
+        self._order = PairOrder(len(context.table), context.seed)
+        self._per_step = context.train_batch_size * context.gradient_accumulation_steps * context.processes
+        self._step, self._round, self._used, self._empty = 0, 0, 0, 0
+        self._carried: list[tuple[int, int]] = []  # (round, position in it), first in this round's line
+        self._began: dict[int, int] = {}  # policy version of each round in use
+        self._open: dict[int, Round] = {}
+        self._metrics: dict[str, list[Tensor]] = {}
+
+    def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
+        """Micro-batches of this process; see `Source`. Raises SourceError after too many empty rounds."""
+        if first_step != self._step:
+            raise SourceError(
+                f"this source stands at step {self._step}, and batches from step {first_step} were asked for"
+            )
+        c = self.context
+        while True:
+            line = self._begin()
+            while self._used < line.steps:
+                positions = positions_for(
+                    self._used, c.train_batch_size, c.gradient_accumulation_steps, c.process, c.processes
+                ).tolist()
+                for micro, part in enumerate(positions):
+                    if micro == len(positions) - 1:  # the state is that of the step that this batch completes
+                        self._used, self._step = self._used + 1, self._step + 1
+                    yield self._batch([line(position) for position in part])
+            self._end(line)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Round, steps used of it, and what was carried into it; see `Source`."""
+        return {
+            "step": self._step,
+            "round": self._round,
+            "used": self._used,
+            "empty": self._empty,
+            "carried": [list(each) for each in self._carried],
+            "began": {str(number): step for number, step in self._began.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state; the files of its rounds are read when `batches` is called."""
+        self._step, self._round, self._used = state["step"], state["round"], state["used"]
+        self._empty = state["empty"]
+        self._carried = [(number, position) for number, position in state["carried"]]
+        self._began = {int(number): step for number, step in state["began"].items()}
+        self._open = {}
+
+    def take_metrics(self) -> dict[str, Tensor]:
+        """Of the rounds begun since the last call: `rollout/pairs`, `rollout/empty`, `rollout/carried` and `roll`'s."""
+        taken = {name: torch.cat(values) for name, values in self._metrics.items()}
+        self._metrics = {}
+        return taken
+
+    def places(self, number: int) -> list[Place]:
+        """The places of a round, of all processes."""
+        first, table = number * self.prompts_per_round, self.context.table
+        rows = [(n, self._order(n)[0]) for n in range(first, first + self.prompts_per_round)]
+        return [Place(n, row, table.ids[row], table.prompts[row]) for n, row in rows]
+
+    def _begin(self) -> Line:
+        """The line of pairs of the current round, which is made unless its files are there."""
+        fresh = self._used == 0
+        if fresh:
+            self._began[self._round] = self._step
+        if self.enter is not None:
+            self.enter(self._round, fresh)
+        if fresh:
+            self._make()
+        for number in {self._round, *(number for number, _ in self._carried)}:
+            if number not in self._open:
+                self._open[number] = Round(self.folder, About(number, self._began[number], self.key))
+        if fresh:
+            self._forget()
+        pairs = len(self._open[self._round])
+        if fresh:
+            self._count(pairs)
+        seed = pair_key(self.context.seed, "round", self._round)
+        if self.steps_per_round is not None:
+            return _pool(self._round, pairs, seed, self.steps_per_round if pairs else 0)
+        order = torch.randperm(pairs, generator=generator(seed, "order")).tolist()
+        return _once([*self._carried, *((self._round, position) for position in order)], self._per_step)
+
+    def _make(self) -> None:
+        """This process's share of the current round, on disk, unless the whole round is there already."""
+        c, about = self.context, About(self._round, self._step, self.key)
+        c.wait()  # nobody writes while all look
+        there = bool(shares(self.folder, about.round))
+        c.wait()
+        if there:
+            log.info("round %d: using the pairs in %s", about.round, self.folder)
+            return
+        if c.main:
+            remove_round(self.folder, about.round)  # what a killed run left of it
+        c.wait()
+        rollout = self.roll(about.round, self.places(about.round)[c.process :: c.processes])
+        for name, values in rollout.metrics.items():
+            self._note(name, values)
+        write_share(self.folder, rollout.records, about, c.process, c.processes)
+        c.wait()
+
+    def _count(self, pairs: int) -> None:
+        """Says what a round brought; stops the run when too many in a row brought nothing."""
+        self._note("rollout/pairs", torch.tensor([float(pairs)]))
+        self._note("rollout/carried", torch.tensor([float(len(self._carried))]))
+        self._note("rollout/empty", torch.tensor([float(not pairs)]))
+        self._empty = 0 if pairs else self._empty + 1
+        if self._empty >= self.max_empty_rounds:
+            raise SourceError(
+                f"{self._empty} rounds in a row had no valid pair (of {self.prompts_per_round} prompts each): the "
+                "scorer tells the pictures of a prompt apart too rarely. Lower the threshold of a valid pair, sample "
+                "more pictures of a prompt, or try another scorer"
+            )
+        if not pairs and self.context.main:
+            log.warning("round %d has no valid pair and is skipped", self._round)
+
+    def _end(self, line: Line) -> None:
+        """On to the next round, with what this one has left over."""
+        self._carried = line.left
+        self._round, self._used = self._round + 1, 0
+        kept = {number for number, _ in self._carried}
+        self._open = {number: held for number, held in self._open.items() if number in kept}
+        self._began = {number: step for number, step in self._began.items() if number in kept}
+
+    def _forget(self) -> None:
+        """Removes rounds that neither this one nor a checkpoint of the run needs."""
+        if self.keep_rounds or not self.context.main:
+            return
+        needed = {self._round, *(number for number, _ in self._carried)}
+        for state in self.context.saved():
+            needed |= {state["round"], *(number for number, _ in state["carried"])}
+        for number in rounds_there(self.folder):
+            if number < self._round and number not in needed:
+                remove_round(self.folder, number)
+
+    def _note(self, name: str, values: Tensor) -> None:
+        self._metrics.setdefault(name, []).append(values)
+
+    def _batch(self, visits: list[Visit]) -> PairBatch:
+        c, table = self.context, self.context.table
+        found = [self._open[visit.round][visit.position] for visit in visits]
+        names = [f"{table.ids[int(p['prompt'])]}\x1f{int(p['place'])}\x1f{int(p['index'])}" for p in found]
+        keys = torch.tensor([pair_key(c.seed, name, visit.draw) for name, visit in zip(names, visits, strict=True)])
+        fields = {name: torch.stack([pair[name] for pair in found]) for name in found[0]}
+        prompts = tuple(table.prompts[int(row)] for row in fields["prompt"])
+        if c.prompt_dropout > 0:
+            dropped = (uniform(keys, "prompt_dropout") < c.prompt_dropout).tolist()
+            prompts = tuple(NULL_PROMPT if d else prompt for d, prompt in zip(dropped, prompts, strict=True))
+        sides = fields["latents"].shape[1]
+        time_ids = c.encoder.time_ids(fields["geometry"].transpose(0, 1))
+        embeds, pooled = self.text(prompts)
+        uncond = None
+        if c.with_uncond:
+            null, null_pooled = self.text((NULL_PROMPT,) * len(visits))
+            uncond = _both(null, null_pooled, time_ids, sides)
+        return PairBatch(
+            latents=fields["latents"].transpose(0, 1),
+            cond=_both(embeds, pooled, time_ids, sides),
+            keys=keys,
+            uncond=uncond,
+            scores=fields["scores"].transpose(0, 1) if "scores" in fields else None,
+            transitions=_transitions(fields, sides),
+            ids=tuple(name.replace("\x1f", "/") for name in names),
+        )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A pair of a round, and how often it was visited before."""
+
+    round: int
+    position: int
+    draw: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a round is used for: `steps` optimiser steps, and the visit at each position."""
+
+    steps: int
+    visit: Callable[[int], Visit]
+    left: list[tuple[int, int]]  # pairs that fill no step
+
+    def __call__(self, position: int) -> Visit:
+        return self.visit(position)
+
+
+def _once(pairs: list[tuple[int, int]], per_step: int) -> Line:
+    """Each pair once."""
+    steps = len(pairs) // per_step
+    return Line(steps, lambda position: Visit(*pairs[position], draw=0), pairs[steps * per_step :])
+
+
+def _pool(number: int, pairs: int, seed: int, steps: int) -> Line:
+    """The pairs in one order after the other, for so many steps."""
+    order = PairOrder(max(1, pairs), seed)
+    return Line(steps, lambda position: Visit(number, *order(position)), [])
+
+
+def _both(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None, sides: int) -> Conditioning:
+    """All sides see one prompt: a view over the side axis."""
+    return Conditioning(
+        embeds.expand(sides, *embeds.shape),
+        None if pooled is None else pooled.expand(sides, *pooled.shape),
+        None if time_ids is None else time_ids.expand(sides, *time_ids.shape[1:]),
+    )
+
+
+def _transitions(fields: dict[str, Tensor], sides: int) -> Transitions | None:
+    if "noisy" not in fields:
+        return None
+
+    def side_first(x: Tensor) -> Tensor:  # a side axis of 1 is shared by both
+        return x.transpose(0, 1).expand(sides, *x.shape[:1], *x.shape[2:])
+
+    return Transitions(side_first(fields["noisy"]), side_first(fields["clean"]), fields["t"], fields["t_prev"])

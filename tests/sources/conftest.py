@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffalign.data.prompts import PromptTable
+from diffalign.models.base import load_base
+from diffalign.models.encoder import Encoder
+from diffalign.models.networks import Networks
+from diffalign.sources.base import Context
+
+
+@pytest.fixture
+def make_context(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Context]:
+    """`make_context("sdxl", prompts)`: a context around a tiny pipeline, as training builds it."""
+
+    def make(family: str, prompts: list[str], **changes: Any) -> Context:
+        base = load_base(str(request.getfixturevalue(f"tiny_{family}")), prediction_type=changes.pop("kind", None))
+        networks = Networks(base.unet, family=base.family, schedule=base.schedule)
+        settings: dict[str, Any] = {
+            "networks": networks,
+            "unet": base.unet,
+            "reference": None,
+            "family": base.family,
+            "encoder": Encoder(base),
+            "table": PromptTable(prompts),
+            "seed": 0,
+            "train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "process": 0,
+            "processes": 1,
+            "wait": lambda: None,
+            "folder": tmp_path / "source",
+            "saved": list,
+            "latent_shape": (4, 16, 16),
+            "resolution": 64,
+            "device": torch.device("cpu"),
+        }
+        return Context(**{**settings, **changes})
+
+    return make
