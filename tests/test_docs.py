@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from diffalign.config import Config
 from diffalign.objectives import OBJECTIVES
+from diffalign.sources import BranchingRollout
 from diffalign.training.run import _FREE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -65,6 +66,12 @@ def test_the_objectives_reference_is_the_dataclass(name: str) -> None:
     arxiv = re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)
     assert arxiv is None or arxiv[1] in part(page, name)
     assert f"[`{name}`]({page.replace('objectives.md', '')}#{name})" in (DOCS / "objectives.md").read_text()
+
+
+def test_the_reference_of_spos_source_is_the_dataclass() -> None:
+    fields = dataclasses.fields(BranchingRollout)
+    missing = dataclasses.MISSING
+    assert table("spo.md", "`source`") == {f.name: "—" if f.default is missing else f.default for f in fields}
 
 
 def test_what_may_change_on_resuming_is_listed() -> None:

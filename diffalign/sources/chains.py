@@ -1,8 +1,8 @@
 """What a process does in a round of SPO: branching chains from its prompts, and records of what the judge told apart.
 
 Every draw of a chain belongs to the visit of its prompt: neither the batch nor the number of processes changes what is
-sampled, up to the rounding of kernels. A few chains are sampled at a time, without grad; each pool is decoded and scored
-in one call.
+sampled, up to the rounding of kernels. A few chains are sampled at a time, without grad; each pool is decoded and
+scored in one call.
 """
 
 from __future__ import annotations
