@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Chains:
         """The valid pairs of a round at these places."""
         members = self.settings.num_candidates
         at_once = max(1, self.settings.generation_batch_size // members)
-        records, valid, gaps = [], [], []
+        records, verdicts = [], []
         with tqdm(
             total=len(places) * members * len(self.branch_at),
             desc=f"round {number}",
@@ -65,12 +66,11 @@ class Chains:
                 some = places[start : start + at_once]
                 for verdict in self._verdicts(some):
                     records.append(self._records(verdict, some))
-                    valid += verdict.valid.tolist()
-                    gaps.append(verdict.scores[0] - verdict.scores[1])
-                    bar.set_postfix(valid=f"{sum(valid) / len(valid):.0%}", refresh=False)
+                    verdicts.append(replace(verdict, path=verdict.path[:0], judged=verdict.judged[:0]))
+                    valid = torch.cat([each.valid for each in verdicts]).double()
+                    bar.set_postfix(valid=f"{float(valid.mean()):.0%}", refresh=False)
                     bar.update(len(some) * members)
-        gap = torch.cat(gaps) if gaps else torch.empty(0, dtype=torch.float64)
-        return Rollout(join(records), {"rollout/valid": torch.tensor(valid, dtype=torch.float64), "rollout/gap": gap})
+        return Rollout(join(records), _metrics(verdicts))
 
     def _verdicts(self, places: Sequence[Place]) -> Iterator[Verdict]:
         """Those of one chain at each place."""
@@ -143,3 +143,14 @@ class Chains:
             t=verdict.levels[:-1].repeat(len(who)),
             t_prev=verdict.levels[1:].repeat(len(who)),
         )
+
+
+def _metrics(verdicts: list[Verdict]) -> dict[str, Tensor]:
+    """Of every verdict, valid or not, and what the judge thinks of the finished pictures; none without a verdict."""
+    if not verdicts:
+        return {}
+    return {
+        "rollout/valid": torch.cat([verdict.valid.double() for verdict in verdicts]),
+        "rollout/gap": torch.cat([verdict.scores[0] - verdict.scores[1] for verdict in verdicts]),
+        "rollout/score": torch.cat([verdict.scores.flatten() for verdict in verdicts if verdict.t == 0]),
+    }

@@ -124,6 +124,11 @@ def test_a_pool_is_judged_in_one_call_and_the_judge_told_t(make_context: MakeCon
     assert forwards == [4, 4, 4, 12, 12]  # two prompts, guided; from the first branching on three siblings each
     assert rolled.metrics["rollout/valid"].tolist() == [1.0] * 6
     assert len(rolled.records) == 6
+    assert len(rolled.metrics["rollout/score"]) == 4  # the last pool's best and worst, of two prompts
+    assert rolled.metrics["rollout/gap"].min() > 0
+    nothing = chains.roll(1, [])
+    assert nothing.records is None
+    assert nothing.metrics == {}
 
 
 def records(context: Context, batch_size: int, numbers: range) -> Rollout:
