@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ class Chains:
         """The valid pairs of a round at these places."""
         members = self.settings.num_candidates
         at_once = max(1, self.settings.generation_batch_size // members)
-        records, verdicts = [], []
+        records: list[Records] = []
+        said: dict[str, list[Tensor]] = {}
         with tqdm(
             total=len(places) * members * len(self.branch_at),
             desc=f"round {number}",
@@ -66,11 +66,11 @@ class Chains:
                 some = places[start : start + at_once]
                 for verdict in self._verdicts(some):
                     records.append(self._records(verdict, some))
-                    verdicts.append(replace(verdict, path=verdict.path[:0], judged=verdict.judged[:0]))
-                    valid = torch.cat([each.valid for each in verdicts]).double()
-                    bar.set_postfix(valid=f"{float(valid.mean()):.0%}", refresh=False)
+                    for name, values in _metrics(verdict).items():
+                        said.setdefault(name, []).append(values)
+                    bar.set_postfix(valid=f"{float(torch.cat(said['rollout/valid']).mean()):.0%}", refresh=False)
                     bar.update(len(some) * members)
-        return Rollout(join(records), _metrics(verdicts))
+        return Rollout(join(records), {name: torch.cat(values) for name, values in said.items()})
 
     def _verdicts(self, places: Sequence[Place]) -> Iterator[Verdict]:
         """Those of one chain at each place."""
@@ -145,12 +145,7 @@ class Chains:
         )
 
 
-def _metrics(verdicts: list[Verdict]) -> dict[str, Tensor]:
-    """Of every verdict, valid or not, and what the judge thinks of the finished pictures; none without a verdict."""
-    if not verdicts:
-        return {}
-    return {
-        "rollout/valid": torch.cat([verdict.valid.double() for verdict in verdicts]),
-        "rollout/gap": torch.cat([verdict.scores[0] - verdict.scores[1] for verdict in verdicts]),
-        "rollout/score": torch.cat([verdict.scores.flatten() for verdict in verdicts if verdict.t == 0]),
-    }
+def _metrics(verdict: Verdict) -> dict[str, Tensor]:
+    """Of all comparisons, valid or not, and of finished pictures what the judge thinks of them."""
+    said = {"rollout/valid": verdict.valid.double(), "rollout/gap": verdict.scores[0] - verdict.scores[1]}
+    return said | ({"rollout/score": verdict.scores.flatten()} if verdict.t == 0 else {})
