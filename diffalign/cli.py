@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
     _data_arguments(command("data", _data, "look at pairs, or write the embedded world's"))
 
-    sub = command("list", _list, "objectives, configs and scorers that come with the package")
-    sub.add_argument("what", nargs="?", choices=("objectives", "configs", "scorers"), help="only these")
+    sub = command("list", _list, "objectives, sources, configs and scorers that come with the package")
+    sub.add_argument("what", nargs="?", choices=("objectives", "sources", "configs", "scorers"), help="only these")
 
     sub = command("demo", _demo, "tune the embedded world's model and measure what it gained")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
@@ -243,12 +243,17 @@ def _list(args: argparse.Namespace) -> None:
     from diffalign.config import packaged_configs
     from diffalign.objectives import OBJECTIVES
     from diffalign.rewards import scorer_names
+    from diffalign.sources import SOURCES
 
     if args.what in (None, "objectives"):
         print("objectives")
         for name, cls in OBJECTIVES.items():
             settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
             print(f"  {name:<12} {cls.paper}\n  {'':<12} {settings or 'no settings'}")
+    if args.what in (None, "sources"):
+        print("sources")
+        for name, source in SOURCES.items():
+            print(f"  {name:<12} {source.paper}; from {source.data}")
     if args.what in (None, "configs"):
         print("configs")
         for path, purpose in packaged_configs():

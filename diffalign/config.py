@@ -280,9 +280,9 @@ def _usable_together(config: Config) -> None:
                 f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the objective "
                 "compares the very steps that the source took; give both the same value"
             )
-    idle = ["cache_dir", "invert_preference"]
+    idle = ["cache_dir", "invert_preference", "dataloader_num_workers"]
     if source.data == "prompts":
-        idle += ["format", "columns", "random_flip", "center_crop", "verify"]
+        idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
     if set_ := [name for name in idle if getattr(data, name) != DataSection.model_fields[name].default]:
         raise ValueError(
             f"data.{', data.'.join(set_)}: source {source.name} makes its pictures and has no such setting"

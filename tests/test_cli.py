@@ -116,10 +116,24 @@ def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["online_dpo", "seppo"])
+def test_check_makes_one_pair_of_a_run_that_makes_its_own(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = WORLD.with_name(f"{name}.yaml")
+    fast = ["source.sampling_steps=2", "training.scale_lr=true"]
+    main(["check", str(config), *fast, f"output_dir={tmp_path / 'out'}"])
+    printed = capsys.readouterr().out
+    made_by = {"online_dpo": "online_pairs (scorer='world', prompts_per_round=128", "seppo": "selfplay (reference="}
+    for part in (made_by[name], "0.00032 = 1e-05 x 32 (scale_lr)", "32 pairs = 32 x 1 x 1", "loss 0.693147"):
+        assert part in printed
+    assert not (tmp_path / "out").exists()
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list"])
     printed = capsys.readouterr().out
-    for part in ("arXiv 2311.12908", "world/dpo.yaml", "pickscore", "mapo", "beta=5000.0"):
+    for part in ("arXiv 2311.12908", "world/dpo.yaml", "pickscore", "mapo", "beta=5000.0", "selfplay"):
         assert part in printed
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from diffalign.config import Config
 from diffalign.objectives import OBJECTIVES
-from diffalign.sources import BranchingRollout
+from diffalign.sources import SOURCES
 from diffalign.training.run import _FREE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -68,10 +68,17 @@ def test_the_objectives_reference_is_the_dataclass(name: str) -> None:
     assert f"[`{name}`]({page.replace('objectives.md', '')}#{name})" in (DOCS / "objectives.md").read_text()
 
 
-def test_the_reference_of_spos_source_is_the_dataclass() -> None:
-    fields = dataclasses.fields(BranchingRollout)
-    missing = dataclasses.MISSING
-    assert table("spo.md", "`source`") == {f.name: "—" if f.default is missing else f.default for f in fields}
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_sources_reference_is_the_dataclass(name: str) -> None:
+    cls: Any = SOURCES[name]
+    page = "spo.md" if name == "rollout" else "online.md"
+    required = dataclasses.MISSING
+    expected = {f.name: "—" if f.default is required else plain(f.default) for f in dataclasses.fields(cls)}
+    assert table(page, name) == expected
+    assert re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)[1] in part(page, name)  # type: ignore[index]
+    assert f"[`{name}`]({page.replace('online.md', '')}#{name})" in part(
+        "online.md", "Online: pairs made while training"
+    )
 
 
 def test_what_may_change_on_resuming_is_listed() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 
 from diffalign.objectives import OBJECTIVES
+from diffalign.sources import SOURCES
 
 HEAVY = ("diffusers", "transformers", "peft", "PIL", "pydantic", "datasets", "accelerate", "torchao", "pyarrow")
 HELP_SECONDS = 60.0  # measured: 2 s, nearly all of it torch; far above, so that a busy machine does not fail it
@@ -31,6 +32,7 @@ def test_import_brings_in_nothing_heavy() -> None:
 
 def test_rooms_with_libraries_load_them_late() -> None:
     assert loaded_by("import diffalign.models, diffalign.data, diffalign.training, diffalign.cli") == []
+    assert loaded_by("import diffalign.sources") == []
     assert loaded_by("import diffalign.rewards, diffalign.world, diffalign.evaluation") in ([], ["PIL"])
 
 
@@ -53,6 +55,6 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_list_names_objectives_and_configs() -> None:
     text = run("-m", "diffalign", "list")
-    for name in OBJECTIVES:
+    for name in (*OBJECTIVES, *SOURCES):
         assert name in text
     assert "world/dpo.yaml" in text

@@ -24,9 +24,9 @@ class PromptError(DataError):
 class Table(Protocol):
     """What every table of a run has, of pairs, of winners or of prompts alone: rows with an id and a prompt."""
 
-    ids: Sequence[str]
-    prompts: Sequence[str]
-    problems: Sequence[Problem]
+    ids: list[str]
+    prompts: list[str]
+    problems: list[Problem]
     total_rows: int
 
     def __len__(self) -> int: ...

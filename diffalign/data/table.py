@@ -76,6 +76,10 @@ class PairTable:
             tie=bool(self._ties[index]),
         )
 
+    def chosen(self, index: int) -> ImageRef:
+        """The chosen image of a pair, unopened. Raises ImageError when a side is empty in the stored row."""
+        return self[index].chosen
+
     def scores(self, index: int) -> tuple[float, float] | None:
         """(chosen, rejected) scores of a pair; nan where the data lack one, None where they have no scores."""
         if self._scores is None:

@@ -1,7 +1,8 @@
-"""What the policy is compared with. Three kinds:
+"""What the policy is compared with. Four kinds:
 
     lora_off   the policy's own network with its LoRA layers switched off: no second UNet in memory
     copy       a frozen copy, made before training starts
+    former     a former policy, which a source chooses (`former.py`)
     none       objectives that need no reference
 
 With equal weights reference and policy give bitwise the same output: same kernels, same dtypes.
@@ -21,7 +22,7 @@ from diffalign.models.family import ModelError
 from diffalign.models.lora import lora_layers
 from diffalign.models.memory import store_for_autocast
 
-ReferenceKind = Literal["lora_off", "copy", "none"]
+ReferenceKind = Literal["lora_off", "copy", "former", "none"]
 
 
 class Reference(Protocol):
@@ -29,7 +30,7 @@ class Reference(Protocol):
 
     @property
     def kind(self) -> ReferenceKind:
-        """Which of the three this is."""
+        """Which of them this is."""
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:

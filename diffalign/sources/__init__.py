@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffalign.sources.base import Context, Settings, Source, SourceError
 from diffalign.sources.best_of import BestOf
 from diffalign.sources.online_pairs import OnlinePairs
 from diffalign.sources.rollout import BranchingRollout
+from diffalign.sources.selfplay import SelfPlay
 
-SOURCES: dict[str, type[Any]] = {cls.name: cls for cls in (BestOf, OnlinePairs, BranchingRollout)}
+SOURCES: dict[str, type[Settings]] = {cls.name: cls for cls in (BestOf, OnlinePairs, SelfPlay, BranchingRollout)}
 
-__all__ = ["SOURCES", "BestOf", "BranchingRollout", "Context", "OnlinePairs", "Settings", "Source", "SourceError"]
+__all__ = [
+    "SOURCES",
+    "BestOf",
+    "BranchingRollout",
+    "Context",
+    "OnlinePairs",
+    "SelfPlay",
+    "Settings",
+    "Source",
+    "SourceError",
+]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from diffalign.data.prompts import Table
     from diffalign.models.encoder import Encoder
     from diffalign.models.family import Family
+    from diffalign.models.former import Former
     from diffalign.models.networks import Networks
-    from diffalign.models.reference import Reference
 
 
 class SourceError(ValueError):
@@ -60,10 +60,10 @@ class Context:
 
     networks: Networks  # policy and reference, raw predictions
     unet: nn.Module  # the policy without wrappers: its weights as they are now
-    reference: Reference | None  # what `networks` calls; a source with `own_reference` puts weights into it
+    former: Former | None  # the reference that `networks` calls, where a source with `own_reference` chooses it
     family: Family
     encoder: Encoder  # text encoders and VAE
-    table: Table  # prompts with ids, and images where `Settings.data` asks for them
+    table: Table  # prompts with ids; `Winners`, which have an image as well, where `Settings.data` says so
     seed: int  # of the run
     train_batch_size: int  # pairs per process and micro-step
     gradient_accumulation_steps: int
@@ -75,6 +75,8 @@ class Context:
     latent_shape: tuple[int, int, int]  # c h w of a sampled picture
     resolution: int  # pixels
     device: torch.device
+    center_crop: bool = True  # of images that are read
+    random_flip: bool = False
     prompt_dropout: float = 0.0  # share of visits that see the null prompt, both sides alike
     with_uncond: bool = False  # batches carry the null prompt's conditioning
 

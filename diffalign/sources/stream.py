@@ -80,6 +80,7 @@ class RoundPairs:
     prompts_per_round: places that all processes together visit in a round.
     steps_per_round: optimiser steps on the pairs of one round; None: each pair is used once.
     max_empty_rounds: rounds without a valid pair in a row after which the run stops with SourceError.
+    remedy: what to do about that, for the message.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class RoundPairs:
         enter: Callable[[int, bool], None] | None = None,
         keep_rounds: bool = False,
         max_empty_rounds: int = 10,
+        remedy: str = "lower the threshold of a valid pair, sample more pictures of a prompt, or try another scorer",
     ) -> None:
         self.context, self.key, self.roll, self.enter = context, key, roll, enter
         self.prompts_per_round, self.steps_per_round = prompts_per_round, steps_per_round
-        self.keep_rounds, self.max_empty_rounds = keep_rounds, max_empty_rounds
+        self.keep_rounds, self.max_empty_rounds, self.remedy = keep_rounds, max_empty_rounds, remedy
         self.folder = context.folder / ROUNDS
         self.text = TextMemo(context.encoder)
         self._order = PairOrder(len(context.table), context.seed)
@@ -138,7 +140,12 @@ class RoundPairs:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state; the files of its rounds are read when `batches` is called."""
+        """Takes up a state; the files of its rounds are read when `batches` is called.
+
+        Raises SourceError for the state of a run whose pairs were there before it.
+        """
+        if "round" not in state:
+            raise SourceError("this checkpoint is of a run on offline pairs; resume it without a `source` section")
         self._step, self._round, self._used = state["step"], state["round"], state["used"]
         self._empty = state["empty"]
         self._carried = [(number, position) for number, position in state["carried"]]
@@ -206,9 +213,8 @@ class RoundPairs:
         self._empty = 0 if pairs else self._empty + 1
         if self._empty >= self.max_empty_rounds:
             raise SourceError(
-                f"{self._empty} rounds in a row had no valid pair (of {self.prompts_per_round} prompts each): the "
-                "scorer tells the pictures of a prompt apart too rarely. Lower the threshold of a valid pair, sample "
-                "more pictures of a prompt, or try another scorer"
+                f"{self._empty} rounds in a row, of {self.prompts_per_round} prompts each, had no valid pair: "
+                f"{self.remedy}"
             )
         if not pairs and self.context.main:
             log.warning("round %d has no valid pair and is skipped", self._round)

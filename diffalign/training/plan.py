@@ -36,7 +36,12 @@ def describe(run: Run, start: int = 0) -> str:
     if training.scale_lr:
         lr += f" = {training.learning_rate:.3g} x {batch} (scale_lr)"
     steps = training.max_train_steps
-    reference = {"none": "none", "copy": "frozen copy", "lora_off": "the policy with LoRA off"}[run.reference_kind]
+    reference = {
+        "none": "none",
+        "copy": "frozen copy",
+        "lora_off": "the policy with LoRA off",
+        "former": "former policies",
+    }[run.reference_kind]
     rows = [
         ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
         ("model", f"{config.model.pretrained_model_name_or_path} ({run.base.family.name}, "
@@ -123,7 +128,7 @@ def _memory(run: Run, activations: float, casts: int) -> str:
     weights = sum(p.numel() * p.element_size() for p in run.unet.parameters())
     trained = sum(p.numel() for p in run.parameters)
     reference = 0
-    if run.reference_kind == "copy":
+    if run.reference_kind == "copy" or (run.reference_kind == "former" and run.config.tuning.method == "full"):
         reference = weights if run.networks.autocast_dtype is None else weights // 2
     unloaded = run.config.data.cache_dir is not None and not run.config.validation.prompts
     other = [] if unloaded else [run.base.vae, *(run.base.text.models if run.base.text else ())]

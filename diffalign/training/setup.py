@@ -25,13 +25,15 @@ from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
+from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base, vae_factor
 from diffalign.models.encoder import Encoder
+from diffalign.models.former import Former, make_former
 from diffalign.models.lora import ADAPTER, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
-from diffalign.models.reference import Reference, ReferenceKind, make_reference
+from diffalign.models.reference import ReferenceKind, make_reference
 from diffalign.objectives import Objective
 from diffalign.sources import Context, Source
 from diffalign.training.checkpoint import source_states
@@ -93,6 +95,15 @@ def _open_table(config: Config) -> Table:
     data = config.data
     if config.source is not None and config.source.data == "prompts":
         return open_prompts(data.path, limit=data.max_pairs)
+    if config.source is not None:
+        return open_winners(
+            data.path,
+            format=data.format,
+            split=data.split,
+            max_pairs=data.max_pairs,
+            columns=data.columns,
+            verify=data.verify,
+        )
     table = open_pairs(
         data.path,
         format=data.format,
@@ -203,7 +214,10 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
         kind = "lora_off" if lora_layers(unet) else "copy"
     autocast = AUTOCAST[training.mixed_precision]
     unet.to(device)
-    reference = make_reference(kind, unet, autocast)
+    former = None
+    if config.source is not None and config.source.own_reference:
+        kind, former = "former", make_former(unet, base.family, autocast)
+    reference = make_reference(kind, unet, autocast) if former is None else former
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
 
@@ -219,9 +233,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
         device=device,
     )
     if source is None:
-        source = config.source.build(
-            _context(config, accelerator, table, encoder, resolution, networks, unet, reference)
-        )
+        source = config.source.build(_context(config, accelerator, table, encoder, resolution, networks, unet, former))
     return Run(
         config=config,
         accelerator=accelerator,
@@ -274,7 +286,7 @@ def _context(
     resolution: int,
     networks: Networks,
     unet: nn.Module,
-    reference: Reference | None,
+    former: Former | None,
 ) -> Context:
     """What a source that makes its pairs is given to work with."""
     side = resolution // vae_factor(encoder.base.vae)
@@ -282,7 +294,7 @@ def _context(
     return Context(
         networks=networks,
         unet=unet,
-        reference=reference,
+        former=former,
         family=networks.family,
         encoder=encoder,
         table=table,
@@ -297,6 +309,8 @@ def _context(
         latent_shape=(unet.config.in_channels, side, side),
         resolution=resolution,
         device=accelerator.device,
+        center_crop=config.data.center_crop,
+        random_flip=config.data.random_flip,
         prompt_dropout=config.data.proportion_empty_prompts,
         with_uncond=config.objective.needs_uncond,
     )

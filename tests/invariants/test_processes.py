@@ -1,4 +1,4 @@
-"""Two processes (gloo, started by torchrun) give the update of one, cached and online, LoRA and full."""
+"""Two processes (gloo, started by torchrun) give the update of one: cached and online, LoRA and full, self-play."""
 
 from __future__ import annotations
 
@@ -37,11 +37,21 @@ OBJECTIVES = {
     "inpo": {"name": "inpo", "beta": 500.0, "steps": 4},
     # guided, and its points backpropagated one at a time: all but the last without synchronising
     "inversion_dpo": {"name": "inversion_dpo", "beta": 500.0, "steps": 3, "substeps": 2, "normalise": True},
+    "seppo": {"name": "seppo", "beta": 500.0, "flip": "none"},  # a flip would turn rounding at D = 0 into a sign
+}
+# two iterations of one step; the second has the first one's policy as reference, written by the main process
+SELFPLAY = {
+    "name": "selfplay",
+    "reference": "latest",
+    "updates_per_iteration": 1,
+    "images_per_iteration": 5,
+    "sampling_steps": 2,
 }
 
 
 @pytest.mark.parametrize(
-    ("method", "objective"), [("lora", "dpo"), ("full", "dpo"), ("lora", "inpo"), ("full", "inversion_dpo")]
+    ("method", "objective"),
+    [("lora", "dpo"), ("full", "dpo"), ("lora", "inpo"), ("full", "inversion_dpo"), ("lora", "seppo")],
 )
 def test_two_processes_give_the_update_of_one(
     method: str, objective: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
@@ -54,6 +64,8 @@ def test_two_processes_give_the_update_of_one(
         "training.adam_epsilon": 1e-4,  # Adam's first step is lr·sign(g): without this, rounding decides signs
         "data.proportion_empty_prompts": 0.2,
     }
+    if objective == "seppo":
+        shared["source"] = SELFPLAY
     if (method, objective) == ("full", "dpo"):  # and once through the cache, whose shards the processes share out
         shared["data.cache_dir"] = str(tmp_path / "cache")
     runs = {}

@@ -24,7 +24,7 @@ def make_context(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...
         settings: dict[str, Any] = {
             "networks": networks,
             "unet": base.unet,
-            "reference": None,
+            "former": None,
             "family": base.family,
             "encoder": Encoder(base),
             "table": PromptTable(prompts),

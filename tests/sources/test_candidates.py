@@ -42,18 +42,20 @@ def test_chosen_is_the_best_and_rejected_the_worst(family: str, make_context: Ca
 
 
 def test_best_of_has_one_side(make_context: Callable[..., Context]) -> None:
-    context = make_context("sd", PROMPTS)
+    context = make_context("sd", ["a red circle " * 100, *PROMPTS[1:]])
     settings = BestOf("tests.sources.judges:Brightness", prompts_per_round=4, samples_per_prompt=3, **FAST)
     source = settings.build(context)
     batches = list(islice(source.batches(), 2))
     assert batches[0].latents.shape == (1, 2, 4, 16, 16)
+    seen = [place.prompt for place in source.places(0)]
+    assert list(context.encoder.truncated) == [p for p in seen if len(p) > 1000] != []  # named in the log, and used
     best = source.take_metrics()["rollout/score_best"]
     assert sorted(best.tolist()) == sorted(torch.cat([b.scores[0] for b in batches]).tolist())
 
 
 def test_pairs_below_the_gap_are_not_valid(make_context: Callable[..., Context]) -> None:
-    equal = OnlinePairs("tests.sources.judges:Indifferent", prompts_per_round=2, samples_per_prompt=2, **FAST)
-    with pytest.raises(SourceError, match="10 rounds in a row had no valid pair"):
+    equal = OnlinePairs("tests.sources.judges:Indifferent", prompts_per_round=1, samples_per_prompt=2, **FAST)
+    with pytest.raises(SourceError, match="10 rounds in a row, of 1 prompts each, had no valid pair"):
         next(equal.build(make_context("sd", PROMPTS)).batches())
 
 

@@ -95,6 +95,11 @@ def test_a_state_belongs_to_its_step(tmp_path: Path) -> None:
         next(source.batches(5))
 
 
+def test_the_state_of_offline_pairs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="without a `source` section"):
+        toy_source(toy_context(tmp_path)).load_state_dict({})
+
+
 def two_processes(folder: Path, steps: int, **settings: Any) -> list[list[PairBatch]]:
     """The batches of two processes, played by threads that share a folder and a barrier."""
     barrier, out = threading.Barrier(2, timeout=60), [[], []]
@@ -144,10 +149,10 @@ def test_a_round_without_a_valid_pair_is_skipped_and_counted(tmp_path: Path) -> 
     seen = values(take(source, 2))
     assert {int(x) // 50 for x in seen} <= {2, 4}
     assert source.take_metrics()["rollout/empty"].tolist() == [1, 1, 0, 1, 0]
-    with pytest.raises(SourceError, match="3 rounds in a row had no valid pair"):
+    with pytest.raises(SourceError, match="3 rounds in a row, of 5 prompts each, had no valid pair"):
         take(emptied(toy_source(toy_context(tmp_path / "b"), max_empty_rounds=3), {0, 1, 2}), 1)
     pool = toy_source(toy_context(tmp_path / "c"), max_empty_rounds=2, steps_per_round=2)
-    with pytest.raises(SourceError, match="2 rounds in a row"):
+    with pytest.raises(SourceError, match="2 rounds in a row, of 5"):
         take(emptied(pool, {0, 1}), 1)
 
 

@@ -34,7 +34,7 @@ def toy_context(folder: Path, **changes: Any) -> Context:
     context = Context(
         networks=None,
         unet=None,
-        reference=None,
+        former=None,
         family=None,
         encoder=HashEncoder(),
         table=PromptTable(PROMPTS),

@@ -1,0 +1,117 @@
+"""Self-play: winners are given, and a former policy makes the pictures they are compared with (SePPO, SPIN-Diffusion).
+
+    history H = [start]
+    iteration k    reference ~ H: the start, the latest, or one at random
+                   a pool of winners, and for each a picture that this reference makes of its prompt
+                   U optimiser steps on the pool, with fresh timesteps and noise at every visit
+                   H gets the policy as it is now
+
+The reference makes the pictures and gives the errors that the policy is compared with. The number of iterations is
+`training.max_train_steps` / U. Paper: SePPO (Zhang et al., arXiv 2410.05255), algorithm 1; with `reference: latest` and
+the objective's `flip: none`, SPIN-Diffusion (Yuan et al., arXiv 2402.10210).
+
+Differs from the paper, whose code was not released: it does not say how pictures are sampled, here as `evaluation`
+samples them (DDIM with guidance); pictures are reused within an iteration, because one for every visit would cost
+several times the training; a winner's latent is drawn once an iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from diffalign.objectives.base import positive
+from diffalign.objectives.draws import generator, pair_key
+from diffalign.sources.base import Context, Settings, Source, SourceError
+from diffalign.sources.best_of import at_least
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HISTORY = "history"  # folder of former policies, inside the source's
+CHOICES = ("initial", "latest", "random")
+
+
+@dataclass(frozen=True)
+class SelfPlay:
+    """Each iteration: winners against pictures of a former policy."""
+
+    reference: Literal["initial", "latest", "random"] = "random"  # the paper's best; latest is SPIN's
+    updates_per_iteration: int = 30  # optimiser steps, U; the paper: 30, and 7 iterations
+    images_per_iteration: int = 1024  # winners in an iteration's pool, over all processes; our choice
+    sampling_steps: int = 25  # DDIM; our choice
+    guidance_scale: float = 5.0  # of sampling; at most 1: none. SD1.5 is usually sampled with 7.5
+    generation_batch_size: int = 8  # pictures sampled at a time, per process
+    keep_rounds: bool = False  # keep every iteration's pool instead of those that a checkpoint needs
+
+    name: ClassVar[str] = "selfplay"
+    paper: ClassVar[str] = "Zhang et al., SePPO: Semi-Policy Preference Optimization, arXiv 2410.05255"
+    data: ClassVar[Literal["prompts", "winners"]] = "winners"
+    objectives: ClassVar[tuple[str, ...]] = ()
+    own_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.reference not in CHOICES:
+            raise ValueError(f"reference = {self.reference!r}; allowed: {', '.join(CHOICES)}")
+        at_least("updates_per_iteration", self.updates_per_iteration, 1)
+        at_least("images_per_iteration", self.images_per_iteration, 1)
+        at_least("sampling_steps", self.sampling_steps, 1)
+        at_least("generation_batch_size", self.generation_batch_size, 1)
+        positive("guidance_scale", self.guidance_scale)
+
+    def build(self, context: Context) -> Source:
+        """The source of a run."""
+        from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
+        from diffalign.sources.winners import against_winners
+
+        former = context.former
+        if former is None:
+            raise SourceError("selfplay needs a reference whose weights can be exchanged (models.former)")
+
+        def enter(iteration: int, fresh: bool) -> None:
+            if fresh and iteration and self.reference != "initial":
+                if context.main:
+                    former.save(_policy(context.folder, iteration))
+                context.wait()
+            entry = self.entry(context.seed, iteration)
+            former.load(_policy(context.folder, entry) if entry else None)
+
+        def roll(iteration: int, places: list[Place]) -> Rollout:
+            return against_winners(
+                context,
+                source.text,
+                places,
+                steps=self.sampling_steps,
+                guidance_scale=self.guidance_scale,
+                batch_size=self.generation_batch_size,
+                title=f"iteration {iteration}",
+            )
+
+        source = RoundPairs(
+            context,
+            key=fingerprint(context, self),
+            roll=roll,
+            prompts_per_round=self.images_per_iteration,
+            steps_per_round=self.updates_per_iteration,
+            enter=enter,
+            keep_rounds=self.keep_rounds,
+            remedy="none of their images could be read; are they still there?",
+        )
+        return source
+
+    def entry(self, seed: int, iteration: int) -> int:
+        """Which policy is the reference: 0 is the start, k the one after k iterations."""
+        if self.reference == "random":
+            import torch
+
+            chance = generator(pair_key(seed, "reference", iteration), "history")
+            return int(torch.randint(0, iteration + 1, (), generator=chance))
+        return 0 if self.reference == "initial" else iteration
+
+    def small(self) -> Settings:
+        """One winner."""
+        return replace(self, images_per_iteration=1, updates_per_iteration=1, generation_batch_size=1)
+
+
+def _policy(folder: Path, entry: int) -> Path:
+    return folder / HISTORY / f"policy-{entry:05d}"

@@ -1,0 +1,94 @@
+"""Pairs of a winner, read and encoded, and a picture that the reference makes of its prompt."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from diffalign.data.loading import sample_latents as draw_latents
+from diffalign.data.rows import ImageError
+from diffalign.data.winners import prepare_winner
+from diffalign.objectives.draws import pair_key
+from diffalign.sources.base import Context
+from diffalign.sources.rounds import NO_SEED, Records
+from diffalign.sources.sampling import Text, sample_latents, sampled_geometry
+from diffalign.sources.stream import Place, Rollout
+
+if TYPE_CHECKING:
+    from diffalign.data.winners import Winners
+
+log = logging.getLogger(__name__)
+
+
+def against_winners(
+    context: Context,
+    text: Text,
+    places: list[Place],
+    *,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    title: str,
+) -> Rollout:
+    """One pair for each place whose winner can be read; the others are named in the log and counted."""
+    kept, latents, geometry = _winners(context, places, batch_size)
+    valid = torch.zeros(len(places))
+    valid[: len(kept)] = 1.0
+    metrics = {"rollout/valid": valid}
+    if not kept:
+        return Rollout(None, metrics)
+    seeds = [place.seed(context.seed, 0) for place in kept]
+    made = sample_latents(
+        context,
+        text,
+        context.networks.reference,
+        [place.prompt for place in kept],
+        seeds,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        title=title,
+    )
+    own = torch.tensor(seeds, dtype=torch.int64)
+    records = Records(
+        prompt=torch.tensor([place.row for place in kept]),
+        place=torch.tensor([place.number for place in kept]),
+        index=torch.zeros(len(kept), dtype=torch.int64),
+        latents=torch.stack([latents, made], dim=1),
+        geometry=torch.stack([geometry, sampled_geometry(context.resolution, len(kept))], dim=1),
+        seeds=torch.stack([torch.full_like(own, NO_SEED), own], dim=1),
+    )
+    return Rollout(records, metrics)
+
+
+def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[list[Place], Tensor, Tensor]:
+    """The places whose image can be read, with their latents "n c h w" and geometry int64 "n 6"."""
+    table = cast("Winners", context.table)
+    kept, found, boxes = [], [], []
+    for start in range(0, len(places), batch_size):
+        pixels, keys = [], []
+        for place in places[start : start + batch_size]:
+            key = pair_key(context.seed, place.id, place.number)
+            try:
+                image, box = prepare_winner(
+                    table.chosen(place.row),
+                    context.resolution,
+                    key=key,
+                    center_crop=context.center_crop,
+                    random_flip=context.random_flip,
+                )
+            except ImageError as error:
+                log.warning("left out of this iteration: %s: %s", table.where(place.row), error)
+                continue
+            kept.append(place)
+            pixels.append(image)
+            keys.append(key)
+            boxes.append(box)
+        if pixels:
+            moments = context.encoder.moments(torch.stack(pixels)).cpu()
+            found.append(draw_latents(moments[:, None], torch.tensor(keys))[:, 0])
+    empty = torch.empty(0, *context.latent_shape)
+    return kept, torch.cat(found) if found else empty, torch.stack(boxes) if boxes else torch.empty(0, 6)
