@@ -297,6 +297,12 @@ def _usable_together(config: Config) -> None:
     source, objective, data = config.source, config.objective, config.data
     if source.objectives and objective.name not in source.objectives:
         raise ValueError(f"source: {source.name} makes data for objective {' or '.join(source.objectives)} only")
+    for own, its in getattr(source, "same_in_objective", {}).items():
+        if getattr(source, own) != getattr(objective, its):
+            raise ValueError(
+                f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the objective "
+                "compares the very steps that the source took; give both the same value"
+            )
     idle = ["cache_dir", "invert_preference", "dataloader_num_workers"]
     if source.data == "prompts":
         idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]

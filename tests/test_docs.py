@@ -71,11 +71,14 @@ def test_the_objectives_reference_is_the_dataclass(name: str) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_sources_reference_is_the_dataclass(name: str) -> None:
     cls: Any = SOURCES[name]
+    page = "spo.md" if name == "rollout" else "online.md"
     required = dataclasses.MISSING
     expected = {f.name: "—" if f.default is required else plain(f.default) for f in dataclasses.fields(cls)}
-    assert table("online.md", name) == expected
-    assert re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)[1] in part("online.md", name)  # type: ignore[index]
-    assert f"[`{name}`](#{name})" in part("online.md", "Online: pairs made while training")
+    assert table(page, name) == expected
+    assert re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)[1] in part(page, name)  # type: ignore[index]
+    assert f"[`{name}`]({page.replace('online.md', '')}#{name})" in part(
+        "online.md", "Online: pairs made while training"
+    )
 
 
 def test_what_may_change_on_resuming_is_listed() -> None:

@@ -15,7 +15,7 @@ from diffalign.training.optim import effective_batch, effective_lr
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-PACKAGED = 27  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 30  # a config that disappears, or one that no test sees, changes this number
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
 NAMED_BY_SOURCE = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo"}  # known by the source, not the objective
 PAIRS_PUBLISHED = {"dpo_full": 2048, "sft_full": 2048, "inpo_full": 1024, "smpo_full": 1024, "mapo_full": 128}  # a step
@@ -78,10 +78,14 @@ def test_the_worlds_configs_point_at_committed_files(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith("world/")])
 def test_the_others_say_that_the_data_are_the_users(name: str) -> None:
-    assert load_config(CONFIGS[name]).data.path == "data/pairs"
-    text = CONFIGS[name].read_text()
+    config, text = load_config(CONFIGS[name]), CONFIGS[name].read_text()
     assert "data.path is a placeholder" in text
-    assert "data.path=my/pairs.parquet" in text
+    if config.source is None or config.source.data == "winners":
+        assert config.data.path == "data/pairs"
+        assert "data.path=my/pairs.parquet" in text
+    else:
+        assert config.data.path == "data/prompts.txt"
+        assert "data.path=my/prompts.txt" in text
 
 
 def test_published_batches_and_learning_rates_come_out() -> None:
@@ -108,7 +112,21 @@ def test_advice_for_several_gpus_keeps_the_batch() -> None:
         assert effective_batch(there, int(found[1])) == effective_batch(training, 1), name
 
 
+@pytest.mark.parametrize(
+    ("family", "rank", "lr", "pairs", "threshold", "candidates"),
+    [("sd15", 4, 6e-5, 40, 0.3, 4), ("sdxl", 64, 1e-5, 16, 0.4, 2)],
+)
+def test_spo_is_as_published(family: str, rank: int, lr: float, pairs: int, threshold: float, candidates: int) -> None:
+    config = load_config(CONFIGS[f"{family}/spo_lora.yaml"])
+    assert (config.tuning.rank, config.tuning.lora_alpha) == (rank, rank)
+    assert effective_batch(config.training, processes=1) == pairs
+    assert (config.training.learning_rate, config.training.adam_weight_decay) == (lr, 1e-4)
+    source = config.source
+    assert (source.threshold, source.num_candidates, source.sampling_steps) == (threshold, candidates, 20)
+    assert (config.objective.beta, config.objective.clip, config.objective.guidance) == (10.0, 0.1, 5.0)
+
+
 def test_the_world_shows_most_objectives() -> None:
     shown = {load_config(path).objective.name for name, path in CONFIGS.items() if name.startswith("world/")}
     assert shown <= OBJECTIVES.keys()
-    assert len(shown) == 7
+    assert len(shown) == 8

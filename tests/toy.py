@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.objectives.draws import pair_key
-from diffalign.records import Conditioning, PairBatch
+from diffalign.records import Conditioning, PairBatch, Transitions
 
 SDXL_CONFIG = {
     "num_train_timesteps": 1000,
@@ -74,13 +74,24 @@ def toy_batch(pairs: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0)
     """Random latents, prompt embeddings, null prompt and scores of a few pairs."""
     g = torch.Generator().manual_seed(seed)
     embeds = torch.randn(1, pairs, 5, 6, generator=g, dtype=dtype)
+    latents = torch.randn(2, pairs, 4, 6, 6, generator=g, dtype=dtype)
     return PairBatch(
-        latents=torch.randn(2, pairs, 4, 6, 6, generator=g, dtype=dtype),
+        latents=latents,
         cond=Conditioning(embeds.expand(2, -1, -1, -1)),
         keys=torch.tensor([pair_key(seed, f"pair-{i}", 0) for i in range(pairs)]),
         uncond=Conditioning(torch.full_like(embeds, 0.3).expand(2, -1, -1, -1)),
         scores=torch.rand(2, pairs, generator=g, dtype=dtype),
+        transitions=toy_transitions(pairs, dtype, seed),
     )
+
+
+def toy_transitions(pairs: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transitions:
+    """Two short steps of each pair from one random x_t, on a grid of 20 steps."""
+    g = torch.Generator().manual_seed(seed + 1)
+    noisy = torch.randn(1, pairs, 4, 6, 6, generator=g, dtype=dtype).expand(2, -1, -1, -1, -1)
+    t = 51 + 50 * torch.randint(0, 19, (pairs,), generator=g)
+    moved = 0.3 * torch.randn(2, pairs, 4, 6, 6, generator=g, dtype=dtype)
+    return Transitions(noisy=noisy, clean=noisy + moved, t=t, t_prev=t - 50)
 
 
 def single(batch: PairBatch, i: int) -> PairBatch:

@@ -25,6 +25,7 @@ __all__ = [
     "inversion_std",
     "invert",
     "log_density",
+    "mean_of_prediction",
     "sample",
     "step",
     "transition_noise",
@@ -87,6 +88,29 @@ def step(
     std = sigma2.sqrt()
     moved = mean if noise is None else mean + spread(std, xt) * noise
     return Step(prev=moved, mean=mean, std=std, x0=x0)
+
+
+def mean_of_prediction(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
+    """p and q of `step(...).mean` = p·x_t + q·(the network's raw prediction), float64, shaped like t.
+
+    The mean is affine in the prediction, whatever its type, with a = √ᾱ, s = √(1−ᾱ) and d = √(1−ᾱ'−σ²):
+
+        noise     p = a'/a          q = d − a' s/a
+        velocity  p = a a' + s d    q = a d − s a'
+        sample    p = d/s           q = a' − a d/s
+
+    Raises ValueError for a noise-predicting network where ᾱ_t = 0: its answer there says nothing of the image.
+    """
+    now, prev = s.alpha_bar(t), s.alpha_bar(t_prev)
+    a, sigma, a_prev = now.sqrt(), (1 - now).sqrt(), prev.sqrt()
+    d = (1 - prev - variance(s, t, t_prev, eta)).clamp(min=0).sqrt()
+    if s.prediction_type == "v_prediction":
+        return a * a_prev + sigma * d, a * d - sigma * a_prev
+    if s.prediction_type == "sample":
+        return d / sigma, a_prev - a * d / sigma
+    if t.device.type == "cpu" and bool((now == 0).any()):
+        raise ValueError("a network that predicts noise says nothing of the image at zero terminal SNR (ᾱ_t = 0)")
+    return a_prev / a, d - a_prev * sigma / a
 
 
 def log_density(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:

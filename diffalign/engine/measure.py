@@ -9,11 +9,14 @@ the network, and the network can then be differentiated a few points at a time:
 The parameter gradient is the same and N points cost the memory of one chunk, for one more forward per point.
 A network with dropout would draw different masks in the two passes; such a network is refused nowhere and wrong
 everywhere, so tune with dropout 0.
+
+Where the sides of a probe share x_t and all conditioning (the side axis of each is an expanded view), a network is
+asked once for both, and its answer is compared with both targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -95,8 +98,29 @@ def measure_and_backward(
 
 def errors(network: Network, probe: Probe) -> Tensor:
     """Mean over c, h, w of the squared difference from the target: "side pair [point]", float32 or better."""
-    prediction = _predict(network, probe)
+    prediction = _predict(network, _asked_once(probe))
     return ((prediction - probe.target) ** 2).mean(dim=(-3, -2, -1))
+
+
+def _asked_once(probe: Probe) -> Probe:
+    """The probe at its first side alone, where both sides ask the same of the network; its targets stay two."""
+    if len(probe.xt) == 1 or not all(_sides_share(x) for x in _asked(probe)):
+        return probe
+    first = slice(0, 1)
+    uncond = None if probe.uncond is None else probe.uncond.select(first, slice(None))
+    return replace(probe, xt=probe.xt[first], cond=probe.cond.select(first, slice(None)), uncond=uncond)
+
+
+def _asked(probe: Probe) -> Iterator[Tensor]:
+    """All that a network sees of the two sides; t is theirs in common anyway."""
+    yield probe.xt
+    for cond in (probe.cond, probe.uncond):
+        if cond is not None:
+            yield from (x for x in (cond.prompt_embeds, cond.pooled, cond.time_ids) if x is not None)
+
+
+def _sides_share(x: Tensor) -> bool:
+    return x.stride(0) == 0
 
 
 @torch.no_grad()

@@ -13,15 +13,30 @@ from diffalign.objectives.robust_dpo import RobustDPO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
+from diffalign.objectives.spo import SPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (DiffusionDPO, SFT, MaPO, IPO, ConservativeDPO, RobustDPO, InPO, SmPO, InversionDPO, SePPO)
+    cls.name: cls
+    for cls in (
+        DiffusionDPO,
+        SFT,
+        MaPO,
+        IPO,
+        ConservativeDPO,
+        RobustDPO,
+        InPO,
+        SmPO,
+        InversionDPO,
+        SePPO,
+        SPO,
+    )
 }
 
 __all__ = [
     "IPO",
     "OBJECTIVES",
     "SFT",
+    "SPO",
     "ConservativeDPO",
     "DiffusionDPO",
     "InPO",

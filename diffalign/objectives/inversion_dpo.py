@@ -112,7 +112,10 @@ class InversionDPO:
         """
         s = models.schedule
         recorded = batch.transitions
-        moves, answers = self._follow(batch, models) if recorded is None else (recorded, None)
+        if recorded is not None and recorded.t.ndim == 2:
+            moves, answers = recorded, None
+        else:  # none, or without a point axis: single steps of a sampler, no path of these images
+            moves, answers = self._follow(batch, models)
         t = moves.t.repeat(2, 1).unflatten(0, (2, -1))
         probe = Probe(
             xt=moves.noisy if self.form == "residual" else moves.clean,

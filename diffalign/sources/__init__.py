@@ -5,8 +5,19 @@ from __future__ import annotations
 from diffalign.sources.base import Context, Settings, Source, SourceError
 from diffalign.sources.best_of import BestOf
 from diffalign.sources.online_pairs import OnlinePairs
+from diffalign.sources.rollout import BranchingRollout
 from diffalign.sources.selfplay import SelfPlay
 
-SOURCES: dict[str, type[Settings]] = {cls.name: cls for cls in (BestOf, OnlinePairs, SelfPlay)}
+SOURCES: dict[str, type[Settings]] = {cls.name: cls for cls in (BestOf, OnlinePairs, SelfPlay, BranchingRollout)}
 
-__all__ = ["SOURCES", "BestOf", "Context", "OnlinePairs", "SelfPlay", "Settings", "Source", "SourceError"]
+__all__ = [
+    "SOURCES",
+    "BestOf",
+    "BranchingRollout",
+    "Context",
+    "OnlinePairs",
+    "SelfPlay",
+    "Settings",
+    "Source",
+    "SourceError",
+]

@@ -94,6 +94,7 @@ class Settings(Protocol):
     data: ClassVar[Literal["prompts", "winners"]]  # what `data.path` must hold
     objectives: ClassVar[tuple[str, ...]]  # the only ones that can use its pairs; empty: any
     own_reference: ClassVar[bool]  # the source decides what the reference is
+    # A source may also have `same_in_objective`, a ClassVar[dict[str, str]]: fields that must equal the objective's.
 
     def build(self, context: Context) -> Source:
         """The source of a run."""

@@ -6,7 +6,7 @@
     place     int64 [pair]               position in the run's line of prompts, unique over the run
     index     int64 [pair]               which of the pairs made at that place
     latents   float32 "pair side c h w"  scaled VAE latents; side 0 chosen, 1 rejected, or the chosen one alone
-    geometry  int64 "pair side 6"        SDXL's geometry of both pictures, pixels
+    geometry  int64 "pair side 6"        SDXL's geometry of both pictures, pixels; a side axis of 1 is shared by both
     seeds     int64 "pair side"          seed of the starting noise; -1 for a picture that was not sampled
     scores    float32 "pair side"        a scorer's values                                              (optional)
     noisy, clean   float32 "pair side [point] c h w"     transitions; a side axis of 1 is shared by both      (optional)

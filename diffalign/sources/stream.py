@@ -305,7 +305,9 @@ def _pool(number: int, pairs: int, seed: int, steps: int) -> Line:
 def _both(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None, sides: int) -> Conditioning:
     """All sides see one prompt: a view over the side axis."""
     return Conditioning(
-        embeds.expand(sides, *embeds.shape), None if pooled is None else pooled.expand(sides, *pooled.shape), time_ids
+        embeds.expand(sides, *embeds.shape),
+        None if pooled is None else pooled.expand(sides, *pooled.shape),
+        None if time_ids is None else time_ids.expand(sides, *time_ids.shape[1:]),
     )
 
 

@@ -158,6 +158,53 @@ def test_guidance_is_two_answers_combined() -> None:
         errors(models.policy, replace(plain, guidance=3.0))
 
 
+def shared_point(models: ToyModels, points: int | None, dtype: torch.dtype) -> Probe:
+    """A guided probe whose sides share x_t and conditioning, as expanded views, but not their targets."""
+    if points is None:
+        probe = shared_noise(toy_batch(3, dtype), models.schedule)
+    else:
+        probe = many_points(models, points, dtype=dtype)
+    target = torch.stack([probe.target[0], probe.target[1].roll(1, 0)])
+    uncond = probe.cond.map(lambda x: torch.full_like(x[:1], 0.3).expand(x.shape))
+    return replace(probe, xt=probe.xt[:1].expand(probe.xt.shape), target=target, guidance=4.0, uncond=uncond)
+
+
+@pytest.mark.parametrize(("points", "per_forward"), [(None, None), (5, None), (5, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_sides_that_ask_the_same_are_asked_once(
+    points: int | None, per_forward: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Half the rows in as many calls; errors, loss and gradients are those of the sides asked one by one."""
+    found = []
+    for clone in (False, True):
+        models, rows = toy_models(dtype, apart=0.05), []
+        models.net.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
+        models.frozen.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
+        probe = replace(shared_point(models, points, dtype), points_per_forward=per_forward)
+        if clone:
+            probe = replace(probe, xt=probe.xt.clone())
+        score = DiffusionDPO(beta=50.0).score if points is None else weighted_dpo
+        evidence, scored = measure_and_backward(models, probe, score)
+        found.append((evidence, scored, gradients(models), rows))
+    once, twice = found
+    assert [2 * n for n in once[3]] == twice[3]
+    for a, b in ((once[0].policy, twice[0].policy), (once[0].reference, twice[0].reference)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(once[1].loss, twice[1].loss, rtol=tolerance, atol=10 * tolerance)
+    for a, b in zip(once[2], twice[2], strict=True):
+        assert float((a - b).abs().max()) <= 10 * tolerance * float(b.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("which", ["cond", "uncond"])
+def test_sides_told_different_things_are_asked_apart(which: str) -> None:
+    models = toy_models()
+    probe = shared_point(models, None, torch.float64)
+    sides = getattr(probe, which).map(lambda x: torch.stack([x[0], x[1] + 1]))
+    seen = errors(models.policy, replace(probe, **{which: sides}))
+    expected = errors(models.policy, replace(probe, xt=probe.xt.clone(), **{which: sides}))
+    assert torch.equal(seen, expected)
+
+
 def test_v_prediction_is_measured_in_its_own_space() -> None:
     models = toy_models(prediction_type="v_prediction")
     batch = toy_batch(2)

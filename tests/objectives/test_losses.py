@@ -16,7 +16,7 @@ from tests.toy import single, toy_batch, toy_models
 
 ONE_SIDED = ("seppo",)  # its sides have different roles: a test of its own says what swapping does
 PAIRWISE = [c for c in OBJECTIVES if c != "sft" and c not in ONE_SIDED]
-INVERTED = ("inpo", "smpo", "inversion_dpo")  # their noise is found, not drawn: tests of their own
+FOUND = ("inpo", "smpo", "inversion_dpo", "spo")  # their noise is found, not drawn: tests of their own
 AGAINST_REFERENCE = [c for c in OBJECTIVES if OBJECTIVES[c].needs_reference]
 
 
@@ -193,7 +193,7 @@ def test_probe_is_repeatable(name: str) -> None:
     assert not probe.xt.requires_grad
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in INVERTED])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in FOUND])
 def test_drawn_noise_is_shared_by_the_sides(name: str) -> None:
     objective, models, batch = OBJECTIVES[name](), toy_models(), toy_batch(64)
     probe = objective.probe(batch, models)

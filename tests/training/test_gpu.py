@@ -26,7 +26,7 @@ from diffalign.models.reference import make_reference
 from diffalign.objectives import OBJECTIVES, DiffusionDPO
 from diffalign.objectives.base import shared_noise
 from diffalign.objectives.draws import pair_key
-from diffalign.records import Conditioning, Evidence, PairBatch, Score
+from diffalign.records import Conditioning, Evidence, PairBatch, Score, Transitions
 from diffalign.training import setup
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter, observe
@@ -57,6 +57,12 @@ def random_batch(base: Base, pairs: int, side: int, seed: int = 0) -> PairBatch:
         ),
         keys=torch.tensor([pair_key(seed, f"pair-{i}", 0) for i in range(pairs)]),
         scores=torch.rand(2, pairs, generator=g),
+        transitions=Transitions(
+            noisy=torch.randn(1, pairs, 4, side, side, generator=g).expand(2, -1, -1, -1, -1),
+            clean=torch.randn(2, pairs, 4, side, side, generator=g),
+            t=torch.full((pairs,), 501),
+            t_prev=torch.full((pairs,), 451),
+        ),
     )
     return replace(batch, uncond=batch.cond.map(torch.zeros_like))
 

@@ -1,0 +1,160 @@
+"""The branching DDIM chain of SPO (arXiv 2406.04314): pools of siblings, judged, and one of them continued at random.
+
+A chain runs down the levels. At a branching step one mean serves n draws of noise, and the pool goes on as n members;
+at the next branching step (or at the end) all are judged by the image each aims at, best and worst become chosen and
+rejected of every step since the branching, and one member, drawn at random, is continued.
+
+    every_step    branches at every step from the first on: each judgement is about one step from a shared x_t  (SD1.5)
+    inner_steps   m further steps between branchings: each judgement is about m + 1 steps; only the first of them starts
+                  from a shared x_t. As in the release, the last step never branches: with m = 0 it joins the step
+                  before it                                                                                      (SDXL)
+
+Plain control flow on functions: no network, no decoder and no random number is made here, so that recorded draws replay
+exactly. A chain takes a batch of prompts at once; prompts never mix.
+
+Differs from the released code (RockeyCoss/SPO): none in the values. The member that is continued keeps its answer of
+the network, as there: no step is asked for twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.engine import ddim
+from diffalign.engine.inversion import Predict
+from diffalign.engine.schedule import NoiseSchedule, spread
+
+Rule = Literal["every_step", "inner_steps"]
+Judge = Callable[[Tensor, int], Tensor]  # ("member prompt c h w" clean latents, t of the step) -> "member prompt"
+Noise = Callable[[int, int], Tensor]  # (index of the step, members) -> "member prompt c h w"
+Pick = Callable[[int, int], Tensor]  # (index of the step, members) -> int64 [prompt]: who is continued
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One branching of every prompt: what chosen and rejected went through until they were judged."""
+
+    levels: Tensor  # int64 [level], CPU: t before the branching step, and after each step since
+    path: Tensor  # "side prompt level c h w"; at the first level the sides are equal
+    judged: Tensor  # "side prompt c h w", the clean latents that the judge saw
+    scores: Tensor  # "side prompt", CPU: of the chosen and of the rejected
+    valid: Tensor  # bool [prompt], CPU: whether they differ by enough
+    index: int  # of the branching step
+    t: int  # the noise level that the judge was told; 0: finished images
+
+
+def chain_levels(s: NoiseSchedule, steps: int) -> Tensor:
+    """The sampling grid with t = 0 at its end: every step ends at a level that has noise, and so has a density."""
+    grid = s.timesteps(steps)
+    return grid if int(grid[-1]) == 0 else torch.cat([grid, grid.new_zeros(1)])
+
+
+def branchings(rule: Rule, first: int, steps: int, inner_steps: int) -> tuple[int, ...]:
+    """The indices of the branching steps among `steps`; `first` is the number of plain steps before."""
+    if rule == "every_step":
+        return tuple(range(first, steps))
+    return tuple(range(first, max(steps - 1, first + 1), inner_steps + 1))
+
+
+def compare(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Best and worst member of each pool of scores "member prompt", and whether the two differ by enough.
+
+    Enough: the probabilities that a Bradley-Terry model gives the two differ by more than the threshold, which is
+    tanh((best − worst)/2).
+    """
+    best, worst = scores.max(0), scores.min(0)
+    valid = torch.tanh((best.values - worst.values) / 2) > threshold
+    return best.indices, worst.indices, valid
+
+
+@torch.no_grad()
+def branching_chain(
+    s: NoiseSchedule,
+    predict: Predict,
+    judge: Judge,
+    noise: Noise,
+    pick: Pick,
+    x: Tensor,
+    levels: Tensor,
+    branch_at: tuple[int, ...],
+    *,
+    num_candidates: int,
+    eta: float,
+    threshold: float,
+) -> Iterator[Verdict]:
+    """Samples one chain for each row of x "prompt c h w", pure noise at levels[0], and yields its verdicts.
+
+    `predict` is asked for the members of a step in one batch, member-major, with the prompt of each row; `judge` once
+    for a pool. The last pool is judged as it is, at t = 0.
+    """
+    prompts = torch.arange(len(x), device=x.device)
+    here, path, start = x[None], [], 0
+    for i, (t, t_next) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
+        answer = _answer(s, predict, here, t, prompts)
+        if i in branch_at:
+            if path:
+                yield _verdict(path, levels[start : i + 1], start, answer.x0, judge(answer.x0, t), threshold, t)
+                answer = answer.member(pick(i, len(here)), prompts)
+            path, start = [answer.x], i
+        members = num_candidates if i in branch_at else len(here)
+        here = _moved(s, answer, t, t_next, eta, noise(i, members))
+        if path:
+            path.append(here)
+    if path:
+        yield _verdict(path, levels[start:], start, here, judge(here, 0), threshold, 0)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the network makes of the members of a step; each "member prompt c h w"."""
+
+    x: Tensor
+    eps: Tensor
+    x0: Tensor
+
+    def member(self, index: Tensor, prompts: Tensor) -> _Answer:
+        """One member of each prompt's, as a pool of one."""
+        index = index.to(prompts.device, non_blocking=True)
+        return _Answer(*(part[index, prompts][None] for part in (self.x, self.eps, self.x0)))
+
+
+def _answer(s: NoiseSchedule, predict: Predict, x: Tensor, t: int, prompts: Tensor) -> _Answer:
+    rows, flat = prompts.repeat(len(x)), x.flatten(0, 1)
+    times = torch.full((len(rows),), t, dtype=torch.int64)
+    there = times.to(x.device, non_blocking=True)
+    raw = predict(flat, there, rows)
+    eps, x0 = s.to_eps(raw, flat, times), s.to_x0(raw, flat, times)
+    return _Answer(x, *(part.unflatten(0, x.shape[:2]) for part in (eps, x0)))
+
+
+def _moved(s: NoiseSchedule, answer: _Answer, t: int, t_next: int, eta: float, noise: Tensor) -> Tensor:
+    """All members one step on, each with its own noise; a pool of one with several draws becomes their pool."""
+    lead = answer.x.shape[:2]
+    times, after = (torch.full(lead, level, dtype=torch.int64) for level in (t, t_next))
+    step = ddim.step(s, answer.eps, answer.x, times, after, eta, x0=answer.x0)
+    return step.mean + spread(step.std.expand(noise.shape[:2]), noise) * noise
+
+
+def _verdict(
+    path: list[Tensor], levels: Tensor, index: int, judged: Tensor, scores: Tensor, threshold: float, t: int
+) -> Verdict:
+    scores = scores.cpu().double()
+    chosen, rejected, valid = compare(scores, threshold)
+    sides, prompts = torch.stack([chosen, rejected]), torch.arange(scores.shape[1])
+    where = sides.to(judged.device, non_blocking=True), prompts.to(judged.device, non_blocking=True)
+    first = path[0].expand(2, *path[0].shape[1:])
+    later = [members[where] for members in path[1:]]
+    return Verdict(
+        levels=levels,
+        path=torch.stack([first, *later], dim=2),
+        judged=judged[where],
+        scores=scores[sides, prompts],
+        valid=valid,
+        index=index,
+        t=t,
+    )

@@ -1,0 +1,151 @@
+"""What a process does in a round of SPO: branching chains from its prompts, and records of what the judge told apart.
+
+Every draw of a chain belongs to the visit of its prompt: neither the batch nor the number of processes changes what is
+sampled, up to the rounding of kernels. A few chains are sampled at a time, without grad; each pool is decoded and
+scored in one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data.images import pictures
+from diffalign.data.source import TextMemo
+from diffalign.engine.predictor import predictor
+from diffalign.objectives.draws import initial_noise, integers, normal, pair_key
+from diffalign.rewards import Scorer
+from diffalign.sources.base import Context, SourceError
+from diffalign.sources.branching import Verdict, branching_chain, branchings, chain_levels
+from diffalign.sources.rollout import BranchingRollout
+from diffalign.sources.rounds import Records, join
+from diffalign.sources.sampling import guidance_conditioning, sampled_geometry
+from diffalign.sources.stream import Place, Rollout
+
+
+class Chains:
+    """The chains of one process."""
+
+    def __init__(self, settings: BranchingRollout, context: Context, judge: Scorer) -> None:
+        """Raises SourceError for prompt dropout, and for a schedule whose chain ends before its first branching."""
+        self.settings, self.context, self.judge = settings, context, judge
+        self.text = TextMemo(context.encoder)
+        self.levels = chain_levels(context.networks.schedule, settings.sampling_steps)
+        steps = len(self.levels) - 1
+        if settings.plain_steps >= steps:
+            raise SourceError(
+                f"source.plain_steps = {settings.plain_steps}: a chain on this model's schedule has {steps} steps with "
+                "noise, and at least one must branch"
+            )
+        if context.prompt_dropout > 0:
+            raise SourceError(
+                f"data.proportion_empty_prompts = {context.prompt_dropout}: the steps of rollout were sampled under "
+                "their prompts, and another prompt would judge them wrongly; set it to 0"
+            )
+        self.branch_at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
+        self.takes_t = "t" in inspect.signature(judge.score).parameters
+
+    def roll(self, number: int, places: list[Place]) -> Rollout:
+        """The valid pairs of a round at these places."""
+        members = self.settings.num_candidates
+        at_once = max(1, self.settings.generation_batch_size // members)
+        records: list[Records] = []
+        said: dict[str, list[Tensor]] = {}
+        with tqdm(
+            total=len(places) * members * len(self.branch_at),
+            desc=f"round {number}",
+            unit="img",
+            leave=False,
+            disable=not self.context.main,
+        ) as bar:
+            for start in range(0, len(places), at_once):
+                some = places[start : start + at_once]
+                for verdict in self._verdicts(some):
+                    records.append(self._records(verdict, some))
+                    for name, values in _metrics(verdict).items():
+                        said.setdefault(name, []).append(values)
+                    bar.set_postfix(valid=f"{float(torch.cat(said['rollout/valid']).mean()):.0%}", refresh=False)
+                    bar.update(len(some) * members)
+        return Rollout(join(records), {name: torch.cat(values) for name, values in said.items()})
+
+    def _verdicts(self, places: Sequence[Place]) -> Iterator[Verdict]:
+        """Those of one chain at each place."""
+        c, own = self.context, self.settings
+        prompts = tuple(place.prompt for place in places)
+        cond, null = guidance_conditioning(c, self.text, prompts, own.guidance_scale)
+        keys = torch.tensor([pair_key(c.seed, place.id, place.number) for place in places])
+
+        def noise(i: int, members: int) -> Tensor:
+            draws = normal(keys, f"step {i}", (members, *c.latent_shape))
+            return draws.transpose(0, 1).to(c.device, non_blocking=True)
+
+        return branching_chain(
+            c.networks.schedule,
+            predictor(c.networks.policy, cond, own.guidance_scale, null),
+            lambda latents, t: self._scores(latents, t, places),
+            noise,
+            lambda i, members: integers(keys, f"continued {i}", 0, members),
+            initial_noise(prompts, self._seeds(places), c.latent_shape).to(c.device),
+            self.levels,
+            self.branch_at,
+            num_candidates=own.num_candidates,
+            eta=own.eta,
+            threshold=own.threshold,
+        )
+
+    def _seeds(self, places: Sequence[Place]) -> list[int]:
+        """Of the chains' starting noise."""
+        return [place.seed(self.context.seed, 0) for place in places]
+
+    def _scores(self, latents: Tensor, t: int, places: Sequence[Place]) -> Tensor:
+        """The judge's value "member prompt" of each clean latent of a pool, told t where it listens.
+
+        Raises SourceError for a score that is not finite.
+        """
+        members = len(latents)
+        prompts, seeds = [place.prompt for place in places] * members, self._seeds(places) * members
+        images = pictures(self.context.encoder.decode(latents.flatten(0, 1)), prompts, seeds)
+        times = (torch.full((len(images),), t),) if self.takes_t else ()
+        scores = self.judge.score(images, prompts, *times).double().cpu()
+        broken = (~scores.isfinite()).nonzero().flatten().tolist()
+        if broken:
+            raise SourceError(
+                f"scorer '{self.judge.name}' gave {float(scores[broken[0]])} to the picture of prompt "
+                f"{prompts[broken[0]]!r} at t = {t}, seed {seeds[broken[0]]}; a score must be a finite number"
+            )
+        return scores.view(members, -1)
+
+    def _records(self, verdict: Verdict, places: Sequence[Place]) -> Records:
+        """Every step of the valid pairs of a verdict, on the CPU."""
+        who, steps = verdict.valid.nonzero().flatten(), len(verdict.levels) - 1
+        there = who.to(verdict.path.device)
+        found = [places[i] for i in who.tolist()]
+        sides = 1 if self.settings.rule == "every_step" else 2  # how many x_t a pair has: siblings start from one
+
+        def each(values: Tensor) -> Tensor:  # "pair ..." -> "(pair step) ..."
+            return values.repeat_interleave(steps, 0)
+
+        path = verdict.path[:, there].float().cpu()
+        return Records(
+            prompt=each(torch.tensor([place.row for place in found], dtype=torch.int64)),
+            place=each(torch.tensor([place.number for place in found], dtype=torch.int64)),
+            index=(verdict.index + torch.arange(steps)).repeat(len(who)),
+            latents=each(verdict.judged[:, there].float().cpu().transpose(0, 1)),
+            geometry=sampled_geometry(self.context.resolution, len(who) * steps)[:, None],
+            seeds=each(torch.tensor(self._seeds(found), dtype=torch.int64))[:, None].expand(-1, 2),
+            scores=each(verdict.scores[:, who].float().T),
+            noisy=path[:sides, :, :-1].flatten(1, 2).transpose(0, 1),
+            clean=path[:, :, 1:].flatten(1, 2).transpose(0, 1),
+            t=verdict.levels[:-1].repeat(len(who)),
+            t_prev=verdict.levels[1:].repeat(len(who)),
+        )
+
+
+def _metrics(verdict: Verdict) -> dict[str, Tensor]:
+    """Of all comparisons, valid or not, and of finished pictures what the judge thinks of them."""
+    said = {"rollout/valid": verdict.valid.double(), "rollout/gap": verdict.scores[0] - verdict.scores[1]}
+    return said | ({"rollout/score": verdict.scores.flatten()} if verdict.t == 0 else {})

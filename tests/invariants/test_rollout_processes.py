@@ -1,0 +1,40 @@
+"""Two processes sample, share out and train on the same sampling steps as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from diffalign.config import Config
+from tests.invariants.test_processes import launch
+from tests.sources.test_rollout import overrides
+from tests.training.test_run import metrics, weights
+
+
+def test_two_processes_give_the_pairs_and_the_update_of_one(
+    make_config: Callable[..., Config], tiny_sd: Path, tmp_path: Path
+) -> None:
+    runs = {}
+    for processes in (2, 1):
+        config = make_config(
+            tiny_sd,
+            {
+                **overrides(tmp_path, num_candidates=2, prompts_per_round=3),
+                "output_dir": str(tmp_path / str(processes)),
+                "training.max_train_steps": 4,  # into the second round, with a pair carried
+                "training.train_batch_size": 4 // processes,
+                "training.adam_epsilon": 1e-4,  # Adam's first step is lr·sign(g): without this, rounding decides signs
+            },
+        )
+        launch(config, processes, tmp_path / f"{processes}.yaml")
+        runs[processes] = (weights(config.output_dir), metrics(config.output_dir))
+    one, two = runs[1], runs[2]
+    for name in one[0]:
+        torch.testing.assert_close(two[0][name], one[0][name], rtol=0, atol=2e-6)
+    assert one[1][2]["rollout/carried"] == two[1][2]["rollout/carried"] == 1
+    for a, b in zip(one[1], two[1], strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
