@@ -24,6 +24,12 @@ Positive = Annotated[float, Field(gt=0)]
 
 SWITCHES = ("objective.name", "tuning.method")  # overriding one of these drops the file's other settings of the section
 SHORT = {"lr": "learning_rate", "batch_size": "train_batch_size", "steps": "max_train_steps"}
+# Settings that only a run with an objective has.
+OBJECTIVE_ONLY = {
+    "model": ("gradient_checkpointing",),
+    "data": ("cache_dir", "cache_variants", "cache_dtype", "proportion_empty_prompts"),
+    "training": ("ema_decay",),
+}
 LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
@@ -182,8 +188,52 @@ class Config(_Section):
         return {**plain, "objective": {"name": self.objective.name, **settings}}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+class PreferenceModelSection(_Section):
+    """A step-aware preference model, trained to judge what the base is heading for at any timestep."""
+
+    _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
+
+    pretrained_model_name_or_path: str = "yuvalkirstain/PickScore_v1"  # the CLIP it starts from: folder or Hub id
+    tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder holds none
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0  # of the base's predictions (the SPO release's)
+    relabel_with: str | None = None  # a scorer whose verdict on the clean pictures replaces the labels
+    relabel_gap: Fraction = 0.1  # difference of probabilities within which that verdict is a tie
+
+
+class PreferenceModelConfig(_Section):
+    """A whole run that trains a preference model instead of the base."""
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    model: ModelSection
+    preference_model: PreferenceModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _whole(self) -> PreferenceModelConfig:
+        for name, keys in OBJECTIVE_ONLY.items():
+            section = getattr(self, name)
+            idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
+            if idle:
+                raise ValueError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
+        if self.training.mixed_precision == "fp16":
+            raise ValueError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain YAML-ready values, defaults filled in."""
+        return self.model_dump(mode="json")
+
+
+AnyConfig = Config | PreferenceModelConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Reads a YAML file, applies `key.sub=value` overrides and checks the result.
+
+    With a section `preference_model` in place of `objective` it is a PreferenceModelConfig.
 
     Raises ConfigError naming every fault at once.
     """
@@ -201,16 +251,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(tree, where=str(path))
 
 
-def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
     """A checked config from nested dictionaries. Raises ConfigError naming every fault at once."""
+    kind = PreferenceModelConfig if "preference_model" in tree else Config
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as e:
-        lines = [f"  {_describe(fault)}" for fault in e.errors()]
+        lines = [f"  {_describe(fault, kind)}" for fault in e.errors()]
         raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: AnyConfig, path: Path) -> None:
     """Writes the resolved config; loading it gives the same config back."""
     path.write_text(yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
 
@@ -272,10 +323,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {e}") from None
 
 
-def _describe(fault: Any) -> str:
+def _describe(fault: Any, config: type[AnyConfig]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _keys_at(fault['loc'][:-1]))}"
+        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _keys_at(config, fault['loc'][:-1]))}"
     if fault["type"] == "missing":
         return f"{where}: required, and missing"
     given = "" if fault["type"] == "value_error" or isinstance(fault["input"], dict) else f", got {fault['input']!r}"
@@ -286,8 +337,8 @@ def _message(fault: Any) -> str:
     return str(fault["msg"]).removeprefix("Value error, ")
 
 
-def _keys_at(loc: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
+def _keys_at(config: type[AnyConfig], loc: tuple[Any, ...]) -> list[str]:
+    section: Any = config
     for part in loc:
         section = section.model_fields[part].annotation
     return list(section.model_fields)

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from diffalign.config import Config
+from diffalign.config import Config, PreferenceModelConfig
 from diffalign.data.cache import CacheKey, open_cache
 from diffalign.data.encode import encode_cache
 from diffalign.data.readers import open_pairs
@@ -66,17 +66,19 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTable:
+def open_table(
+    config: Config | PreferenceModelConfig, accelerator: Accelerator | None = None, *, keep_ties: bool = False
+) -> PairTable:
     """The usable pairs of the run's data; needs no model.
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
     if accelerator is None or accelerator.num_processes == 1:
-        return _open_table(config)
+        return _open_table(config, keep_ties)
     found: list[PairTable | DataError | None] = [None]
     if accelerator.is_main_process:
         try:
-            found = [_open_table(config)]
+            found = [_open_table(config, keep_ties)]
         except DataError as error:
             found = [error]
     (table,) = broadcast_object_list(found)
@@ -85,12 +87,13 @@ def open_table(config: Config, accelerator: Accelerator | None = None) -> PairTa
     return table
 
 
-def _open_table(config: Config) -> PairTable:
+def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> PairTable:
     data = config.data
     table = open_pairs(
         data.path,
         format=data.format,
         split=data.split,
+        keep_ties=keep_ties,
         max_pairs=data.max_pairs,
         invert_preference=data.invert_preference,
         columns=data.columns,
@@ -102,7 +105,7 @@ def _open_table(config: Config) -> PairTable:
     return table
 
 
-def load_run_base(config: Config) -> Base:
+def load_run_base(config: Config | PreferenceModelConfig) -> Base:
     """The base model that the config names, in float32 on the CPU."""
     model = config.model
     return load_base(
@@ -115,7 +118,7 @@ def load_run_base(config: Config) -> Base:
     )
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
     """Devices and processes as `accelerate launch` set them up.
 
     Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns
