@@ -86,10 +86,15 @@ def _quiet_libraries() -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
+    from diffalign.training.preference_model import run_preference_training
     from diffalign.training.run import run_training
 
-    run_training(load_config(args.config, args.overrides), _validate)
+    config = load_config(args.config, args.overrides)
+    if isinstance(config, PreferenceModelConfig):
+        run_preference_training(config)
+    else:
+        run_training(config, _validate)
 
 
 def _validate(run: Run, step: int) -> None:
@@ -124,13 +129,17 @@ def _validate(run: Run, step: int) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.training.plan import describe, trial
+    from diffalign.training.preference_model import check_preference_run
     from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     claim(config, Path(config.output_dir))
+    if isinstance(config, PreferenceModelConfig):
+        print(check_preference_run(config))
+        return
     # a look at the machinery must not fill a cache of hours: the trial pair is encoded on the way
     online = config.data.model_copy(update={"cache_dir": None, "cache_variants": 1})
     accelerator = make_accelerator(config)
@@ -144,11 +153,13 @@ def _check(args: argparse.Namespace) -> None:
 def _encode(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.models.encoder import Encoder
     from diffalign.training.setup import encode_run, load_run_base, open_table
 
     config = load_config(args.config, args.overrides)
+    if isinstance(config, PreferenceModelConfig):
+        raise ValueError("a preference model's run has no encode cache: it encodes its pairs at every visit")
     if config.data.cache_dir is None:
         raise ValueError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = PartialState()
