@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffalign.config import load_config
+from diffalign.config import PreferenceModelConfig, load_config
 from diffalign.objectives import OBJECTIVES
 from diffalign.training.optim import effective_batch, effective_lr
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-PACKAGED = 16  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 19  # a config that disappears, or one that no test sees, changes this number
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
 PAIRS_PUBLISHED = {"dpo_full": 2048, "sft_full": 2048, "mapo_full": 128}  # in one optimiser step
 
@@ -53,7 +53,10 @@ def test_parses_and_says_what_it_is(name: str) -> None:
     assert set(LABELS) <= fields.keys()
     assert fields["Command"] == f"accelerate launch -m diffalign train training_configs/{name}"
     assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
-    assert config.objective.name == Path(name).stem.split("_")[0]
+    if isinstance(config, PreferenceModelConfig):
+        assert Path(name).stem == "step_aware"
+    else:
+        assert config.objective.name == Path(name).stem.split("_")[0]
     assert max(map(len, path.read_text().splitlines())) <= 120
 
 
@@ -106,7 +109,19 @@ def test_advice_for_several_gpus_keeps_the_batch() -> None:
         assert effective_batch(there, int(found[1])) == effective_batch(training, 1), name
 
 
+@pytest.mark.parametrize(("family", "lr", "steps"), [("sd15", 3e-6, 8000), ("sdxl", 1e-6, 7000)])
+def test_the_preference_models_published_recipe(family: str, lr: float, steps: int) -> None:
+    config = load_config(CONFIGS[f"{family}/step_aware.yaml"])
+    training = config.training
+    assert effective_batch(training, processes=1) == 64
+    assert (effective_lr(training, processes=1), training.max_train_steps) == (lr, steps)
+    assert (training.adam_weight_decay, training.lr_warmup_steps, training.lr_scheduler) == (0.3, 500, "linear")
+    assert (config.preference_model.relabel_with is not None) == (family == "sdxl")
+    assert (config.preference_model.guidance_scale, config.preference_model.relabel_gap) == (5.0, 0.1)
+
+
 def test_the_world_shows_most_objectives() -> None:
-    shown = {load_config(path).objective.name for name, path in CONFIGS.items() if name.startswith("world/")}
+    configs = [load_config(path) for name, path in CONFIGS.items() if name.startswith("world/")]
+    shown = {config.objective.name for config in configs if not isinstance(config, PreferenceModelConfig)}
     assert shown <= OBJECTIVES.keys()
     assert len(shown) == 6

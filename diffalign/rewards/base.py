@@ -94,7 +94,7 @@ def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
     if broken:
         i = broken[0]
         raise ScorerError(
-            f"scorer '{name}' gave {float(scores[i])} for {prompts[i]!r} ({len(broken)} of {len(scores)} scores are not "
-            "finite); are its weights, or the latents behind the picture, finite?"
+            f"scorer '{name}' gave {float(scores[i])} for {prompts[i]!r} ({len(broken)} of {len(scores)} scores are "
+            "not finite); are its weights, or the latents behind the picture, finite?"
         )
     return scores

@@ -1,12 +1,12 @@
-"""A CLIP whose picture tower is told how noisy the sampler still was: DiT's adaLN in every block of a vision transformer.
+"""A CLIP whose picture tower is told how noisy the sampler still was: DiT's adaLN in every block.
 
     c              = MLP(sinusoid(t))                                              t in 0 … T−1
     s, k, g        = linear(SiLU(c))         shift, scale and gate, for attention and for the MLP of a block
     x             <- x + g · attention((1 + k) · norm(x) + s),      and the same with the block's MLP
     pooled        <- (1 + k) · pooled + s                                          after the last norm
 
-Source: SPO (arXiv 2406.04314) on DiT (arXiv 2212.09748). Every linear starts at zero except for the biases of the gates,
-which start at one, so that at the start the network is the CLIP it was made from, whatever t is.
+Source: SPO (arXiv 2406.04314) on DiT (arXiv 2212.09748). Every linear starts at zero except for the biases of the
+gates, which start at one, so that at the start the network is the CLIP it was made from, whatever t is.
 Parameters have the release's names, so a saved state dict is the release's without its leading "model.".
 """
 

@@ -52,7 +52,7 @@ class Labels:
         return [self.table.prompts[self._index[name]] for name in ids]
 
     def __call__(self, ids: tuple[str, ...]) -> Tensor:
-        """Labels float32 "side pair", on the CPU. Raises ScorerError naming the prompt of a score that is not finite."""
+        """Labels float32 "side pair", on the CPU. Raises ScorerError for a verdict that is not finite."""
         if self.judge is not None:
             self._ask(self.judge, [name for name in dict.fromkeys(ids) if name not in self._judged])
             return torch.tensor([self._judged[name] for name in ids]).T

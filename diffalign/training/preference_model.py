@@ -129,9 +129,7 @@ def optimizer_step(run: PreferenceRun, step: int, batches: Iterator[PairBatch], 
     training, accelerator = run.config.training, run.accelerator
     processes = accelerator.num_processes
     micro_batches = training.gradient_accumulation_steps
-    weights = run.weights(
-        step - 1, training.train_batch_size, micro_batches, accelerator.process_index, processes
-    )
+    weights = run.weights(step - 1, training.train_batch_size, micro_batches, accelerator.process_index, processes)
     for micro in range(micro_batches):
         batch = next(batches).to(accelerator.device)
         with nullcontext() if micro == micro_batches - 1 else accelerator.no_sync(run.module):

@@ -127,7 +127,6 @@ def _scores(clip: CLIPModel, vocabulary: Any, pairs: list[Pair]) -> Tensor:
 
 def build(folder: Path, recipe: Recipe) -> None:
     """Trains by the recipe and writes model (float16), tokenizer and RECIPE.json into `folder`."""
-    began = time.monotonic()
     clip = train(recipe)
     clip.half().save_pretrained(folder)
     words().save_pretrained(folder)
@@ -135,7 +134,6 @@ def build(folder: Path, recipe: Recipe) -> None:
         "command": f"python -m diffalign.world.judge clip --out {folder.as_posix()} --seed {recipe.seed}",
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in clip.parameters()),
-        "minutes": round((time.monotonic() - began) / 60, 1),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
     }
     (folder / "RECIPE.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -149,7 +147,9 @@ def pack(run: Path, folder: Path) -> None:
 
 def main() -> None:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m diffalign.world.judge", description="the world's preference models")
+    parser = argparse.ArgumentParser(
+        prog="python -m diffalign.world.judge", description="the world's preference models"
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     sub = actions.add_parser("clip", help="train the CLIP")
     sub.add_argument("--out", required=True, type=Path, help="folder of the model")

@@ -98,7 +98,9 @@ def accuracy(judge: StepAwareScorer, pairs: HeldOut, pictures: Sequence[Image.Im
 
 def main() -> None:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m diffalign.world.judge_accuracy", description="accuracy by timestep")
+    parser = argparse.ArgumentParser(
+        prog="python -m diffalign.world.judge_accuracy", description="accuracy by timestep"
+    )
     parser.add_argument("scorer", nargs="+", help="`diffalign list scorers`")
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
@@ -111,7 +113,9 @@ def main() -> None:
     for t in TIMESTEPS:
         pictures = half_made(base, pairs, t, arguments.seed)
         row = [accuracy(judge, pairs, pictures, t) for judge in judges]
-        print(f"{t:4d}  " + "  ".join(f"{a:{max(len(name), 4)}.3f}" for a, name in zip(row, arguments.scorer)), flush=True)
+        print(
+            f"{t:4d}  " + "  ".join(f"{a:{max(len(name), 4)}.3f}" for a, name in zip(row, arguments.scorer)), flush=True
+        )
 
 
 if __name__ == "__main__":

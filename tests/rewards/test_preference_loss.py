@@ -46,9 +46,7 @@ def test_pairs_of_one_prompt_weigh_as_one() -> None:
 
 def test_the_authors_relabelling() -> None:
     params, inputs, outputs = spo_case("spm_pickscore_relabel")
-    images = torch.nn.functional.normalize(
-        torch.stack([inputs["image_0_embeds"], inputs["image_1_embeds"]]), dim=-1
-    )
+    images = torch.nn.functional.normalize(torch.stack([inputs["image_0_embeds"], inputs["image_1_embeds"]]), dim=-1)
     texts = torch.nn.functional.normalize(inputs["text_embeds"], dim=-1)
     scores = math.exp(params["logit_scale_log"]) * (images * texts).sum(-1)
     labels = relabel(scores, params["threshold"])

@@ -54,9 +54,7 @@ def test_the_authors_network(released: StepAwareClip) -> None:
     _, inputs, outputs = spo_case("spm_tiny_float32")
     t, ids = inputs["time_cond"], inputs["input_ids"]
     torch.testing.assert_close(released.t_embedder(t), outputs["time_embedding"], **CLOSE)
-    torch.testing.assert_close(
-        released.image_features(inputs["pixel_values"], t), outputs["image_features"], **CLOSE
-    )
+    torch.testing.assert_close(released.image_features(inputs["pixel_values"], t), outputs["image_features"], **CLOSE)
     torch.testing.assert_close(released.text_features(ids), outputs["text_features"], **CLOSE)
     for shape in ("square", "wide"):
         pixels = step_aware_pixels(inputs[f"images_{shape}"], 16)
@@ -164,7 +162,7 @@ def test_what_is_missing_is_named(step_aware_dir, tmp_path) -> None:
     with pytest.raises(ScorerError, match=r"there is no .*nowhere"):
         load_scorer(f"step-aware={tmp_path / 'nowhere'}")
     (tmp_path / "config.json").write_text((step_aware_dir / "config.json").read_text())
-    with pytest.raises(ScorerError, match="has no model.safetensors"):
+    with pytest.raises(ScorerError, match=r"has no model\.safetensors"):
         load_scorer(f"step-aware={tmp_path}")
 
 
@@ -173,7 +171,10 @@ def test_what_is_missing_is_named(step_aware_dir, tmp_path) -> None:
     [
         (lambda s: s.pop("t_embedder.mlp.0.bias"), r"missing \['t_embedder.mlp.0.bias'\]"),
         (lambda s: s.update({"extra.weight": torch.zeros(1)}), r"unexpected \['extra.weight'\]"),
-        (lambda s: s.update({"t_embedder.mlp.0.bias": torch.zeros(3)}), r"another shape \['t_embedder.mlp.0.bias \(3,\)"),
+        (
+            lambda s: s.update({"t_embedder.mlp.0.bias": torch.zeros(3)}),
+            r"another shape \['t_embedder.mlp.0.bias \(3,\)",
+        ),
         (lambda s: s.pop("visual_projection.weight"), "visual_projection.weight' is missing"),
         (lambda s: s.clear(), "patch_embedding.weight' is missing"),
     ],
