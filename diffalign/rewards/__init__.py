@@ -13,16 +13,16 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
-from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, step_aware, tie_of
+from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, as_step_aware, tie_of
 
 __all__ = [
     "DEFAULT_TIE",
     "Scorer",
     "ScorerError",
     "StepAwareScorer",
+    "as_step_aware",
     "load_scorer",
     "scorer_names",
-    "step_aware",
     "tie_of",
 ]
 

@@ -1,7 +1,7 @@
 """What a scorer is: pictures and prompts in, one number per picture out.
 
 Anything with a `name` and a `score` is a scorer; nothing has to be inherited. A scorer whose `score` has a parameter
-`t` judges what a sampler is heading for at timestep t, the decoded x̂_0; `step_aware` makes any scorer one of these.
+`t` judges what a sampler is heading for at timestep t, the decoded x̂_0; `as_step_aware` makes any scorer one of these.
 A scorer may also have
 
     tie              float: two scores closer than this count as equal (default 0.01, see `tie_of`)
@@ -46,7 +46,7 @@ class StepAwareScorer(Protocol):
         ...
 
 
-def step_aware(scorer: Scorer | StepAwareScorer) -> StepAwareScorer:
+def as_step_aware(scorer: Scorer | StepAwareScorer) -> StepAwareScorer:
     """`scorer` behind the step-aware interface: where its `score` has no parameter `t`, the timestep is ignored.
 
     What comes back raises ScorerError for a wrong number of prompts, timesteps or scores, and names the prompt of a

@@ -2,8 +2,9 @@
 
     python -m diffalign.world.judge clip --out assets/world/judge/clip
     diffalign data world runs/world/judge_pairs.parquet --pairs 32768 --seed 1
-    diffalign train training_configs/world/step_aware.yaml data.path=runs/world/judge_pairs.parquet
-    python -m diffalign.world.judge pack --run runs/world/step_aware --out assets/world/judge/step_aware
+    diffalign train training_configs/world/step_aware.yaml output_dir=runs/world/judge
+        data.path=runs/world/judge_pairs.parquet training.max_train_steps=1500
+    python -m diffalign.world.judge pack --run runs/world/judge --out assets/world/judge/step_aware
 
 The CLIP is to the world what PickScore is to photographs: it knows the pictures and captions only through which of two
 pictures was preferred. Captions are of training combinations; every step sees new pairs.

@@ -24,7 +24,7 @@ from diffalign.models.decoder import decode
 from diffalign.models.encoder import Encoder
 from diffalign.models.networks import Networks
 from diffalign.records import Conditioning
-from diffalign.rewards import DEFAULT_TIE, StepAwareScorer, load_scorer, step_aware
+from diffalign.rewards import DEFAULT_TIE, StepAwareScorer, as_step_aware, load_scorer
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, caption, splits
 from diffalign.world.render import SIZE, render
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    judges = [step_aware(load_scorer(name)) for name in arguments.scorer]
+    judges = [as_step_aware(load_scorer(name)) for name in arguments.scorer]
     base, pairs = load_base(str(base_path())), held_out_pairs(arguments.pairs, arguments.seed)
     print(f"{len(pairs.captions)} pairs of held-out captions")
     print("   t  " + "  ".join(arguments.scorer))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.rewards import ScorerError, load_scorer, step_aware, tie_of
+from diffalign.rewards import ScorerError, as_step_aware, load_scorer, tie_of
 from diffalign.rewards.clip import load_clip
 from diffalign.rewards.clip_score import ClipScore
 from diffalign.rewards.hpsv21 import HPSv21
@@ -207,20 +207,20 @@ class Lightness:
 def test_any_scorer_stands_in(clip_dir, step_aware_dir, pictures, prompts) -> None:
     t = torch.tensor([0, 10, 100, 500, 999])
     plain = ClipScore(str(clip_dir))
-    assert torch.equal(step_aware(plain).score(pictures, prompts, t), plain.score(pictures, prompts))
+    assert torch.equal(as_step_aware(plain).score(pictures, prompts, t), plain.score(pictures, prompts))
     trained = StepAware(str(step_aware_dir))
-    assert torch.equal(step_aware(trained).score(pictures, prompts, t), trained.score(pictures, prompts, t))
-    assert (step_aware(Lightness()).name, tie_of(step_aware(Lightness()))) == ("lightness", 0.25)
-    assert tie_of(step_aware(plain)) == tie_of(plain) != HPSv21.tie
+    assert torch.equal(as_step_aware(trained).score(pictures, prompts, t), trained.score(pictures, prompts, t))
+    assert (as_step_aware(Lightness()).name, tie_of(as_step_aware(Lightness()))) == ("lightness", 0.25)
+    assert tie_of(as_step_aware(plain)) == tie_of(plain) != HPSv21.tie
 
 
 def test_a_stand_in_is_checked() -> None:
     images = [Image.new("RGB", (8, 8))] * 2
     t = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ScorerError, match=r"'lightness' gave nan for 'dark' \(1 of 2"):
-        step_aware(Lightness(float("nan"))).score(images, ["light", "dark"], t)
+        as_step_aware(Lightness(float("nan"))).score(images, ["light", "dark"], t)
     for wrong in (t[:1], t.float(), t[0]):
         with pytest.raises(ScorerError, match="one int64 timestep per image"):
-            step_aware(Lightness()).score(images, ["light", "dark"], wrong)
+            as_step_aware(Lightness()).score(images, ["light", "dark"], wrong)
     with pytest.raises(ScorerError, match="2 images and 1 prompts"):
-        step_aware(Lightness()).score(images, ["dark"], t)
+        as_step_aware(Lightness()).score(images, ["dark"], t)

@@ -175,6 +175,23 @@ def test_another_scorers_verdict_is_in_force(make: Make, clip_folder: Path, caps
     assert "ties within 1 of probability" in capsys.readouterr().out
 
 
+def test_bf16_computes_nearly_the_same_from_float32_weights(make: Make, tmp_path: Path) -> None:
+    lines = {}
+    for precision in ("no", "bf16"):
+        config = make(
+            {
+                "training.max_train_steps": 1,
+                "training.mixed_precision": precision,
+                "output_dir": str(tmp_path / precision),
+            }
+        )
+        run_preference_training(config)
+        assert {x.dtype for x in weights(config.output_dir).values()} == {torch.float32}
+        (lines[precision],) = metrics(config.output_dir)
+    assert lines["bf16"]["loss"] == pytest.approx(lines["no"]["loss"], rel=0.05)  # bf16 has 8 bits
+    assert lines["bf16"]["loss"] != lines["no"]["loss"]
+
+
 def test_a_run_that_diverges_stops_and_writes_no_weights(make: Make) -> None:
     config = make({"training.learning_rate": 1e30, "training.lr_scheduler": "constant"})
     with pytest.raises(TrainingError, match=r"lower training.learning_rate"):
