@@ -164,8 +164,8 @@ def judge(run: PreferenceRun, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]
         images, texts, scale = run.module(
             pixels, t.expand(2, -1).flatten().to(device), tokens.input_ids, tokens.attention_mask
         )
-    cosine = (images.float().unflatten(0, (2, -1)) * texts.float()).sum(-1)
-    return scale.float() * cosine, run.labels(batch.ids), t
+    cosine = (images.unflatten(0, (2, -1)) * texts).sum(-1)
+    return scale * cosine, run.labels(batch.ids), t
 
 
 def observe(scores: Tensor, labels: Tensor, loss: Tensor, t: Tensor, timesteps: int) -> dict[str, Tensor]:

@@ -86,7 +86,9 @@ def test_the_recipe_runs_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyP
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert json.loads((tmp_path / "one/RECIPE.json").read_text())["recipe"]["steps"] == 2
-    assert load_scorer(f"pickscore={tmp_path / 'one'}").clip.image_size == 16
+    clip = load_scorer(f"pickscore={tmp_path / 'one'}").clip
+    assert {p.dtype for p in clip.model.parameters()} == {torch.float32}  # whatever it was saved in
+    assert clip.image_size == 16
     monkeypatch.setattr(
         sys, "argv", ["judge", "pack", "--run", str(world.judge_path()), "--out", str(tmp_path / "packed")]
     )
