@@ -102,6 +102,7 @@ def main() -> None:
         prog="python -m diffalign.world.judge_accuracy", description="accuracy by timestep"
     )
     parser.add_argument("scorer", nargs="+", help="`diffalign list scorers`")
+    parser.add_argument("--timesteps", nargs="+", type=int, default=TIMESTEPS)
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -110,7 +111,7 @@ def main() -> None:
     base, pairs = load_base(str(base_path())), held_out_pairs(arguments.pairs, arguments.seed)
     print(f"{len(pairs.captions)} pairs of held-out captions")
     print("   t  " + "  ".join(arguments.scorer))
-    for t in TIMESTEPS:
+    for t in arguments.timesteps:
         pictures = half_made(base, pairs, t, arguments.seed)
         row = [accuracy(judge, pairs, pictures, t) for judge in judges]
         print(
