@@ -73,7 +73,7 @@ class StepAwareClip(nn.Module):
         self.vision_model.adaLN_modulation = _modulation(width, 2)
 
     def forward(self, pixels: Tensor, t: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Unit vectors of pictures and of prompts, and the factor on their cosine, in float32; one call, as DDP needs it.
+        """Unit vectors of pictures and of prompts and the factor on their cosine, float32; one call, as DDP needs it.
 
         Under autocast too: a cosine near .2 in bfloat16, times 100, would be wrong by .1.
         """
