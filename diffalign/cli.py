@@ -94,10 +94,15 @@ def _quiet_libraries() -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
+    from diffalign.training.preference_model import run_preference_training
     from diffalign.training.run import run_training
 
-    run_training(load_config(args.config, args.overrides), _validate)
+    config = load_config(args.config, args.overrides)
+    if isinstance(config, PreferenceModelConfig):
+        run_preference_training(config)
+    else:
+        run_training(config, _validate)
 
 
 def _validate(run: Run, step: int) -> None:
@@ -132,14 +137,18 @@ def _validate(run: Run, step: int) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.training.optim import effective_lr
     from diffalign.training.plan import describe, trial
+    from diffalign.training.preference_model import check_preference_run
     from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     claim(config, Path(config.output_dir))
+    if isinstance(config, PreferenceModelConfig):
+        print(check_preference_run(config))
+        return
     changes: dict[str, Any] = {}
     if config.source is not None:
         changes["source"] = config.source.small()
@@ -161,13 +170,15 @@ def _look(config: Config, folder: str) -> Config:
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.training.diagnose import diagnose, plain_values, table
     from diffalign.training.setup import build, make_accelerator
 
     if args.batches < 1:
         raise ValueError(f"--batches {args.batches}: give at least one")
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    if isinstance(config, PreferenceModelConfig):
+        raise ValueError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
     with TemporaryDirectory() as folder:
         found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
@@ -178,12 +189,14 @@ def _diagnose(args: argparse.Namespace) -> None:
 def _encode(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from diffalign.config import load_config
+    from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.models.encoder import Encoder
     from diffalign.training.feed import encode_run
     from diffalign.training.setup import load_run_base, open_table
 
     config = load_config(args.config, args.overrides)
+    if isinstance(config, PreferenceModelConfig):
+        raise ValueError("a preference model's run has no encode cache: it encodes its pairs at every visit")
     if config.data.cache_dir is None:
         raise ValueError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = PartialState()

@@ -7,7 +7,6 @@ nearest right name or the allowed values. The `objective` and `source` nodes par
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import Recordable
 from diffalign.sources import SOURCES
@@ -25,14 +25,22 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 # overriding one of these drops the file's other settings of the section
-SWITCHES = ("objective.name", "source.name", "tuning.method")
-SHORT = {"lr": "learning_rate", "batch_size": "train_batch_size", "steps": "max_train_steps"}
+# Settings that only a run with an objective has.
+OBJECTIVE_ONLY = {
+    "model": ("gradient_checkpointing",),
+    "data": (
+        "cache_dir",
+        "cache_variants",
+        "cache_dtype",
+        "cache_trajectories",
+        "scores",
+        "relabel",
+        "proportion_empty_prompts",
+    ),
+    "training": ("ema_decay",),
+}
 LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one fault a line."""
 
 
 class _Section(BaseModel):
@@ -214,8 +222,52 @@ class Config(_Section):
         return {**plain, "objective": _plain(self.objective), "source": source}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+class PreferenceModelSection(_Section):
+    """A step-aware preference model, trained to judge what the base is heading for at any timestep."""
+
+    _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
+
+    pretrained_model_name_or_path: str = "yuvalkirstain/PickScore_v1"  # the CLIP it starts from: folder or Hub id
+    tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder holds none
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0  # of the base's predictions (the SPO release's)
+    relabel_with: str | None = None  # a scorer whose verdict on the clean pictures replaces the labels
+    relabel_gap: Fraction = 0.1  # difference of probabilities within which that verdict is a tie
+
+
+class PreferenceModelConfig(_Section):
+    """A whole run that trains a preference model instead of the base."""
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    model: ModelSection
+    preference_model: PreferenceModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _whole(self) -> PreferenceModelConfig:
+        for name, keys in OBJECTIVE_ONLY.items():
+            section = getattr(self, name)
+            idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
+            if idle:
+                raise ValueError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
+        if self.training.mixed_precision == "fp16":
+            raise ValueError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain YAML-ready values, defaults filled in."""
+        return self.model_dump(mode="json")
+
+
+AnyConfig = Config | PreferenceModelConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Reads a YAML file, applies `key.sub=value` overrides and checks the result.
+
+    With a section `preference_model` in place of `objective` it is a PreferenceModelConfig.
 
     Raises ConfigError naming every fault at once.
     """
@@ -228,21 +280,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
-    for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in SWITCHES):
-        _override(tree, override)
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in SWITCHES):
+        override(tree, text)
     return parse_config(tree, where=str(path))
 
 
-def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
     """A checked config from nested dictionaries. Raises ConfigError naming every fault at once."""
+    kind = PreferenceModelConfig if "preference_model" in tree else Config
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as e:
-        lines = [f"  {_describe(fault)}" for fault in e.errors()]
+        lines = [f"  {describe(fault, kind)}" for fault in e.errors()]
         raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: AnyConfig, path: Path) -> None:
     """Writes the resolved config; loading it gives the same config back."""
     path.write_text(yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
 
@@ -273,16 +326,16 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
         raise ValueError(f"give a mapping with a name, one of: {', '.join(known)}")
     name = node["name"]
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"no {what} is called {name!r}{_nearest(str(name), known)}")
+        raise ValueError(f"no {what} is called {name!r}{nearest(str(name), known)}")
     cls = known[name]
     allowed = [f.name for f in dataclasses.fields(cls)]
     settings = {k: v for k, v in node.items() if k != "name"}
-    faults = [f"{k}: {name} has no such setting{_nearest(k, allowed)}" for k in settings if k not in allowed]
+    faults = [f"{k}: {name} has no such setting{nearest(k, allowed)}" for k in settings if k not in allowed]
     if not faults:
         try:
             return TypeAdapter(cls).validate_python(settings)
         except ValidationError as e:
-            faults = [f"{'.'.join(map(str, f['loc'])) or name}: {_message(f)}" for f in e.errors()]
+            faults = [f"{'.'.join(map(str, f['loc'])) or name}: {message(f)}" for f in e.errors()]
     raise ValueError("; ".join(faults))
 
 
@@ -303,58 +356,10 @@ def _usable_together(config: Config) -> None:
                 f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the objective "
                 "compares the very steps that the source took; give both the same value"
             )
-    idle = ["cache_dir", "invert_preference", "dataloader_num_workers"]
+    idle = ["cache_dir", "invert_preference", "dataloader_num_workers", "scores"]
     if source.data == "prompts":
         idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
     if set_ := [name for name in idle if getattr(data, name) != DataSection.model_fields[name].default]:
         raise ValueError(
             f"data.{', data.'.join(set_)}: source {source.name} makes its pictures and has no such setting"
         )
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, found, value = text.partition("=")
-    if not found or not key:
-        raise ConfigError(f"override {text!r}: write key.sub=value, for example training.learning_rate=1e-5")
-    *sections, leaf = key.split(".")
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {text!r}: {section} is a value, not a section")
-    try:
-        parsed = yaml.safe_load(value)
-        if key in SWITCHES and node.get(leaf) != parsed:
-            node.clear()  # another objective or method: the settings that the file has for its own are not meant for it
-        node[leaf] = parsed
-    except yaml.YAMLError as e:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {e}") from None
-
-
-def _describe(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _keys_at(fault['loc'][:-1]))}"
-    if fault["type"] == "missing":
-        return f"{where}: required, and missing"
-    given = "" if fault["type"] == "value_error" or isinstance(fault["input"], dict) else f", got {fault['input']!r}"
-    return f"{where + ': ' if where else ''}{_message(fault)}{given}"
-
-
-def _message(fault: Any) -> str:
-    return str(fault["msg"]).removeprefix("Value error, ")
-
-
-def _keys_at(loc: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
-    for part in loc:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
-
-
-def _nearest(name: str, known: Any) -> str:
-    if name in SHORT and SHORT[name] in known:
-        return f"; did you mean {SHORT[name]!r}?"
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    allowed = ", ".join(known) or "none"
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {allowed}"

@@ -20,6 +20,12 @@ def spo_case(name: str) -> dict[str, Any]:
     return _tensors(case)
 
 
+def spo_parts(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(params, inputs, outputs) of a case."""
+    case = spo_case(name)
+    return case["params"], case["inputs"], case["outputs"]
+
+
 def spo_schedule(case: dict[str, Any]) -> NoiseSchedule:
     """The schedule of a case: diffusers' float32 table cast to float64, as in the recording."""
     return NoiseSchedule.from_diffusers(diffusers.DDIMScheduler(**case["params"]["scheduler"]))

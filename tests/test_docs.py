@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from diffalign.config import Config
+from diffalign.config import OBJECTIVE_ONLY, Config, PreferenceModelConfig, PreferenceModelSection
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 from diffalign.training.run import _FREE
@@ -56,6 +56,28 @@ def test_the_config_reference_is_the_config(heading: str) -> None:
 
 def test_every_section_is_covered() -> None:
     assert set(SECTIONS) == {"The run", "`model`", "`tuning`", "`data`", "`training`", "`validation`"}
+
+
+def test_the_preference_models_reference_is_its_section() -> None:
+    fields = PreferenceModelSection.model_fields
+    assert table("step_aware.md", "`preference_model`") == {key: field.default for key, field in fields.items()}
+    text = part("step_aware.md", "The config")
+    refused = [f"`{section}.{key}`" for section, keys in OBJECTIVE_ONLY.items() for key in keys]
+    assert [name for name in refused if name not in text] == []
+    shared = {"objective", "source", "tuning", "validation"}
+    assert Config.model_fields.keys() - PreferenceModelConfig.model_fields.keys() == shared
+
+
+def test_every_metric_of_a_preference_model_is_explained() -> None:
+    import torch
+
+    from diffalign.training.preference_model import observe
+
+    text = part("step_aware.md", "What is logged")
+    explained = set(re.findall(r"`([\w/]+)`", text))
+    labels = torch.tensor([[1.0, 0.5], [0.0, 0.5]])
+    names = observe(torch.zeros(2, 2), labels, torch.zeros(2), torch.tensor([0, 999]), 1000)
+    assert sorted((names.keys() | {"lr", "grad_norm"}) - explained) == []
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -34,7 +34,7 @@ FLOORS = {
     "cli": 7,
 }
 # `data` has a file of its own for its options; the demo is a list of commands, and a command itself
-SAME_ROOM = {"__main__": "cli", "cli_data": "cli", "demo": "cli"}
+SAME_ROOM = {"__main__": "cli", "cli_data": "cli", "demo": "cli", "config_text": "config"}
 
 # Where a package may be imported: a room, or one file of it.
 ONLY_IN = {
@@ -46,8 +46,8 @@ ONLY_IN = {
     "datasets": {"data"},
     "pyarrow": {"data", "world"},
     "PIL": {"data", "rewards", "evaluation", "world", "demo.py"},
-    "pydantic": {"config.py"},
-    "yaml": {"config.py", "training"},
+    "pydantic": {"config.py", "config_text.py"},
+    "yaml": {"config.py", "config_text.py", "training"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}
 

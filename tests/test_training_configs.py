@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffalign.config import load_config
+from diffalign.config import PreferenceModelConfig, load_config
 from diffalign.objectives import OBJECTIVES
 from diffalign.training.optim import effective_batch, effective_lr
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-PACKAGED = 30  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 33  # a config that disappears, or one that no test sees, changes this number
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
 NAMED_BY_SOURCE = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo"}  # known by the source, not the objective
 PAIRS_PUBLISHED = {"dpo_full": 2048, "sft_full": 2048, "inpo_full": 1024, "smpo_full": 1024, "mapo_full": 128}  # a step
@@ -55,7 +55,10 @@ def test_parses_and_says_what_it_is(name: str) -> None:
     assert fields["Command"] == f"accelerate launch -m diffalign train training_configs/{name}"
     assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
     stem = Path(name).stem.removesuffix("_full").removesuffix("_lora")
-    assert config.objective.name == NAMED_BY_SOURCE.get(stem, stem)
+    if isinstance(config, PreferenceModelConfig):
+        assert stem == "step_aware"
+    else:
+        assert config.objective.name == NAMED_BY_SOURCE.get(stem, stem)
     assert max(map(len, path.read_text().splitlines())) <= 120
 
 
@@ -80,7 +83,8 @@ def test_the_worlds_configs_point_at_committed_files(name: str) -> None:
 def test_the_others_say_that_the_data_are_the_users(name: str) -> None:
     config, text = load_config(CONFIGS[name]), CONFIGS[name].read_text()
     assert "data.path is a placeholder" in text
-    if config.source is None or config.source.data == "winners":
+    source = None if isinstance(config, PreferenceModelConfig) else config.source
+    if source is None or source.data == "winners":
         assert config.data.path == "data/pairs"
         assert "data.path=my/pairs.parquet" in text
     else:
@@ -126,7 +130,19 @@ def test_spo_is_as_published(family: str, rank: int, lr: float, pairs: int, thre
     assert (config.objective.beta, config.objective.clip, config.objective.guidance) == (10.0, 0.1, 5.0)
 
 
+@pytest.mark.parametrize(("family", "lr", "steps"), [("sd15", 3e-6, 8000), ("sdxl", 1e-6, 7000)])
+def test_the_preference_models_published_recipe(family: str, lr: float, steps: int) -> None:
+    config = load_config(CONFIGS[f"{family}/step_aware.yaml"])
+    training = config.training
+    assert effective_batch(training, processes=1) == 64
+    assert (effective_lr(training, processes=1), training.max_train_steps) == (lr, steps)
+    assert (training.adam_weight_decay, training.lr_warmup_steps, training.lr_scheduler) == (0.3, 500, "linear")
+    assert (config.preference_model.relabel_with is not None) == (family == "sdxl")
+    assert (config.preference_model.guidance_scale, config.preference_model.relabel_gap) == (5.0, 0.1)
+
+
 def test_the_world_shows_most_objectives() -> None:
-    shown = {load_config(path).objective.name for name, path in CONFIGS.items() if name.startswith("world/")}
+    configs = [load_config(path) for name, path in CONFIGS.items() if name.startswith("world/")]
+    shown = {config.objective.name for config in configs if not isinstance(config, PreferenceModelConfig)}
     assert shown <= OBJECTIVES.keys()
     assert len(shown) == 8

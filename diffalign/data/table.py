@@ -73,12 +73,16 @@ class PairTable:
             refs[1 - first],
             self.scores(index),
             self.columns.where(row),
-            tie=bool(self._ties[index]),
+            tie=self.tie(index),
         )
 
     def chosen(self, index: int) -> ImageRef:
         """The chosen image of a pair, unopened. Raises ImageError when a side is empty in the stored row."""
         return self[index].chosen
+
+    def tie(self, index: int) -> bool:
+        """Whether a pair is a kept tie; no image is looked at."""
+        return bool(self._ties[index])
 
     def scores(self, index: int) -> tuple[float, float] | None:
         """(chosen, rejected) scores of a pair; nan where the data lack one, None where they have no scores."""

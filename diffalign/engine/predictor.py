@@ -1,4 +1,7 @@
-"""A network as inversion asks it: for some rows of a batch, under their own conditioning, guided or not."""
+"""A network as inversion asks it: for some rows of a batch, under their own conditioning, guided or not.
+
+And as a judge of half-made pictures asks it: for the clean latent that a noisy one is heading for.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from torch import Tensor
 
 from diffalign.engine.inversion import Predict
 from diffalign.engine.measure import Network, guided
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.records import Conditioning
 
 
@@ -31,3 +35,19 @@ def predictor(
         return guided(network, x, t, of(cond, rows), guidance, null)
 
     return predict
+
+
+def predict_x0(
+    network: Network,
+    schedule: NoiseSchedule,
+    xt: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    guidance: float = 1.0,
+    uncond: Conditioning | None = None,
+) -> Tensor:
+    """x̂_0 "n c h w": the clean latent that a network's (guided) prediction at a flat batch's x_t stands for.
+
+    Raises ValueError where it is undefined (`NoiseSchedule.to_x0`).
+    """
+    return schedule.to_x0(guided(network, xt, t, cond, guidance, uncond), xt, t)

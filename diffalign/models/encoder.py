@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.models.base import Base, vae_factor
+from diffalign.models.decoder import SLICE_ABOVE_PIXELS, decode, latent_scaling
 from diffalign.models.family import PromptEmbeds
 from diffalign.models.fingerprint import hash_module
 
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 # Raise it when the same weights give other moments or embeddings than before: caches made earlier are then stale.
 ENCODING_VERSION = 1
 NAMED = 5  # prompts that were cut and are named in the log; Encoder.truncated has all
-# Pictures with more pixels go through the VAE one at a time: at 1024 px its activations are several GB each.
-SLICE_ABOVE_PIXELS = 768 * 768
 
 
 class Encoder:
@@ -100,15 +99,7 @@ class Encoder:
         Nothing is checked here: a VAE that overflows gives NaN, which only the caller can put a name to.
         """
         vae, _ = self._loaded()
-        factor = vae_factor(vae)
-        chunk = 1 if latents[0, 0].numel() * factor**2 > SLICE_ABOVE_PIXELS else len(latents)
-        parts = []
-        for part in latents.split(chunk):
-            placed = part.to(self.device, non_blocking=True).float()
-            shift, scale = latent_scaling(vae, placed)
-            decoded = vae.decode((placed / scale + shift).to(self.vae_dtype), return_dict=False)[0]
-            parts.append((decoded.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(parts)
+        return (decode(vae, latents.to(self.device, non_blocking=True)) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -158,19 +149,6 @@ def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
         return mean, encoded.latent_dist.std.float().expand_as(mean)
     latent = encoded.latent if hasattr(encoded, "latent") else encoded.latents
     return latent.float(), torch.zeros_like(latent, dtype=torch.float32)
-
-
-def latent_scaling(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(shift, scale) of "latent = (vae mean − shift) · scale", from scaling_factor, shift_factor, latents_mean/std.
-
-    A VAE with per-channel statistics uses them in place of shift_factor, as the SDXL pipeline does in decoding.
-    """
-    config = vae.config
-    factor = float(config.scaling_factor)
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        return like.new_tensor(mean).view(1, -1, 1, 1), factor / like.new_tensor(std).view(1, -1, 1, 1)
-    return float(getattr(config, "shift_factor", None) or 0.0), factor
 
 
 def _limit(text: Any) -> str:

@@ -2,6 +2,7 @@
 
 load_scorer("world")                                  a built-in scorer
 load_scorer("pickscore=/models/PickScore_v1")         the same, weights from a folder or another Hub id
+load_scorer("step-aware=runs/judge")                  a preference model that `diffalign train` wrote
 load_scorer("my_package.judges:Sharpness")            your own class (`device` is passed if it takes one)
 """
 
@@ -12,18 +13,29 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
-from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, tie_of
+from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, as_step_aware, tie_of
 
-__all__ = ["DEFAULT_TIE", "Scorer", "ScorerError", "load_scorer", "scorer_names", "tie_of"]
+__all__ = [
+    "DEFAULT_TIE",
+    "Scorer",
+    "ScorerError",
+    "StepAwareScorer",
+    "as_step_aware",
+    "load_scorer",
+    "scorer_names",
+    "tie_of",
+]
 
 _SCORERS = {
     "world": "diffalign.world.scorer:WorldReward",
     "world-size": "diffalign.world.scorer:WorldSize",
     "world-accuracy": "diffalign.world.scorer:WorldAccuracy",
+    "world-step-aware": "diffalign.world.scorer:world_step_aware",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "hpsv2.1": "diffalign.rewards.hpsv21:HPSv21",
     "clip": "diffalign.rewards.clip_score:ClipScore",
     "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
+    "step-aware": "diffalign.rewards.step_aware:StepAware",
 }
 
 

@@ -1,6 +1,8 @@
 """What a scorer is: pictures and prompts in, one number per picture out.
 
-Anything with a `name` and a `score` is a scorer; nothing has to be inherited. A scorer may also have
+Anything with a `name` and a `score` is a scorer; nothing has to be inherited. A scorer whose `score` has a parameter
+`t` judges what a sampler is heading for at timestep t, the decoded x̂_0; `as_step_aware` makes any scorer one of these.
+A scorer may also have
 
     tie              float: two scores closer than this count as equal (default 0.01, see `tie_of`)
     embed_images     images -> unit vectors "n d": lets the diversity guard measure in feature space
@@ -8,9 +10,11 @@ Anything with a `name` and a `score` is a scorer; nothing has to be inherited. A
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -32,7 +36,50 @@ class Scorer(Protocol):
         ...
 
 
-def tie_of(scorer: Scorer) -> float:
+class StepAwareScorer(Protocol):
+    """A judge of half-made pictures: x̂_0 decoded at timestep t, never the noisy x_t itself."""
+
+    name: str
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str], t: Tensor) -> Tensor:
+        """Float [n]: image i, decoded from the x̂_0 of timestep t[i] (int64 [n]), judged against prompt i."""
+        ...
+
+
+def as_step_aware(scorer: Scorer | StepAwareScorer) -> StepAwareScorer:
+    """`scorer` behind the step-aware interface: where its `score` has no parameter `t`, the timestep is ignored.
+
+    What comes back raises ScorerError for a wrong number of prompts, timesteps or scores, and names the prompt of a
+    score that is not finite.
+    """
+    return _AtStep(scorer, takes_timestep(scorer))
+
+
+def takes_timestep(scorer: Scorer | StepAwareScorer) -> bool:
+    """Whether a scorer's `score` has a parameter `t`."""
+    return "t" in inspect.signature(scorer.score).parameters
+
+
+class _AtStep:
+    def __init__(self, scorer: Any, takes_t: bool) -> None:
+        self.name: str = scorer.name
+        self.tie = tie_of(scorer)
+        self._scorer, self._takes_t = scorer, takes_t
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str], t: Tensor) -> Tensor:
+        check_lengths(self.name, images, prompts)
+        if t.dtype != torch.int64 or t.shape != (len(images),):
+            raise ScorerError(
+                f"scorer '{self.name}' got timesteps {t.dtype} {tuple(t.shape)} for {len(images)} images; "
+                "pass one int64 timestep per image"
+            )
+        scores = self._scorer.score(images, prompts, t) if self._takes_t else self._scorer.score(images, prompts)
+        if scores.shape != (len(images),):
+            raise ScorerError(f"scorer '{self.name}' gave {tuple(scores.shape)} scores for {len(images)} images")
+        return check_finite(self.name, scores, prompts)
+
+
+def tie_of(scorer: Any) -> float:
     """The difference below which two scores of this scorer count as equal, in its own unit."""
     return float(getattr(scorer, "tie", DEFAULT_TIE))
 
@@ -44,3 +91,15 @@ def check_lengths(name: str, images: Sequence[Image], prompts: Sequence[str]) ->
             f"scorer '{name}' got {len(images)} images and {len(prompts)} prompts; "
             "pass one prompt per image (repeat the prompt for several seeds)"
         )
+
+
+def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The scores; raises ScorerError naming the first prompt whose score is NaN or infinite."""
+    broken = (~scores.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        i = broken[0]
+        raise ScorerError(
+            f"scorer '{name}' gave {float(scores[i])} for {prompts[i]!r} ({len(broken)} of {len(scores)} scores are "
+            "not finite); are its weights, or the latents behind the picture, finite?"
+        )
+    return scores

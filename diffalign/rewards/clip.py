@@ -25,7 +25,7 @@ class Clip:
     """A frozen CLIPModel with its tokenizer, in float32 on one device."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, device: str) -> None:
-        self.model: Any = model.requires_grad_(False).eval().to(device)
+        self.model: Any = model.requires_grad_(False).eval().to(device, torch.float32)
         self.tokenizer = tokenizer
         self.device = device
         self.image_size: int = self.model.config.vision_config.image_size

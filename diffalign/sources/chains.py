@@ -7,7 +7,6 @@ scored in one call.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from diffalign.data.source import TextMemo
 from diffalign.engine.predictor import predictor
 from diffalign.objectives.draws import initial_noise, integers, normal, pair_key
 from diffalign.rewards import Scorer
+from diffalign.rewards.base import takes_timestep
 from diffalign.sources.base import Context, SourceError
 from diffalign.sources.branching import Verdict, branching_chain, branchings, chain_levels
 from diffalign.sources.rollout import BranchingRollout
@@ -47,7 +47,7 @@ class Chains:
                 "their prompts, and another prompt would judge them wrongly; set it to 0"
             )
         self.branch_at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
-        self.takes_t = "t" in inspect.signature(judge.score).parameters
+        self.takes_t = takes_timestep(judge)
 
     def roll(self, number: int, places: list[Place]) -> Rollout:
         """The valid pairs of a round at these places."""

@@ -30,6 +30,7 @@ from diffalign.engine.measure import measure_and_backward
 from diffalign.models.lora import LORA_FILE
 from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
 from diffalign.records import PairBatch
+from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -45,6 +46,8 @@ from diffalign.training.optim import effective_batch
 from diffalign.training.setup import Run
 
 log = logging.getLogger(__name__)
+
+WEIGHTS = (UNET_FOLDER, WEIGHTS_FOLDER)  # final weights of any kind of run, as folders
 
 OnStep = Callable[[Run, int], None]
 
@@ -248,7 +251,7 @@ def averaged_weights(run: Run) -> Iterator[None]:
 
 def has_final_weights(output_dir: Path) -> bool:
     """Whether a run got to its end there."""
-    return (output_dir / UNET_FOLDER).is_dir() or (output_dir / LORA_FILE).is_file()
+    return any((output_dir / name).is_dir() for name in WEIGHTS) or (output_dir / LORA_FILE).is_file()
 
 
 def clear_output(output_dir: Path) -> None:
@@ -258,7 +261,7 @@ def clear_output(output_dir: Path) -> None:
     """
     for old in checkpoints(output_dir):
         shutil.rmtree(old)
-    for name in (UNET_FOLDER, "logs", "validation", SOURCE_FOLDER):
+    for name in (*WEIGHTS, "logs", "validation", SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (LORA_FILE, "metrics.jsonl", "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from diffalign.config import Config, ConfigError, save_config
+from diffalign.config import AnyConfig, Config, ConfigError, save_config
+from diffalign.data.table import PairTable
 from diffalign.training.checkpoint import checkpoints, find_checkpoint
 from diffalign.training.loop import OnStep, TrainingError, clear_output, has_final_weights, resume, train
 from diffalign.training.plan import describe
@@ -36,12 +37,7 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     claim(config, output_dir)
     table = open_table(config, accelerator)
     if accelerator.is_main_process:
-        log.info("%d usable pairs of %d rows in %s", len(table), table.total_rows, config.data.path)
-        left_out = [problem for problem in table.problems if problem.dropped]
-        for problem in left_out[:NAMED]:
-            log.warning("row left out: %s", problem)
-        if len(left_out) > NAMED:
-            log.warning("… and %d more rows; `diffalign data check` names them all", len(left_out) - NAMED)
+        report_rows(table, config.data.path)
     run = build(config, accelerator, table)
     start = resume(run)
     if accelerator.is_main_process:
@@ -68,7 +64,17 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     return values
 
 
-def claim(config: Config, output_dir: Path) -> None:
+def report_rows(table: PairTable, path: str) -> None:
+    """Logs how many rows are usable, and names the first of the others."""
+    log.info("%d usable pairs of %d rows in %s", len(table), table.total_rows, path)
+    left_out = [problem for problem in table.problems if problem.dropped]
+    for problem in left_out[:NAMED]:
+        log.warning("row left out: %s", problem)
+    if len(left_out) > NAMED:
+        log.warning("… and %d more rows; `diffalign data check` names them all", len(left_out) - NAMED)
+
+
+def claim(config: AnyConfig, output_dir: Path) -> None:
     """Makes sure that the output folder is this run's own; touches nothing.
 
     Raises ConfigError when it is a file, when it holds a model or weights that no run of ours wrote, when it holds a
@@ -96,7 +102,7 @@ def claim(config: Config, output_dir: Path) -> None:
             _same_settings(folder / "config.yaml", config)
 
 
-def _same_settings(recorded: Path, config: Config) -> None:
+def _same_settings(recorded: Path, config: AnyConfig) -> None:
     """Raises ConfigError naming every setting that must not change on resuming and did."""
     if changed := _changes(yaml.safe_load(recorded.read_text()) or {}, config.resolved()):
         lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
@@ -106,7 +112,7 @@ def _same_settings(recorded: Path, config: Config) -> None:
         )
 
 
-def record(config: Config, output_dir: Path, accelerator: Accelerator) -> None:
+def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
     """Writes config.yaml (resolved) and run.json (versions, commit, device, processes)."""
     output_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, output_dir / "config.yaml")

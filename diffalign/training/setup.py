@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from diffalign.config import Config
+from diffalign.config import Config, PreferenceModelConfig
 from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
@@ -67,17 +67,19 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def open_table(config: Config, accelerator: Accelerator | None = None) -> Table:
+def open_table(
+    config: Config | PreferenceModelConfig, accelerator: Accelerator | None = None, *, keep_ties: bool = False
+) -> Table:
     """The usable pairs of the run's data, or the prompts of a source that makes its pictures; needs no model.
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
     if accelerator is None or accelerator.num_processes == 1:
-        return _open_table(config)
+        return _open_table(config, keep_ties)
     found: list[Table | DataError | None] = [None]
     if accelerator.is_main_process:
         try:
-            found = [_open_table(config)]
+            found = [_open_table(config, keep_ties)]
         except DataError as error:
             found = [error]
     (table,) = broadcast_object_list(found)
@@ -86,11 +88,11 @@ def open_table(config: Config, accelerator: Accelerator | None = None) -> Table:
     return table
 
 
-def _open_table(config: Config) -> Table:
-    data = config.data
-    if config.source is not None and config.source.data == "prompts":
+def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Table:
+    data, source = config.data, config.source if isinstance(config, Config) else None
+    if source is not None and source.data == "prompts":
         return open_prompts(data.path, limit=data.max_pairs)
-    if config.source is not None:
+    if source is not None:
         return open_winners(
             data.path,
             format=data.format,
@@ -103,6 +105,7 @@ def _open_table(config: Config) -> Table:
         data.path,
         format=data.format,
         split=data.split,
+        keep_ties=keep_ties,
         max_pairs=data.max_pairs,
         invert_preference=data.invert_preference,
         columns=data.columns,
@@ -116,7 +119,7 @@ def _open_table(config: Config) -> Table:
     return table
 
 
-def load_run_base(config: Config) -> Base:
+def load_run_base(config: Config | PreferenceModelConfig) -> Base:
     """The base model that the config names, in float32 on the CPU."""
     model = config.model
     return load_base(
@@ -129,7 +132,7 @@ def load_run_base(config: Config) -> Base:
     )
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
     """Devices and processes as `accelerate launch` set them up.
 
     Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns

@@ -1,7 +1,7 @@
 """The embedded world: captions, renders and an oracle whose reward of any picture is known from its pixels.
 
 Nothing heavy is imported here; see `diffalign.world.captions`, `render`, `oracle`, `pairs`, `scorer`, `vae`,
-`base_model` and `fairness` for the parts, and docs/world.md for what it is good for.
+`base_model`, `judge` and `fairness` for the parts, and docs/world.md for what it is good for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffalign.world.captions import splits
 
-__all__ = ["base_path", "pairs_path", "splits"]
+__all__ = ["base_path", "judge_path", "pairs_path", "splits"]
 
 
 def base_path() -> Path:
@@ -21,6 +21,11 @@ def base_path() -> Path:
 def pairs_path() -> Path:
     """The committed 1,024 preference pairs of renders (Pick-a-Pic columns, parquet)."""
     return _asset("pairs/renders.parquet")
+
+
+def judge_path() -> Path:
+    """Folder of the committed step-aware preference model of the world."""
+    return _asset("judge/step_aware")
 
 
 def _asset(name: str) -> Path:

@@ -62,7 +62,7 @@ def test_a_latent_depends_on_its_prompt_and_seed_only(make_context: MakeContext)
 def test_decoding_goes_one_by_one_above_a_size_and_in_the_vaes_own_dtype(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import diffalign.models.encoder as module
+    import diffalign.models.decoder as module
 
     context = make_context("sd", PROMPTS)
     latents = torch.randn(3, 4, 16, 16)
