@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from world_lines import finished, line_file, measured, name_of, train, write_line, write_table
 
-from diffalign.config import parse_config
-from diffalign.evaluation.evaluate import evaluate
-from diffalign.training.run import environment, run_training
 from diffalign.world import base_path, pairs_path
-from diffalign.world.captions import prompts
 
 # β = 2000 as in the world's DPO. Scores of the world span about two units.
 INPO = {"name": "inpo", "beta": 2000}
@@ -51,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "beta": 2000},
     "inpo": INPO,
     "inpo, eta 0": {**INPO, "eta": 0.0},
+    "inpo, 20 steps": {**INPO, "steps": 20},
     "inpo, 40 steps": {**INPO, "steps": 40},
     "inpo, 40 steps, eta 0": {**INPO, "steps": 40, "eta": 0.0},
     "inpo, 15 steps, quadratic": {**INPO, "steps": 15, "grid": "quadratic"},
@@ -76,7 +73,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "idpo residual, finer path, own trajectory, no guidance": {**FINER, "guidance": 1.0, "trajectory": "policy"},
 }
 STARTS = ("base", "sft")
-SCORERS = ("world", "world-size")
 SHARED = ("steps", "sft_steps", "batch", "lr", "pairs", "split", "pictures")  # arguments that all lines of OUT share
 
 
@@ -90,19 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = start_model(a, start)
         for setting in a.only:
             file = line_file(a.out, start, setting)
-            if finished(file, SETTINGS[setting], a.seeds):
+            if finished(file, SETTINGS[setting], len(a.seeds)):
                 print(f"{start} / {setting}: done before", flush=True)
                 continue
-            line = measure_line(a, start, model, setting)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(line, indent=2) + "\n")
-            partial.replace(file)
-            print(row(line), flush=True)
-    lines = [json.loads(file.read_text()) for file in sorted((a.out / "lines").glob("*.json"))]
-    (a.out / "result.json").write_text(json.dumps(lines, indent=2) + "\n")
-    (a.out / "table.md").write_text(table(lines))
-    print(table(lines))
+            runs = [a.out / "runs" / start / name_of(setting) / f"seed{seed}" for seed in a.seeds]
+            for seed, run in zip(a.seeds, runs, strict=True):
+                train(config(a, model, SETTINGS[setting], seed, a.steps), run, f"{setting}, seed {seed}")
+            line = measured(model, start, setting, SETTINGS[setting], runs, split=a.split, pictures=a.pictures)
+            write_line(file, line)
+    write_table(a.out, list(SETTINGS))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,69 +130,9 @@ def claim(a: argparse.Namespace) -> None:
     file.write_text(json.dumps(shared, indent=2) + "\n")
 
 
-def finished(file: Path, objective: dict[str, Any], seeds: list[int]) -> bool:
-    """Whether a line is there, of this objective and these training seeds."""
-    if not file.exists():
-        return False
-    line = json.loads(file.read_text())
-    if line["objective"] != objective:
-        raise SystemExit(f"{file} is of {line['objective']}, and the setting is now {objective}; name another --out")
-    return bool(line["seeds"] == seeds)
-
-
-def measure_line(a: argparse.Namespace, start: str, model: Path, setting: str) -> dict[str, Any]:
-    """Trains a setting once for each seed and compares the runs with their start."""
-    runs = []
-    for seed in a.seeds:
-        out = a.out / "runs" / start / name_of(setting) / f"seed{seed}"
-        train(a, model, SETTINGS[setting], out, seed, a.steps)
-        runs.append(str(out))
-    result = evaluate(
-        str(model),
-        {setting: runs},
-        prompts(a.split),
-        range(a.pictures),
-        scorers=SCORERS,
-        faithfulness="world-accuracy",
-        steps=20,
-        guidance=5.0,
-        out_dir=a.out / "evaluation" / start / name_of(setting),
-        grid_rows=8,
-        progress=False,
-    )
-    found = result.models[0]
-
-    def interval(e: Any) -> list[float]:
-        return [e.value, e.low, e.high]
-
+def config(a: argparse.Namespace, model: Path, objective: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
+    """A run's config but for its folder."""
     return {
-        "start": start,
-        "setting": setting,
-        "objective": SETTINGS[setting],
-        "seeds": a.seeds,
-        "steps": a.steps,
-        "batch": a.batch,
-        "learning_rate": a.lr,
-        "pairs": a.pairs.name,
-        "split": a.split,
-        "gain": {name: interval(paired.gain) for name, paired in found.scores.items()},
-        "gain_by_seed": found.run_gains,
-        "win_rate": interval(found.scores[SCORERS[0]].win_rate),
-        "accuracy": [found.faithfulness.base, found.faithfulness.tuned] if found.faithfulness else None,
-        "diversity": interval(found.diversity) if found.diversity else None,
-        "last_metrics": [last_metrics(Path(run)) for run in runs],
-        "environment": environment(),
-        "training_seconds": [float((Path(run) / "seconds").read_text()) for run in runs],
-    }
-
-
-def train(a: argparse.Namespace, model: Path, objective: dict[str, Any], out: Path, seed: int, steps: int) -> None:
-    """One run, unless its final weights are there already; an unfinished one is started again."""
-    if (out / "seconds").is_file():
-        return
-    config = {
-        "output_dir": str(out),
-        "overwrite_output_dir": True,
         "seed": seed,
         "model": {"pretrained_model_name_or_path": str(model)},
         "tuning": {"method": "full"},
@@ -221,9 +153,6 @@ def train(a: argparse.Namespace, model: Path, objective: dict[str, Any], out: Pa
             "report_to": "none",
         },
     }
-    begun = time.perf_counter()
-    run_training(parse_config(config, where=f"{objective['name']}, seed {seed}"))
-    (out / "seconds").write_text(f"{time.perf_counter() - begun:.1f}\n")
 
 
 def start_model(a: argparse.Namespace, start: str) -> Path:
@@ -231,57 +160,13 @@ def start_model(a: argparse.Namespace, start: str) -> Path:
     if start == "base":
         return base_path()
     folder, run = a.out / "start-sft", a.out / "runs" / "start-sft"
-    train(a, base_path(), {"name": "sft"}, run, seed=0, steps=a.sft_steps)
+    train(config(a, base_path(), {"name": "sft"}, 0, a.sft_steps), run, "SFT start")
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         shutil.copytree(base_path(), partial, ignore=shutil.ignore_patterns("unet"), dirs_exist_ok=True)
         shutil.copytree(run / "unet", partial / "unet", dirs_exist_ok=True)
         partial.rename(folder)
     return folder
-
-
-def last_metrics(run: Path) -> dict[str, float]:
-    """The last line of a run's log."""
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-
-
-def name_of(setting: str) -> str:
-    """The setting as part of a path."""
-    return setting.replace(", ", "-").replace(" ", "_")
-
-
-def line_file(out: Path, start: str, setting: str) -> Path:
-    """Where a finished line is kept."""
-    return out / "lines" / f"{start}-{name_of(setting)}.json"
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """All lines as Markdown, in the order of SETTINGS."""
-    order = {name: i for i, name in enumerate(SETTINGS)}
-    head = ("start", "setting", "dR", "dR by seed", "dR size", "win rate", "accuracy", "diversity", "s/step")
-    ordered = sorted(lines, key=lambda line: (line["start"], order.get(line["setting"], len(order))))
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(row, ordered)]) + "\n"
-
-
-def row(line: dict[str, Any]) -> str:
-    """One line of the table; brackets are 95 % intervals, clustered by prompt."""
-
-    def interval(values: list[float] | None, form: str) -> str:
-        return "-" if values is None else f"{values[0]:{form}} [{values[1]:{form}}, {values[2]:{form}}]"
-
-    reward, size = SCORERS
-    cells = (
-        line["start"],
-        line["setting"],
-        interval(line["gain"][reward], "+.3f"),
-        " ".join(f"{gain:+.3f}" for gain in line["gain_by_seed"][reward]),
-        interval(line["gain"][size], "+.3f"),
-        interval(line["win_rate"], ".2f"),
-        " → ".join(f"{value:.3f}" for value in line["accuracy"] or ()),
-        interval(line["diversity"], ".2f"),
-        f"{sum(line['training_seconds']) / (len(line['seeds']) * line['steps']):.2f}",
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
