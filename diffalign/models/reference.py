@@ -83,6 +83,10 @@ class FrozenCopy:
             parameter.grad = None
         if autocast_dtype is not None:
             store_for_autocast(self.module, autocast_dtype)
+        # Nothing of it is ever trained: it is called without grad. But torch's matmul looks at whether a weight
+        # requires grad to choose between kernels that round differently, so the flags must be the policy's.
+        for own, trained in zip(self.module.parameters(), unet.parameters(), strict=True):
+            own.requires_grad_(trained.requires_grad)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:

@@ -167,11 +167,17 @@ def test_gradients_through_ddp_are_those_without(model: Model, process_group, ki
 def test_the_frozen_copy_is_half_the_size_and_takes_no_part(model: Model):
     unet = as_full(model.unet())
     unet.get_parameter("conv_in.weight").grad = torch.ones_like(unet.get_parameter("conv_in.weight"))
-    copy = make_reference("copy", unet, torch.bfloat16).module
+    nets = networks(model, unet, "copy", torch.bfloat16)
+    copy = nets._reference.module
     sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (copy, unet)]
     assert sizes[0] < 0.51 * sizes[1]
     assert not copy.training
-    assert not any(p.requires_grad or p.grad is not None for p in copy.parameters())
+    policy, reference = both(model, nets)
+    (policy - reference - 1).square().mean().backward()
+    assert not reference.requires_grad
+    assert all(p.grad is None for p in copy.parameters())
+    # the flags are the policy's all the same: matmul picks its kernel by them, and with it the last bits
+    assert [p.requires_grad for p in copy.parameters()] == [p.requires_grad for p in unet.parameters()]
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
 
 
