@@ -31,13 +31,16 @@ from world_lines import finished, line_file, measured, name_of, train, write_lin
 from diffalign.world import base_path, pairs_path
 
 # β = 2000 as in the world's DPO. Scores of the world span about two units.
-INPO = {"name": "inpo", "beta": 2000}
-SMPO = {"name": "smpo", "beta": 2000, "score_low": 0.0, "score_high": 2.0}
+INPO = {"name": "inpo", "beta": 2000, "steps": 10}
+SMPO = {"name": "smpo", "beta": 2000, "steps": 5, "score_low": 0.0, "score_high": 2.0}
 # The grid of 20 points with two of them drawn for each pair and visit; w divided by its mean, so that β is DPO's.
 IDPO = {
     "name": "inversion_dpo",
     "beta": 2000,
     "steps": 20,
+    "substeps": 1,
+    "guidance": 2.0,
+    "weighting": "inverse_alpha",
     "normalise": True,
     "points_per_step": 2,
     "points_per_forward": None,
@@ -50,10 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inpo, 20 steps": {**INPO, "steps": 20},
     "inpo, 40 steps": {**INPO, "steps": 40},
     "inpo, 40 steps, eta 0": {**INPO, "steps": 40, "eta": 0.0},
-    "inpo, 15 steps, quadratic": {**INPO, "steps": 15, "grid": "quadratic"},
-    "inpo, 15 steps, quadratic, eta 0": {**INPO, "steps": 15, "grid": "quadratic", "eta": 0.0},
     "smpo": SMPO,
-    "smpo, 10 steps, quadratic": {**SMPO, "steps": 10, "grid": "quadratic"},
     "smpo, 20 steps": {**SMPO, "steps": 20},
     "idpo released": {**IDPO, "form": "released"},
     "idpo released, no guidance": {**IDPO, "form": "released", "guidance": 1.0},
@@ -70,7 +70,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "idpo residual, own trajectory, no guidance": {**IDPO, "guidance": 1.0, "trajectory": "policy"},
     "idpo residual, finer path": FINER,
     "idpo residual, finer path, no guidance": {**FINER, "guidance": 1.0},
-    "idpo residual, finer path, own trajectory, no guidance": {**FINER, "guidance": 1.0, "trajectory": "policy"},
 }
 STARTS = ("base", "sft")
 SHARED = ("steps", "sft_steps", "batch", "lr", "pairs", "split", "pictures")  # arguments that all lines of OUT share

@@ -62,26 +62,6 @@ def strided_ascent(t: Tensor, stride: int) -> Ascent:
     return exact_ascent(t, -(-(t + 1) // stride))
 
 
-def quadratic_ascent(t: Tensor, steps: int, num_train_timesteps: int) -> Ascent:
-    """To exactly t over those of `steps` levels below it that lie at squares of equal fractions of the whole range.
-
-    Finer near the clean image, where a step asks for the noise in an image that has none, and coarser above: with 10
-    levels of 1000 the first are 9, 39, 89, 159. Neighbours are at least 1 apart. The spacing is one of DDIM's
-    (arXiv 2010.02502, appendix D.2). Raises ValueError for a t outside 0 … T − 1, or steps outside 1 … T.
-    """
-    t, T = t.cpu(), num_train_timesteps
-    if bool(((t < 0) | (t >= T)).any()) or not 1 <= steps <= T:
-        raise ValueError(
-            f"inversion needs t in 0 … {T - 1} and between 1 and {T} steps, got t = {t.tolist()}, steps = {steps}"
-        )
-    k = torch.arange(1, steps + 1)
-    grid = torch.maximum(T * k**2 // steps**2, k) - 1
-    taken = (grid < t[:, None]).sum(1) + 1
-    high = torch.minimum(grid, t[:, None])[:, : int(taken.max())]
-    low = torch.cat([high.new_full((len(t), 1), -1), high[:, :-1]], dim=1)
-    return Ascent(low=low, high=high, steps=taken, clean=1.0)
-
-
 def released_ascent(s: NoiseSchedule, t: Tensor, steps: int) -> Ascent:
     """The grid of the released InPO, SmPO and Inversion-DPO: the sampler's own timesteps below t, from ᾱ_0 on.
 

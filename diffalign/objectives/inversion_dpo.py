@@ -18,7 +18,8 @@ Differs from the released code (MIGHTYEZ/Inversion-DPO, train_ddim.py): the poli
 (there, past it, so that gradients are never averaged); every pair has its own prompt (there, the batch's first);
 timesteps are int64 (there, bf16, which hits wrong ones); `grid: exact` starts at the clean image and ends at T − 1
 (there, at ᾱ_0 and at the sampler's first timestep). w_k weighs errors of noise; for v- and sample models it is
-converted, so that it is the same loss.
+converted, so that it is the same loss. The defaults are not the release's settings, which are `form: released`,
+`steps: 80`, `substeps: 1`, `guidance: 2`, `weighting: inverse_alpha`: docs/inversion.md has the measurements.
 
 By hand: released, w = 1, β = 20, S = (.1, 0) → logit = 10·.1 = 1, loss = log(1 + e^−1) = .3133.
 """
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,10 +49,9 @@ from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.objectives.base import positive, reward_metrics
 from diffalign.objectives.draws import normal
-from diffalign.objectives.inpo import Inverter, inversion_valid
+from diffalign.objectives.inpo import Grid, Inverter, inversion_valid
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
 
-Grid = Literal["exact", "released"]
 Form = Literal["residual", "released", "released_flipped"]
 Weighting = Literal["inverse_alpha", "uniform"]
 
@@ -61,13 +61,13 @@ class InversionDPO:
     """Preference optimisation over DDIM-inverted trajectories."""
 
     beta: float = 2000.0  # the released code
-    steps: int = 80  # N, points of the trajectory; the released code
-    guidance: float = 2.0  # of inversion and of both predictions; the released code. 1: half the forwards
+    steps: int = 10  # N, points of the trajectory. The release: 80, with one substep
+    guidance: float = 1.0  # of inversion and of both predictions; 1: half the forwards. The release: 2
     form: Form = "residual"
     trajectory: Inverter = "reference"  # whose inversion; the released code uses the reference's
-    weighting: Weighting = "inverse_alpha"  # w = 1/(2ᾱ), the released code; uniform: 1
+    weighting: Weighting = "uniform"  # w = 1; inverse_alpha: 1/(2ᾱ), the released code
     normalise: bool = False  # divide w by its mean over the grid, which makes β comparable with Diffusion-DPO's
-    substeps: int = 1  # residual: inversion steps within each of the N transitions; 1: the release's inversion
+    substeps: int = 8  # residual: inversion steps within each of the N transitions. 1: the release's inversion
     points_per_step: int | None = None  # of the N points, so many drawn per pair and visit: unbiased for S. null: all
     points_per_forward: int | None = 1  # memory: so many points of each pair in one forward with grad. null: all
     grid: Grid = "exact"  # released: the sampler's timesteps, from ᾱ_0
@@ -80,13 +80,17 @@ class InversionDPO:
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
-        inversion_valid(self.steps, self.grid, get_args(Grid), self.trajectory)
+        inversion_valid(self.steps, self.grid, self.trajectory)
         if self.form not in ("residual", "released", "released_flipped"):
             raise ValueError(f"form = {self.form!r}: allowed are residual, released and released_flipped")
         if self.weighting not in ("inverse_alpha", "uniform"):
             raise ValueError(f"weighting = {self.weighting!r}: allowed are inverse_alpha and uniform")
+        if self.normalise and self.weighting == "uniform":
+            raise ValueError(
+                "normalise = True: with weighting: uniform every w = 1 already; set inverse_alpha"
+            )
         if self.substeps < 1 or (self.substeps > 1 and self.form != "residual"):
-            raise ValueError(f"substeps = {self.substeps}: allowed are 1 and, with form: residual, more")
+            raise ValueError(f"substeps = {self.substeps}: allowed are 1 and, with form: residual alone, more")
         if self.points_per_step is not None and not 1 <= self.points_per_step <= self.steps:
             raise ValueError(f"points_per_step = {self.points_per_step}: allowed are 1 … steps = {self.steps}, or null")
         if self.points_per_forward is not None and self.points_per_forward < 1:

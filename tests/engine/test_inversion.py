@@ -22,7 +22,6 @@ from diffalign.engine.inversion import (
     ascend,
     exact_ascent,
     merged,
-    quadratic_ascent,
     released_ascent,
     strided_ascent,
     transition_target,
@@ -57,24 +56,6 @@ def test_the_implied_noise_of_a_known_noise_is_that_noise_at_every_t() -> None:
     found = s.implied_noise(x0, xt, EVERY_T)
     torch.testing.assert_close(found, noise, rtol=0, atol=1e-9)
     torch.testing.assert_close(mean_square(found), torch.ones(1000, dtype=torch.float64), rtol=0, atol=1e-9)
-    for steps in (1, 10, 200):
-        xt = arrive(s, lambda x, t, rows: noise[rows], x0, quadratic_ascent(EVERY_T, steps, 1000))
-        torch.testing.assert_close(s.implied_noise(x0, xt, EVERY_T), noise, rtol=0, atol=1e-9)
-
-
-def test_quadratic_levels_are_fine_near_the_image_and_end_at_t() -> None:
-    found = quadratic_ascent(torch.tensor([999, 250, 9, 0]), 10, 1000)
-    assert found.high[0].tolist() == [9, 39, 89, 159, 249, 359, 489, 639, 809, 999]
-    assert found.steps.tolist() == [10, 6, 1, 1]
-    assert found.high[1, :6].tolist() == [9, 39, 89, 159, 249, 250]
-    for steps in (1, 7, 31, 32, 45, 300, 999, 1000):  # also where squares alone would fall together
-        ascent = quadratic_ascent(torch.tensor([999]), steps, 1000)
-        assert int(ascent.steps) == steps
-        assert ascent.high[0, -1] == 999
-        assert torch.equal(ascent.low[0, 1:], ascent.high[0, :-1])
-        assert bool((ascent.high - ascent.low > 0).all())
-    with pytest.raises(ValueError, match="between 1 and 1000 steps"):
-        quadratic_ascent(torch.tensor([5]), 1001, 1000)
 
 
 def test_the_released_grid_gets_the_noise_level_wrong() -> None:

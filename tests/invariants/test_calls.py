@@ -128,7 +128,7 @@ def test_kept_trajectories_leave_no_inversion_in_the_step(
 ) -> None:
     """The first run inverts every pair once; neither its steps nor another run of another seed does so again."""
     settings = {
-        "objective": {"name": "inversion_dpo", "steps": 3, "substeps": 2, "points_per_step": 2, "normalise": True},
+        "objective": {"name": "inversion_dpo", "steps": 3, "substeps": 2, "points_per_step": 2, "guidance": 2.0},
         "data.cache_dir": str(tmp_path / "cache"),
         "data.cache_trajectories": True,
         "tuning.method": "full",

@@ -36,7 +36,7 @@ OBJECTIVES = {
     "dpo": {"name": "dpo", "beta": 500.0},
     "inpo": {"name": "inpo", "beta": 500.0, "steps": 4},
     # guided, and its points backpropagated one at a time: all but the last without synchronising
-    "inversion_dpo": {"name": "inversion_dpo", "beta": 500.0, "steps": 3, "substeps": 2, "normalise": True},
+    "inversion_dpo": {"name": "inversion_dpo", "beta": 500.0, "steps": 3, "substeps": 2, "guidance": 2.0},
     "seppo": {"name": "seppo", "beta": 500.0, "flip": "none"},  # a flip would turn rounding at D = 0 into a sign
 }
 # two iterations of one step; the second has the first one's policy as reference, written by the main process

@@ -108,7 +108,14 @@ def test_inversion_dpo(golden: dict, i: int) -> None:
     expected = torch.cat([tensor(case, "chosen_inverted"), tensor(case, "rejected_inverted")])
     torch.testing.assert_close(end, expected, rtol=0, atol=1e-9)
 
-    released = InversionDPO(beta=case["beta"], steps=case["steps"], guidance=1.0, form="released", grid="released")
+    released = InversionDPO(
+        beta=case["beta"],
+        steps=case["steps"],
+        form="released",
+        grid="released",
+        weighting="inverse_alpha",
+        substeps=1,
+    )
     score = released.score(measure(models, released.probe(batch, models)))
     assert float(score.logit.mean()) == pytest.approx(case["inside"], abs=1e-9)
     assert float(score.loss.mean()) == pytest.approx(case["loss"], abs=1e-9)

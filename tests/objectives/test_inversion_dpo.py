@@ -16,7 +16,7 @@ from diffalign.models.networks import Networks
 from diffalign.models.reference import make_reference
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.records import Conditioning, Evidence, PairBatch, Probe, Transitions
-from tests.objectives.test_inversion_objectives import OBJECTIVES, Retold, Spy
+from tests.objectives.test_inversion_objectives import OBJECTIVES, Retold, Spy, as_released
 from tests.toy import ToyModels, toy_batch, toy_models
 
 
@@ -25,14 +25,14 @@ def test_inversion_dpo_by_hand() -> None:
     d = torch.tensor([[[0.1, 0.05]], [[0.0, 0.0]]], dtype=torch.float64)
     evidence = Evidence(d, torch.zeros_like(d), weight=torch.tensor([[1.0, 2.0]], dtype=torch.float64))
     for form, logit in (("released", 1.0), ("released_flipped", -1.0), ("residual", -1.0)):
-        score = InversionDPO(beta=20.0, form=form).score(evidence)
+        score = as_released(beta=20.0, form=form).score(evidence)
         assert float(score.logit) == pytest.approx(logit)
         assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-logit)))
 
 
 def test_points_drawn_are_unbiased_for_the_sum() -> None:
     """Over all visits the mean of the drawn points' errors is the mean over the grid, and every pair draws its own."""
-    every, some = InversionDPO(steps=12), InversionDPO(steps=12, points_per_step=3)
+    every, some = as_released(steps=12), as_released(steps=12, points_per_step=3)
     keys = torch.arange(4000)
     assert every.visited(keys)[7].tolist() == list(range(12))
     points = some.visited(keys)
@@ -45,8 +45,8 @@ def test_points_drawn_are_unbiased_for_the_sum() -> None:
 
 def test_some_points_are_those_of_the_whole_trajectory() -> None:
     models, batch = toy_models(apart=0.1), toy_batch(3)
-    whole = InversionDPO(steps=8).probe(batch, models)
-    objective = InversionDPO(steps=8, points_per_step=3)
+    whole = as_released(steps=8).probe(batch, models)
+    objective = as_released(steps=8, points_per_step=3)
     probe, points = objective.probe(batch, models), objective.visited(batch.keys)
     for pair in range(3):
         torch.testing.assert_close(probe.xt[:, pair], whole.xt[:, pair, points[pair]])
@@ -57,8 +57,8 @@ def test_some_points_are_those_of_the_whole_trajectory() -> None:
 
 def test_released_deviation_is_measured_at_the_cleaner_latent_and_residual_at_the_noisier() -> None:
     models, batch = toy_models(apart=0.1), toy_batch(2)
-    released = InversionDPO(steps=5, form="released").probe(batch, models)
-    residual = InversionDPO(steps=5).probe(batch, models)
+    released = as_released(steps=5, form="released").probe(batch, models)
+    residual = as_released(steps=5).probe(batch, models)
     assert torch.equal(released.xt[:, :, 0], batch.latents)
     torch.testing.assert_close(residual.xt[:, :, :-1], released.xt[:, :, 1:])
     assert torch.equal(residual.t, released.t)
@@ -70,18 +70,18 @@ def test_released_deviation_is_measured_at_the_cleaner_latent_and_residual_at_th
 def test_weights_and_their_normalisation() -> None:
     models, batch = toy_models(), toy_batch(2)
     alpha_bar = models.schedule.alphas_cumprod[[199, 399, 599, 799, 999]]
-    plain = InversionDPO(steps=5).probe(batch, models).weight
+    plain = as_released(steps=5).probe(batch, models).weight
     torch.testing.assert_close(plain[0], 1 / (2 * alpha_bar))
-    normalised = InversionDPO(steps=5, normalise=True, points_per_step=2).probe(batch, models)
+    normalised = as_released(steps=5, normalise=True, points_per_step=2).probe(batch, models)
     mean = (1 / (2 * alpha_bar)).mean()
     torch.testing.assert_close(normalised.weight, 1 / (2 * models.schedule.alpha_bar(normalised.t)) / mean)
-    assert InversionDPO(steps=5, weighting="uniform").probe(batch, models).weight is None
+    assert as_released(steps=5, weighting="uniform").probe(batch, models).weight is None
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("form", ["residual", "released"])
 def test_inversion_dpo_is_the_same_loss_for_every_prediction_type(prediction_type: str, form: str) -> None:
-    batch, objective = toy_batch(3), InversionDPO(beta=50.0, steps=6, form=form)
+    batch, objective = toy_batch(3), as_released(beta=50.0, steps=6, form=form)
     toy = toy_models(apart=0.02)
     other = Retold(toy, prediction_type)
     expected = objective.score(measure(toy, objective.probe(batch, toy)))
@@ -99,9 +99,9 @@ def cost(objective: InversionDPO, pairs: int = 4) -> dict[str, int]:
 def test_inversion_dpo_costs_its_trajectory_and_each_point_twice() -> None:
     """Two images: N of the reference to invert, N for its errors (residual), 2N of the policy in two passes."""
     n = 2 * 4 * 6
-    assert cost(InversionDPO(steps=6, guidance=1.0)) == {"policy": 2 * n, "reference": 2 * n}
-    assert cost(InversionDPO(steps=6, guidance=2.0)) == {"policy": 4 * n, "reference": 4 * n}
-    direct = InversionDPO(steps=6, guidance=1.0, points_per_forward=None)
+    assert cost(as_released(steps=6, guidance=1.0)) == {"policy": 2 * n, "reference": 2 * n}
+    assert cost(as_released(steps=6, guidance=2.0)) == {"policy": 4 * n, "reference": 4 * n}
+    direct = as_released(steps=6, guidance=1.0, points_per_forward=None)
     assert cost(direct) == {"policy": n, "reference": 2 * n}
     assert cost(replace(direct, substeps=3)) == {"policy": n, "reference": 3 * n + n}
     assert cost(replace(direct, form="released")) == {"policy": n, "reference": n}
@@ -109,7 +109,7 @@ def test_inversion_dpo_costs_its_trajectory_and_each_point_twice() -> None:
 
 
 def test_drawn_points_cost_no_step_beyond_the_last() -> None:
-    objective = InversionDPO(steps=6, guidance=1.0, points_per_step=1)
+    objective = as_released(steps=6, guidance=1.0, points_per_step=1)
     last = objective.visited(toy_batch(4).keys).max(1).values + 1
     assert cost(objective) == {"policy": 2 * 4, "reference": 2 * int(last.sum()) + 2 * 4}
 
@@ -138,9 +138,9 @@ def peak_saved(objective: InversionDPO, models: Models | None = None, batch: Pai
 
 @pytest.mark.parametrize("form", ["residual", "released"])
 def test_eighty_points_take_the_memory_of_eight(form: str) -> None:
-    many, few = (peak_saved(InversionDPO(steps=n, form=form)) for n in (80, 8))
+    many, few = (peak_saved(as_released(steps=n, form=form)) for n in (80, 8))
     assert many <= 1.05 * few
-    assert peak_saved(InversionDPO(steps=80, form=form, points_per_forward=None)) > 5 * many
+    assert peak_saved(as_released(steps=80, form=form, points_per_forward=None)) > 5 * many
 
 
 def test_eighty_points_of_a_unet_take_the_memory_of_eight(tiny_sd: Path) -> None:
@@ -153,7 +153,7 @@ def test_eighty_points_of_a_unet_take_the_memory_of_eight(tiny_sd: Path) -> None
     text, null = (Conditioning(torch.randn(1, 1, 4, dim, generator=g).expand(2, -1, -1, -1)) for _ in range(2))
     latents = torch.randn(2, 1, 4, 8, 8, generator=g)
     batch = PairBatch(latents, text, torch.tensor([1]), uncond=null)
-    many, few = (peak_saved(InversionDPO(steps=n), models, batch) for n in (80, 8))
+    many, few = (peak_saved(as_released(steps=n), models, batch) for n in (80, 8))
     assert few > 0
     assert many <= 1.05 * few
 
@@ -173,20 +173,20 @@ def test_two_passes_give_the_direct_gradient(name: str) -> None:
 
 
 def test_inversion_dpo_needs_a_null_prompt_to_guide_and_finite_weights() -> None:
-    assert InversionDPO().needs_uncond
-    assert not InversionDPO(guidance=1.0).needs_uncond
+    assert InversionDPO(guidance=2.0).needs_uncond
+    assert not as_released(guidance=1.0).needs_uncond
     with pytest.raises(ValueError, match=r"PairBatch\.uncond"):
-        InversionDPO().probe(replace(toy_batch(), uncond=None), toy_models())
+        as_released().probe(replace(toy_batch(), uncond=None), toy_models())
     with pytest.raises(ValueError, match="weighting: uniform"):
-        InversionDPO(guidance=1.0).probe(toy_batch(), toy_models(rescale_betas_zero_snr=True))
+        as_released(guidance=1.0).probe(toy_batch(), toy_models(rescale_betas_zero_snr=True))
     velocity = toy_models(rescale_betas_zero_snr=True, prediction_type="v_prediction", apart=0.05)
-    objective = InversionDPO(guidance=1.0, steps=5)
+    objective = as_released(guidance=1.0, steps=5)
     score = objective.score(measure(velocity, objective.probe(toy_batch(), velocity)))
     assert bool(torch.isfinite(score.loss).all())
 
 
 def test_probe_type_of_points() -> None:
-    probe: Probe = InversionDPO(steps=4, guidance=1.0).probe(toy_batch(2), toy_models())
+    probe: Probe = as_released(steps=4, guidance=1.0).probe(toy_batch(2), toy_models())
     assert probe.points == 4
     assert probe.xt.shape == (2, 2, 4, 4, 6, 6)
 
@@ -195,7 +195,7 @@ def gradient_norms(settings: list[tuple[int, int]]) -> Tensor:
     """Of the residual form at the reference, for some (steps, substeps)."""
     norms = []
     for steps, substeps in settings:
-        objective = InversionDPO(steps=steps, substeps=substeps, guidance=1.0, weighting="uniform")
+        objective = as_released(steps=steps, substeps=substeps, guidance=1.0, weighting="uniform")
         models = toy_models()
         probe = replace(objective.probe(toy_batch(2), models), points_per_forward=8)
         measure_and_backward(models, probe, objective.score)
@@ -250,13 +250,13 @@ def test_recorded_transitions_give_the_same_probe_without_inverting(name: str, p
 
 def test_recorded_released_forms_start_at_exactly_log_2() -> None:
     """Their target is asked for as the policy is, so that not even rounding tells the two apart."""
-    objective, models = InversionDPO(steps=6, form="released"), toy_models(torch.float32)
+    objective, models = as_released(steps=6, form="released"), toy_models(torch.float32)
     probe = objective.probe(recorded(objective, toy_batch(3, torch.float32), models), models)
     _, score = measure_and_backward(models, probe, objective.score)
     assert score.loss.tolist() == [float(torch.tensor(2.0).log())] * 3
 
 
 def test_only_the_references_trajectories_can_be_kept() -> None:
-    assert InversionDPO(trajectory="policy").recording is None
-    settings = InversionDPO(steps=10, substeps=8, guidance=1.0).recording
+    assert as_released(trajectory="policy").recording is None
+    settings = as_released(steps=10, substeps=8, guidance=1.0).recording
     assert settings == {"steps": 10, "substeps": 8, "guidance": 1.0, "grid": "exact"}

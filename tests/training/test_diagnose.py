@@ -17,7 +17,7 @@ from diffalign.training.diagnose import QUARTERS, _Sums, diagnose, table
 from diffalign.training.setup import Run, build, make_accelerator
 
 MakeConfig = Callable[..., Config]
-RESIDUAL = {"name": "inversion_dpo", "steps": 4, "guidance": 1.0, "weighting": "uniform"}
+RESIDUAL = {"name": "inversion_dpo", "steps": 4, "substeps": 1}
 
 
 def built(config: Config) -> Run:
