@@ -86,9 +86,7 @@ class InversionDPO:
         if self.weighting not in ("inverse_alpha", "uniform"):
             raise ValueError(f"weighting = {self.weighting!r}: allowed are inverse_alpha and uniform")
         if self.normalise and self.weighting == "uniform":
-            raise ValueError(
-                "normalise = True: with weighting: uniform every w = 1 already; set inverse_alpha"
-            )
+            raise ValueError("normalise = True: with weighting: uniform every w = 1 already; set inverse_alpha")
         if self.substeps < 1 or (self.substeps > 1 and self.form != "residual"):
             raise ValueError(f"substeps = {self.substeps}: allowed are 1 and, with form: residual alone, more")
         if self.points_per_step is not None and not 1 <= self.points_per_step <= self.steps:

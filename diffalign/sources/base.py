@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffalign.objectives.base import positive
 from diffalign.records import PairBatch
 
 if TYPE_CHECKING:
@@ -103,3 +104,37 @@ class Settings(Protocol):
     def small(self) -> Settings:
         """The same source at the least cost, for a look at the machinery (`diffalign check`)."""
         ...
+
+
+class CandidateSettings(Protocol):
+    """What `best_of` and `online_pairs` have in common; see there."""
+
+    @property
+    def scorer(self) -> str: ...
+    @property
+    def prompts_per_round(self) -> int: ...
+    @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def sampling_steps(self) -> int: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def generation_batch_size(self) -> int: ...
+    @property
+    def keep_rounds(self) -> bool: ...
+
+
+def candidates_valid(settings: CandidateSettings) -> None:
+    """Raises ValueError for settings with which nothing can be sampled or compared."""
+    at_least("samples_per_prompt", settings.samples_per_prompt, 2)
+    at_least("prompts_per_round", settings.prompts_per_round, 1)
+    at_least("sampling_steps", settings.sampling_steps, 1)
+    at_least("generation_batch_size", settings.generation_batch_size, 1)
+    positive("guidance_scale", settings.guidance_scale)
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises ValueError for a count below what makes sense."""
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}")

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from diffalign.objectives.base import positive
-from diffalign.sources.base import Context, Settings, Source
+from torch import Tensor
+
+from diffalign.sources.base import Context, Settings, Source, candidates_valid
 
 
 @dataclass(frozen=True)
@@ -35,52 +36,18 @@ class BestOf:
     own_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        at_least("samples_per_prompt", self.samples_per_prompt, 2)
-        at_least("prompts_per_round", self.prompts_per_round, 1)
-        at_least("sampling_steps", self.sampling_steps, 1)
-        at_least("generation_batch_size", self.generation_batch_size, 1)
-        positive("guidance_scale", self.guidance_scale)
+        candidates_valid(self)
 
     def build(self, context: Context) -> Source:
         """The source of a run, with its scorer loaded."""
-        from diffalign.rewards import load_scorer
-        from diffalign.sources.candidates import chosen_records, sample_candidates
-        from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
+        from diffalign.sources.candidates import Candidates, from_candidates
 
-        judge = load_scorer(self.scorer, str(context.device))
-
-        def roll(number: int, places: list[Place]) -> Rollout:
-            found = sample_candidates(
-                context,
-                source.text,
-                judge,
-                places,
-                samples_per_prompt=self.samples_per_prompt,
-                steps=self.sampling_steps,
-                guidance_scale=self.guidance_scale,
-                batch_size=self.generation_batch_size,
-                title=f"round {number}",
-            )
-            best = found.scores.argmax(1, keepdim=True)
-            records = chosen_records(context, found, list(range(len(places))), best)
+        def best(found: Candidates) -> tuple[list[int], Tensor, dict[str, Tensor]]:
             metrics = {"rollout/score": found.scores.flatten(), "rollout/score_best": found.scores.amax(1)}
-            return Rollout(records, metrics)
+            return list(range(len(found.places))), found.scores.argmax(1, keepdim=True), metrics
 
-        source = RoundPairs(
-            context,
-            key=fingerprint(context, self),
-            roll=roll,
-            prompts_per_round=self.prompts_per_round,
-            keep_rounds=self.keep_rounds,
-        )
-        return source
+        return from_candidates(context, self, best)
 
     def small(self) -> Settings:
         """Two samples of one prompt a round."""
         return replace(self, prompts_per_round=1, samples_per_prompt=2, generation_batch_size=1)
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    """Raises ValueError for a count below what makes sense."""
-    if value < least:
-        raise ValueError(f"{name} = {value}: must be at least {least}")

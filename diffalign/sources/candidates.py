@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffalign.data.images import pictures
-from diffalign.rewards import Scorer
-from diffalign.sources.base import Context, SourceError
+from diffalign.rewards import Scorer, load_scorer
+from diffalign.sources.base import CandidateSettings, Context, SourceError
 from diffalign.sources.rounds import Records
 from diffalign.sources.sampling import Text, sample_latents, sampled_geometry
-from diffalign.sources.stream import Place
+from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,38 @@ def chosen_records(context: Context, found: Candidates, rows: list[int], picks: 
         seeds=found.seeds[at[:, None], picks],
         scores=found.scores[at[:, None], picks],
     )
+
+
+Pick = Callable[[Candidates], tuple[list[int], Tensor, dict[str, Tensor]]]
+
+
+def from_candidates(context: Context, settings: CandidateSettings, pick: Pick) -> RoundPairs:
+    """A source whose rounds are K scored pictures of each prompt, of which some are kept.
+
+    pick: the candidates -> the rows kept, the picks "row side" of each (chosen first), and metrics.
+    """
+    judge = load_scorer(settings.scorer, str(context.device))
+
+    def roll(number: int, places: list[Place]) -> Rollout:
+        found = sample_candidates(
+            context,
+            source.text,
+            judge,
+            places,
+            samples_per_prompt=settings.samples_per_prompt,
+            steps=settings.sampling_steps,
+            guidance_scale=settings.guidance_scale,
+            batch_size=settings.generation_batch_size,
+            title=f"round {number}",
+        )
+        rows, picks, metrics = pick(found)
+        return Rollout(chosen_records(context, found, rows, picks), metrics)
+
+    source = RoundPairs(
+        context,
+        key=fingerprint(context, settings),
+        roll=roll,
+        prompts_per_round=settings.prompts_per_round,
+        keep_rounds=settings.keep_rounds,
+    )
+    return source

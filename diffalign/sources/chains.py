@@ -8,6 +8,7 @@ scored in one call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,17 +21,39 @@ from diffalign.objectives.draws import initial_noise, integers, normal, pair_key
 from diffalign.rewards import Scorer
 from diffalign.rewards.base import takes_timestep
 from diffalign.sources.base import Context, SourceError
-from diffalign.sources.branching import Verdict, branching_chain, branchings, chain_levels
-from diffalign.sources.rollout import BranchingRollout
+from diffalign.sources.branching import Rule, Verdict, branching_chain, branchings, chain_levels
 from diffalign.sources.rounds import Records, join
 from diffalign.sources.sampling import guidance_conditioning, sampled_geometry
 from diffalign.sources.stream import Place, Rollout
 
 
+class ChainSettings(Protocol):
+    """What chains need of `rollout`'s settings; see there."""
+
+    @property
+    def rule(self) -> Rule: ...
+    @property
+    def num_candidates(self) -> int: ...
+    @property
+    def inner_steps(self) -> int: ...
+    @property
+    def sampling_steps(self) -> int: ...
+    @property
+    def plain_steps(self) -> int: ...
+    @property
+    def eta(self) -> float: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def generation_batch_size(self) -> int: ...
+
+
 class Chains:
     """The chains of one process."""
 
-    def __init__(self, settings: BranchingRollout, context: Context, judge: Scorer) -> None:
+    def __init__(self, settings: ChainSettings, context: Context, judge: Scorer) -> None:
         """Raises SourceError for prompt dropout, and for a schedule whose chain ends before its first branching."""
         self.settings, self.context, self.judge = settings, context, judge
         self.text = TextMemo(context.encoder)

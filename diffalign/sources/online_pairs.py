@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from diffalign.objectives.base import positive
-from diffalign.sources.base import Context, Settings, Source
-from diffalign.sources.best_of import at_least
+from diffalign.sources.base import Context, Settings, Source, candidates_valid
 
 
 @dataclass(frozen=True)
@@ -39,50 +38,23 @@ class OnlinePairs:
     own_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        at_least("samples_per_prompt", self.samples_per_prompt, 2)
-        at_least("prompts_per_round", self.prompts_per_round, 1)
-        at_least("sampling_steps", self.sampling_steps, 1)
-        at_least("generation_batch_size", self.generation_batch_size, 1)
-        positive("guidance_scale", self.guidance_scale)
+        candidates_valid(self)
         if not 0 <= self.min_gap < float("inf"):
             raise ValueError(f"min_gap = {self.min_gap}: must be a finite number, at least 0")
 
     def build(self, context: Context) -> Source:
         """The source of a run, with its scorer loaded."""
-        from diffalign.rewards import load_scorer
-        from diffalign.sources.candidates import chosen_records, sample_candidates
-        from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
+        from diffalign.sources.candidates import Candidates, from_candidates
 
-        judge = load_scorer(self.scorer, str(context.device))
-
-        def roll(number: int, places: list[Place]) -> Rollout:
-            found = sample_candidates(
-                context,
-                source.text,
-                judge,
-                places,
-                samples_per_prompt=self.samples_per_prompt,
-                steps=self.sampling_steps,
-                guidance_scale=self.guidance_scale,
-                batch_size=self.generation_batch_size,
-                title=f"round {number}",
-            )
+        def best_and_worst(found: Candidates) -> tuple[list[int], Tensor, dict[str, Tensor]]:
             best, worst = found.scores.max(1), found.scores.min(1)
             gap = best.values - worst.values
             valid = gap > self.min_gap
             sides = torch.stack([best.indices, worst.indices], dim=1)
-            records = chosen_records(context, found, valid.nonzero().flatten().tolist(), sides[valid])
             metrics = {"rollout/score": found.scores.flatten(), "rollout/gap": gap, "rollout/valid": valid.float()}
-            return Rollout(records, metrics)
+            return valid.nonzero().flatten().tolist(), sides[valid], metrics
 
-        source = RoundPairs(
-            context,
-            key=fingerprint(context, self),
-            roll=roll,
-            prompts_per_round=self.prompts_per_round,
-            keep_rounds=self.keep_rounds,
-        )
-        return source
+        return from_candidates(context, self, best_and_worst)
 
     def small(self) -> Settings:
         """Two samples of one prompt a round."""

@@ -17,8 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from diffalign.sources.base import Context, Settings, Source
-from diffalign.sources.best_of import at_least
+from diffalign.sources.base import Context, Settings, Source, at_least
 from diffalign.sources.branching import Rule
 
 

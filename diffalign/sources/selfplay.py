@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffalign.objectives.base import positive
 from diffalign.objectives.draws import generator, pair_key
-from diffalign.sources.base import Context, Settings, Source, SourceError
-from diffalign.sources.best_of import at_least
+from diffalign.sources.base import Context, Settings, Source, SourceError, at_least
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -32,7 +32,6 @@ from diffalign.rewards.step_aware import WEIGHTS_FILE, WEIGHTS_FOLDER, save_step
 from diffalign.rewards.step_aware_clip import step_aware_pixels
 from diffalign.training.checkpoint import (
     CheckpointError,
-    checkpoints,
     find_checkpoint,
     load_state,
     save_checkpoint,
@@ -42,7 +41,7 @@ from diffalign.training.loop import TrainingError, clear_output, has_final_weigh
 from diffalign.training.metrics import QUARTERS, JsonLines, Meter
 from diffalign.training.preference_batch import half_made
 from diffalign.training.preference_setup import PreferenceRun, build_preference_run, describe, with_one_pair
-from diffalign.training.run import claim, record, report_rows
+from diffalign.training.run import claim, interrupted, record, report_rows
 from diffalign.training.setup import make_accelerator, open_table
 
 log = logging.getLogger(__name__)
@@ -72,9 +71,7 @@ def run_preference_training(config: PreferenceModelConfig) -> dict[str, float]:
     try:
         values = train(run, start)
     except KeyboardInterrupt:
-        there = checkpoints(output_dir)
-        hint = f"training.resume_from_checkpoint=latest goes on from {there[-1].name}" if there else "nothing was saved"
-        raise TrainingError(f"interrupted; {hint}") from None
+        raise interrupted(output_dir) from None
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:

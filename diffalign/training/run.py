@@ -50,13 +50,7 @@ def run_training(config: Config, on_validation: OnStep | None = None) -> dict[st
     try:
         values = train(run, start, on_validation if config.validation.prompts else None)
     except KeyboardInterrupt:
-        there = checkpoints(output_dir)
-        hint = (
-            "training.resume_from_checkpoint=latest goes on from " + there[-1].name
-            if there
-            else "nothing was saved yet"
-        )
-        raise TrainingError(f"interrupted; {hint}") from None
+        raise interrupted(output_dir) from None
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
@@ -72,6 +66,13 @@ def report_rows(table: PairTable, path: str) -> None:
         log.warning("row left out: %s", problem)
     if len(left_out) > NAMED:
         log.warning("… and %d more rows; `diffalign data check` names them all", len(left_out) - NAMED)
+
+
+def interrupted(output_dir: Path) -> TrainingError:
+    """What to say of a run that its user stopped."""
+    there = checkpoints(output_dir)
+    hint = f"training.resume_from_checkpoint=latest goes on from {there[-1].name}" if there else "nothing was saved yet"
+    return TrainingError(f"interrupted; {hint}")
 
 
 def claim(config: AnyConfig, output_dir: Path) -> None:
