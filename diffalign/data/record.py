@@ -64,18 +64,15 @@ def record_trajectories(
     sweep(folder)
     names = [shard_name(i) for i in range(-(-cache.pairs // per_shard))]
     _require_room(folder, sum(not (folder / name).exists() for name in names) * per_shard * pair_bytes)
-    own = names[process::processes]
-    ranges = {name: _pairs_of(names.index(name), per_shard, cache.pairs) for name in own}
-    with tqdm(
-        total=sum(map(len, ranges.values())), desc="trajectories", unit=" pairs", delay=3.0, mininterval=1.0
-    ) as bar:
-        for name, missing in in_own_order(folder, own):
+    own = {names[i]: _pairs_of(i, per_shard, cache.pairs) for i in range(process, len(names), processes)}
+    with tqdm(total=sum(map(len, own.values())), desc="trajectories", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
+        for name, missing in in_own_order(folder, list(own)):
             if missing:
-                x = torch.zeros(len(ranges[name]), variants, 2, levels, *shape)
+                x = torch.zeros(len(own[name]), variants, 2, levels, *shape)
                 for variant in range(variants):
-                    _record_shard(source, cache, ranges[name], variant, record, x[:, variant], batch_size)
+                    _record_shard(source, cache, own[name], variant, record, x[:, variant], batch_size)
                 write_shard(folder, name, {"x": x}, {})
-            bar.update(len(ranges[name]))
+            bar.update(len(own[name]))
     return folder, per_shard
 
 
