@@ -82,8 +82,8 @@ def measure_and_backward(
     chunks = point_chunks(probe, points_per_forward)
     with torch.no_grad():
         evidence = Evidence(
-            reference=_joined_errors(models.reference, chunks) if probe.needs_reference else None,
-            policy=_joined_errors(models.policy, chunks),
+            reference=joined_errors(models.reference, chunks) if probe.needs_reference else None,
+            policy=joined_errors(models.policy, chunks),
             t=probe.t,
             weight=probe.weight,
         )
@@ -140,7 +140,7 @@ def _reference_errors(models: Models, probe: Probe) -> Tensor | None:
         return errors(models.reference, probe)
 
 
-def _joined_errors(network: Network, chunks: list[Probe]) -> Tensor:
+def joined_errors(network: Network, chunks: list[Probe]) -> Tensor:
     """The errors of the chunks as those of the probe they were cut from."""
     return torch.cat([errors(network, chunk) for chunk in chunks], dim=-1)
 

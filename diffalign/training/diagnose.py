@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.engine.measure import Network, errors, point_chunks, predictions
+from diffalign.engine.measure import errors, joined_errors, point_chunks
 from diffalign.objectives import DiffusionDPO, Objective
 from diffalign.objectives.draws import pair_key
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe
@@ -116,10 +116,10 @@ class _Sums:
         size = probe.points_per_forward or probe.points or 1
         chunks = [probe] if probe.points is None else point_chunks(probe, size)
         with torch.no_grad():
-            policy = _errors(networks.policy, probe)
+            policy = joined_errors(networks.policy, chunks)
             # a run that has no reference starts where DPO's would be: at the policy's own errors
             frozen = networks.policy if self.run.reference_kind == "none" else networks.reference
-            reference = _errors(frozen, probe) if probe.needs_reference else None
+            reference = joined_errors(frozen, chunks) if probe.needs_reference else None
         leaf = policy.requires_grad_()
         evidence = Evidence(leaf, reference, probe.t, probe.weight)
         (slope,) = torch.autograd.grad(objective.score(evidence).loss.mean(), leaf)
@@ -149,10 +149,6 @@ class _Sums:
             for name, value in (("error", error), ("square", square), ("count", torch.ones_like(error))):
                 total = torch.where(inside, value, 0).double().flatten(1).sum(1).cpu()
                 self._totals[name][: len(total), q] += total
-
-
-def _errors(network: Network, probe: Probe) -> Tensor:
-    return ((predictions(network, probe) - probe.target) ** 2).mean((-3, -2, -1))
 
 
 def _cosine(a: Tensor, b: Tensor) -> float | None:

@@ -43,10 +43,8 @@ def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: E
     if config.source is not None:
         return partial(_own_pairs, config, accelerator, table, encoder, resolution)
     pairs = cast("PairTable", table)
-    make, content = (
-        _source_maker(config, accelerator, pairs, encoder),
-        _content(config, accelerator, pairs, encoder, resolution),
-    )
+    make = _source_maker(config, accelerator, pairs, encoder)
+    content = _content(config, accelerator, pairs, encoder, resolution)
     if not (isinstance(content, PairCache) and config.data.cache_trajectories):
         return lambda networks, unet, former: make(content)
     fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
