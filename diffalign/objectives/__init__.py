@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from diffalign.objectives.base import Objective
 from diffalign.objectives.cdpo import ConservativeDPO
+from diffalign.objectives.diffusion_dro import DiffusionDRO
 from diffalign.objectives.dpo import DiffusionDPO
+from diffalign.objectives.dso_dro import DSODRO
+from diffalign.objectives.f_dpo import FDPO
 from diffalign.objectives.inpo import InPO
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
+from diffalign.objectives.kto import KTO
 from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.robust_dpo import RobustDPO
 from diffalign.objectives.seppo import SePPO
@@ -24,6 +28,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
         IPO,
         ConservativeDPO,
         RobustDPO,
+        FDPO,
+        KTO,
+        DSODRO,
+        DiffusionDRO,
         InPO,
         SmPO,
         InversionDPO,
@@ -33,12 +41,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 __all__ = [
+    "DSODRO",
+    "FDPO",
     "IPO",
+    "KTO",
     "OBJECTIVES",
     "SFT",
     "SPO",
     "ConservativeDPO",
     "DiffusionDPO",
+    "DiffusionDRO",
     "InPO",
     "InversionDPO",
     "MaPO",

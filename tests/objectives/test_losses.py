@@ -143,13 +143,21 @@ def test_bounded_likelihood_gradient() -> None:
 
 @pytest.mark.parametrize("name", AGAINST_REFERENCE)
 def test_equal_weights_start(name: str) -> None:
-    """At the reference: log 2 to the last bit (IPO: its own constant), and a gradient that is not zero."""
+    """At the reference: log 2 to the last bit (or the objective's own start), and a gradient that is not zero."""
     objective, models = OBJECTIVES[name](), toy_models(torch.float32)
-    score = objective.score(measure(models, objective.probe(toy_batch(4, torch.float32), models)))
+    seen = measure(models, objective.probe(toy_batch(4, torch.float32), models))
+    score = objective.score(seen)
+    own = {
+        "ipo": lambda: (torch.full((4,), 1 / (2 * objective.tau))) ** 2,
+        "kto": lambda: torch.full((4,), (objective.lambda_desirable + objective.lambda_undesirable) / 4),
+        "dso_dro": lambda: seen.policy[0] - seen.policy[1],
+        "diffusion_dro": lambda: torch.full((4,), objective.margin),
+    }
+    expected = own[name]() if name in own else torch.full((4,), 2.0).log()
     if name == "ipo":
-        assert score.loss.tolist() == pytest.approx([(1 / (2 * objective.tau)) ** 2] * 4, rel=1e-6)
+        torch.testing.assert_close(score.loss, expected, rtol=1e-6, atol=0)
     else:
-        assert score.loss.tolist() == [float(torch.tensor(2.0).log())] * 4
+        assert torch.equal(score.loss, expected)
     assert score.logit.tolist() == [0.0] * 4
     score.loss.mean().backward()
     assert sum(float(p.grad.abs().sum()) for p in models.net.parameters()) > 0

@@ -1,0 +1,83 @@
+"""Diffusion-KTO (Li et al., arXiv 2404.04465): each image is good or bad by itself, and its utility saturates.
+
+    L = mean over both images of  λ_y · (1 − σ( y · β · (g − kl) )),   g = E_reference − E_policy
+    y = +1 for the chosen image, −1 for the rejected one
+    kl = max(0, mean of g over the pair's two images), without gradient
+
+A very good image and a very bad one have little slope, so that no single image is chased for ever. A policy equal to
+its reference scores (λ_desirable + λ_undesirable)/4, not log 2.
+
+Differs from the released code (jacklishufan/diffusion-kto): there the images of a batch are drawn by themselves, 80 %
+of them desirable, each has its own t and ε, and kl is the mean over the batch of all processes. Here both images of a
+pair are used and share t and ε; λ_desirable 1.6 and λ_undesirable 0.4 weigh them as that share of 80 % does. A mean
+over the batch would make the loss of a pair depend on its company and on the number of processes, so kl is what the
+released code computes for a batch of these two images. It has the same mean before it is clipped at 0, and more
+variance. Where it is above 0 the pair is compared as DPO compares it: g^c − kl = (g^c − g^r)/2 = −(g^r − kl).
+`reference_point: zero` sets kl = 0: no image then depends on another at all.
+
+By hand: E_policy = (.4, .6), E_reference = (.5, .5), β = 10 → g = (.1, −.1), kl = 0, both arguments of σ are 1,
+loss = 1 − σ(1) = .2689. E_policy = (.3, .5): g = (.2, 0), kl = .1, the arguments are 1 and 1 again: the same loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.engine.measure import Models
+from diffalign.objectives.base import positive, reward_metrics, shared_noise
+from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+
+REFERENCE_POINTS = ("pair", "zero")
+
+
+@dataclass(frozen=True)
+class KTO:
+    """Saturating utility of each image against a reference, without comparing the two."""
+
+    beta: float = 1000.0  # errors are means over c·h·w; the released code's default
+    lambda_desirable: float = 1.0  # weight of chosen images; the released code's lambda_d_kto
+    lambda_undesirable: float = 1.0  # weight of rejected images; the released code's lambda_u_kto
+    reference_point: Literal["pair", "zero"] = "pair"  # kl: from the pair's own errors, or none
+
+    name: ClassVar[str] = "kto"
+    paper: ClassVar[str] = (
+        "Li et al., Aligning Diffusion Models by Optimizing Human Utility (Diffusion-KTO), arXiv 2404.04465"
+    )
+    needs_reference: ClassVar[bool] = True
+    needs_uncond: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        positive("beta", self.beta)
+        positive("lambda_desirable", self.lambda_desirable)
+        positive("lambda_undesirable", self.lambda_undesirable)
+        if self.reference_point not in REFERENCE_POINTS:
+            raise ValueError(f"reference_point = {self.reference_point!r}; allowed: {', '.join(REFERENCE_POINTS)}")
+
+    def probe(self, batch: PairBatch, models: Models) -> Probe:
+        """One shared (t, ε) for each pair."""
+        return shared_noise(batch, models.schedule)
+
+    def score(self, evidence: Evidence) -> Score:
+        """Mean of the two images' losses; the logit is the difference of their rewards β·g, for the metrics."""
+        g = -evidence.margin
+        kl = self._reference_point(g.detach())
+        chosen, rejected = self.beta * (g[CHOSEN] - kl), -self.beta * (g[REJECTED] - kl)
+        # 1 − σ(z) = σ(−z), which keeps its digits for large z
+        desirable = self.lambda_desirable * torch.sigmoid(-chosen)
+        undesirable = self.lambda_undesirable * torch.sigmoid(-rejected)
+        reward = self.beta * g
+        return Score(
+            loss=(desirable + undesirable) / 2,
+            logit=reward[CHOSEN] - reward[REJECTED],
+            metrics={**reward_metrics(reward[CHOSEN], reward[REJECTED]), "reference_point": self.beta * kl},
+        )
+
+    def _reference_point(self, g: Tensor) -> Tensor:
+        """kl of each pair."""
+        if self.reference_point == "zero":
+            return torch.zeros_like(g[CHOSEN])
+        return g.mean(0).clamp(min=0)
