@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
 from diffalign.cli_data import data, data_arguments
+from diffalign.cli_list import list_all, list_arguments
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -74,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
     data_arguments(command("data", data, "look at pairs, or write the embedded world's"))
 
-    sub = command("list", _list, "objectives, sources, configs and scorers that come with the package")
-    sub.add_argument("what", nargs="?", choices=("objectives", "sources", "configs", "scorers"), help="only these")
+    list_arguments(command("list", list_all, "objectives, sources, configs and scorers that come with the package"))
 
     sub = command("demo", _demo, "tune the embedded world's model and measure what it gained")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
@@ -208,32 +208,6 @@ def _encode(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
-
-
-def _list(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from diffalign.config import packaged_configs
-    from diffalign.objectives import OBJECTIVES
-    from diffalign.rewards import scorer_names
-    from diffalign.sources import SOURCES
-
-    if args.what in (None, "objectives"):
-        print("objectives")
-        for name, cls in OBJECTIVES.items():
-            settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-            print(f"  {name:<12} {cls.paper}\n  {'':<12} {settings or 'no settings'}")
-    if args.what in (None, "sources"):
-        print("sources")
-        for name, source in SOURCES.items():
-            print(f"  {name:<12} {source.paper}; from {source.data}")
-    if args.what in (None, "configs"):
-        print("configs")
-        for path, purpose in packaged_configs():
-            print(f"  {path}\n      {purpose}")
-    if args.what in (None, "scorers"):
-        print("scorers")
-        print("  " + ", ".join(scorer_names()))
 
 
 def _demo(args: argparse.Namespace) -> None:

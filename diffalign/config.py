@@ -310,6 +310,16 @@ def packaged_configs() -> list[tuple[Path, str]]:
     return []
 
 
+def configs_by_objective() -> dict[str, list[str]]:
+    """The packaged configs of each objective, e.g. world/dpo.yaml; those of preference models have none."""
+    found: dict[str, list[str]] = {}
+    for path, _ in packaged_configs():
+        node = yaml.safe_load(path.read_text()).get("objective")
+        if node is not None:
+            found.setdefault(node["name"], []).append(f"{path.parent.name}/{path.name}")
+    return found
+
+
 def packaged_config(name: str) -> Path:
     """The packaged config called e.g. world/dpo.yaml. Raises ConfigError where it is not installed."""
     for file, _ in packaged_configs():

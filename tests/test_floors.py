@@ -34,7 +34,7 @@ FLOORS = {
     "cli": 7,
 }
 # `data` has a file of its own for its options; the demo is a list of commands, and a command itself
-SAME_ROOM = {"__main__": "cli", "cli_data": "cli", "demo": "cli", "config_text": "config"}
+SAME_ROOM = {"__main__": "cli", "cli_data": "cli", "cli_list": "cli", "demo": "cli", "config_text": "config"}
 
 # Where a package may be imported: a room, or one file of it.
 ONLY_IN = {

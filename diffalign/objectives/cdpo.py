@@ -27,7 +27,9 @@ class ConservativeDPO:
     label_smoothing: float = 0.1  # ε, the share of labels believed to be wrong
 
     name: ClassVar[str] = "cdpo"
-    paper: ClassVar[str] = "Mitchell, A note on DPO with noisy preferences & relationship to IPO, 2023"
+    paper: ClassVar[str] = (
+        "Mitchell, A note on DPO with noisy preferences & relationship to IPO, 2023, https://ericmitchell.ai/cdpo.pdf"
+    )
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
 
