@@ -105,6 +105,9 @@ class PairBatch:
     uncond: Conditioning | None = None  # the null prompt, only for objectives that guide
     scores: Tensor | None = None  # "side pair", CPU: a scorer's value of each image, where the data have it
     transitions: Transitions | None = None  # where the source recorded how the images came about
+    weight: Tensor | None = None  # [pair], what the pair's loss is multiplied by; None: 1
+    margin: Tensor | None = None  # [pair], subtracted from the logit; None: 0
+    mask: Tensor | None = None  # "pair h w" in [-1, 1], how much each place of the latents counts; None: 1
     ids: tuple[str, ...] = field(default=())  # for messages only
 
     @property
@@ -121,6 +124,9 @@ class PairBatch:
             uncond=None if self.uncond is None else self.uncond.select(slice(None), pairs),
             scores=None if self.scores is None else self.scores[:, pairs],
             transitions=None if self.transitions is None else self.transitions.select(pairs),
+            weight=None if self.weight is None else self.weight[pairs],
+            margin=None if self.margin is None else self.margin[pairs],
+            mask=None if self.mask is None else self.mask[pairs],
             ids=self.ids[pairs],
         )
 
@@ -132,6 +138,9 @@ class PairBatch:
             cond=self.cond.to(device),
             uncond=None if self.uncond is None else self.uncond.to(device),
             transitions=None if self.transitions is None else self.transitions.to(device),
+            weight=None if self.weight is None else _move(self.weight, device),
+            margin=None if self.margin is None else _move(self.margin, device),
+            mask=None if self.mask is None else _move(self.mask, device),
         )
 
 
@@ -152,6 +161,9 @@ class Probe:
     guidance: float = 1.0  # classifier-free guidance scale of both predictions; 1 = one conditional call
     uncond: Conditioning | None = None  # required when guidance != 1
     points_per_forward: int | None = None  # so many points of each pair in one forward with grad; None = all
+    mask: Tensor | None = None  # "pair h w", what squared errors are multiplied by; the batch's, as the next two
+    pair_weight: Tensor | None = None  # [pair], passed on to Evidence
+    pair_margin: Tensor | None = None  # [pair], passed on to Evidence
 
     @property
     def points(self) -> int | None:
@@ -167,6 +179,8 @@ class Evidence:
     reference: Tensor | None = None  # same shape, no grad; None for objectives without a reference
     t: Tensor | None = None  # int64 "pair [point]"
     weight: Tensor | None = None  # "pair [point]", the probe's
+    pair_weight: Tensor | None = None  # [pair], what the loss is going to be multiplied by
+    pair_margin: Tensor | None = None  # [pair], to be subtracted from the logit
 
     @property
     def margin(self) -> Tensor:

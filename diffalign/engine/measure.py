@@ -12,6 +12,9 @@ everywhere, so tune with dropout 0.
 
 Where the sides of a probe share x_t and all conditioning (the side axis of each is an expanded view), a network is
 asked once for both, and its answer is compared with both targets.
+
+What the data say of a pair acts here, so that no objective needs to know: its mask multiplies the squared errors
+before their mean, and its weight the loss.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ def measure(models: Models, probe: Probe) -> Evidence:
         policy=errors(models.policy, probe),
         t=probe.t,
         weight=probe.weight,
+        pair_weight=probe.pair_weight,
+        pair_margin=probe.pair_margin,
     )
 
 
@@ -67,7 +72,7 @@ def measure_and_backward(
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Evidence, Score]:
-    """Measures, scores and backpropagates scale · mean(loss); evidence and score come back without graph.
+    """Measures, scores, weighs and backpropagates scale · mean(loss); evidence and score come back without graph.
 
     A probe with more points than its `points_per_forward` goes in two passes, any other the direct way. `no_sync`
     suppresses gradient reduction of a wrapped module and is entered for every backward but the last.
@@ -75,7 +80,7 @@ def measure_and_backward(
     points, points_per_forward = probe.points, probe.points_per_forward
     if points is None or points_per_forward is None or points_per_forward >= points:
         evidence = measure(models, probe)
-        scored = score(evidence)
+        scored = weighed(score(evidence), evidence)
         backward(scored.loss.mean() * scale)
         return _detached(evidence), _detached_score(scored)
 
@@ -86,9 +91,11 @@ def measure_and_backward(
             policy=joined_errors(models.policy, chunks),
             t=probe.t,
             weight=probe.weight,
+            pair_weight=probe.pair_weight,
+            pair_margin=probe.pair_margin,
         )
     leaf = evidence.policy.requires_grad_()
-    scored = score(replace(evidence, policy=leaf))
+    scored = weighed(score(replace(evidence, policy=leaf)), evidence)
     (slope,) = torch.autograd.grad(scored.loss.mean() * scale, leaf)
     for i, (chunk, g) in enumerate(zip(chunks, slope.split(points_per_forward, dim=-1), strict=True)):
         with nullcontext() if i == len(chunks) - 1 else no_sync():
@@ -96,10 +103,24 @@ def measure_and_backward(
     return _detached(evidence), _detached_score(scored)
 
 
+def weighed(score: Score, evidence: Evidence) -> Score:
+    """The score with each pair's loss multiplied by its weight, where the data have weights."""
+    if evidence.pair_weight is None:
+        return score
+    return replace(score, loss=score.loss * evidence.pair_weight.to(score.loss))
+
+
 def errors(network: Network, probe: Probe) -> Tensor:
-    """Mean over c, h, w of the squared difference from the target: "side pair [point]", float32 or better."""
+    """Mean over c, h, w of the squared difference from the target: "side pair [point]", float32 or better.
+
+    With a mask, the mean of the squared difference times the mask; it is not divided by the mask's sum.
+    """
     prediction = _predict(network, _asked_once(probe))
-    return ((prediction - probe.target) ** 2).mean(dim=(-3, -2, -1))
+    square = (prediction - probe.target) ** 2
+    if probe.mask is not None:
+        places = probe.mask.to(square)[:, None]  # "pair c h w", all channels alike
+        square = square * (places if probe.points is None else places[:, None])
+    return square.mean(dim=(-3, -2, -1))
 
 
 def _asked_once(probe: Probe) -> Probe:

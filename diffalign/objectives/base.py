@@ -2,10 +2,16 @@
 
 An objective is a frozen dataclass whose fields are its hyper-parameters. It has two methods and no base class:
 `probe` says where the networks are asked and what they should answer, `score` is the paper's equation.
+
+A pair may carry a weight, a margin and a mask (`PairBatch`). The engine sees to weights and masks. An objective whose
+loss is made of log σ(logit) says `takes_margin = True` and takes the logit `less_margin`. One that compares the sides
+by a plain difference, so that a mask of −1 is the pair with its sides swapped, says `takes_signs = True`.
+`require_terms` refuses the rest.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -91,6 +97,39 @@ def shared_noise(
         cond=_sides(batch.cond, sides),
         needs_reference=needs_reference,
     )
+
+
+def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
+    """The objective's probe, without grad, with what the data say of each pair: weight, margin and mask.
+
+    Raises ValueError for a margin where the objective has no use for one, or a mask that is not of the latents' size.
+    """
+    require_terms(objective, margin=batch.margin is not None, signs=False)
+    places = (batch.pairs, *batch.latents.shape[-2:])
+    if batch.mask is not None and tuple(batch.mask.shape) != places:
+        raise ValueError(f"a mask of shape {tuple(batch.mask.shape)}: these latents need (pair, h, w) = {places}")
+    with torch.no_grad():
+        probe = objective.probe(batch, models)
+    return replace(probe, mask=batch.mask, pair_weight=batch.weight, pair_margin=batch.margin)
+
+
+def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:
+    """Raises ValueError where pairs have margins, or masks below 0, and the objective can do nothing with them."""
+    if margin and not getattr(objective, "takes_margin", False):
+        raise ValueError(
+            f"the data have a margin for each pair, and {objective.name} has no log σ(logit) to subtract it from: "
+            "remove or rename the column, or use an objective that has, e.g. dpo"
+        )
+    if signs and not getattr(objective, "takes_signs", False):
+        raise ValueError(
+            f"a mask below 0 swaps the sides of a part of the picture, and {objective.name} does not compare the sides "
+            "by a plain difference: use masks in [0, 1], or an objective that does, e.g. dpo"
+        )
+
+
+def less_margin(logit: Tensor, evidence: Evidence) -> Tensor:
+    """The logit minus each pair's margin, where the data have margins."""
+    return logit if evidence.pair_margin is None else logit - evidence.pair_margin.to(logit)
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

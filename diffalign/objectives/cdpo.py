@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, noise_rate, positive, shared_noise
+from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
 
@@ -32,6 +32,8 @@ class ConservativeDPO:
     )
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -44,5 +46,5 @@ class ConservativeDPO:
     def score(self, evidence: Evidence) -> Score:
         """Cross-entropy against labels (1−ε, ε)."""
         h, metrics = dpo_logit(evidence, self.beta)
-        e = self.label_smoothing
-        return Score(loss=-logsigmoid(h) + e * h, logit=h, metrics=metrics)
+        e, x = self.label_smoothing, less_margin(h, evidence)
+        return Score(loss=-logsigmoid(x) + e * x, logit=h, metrics=metrics)

@@ -43,6 +43,7 @@ class DiffusionDRO:
     )
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("margin", self.margin)

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive, shared_noise, timesteps_valid
+from diffalign.objectives.base import dpo_logit, less_margin, positive, shared_noise, timesteps_valid
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
 
@@ -35,6 +35,8 @@ class DiffusionDPO:
     paper: ClassVar[str] = "Wallace et al., Diffusion Model Alignment Using DPO, arXiv 2311.12908"
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -47,4 +49,4 @@ class DiffusionDPO:
     def score(self, evidence: Evidence) -> Score:
         """−log σ of the logit."""
         logit, metrics = dpo_logit(evidence, self.beta)
-        return Score(loss=-logsigmoid(logit), logit=logit, metrics=metrics)
+        return Score(loss=-logsigmoid(less_margin(logit, evidence)), logit=logit, metrics=metrics)

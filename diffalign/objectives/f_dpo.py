@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import positive, reward_metrics, shared_noise
+from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 LINKS = ("reverse_kl", "forward_kl", "js", "alpha")
@@ -55,6 +55,7 @@ class FDPO:
     )
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -77,7 +78,11 @@ class FDPO:
         """−log σ of the difference of the linked log-ratios; p·g is the implicit reward."""
         reward = self._reward(-(self.beta / 2) * evidence.margin)
         logit = reward[CHOSEN] - reward[REJECTED]
-        return Score(loss=-logsigmoid(logit), logit=logit, metrics=reward_metrics(reward[CHOSEN], reward[REJECTED]))
+        return Score(
+            loss=-logsigmoid(less_margin(logit, evidence)),
+            logit=logit,
+            metrics=reward_metrics(reward[CHOSEN], reward[REJECTED]),
+        )
 
     def _reward(self, h: Tensor) -> Tensor:
         """p · g(h / p)."""

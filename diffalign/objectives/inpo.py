@@ -37,7 +37,7 @@ from diffalign.engine.inversion import (
 from diffalign.engine.measure import Models
 from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule, spread
-from diffalign.objectives.base import dpo_logit, positive
+from diffalign.objectives.base import dpo_logit, less_margin, positive
 from diffalign.objectives.draws import integers, normal
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
@@ -61,6 +61,8 @@ class InPO:
     )
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -79,7 +81,7 @@ class InPO:
     def score(self, evidence: Evidence) -> Score:
         """−log σ of Diffusion-DPO's logit."""
         logit, metrics = dpo_logit(evidence, self.beta)
-        return Score(loss=-logsigmoid(logit), logit=logit, metrics=metrics)
+        return Score(loss=-logsigmoid(less_margin(logit, evidence)), logit=logit, metrics=metrics)
 
     def _added(self, batch: PairBatch, s: NoiseSchedule, ascent: Ascent) -> Tensor:
         """What is added after each step, "step (side pair) c h w"; a draw for each step, so that t changes none."""

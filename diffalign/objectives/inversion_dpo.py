@@ -47,7 +47,7 @@ from diffalign.engine.inversion import (
 from diffalign.engine.measure import Models, predictions
 from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.objectives.base import positive, reward_metrics
+from diffalign.objectives.base import less_margin, positive, reward_metrics
 from diffalign.objectives.draws import normal
 from diffalign.objectives.inpo import Grid, Inverter, inversion_valid
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
@@ -77,6 +77,8 @@ class InversionDPO:
         "Li et al., Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models, arXiv 2507.11554"
     )
     needs_reference: ClassVar[bool] = True
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -172,7 +174,11 @@ class InversionDPO:
         sign = 1 if self.form == "released" else -1
         reward = sign * (self.beta / 2) * errors.reshape(*errors.shape[:2], -1).mean(-1)
         logit = reward[CHOSEN] - reward[REJECTED]
-        return Score(loss=-logsigmoid(logit), logit=logit, metrics=reward_metrics(reward[CHOSEN], reward[REJECTED]))
+        return Score(
+            loss=-logsigmoid(less_margin(logit, evidence)),
+            logit=logit,
+            metrics=reward_metrics(reward[CHOSEN], reward[REJECTED]),
+        )
 
     def _follow(self, batch: PairBatch, models: Models) -> tuple[Transitions, Tensor | None]:
         """The transitions that this visit asks at, and the reference's answers at their clean ends.

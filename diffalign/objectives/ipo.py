@@ -30,6 +30,7 @@ class IPO:
     )
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import positive, reward_metrics, shared_noise
+from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 SERIES_BELOW = 1e-3  # the next term of the series is −x⁴/720: below float64's precision there
@@ -43,6 +43,7 @@ class MaPO:
     )
     needs_reference: ClassVar[bool] = False
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -57,7 +58,7 @@ class MaPO:
         """The chosen side's error and the margin term."""
         reward = self.num_train_timesteps * bounded_likelihood(self.snr * evidence.policy)
         logit = reward[CHOSEN] - reward[REJECTED]
-        margin_loss = -logsigmoid(logit)
+        margin_loss = -logsigmoid(less_margin(logit, evidence))
         return Score(
             loss=evidence.policy[CHOSEN] + self.beta * margin_loss,
             logit=logit,

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, noise_rate, positive, shared_noise
+from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
 
@@ -30,6 +30,8 @@ class RobustDPO:
     paper: ClassVar[str] = "Chowdhury et al., Provably Robust DPO, arXiv 2403.00409"
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -42,5 +44,5 @@ class RobustDPO:
     def score(self, evidence: Evidence) -> Score:
         """The loss whose mean over flipped labels is the clean one."""
         h, metrics = dpo_logit(evidence, self.beta)
-        e = self.label_smoothing
-        return Score(loss=-logsigmoid(h) - e * h / (1 - 2 * e), logit=h, metrics=metrics)
+        e, x = self.label_smoothing, less_margin(h, evidence)
+        return Score(loss=-logsigmoid(x) - e * x / (1 - 2 * e), logit=h, metrics=metrics)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import positive, reward_metrics, shared_noise
+from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 FLIPS = ("anchor", "indicator", "none")
@@ -45,6 +45,7 @@ class SePPO:
     paper: ClassVar[str] = "Zhang et al., SePPO: Semi-Policy Preference Optimization, arXiv 2410.05255"
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -61,7 +62,7 @@ class SePPO:
         f = self._factor(evidence.margin[CHOSEN].detach())
         logit = reward[CHOSEN] - f * reward[REJECTED]
         metrics = {**reward_metrics(reward[CHOSEN], reward[REJECTED]), "flip_rate": (f < 1).float()}
-        return Score(loss=-logsigmoid(logit), logit=logit, metrics=metrics)
+        return Score(loss=-logsigmoid(less_margin(logit, evidence)), logit=logit, metrics=metrics)
 
     def _factor(self, chosen: Tensor) -> Tensor:
         """f from D^c."""

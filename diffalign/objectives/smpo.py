@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.engine.inversion import FixedPoint, Refinement, ReNoise
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive
+from diffalign.objectives.base import dpo_logit, less_margin, positive
 from diffalign.objectives.draws import integers
 from diffalign.objectives.inpo import Grid, Inverter, ascent_to, inversion_valid, inverted
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
@@ -51,6 +51,8 @@ class SmPO:
     paper: ClassVar[str] = "Lu et al., Smoothed Preference Optimization via ReNoise Inversion, arXiv 2506.02698"
     needs_reference: ClassVar[bool] = True
     needs_uncond: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -82,7 +84,7 @@ class SmPO:
         logit, metrics = dpo_logit(evidence, self.beta)
         weight = evidence.weight.to(logit, non_blocking=True)
         return Score(
-            loss=-logsigmoid(weight * logit),
+            loss=-logsigmoid(less_margin(weight * logit, evidence)),
             logit=weight * logit,
             metrics={**metrics, "preference_weight": weight},
         )

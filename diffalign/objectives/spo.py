@@ -35,7 +35,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.engine import ddim
 from diffalign.engine.measure import Models
 from diffalign.engine.schedule import spread
-from diffalign.objectives.base import positive, reward_metrics
+from diffalign.objectives.base import less_margin, positive, reward_metrics
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
@@ -54,6 +54,8 @@ class SPO:
         "Optimization, arXiv 2406.04314"
     )
     needs_reference: ClassVar[bool] = True
+    takes_margin: ClassVar[bool] = True
+    takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -108,4 +110,4 @@ class SPO:
         logit = reward[CHOSEN] - reward[REJECTED]
         metrics = reward_metrics(reward[CHOSEN], reward[REJECTED])
         metrics |= {"clip_rate": clipped.detach(), "weight": weight}
-        return Score(loss=-logsigmoid(logit), logit=logit, metrics=metrics)
+        return Score(loss=-logsigmoid(less_margin(logit, evidence)), logit=logit, metrics=metrics)

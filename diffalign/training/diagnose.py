@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.engine.measure import errors, joined_errors, point_chunks
+from diffalign.engine.measure import errors, joined_errors, point_chunks, weighed
 from diffalign.objectives import DiffusionDPO, Objective
+from diffalign.objectives.base import ask
 from diffalign.objectives.draws import pair_key
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe
 from diffalign.training.metrics import QUARTERS
@@ -110,8 +111,7 @@ class _Sums:
     def add(self, objective: Objective, batch: PairBatch) -> None:
         """One micro-batch. A loss depends on the errors alone, so its slope there sorts the gradient by timestep."""
         networks, parameters = self.run.networks, self.run.parameters
-        with torch.no_grad():
-            probe = objective.probe(batch, networks)
+        probe = ask(objective, batch, networks)
         quarter = (probe.t * QUARTERS // networks.schedule.num_train_timesteps).expand(probe.xt.shape[:-3])
         size = probe.points_per_forward or probe.points or 1
         chunks = [probe] if probe.points is None else point_chunks(probe, size)
@@ -121,8 +121,8 @@ class _Sums:
             frozen = networks.policy if self.run.reference_kind == "none" else networks.reference
             reference = joined_errors(frozen, chunks) if probe.needs_reference else None
         leaf = policy.requires_grad_()
-        evidence = Evidence(leaf, reference, probe.t, probe.weight)
-        (slope,) = torch.autograd.grad(objective.score(evidence).loss.mean(), leaf)
+        evidence = Evidence(leaf, reference, probe.t, probe.weight, probe.pair_weight, probe.pair_margin)
+        (slope,) = torch.autograd.grad(weighed(objective.score(evidence), evidence).loss.mean(), leaf)
         for q in range(QUARTERS):
             inside = (quarter == q).to(slope.device)
             if not bool(inside.any()):

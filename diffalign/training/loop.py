@@ -2,7 +2,7 @@
 
     for every optimiser step
         for every micro-batch                      gradients are averaged over processes at the last one only
-            probe    = objective.probe(batch)
+            probe    = objective.probe(batch), and the batch's own weights, margins and masks
             evidence = errors of reference and policy at the probe
             loss     = mean of objective.score(evidence), divided by the number of micro-batches, backpropagated
         clip, step, schedule, EMA
@@ -29,6 +29,7 @@ from diffalign.config import save_config
 from diffalign.engine.measure import measure_and_backward
 from diffalign.models.lora import LORA_FILE
 from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
+from diffalign.objectives.base import ask
 from diffalign.records import PairBatch
 from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.checkpoint import (
@@ -108,8 +109,7 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
         batch = next(batches).to(accelerator.device)
         last = micro == training.gradient_accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            with torch.no_grad():
-                probe = run.objective.probe(batch, run.networks)
+            probe = ask(run.objective, batch, run.networks)
             evidence, score = measure_and_backward(
                 run.networks,
                 probe,

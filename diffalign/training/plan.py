@@ -119,8 +119,11 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
 def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
     """The first pair; on a CPU only a corner of its latents, because this is a look at the machinery."""
     one = batch.select(slice(0, 1))
-    latents = one.latents if full else one.latents[..., :TINY_LATENT, :TINY_LATENT]
-    return replace(one, latents=latents.contiguous())
+    if full:
+        return replace(one, latents=one.latents.contiguous())
+    corner = (..., slice(TINY_LATENT), slice(TINY_LATENT))
+    mask = None if one.mask is None else one.mask[corner]
+    return replace(one, latents=one.latents[corner].contiguous(), mask=mask)
 
 
 def _memory(run: Run, activations: float, casts: int) -> str:
