@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffalign.data.images import flips
 from diffalign.data.loading import sample_latents
 from diffalign.data.rows import DataError, ImageError
 from diffalign.data.shards import MANIFEST, OpenShards
 from diffalign.data.table import PairTable
+from diffalign.objectives.draws import pair_key
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -187,6 +189,12 @@ class PairCache:
         embeds, pooled = self.null_text() if prompt is None else self.text(index)
         tensors = {"latents": latents, "geometry": geometry, "prompt_embeds": embeds}
         return tensors if pooled is None else tensors | {"pooled": pooled}
+
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        """Whether the variant for this draw was mirrored."""
+        if not self.key.random_flip:
+            return False
+        return flips(pair_key(int(self.key.run_seed or 0), name, draw % int(self.key.variants or 1)))
 
     def moments(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
         """Moments float32 [2 2c h w] and geometry int64 [2 6] of a pair's variant for this draw."""

@@ -84,6 +84,9 @@ class Report:
             + (f" ({self.examined_rows} examined)" if self.examined_rows < self.total_rows else ""),
             f"usable pairs  {self.usable}" + (f" (of them {self.ties} ties)" if self.ties else ""),
         ]
+        if self.table.terms:
+            named = ", ".join(f"{part} (column {column})" for part, column in self.table.layout.terms.items())
+            lines.append(f"pair terms    {named}")
         lines += self._problem_lines()
         if self.size_range:
             smallest, middle, largest = self.size_range

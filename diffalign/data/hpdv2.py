@@ -1,7 +1,7 @@
 """HPDv2's json: several images of one prompt with a preference (train.json) or a ranking (test.json) of them.
 
-Every ordered pair of images of an entry becomes a row. Image paths are relative to the json file or to the
-folder beside it that has its name (train.json and train/).
+Every ordered pair of images of an entry becomes a row, with the entry's weight, margin and mask where it has them.
+Image paths are relative to the json file or to the folder beside it that has its name (train.json and train/).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from diffalign.data.columns import ListColumns
 from diffalign.data.rows import DataError
+from diffalign.data.terms import TERMS
 
 IMAGES = ("image_path", "file_path")
 NEEDED = "prompt, image_path, and human_preference (1 = preferred) or rank (1 = best)"
@@ -65,6 +66,7 @@ def _row(entry: dict[str, Any], first: int, second: int, file: Path) -> dict[str
         "prompt": entry["prompt"],
         "image_0": _beside(paths[first], file),
         "image_1": _beside(paths[second], file),
+        **{part: entry[part] for part in TERMS if part in entry},
     }
     if "human_preference" in entry:
         a, b = entry["human_preference"][first], entry["human_preference"][second]

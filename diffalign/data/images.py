@@ -30,9 +30,21 @@ def prepare_pair(
     """
     keys = torch.tensor([key], dtype=torch.int64)
     position = 0.5 if center_crop else float(uniform(keys, "crop"))
-    flip = random_flip and float(uniform(keys, "flip")) < 0.5
+    flip = random_flip and flips(key)
     sides = [prepare(_opened(ref), resolution, position, flip) for ref in (row.chosen, row.rejected)]
     return torch.stack([pixels for pixels, _ in sides]), torch.tensor([box for _, box in sides])
+
+
+def flips(key: int) -> bool:
+    """Whether the pair is mirrored at this visit, where `random_flip` is on."""
+    return float(uniform(torch.tensor([key], dtype=torch.int64), "flip")) < 0.5
+
+
+def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(width, height) once the shorter side has been brought to `resolution`."""
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(length * scale)) for length in size)
+    return width, height
 
 
 def _opened(ref: ImageRef) -> Image.Image:
@@ -46,8 +58,7 @@ def prepare(
 ) -> tuple[Tensor, tuple[int, int, int, int, int, int]]:
     """One side: pixels float32 [3 h w] and its geometry. `position` in [0, 1] along the longer axis."""
     width, height = image.size
-    scale = resolution / min(width, height)
-    new_w, new_h = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    new_w, new_h = resized(image.size, resolution)
     if (new_w, new_h) != image.size:
         image = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
     top, left = round((new_h - resolution) * position), round((new_w - resolution) * position)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.images import prepare_pair
+from diffalign.data.images import flips, prepare_pair
 from diffalign.data.rows import DataError, ImageError, Problem
 from diffalign.data.sampler import PairOrder
 from diffalign.data.table import PairTable
+from diffalign.data.terms import on_latents
 from diffalign.objectives.draws import normal, pair_key, uniform
 
 ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mean that the images are gone
@@ -34,6 +35,9 @@ class Loaded:
     prompt_embeds: Tensor | None = None  # "pair tokens dim"
     pooled: Tensor | None = None  # "pair dim"
     scores: Tensor | None = None  # "pair side"
+    weight: Tensor | None = None  # [pair]
+    margin: Tensor | None = None  # [pair]
+    mask: Tensor | None = None  # "pair h w"
     noisy: Tensor | None = None  # "pair side point c h w", with clean, t and t_prev [pair point]: see `Transitions`
     clean: Tensor | None = None
     t: Tensor | None = None
@@ -51,6 +55,9 @@ class Content(Protocol):
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
         """Unbatched fields of `Loaded` for one visit; `prompt` None means the null prompt. Raises ImageError."""
+
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        """Whether the images of the pair called `name` are mirrored at this visit."""
 
 
 class Pixels:
@@ -70,12 +77,26 @@ class Pixels:
         )
         return {"pixels": pixels, "geometry": geometry}
 
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        return self.random_flip and flips(key)
+
 
 class Visits(Dataset[Loaded]):
     """Positions of the order -> micro-batches. Everything drawn here belongs to the pair and the visit."""
 
-    def __init__(self, table: PairTable, content: Content, *, run_seed: int, prompt_dropout: float) -> None:
+    def __init__(
+        self,
+        table: PairTable,
+        content: Content,
+        *,
+        run_seed: int,
+        prompt_dropout: float,
+        latent_side: int | None = None,
+        signed_masks: bool = True,
+    ) -> None:
+        """`latent_side` and `signed_masks` (whether masks may go below 0) matter only where the data have masks."""
         self.table, self.content = table, content
+        self.latent_side, self.signed_masks = latent_side, signed_masks
         self.run_seed, self.prompt_dropout = run_seed, prompt_dropout
         self.order = PairOrder(len(table), run_seed)
 
@@ -90,6 +111,8 @@ class Visits(Dataset[Loaded]):
             prompts=tuple(visit.prompt for visit in visits),
             problems=tuple(problem for visit in visits for problem in visit.problems),
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
+            weight=_column([visit.weight for visit in visits]),
+            margin=_column([visit.margin for visit in visits]),
             **{name: torch.stack([visit.tensors[name] for visit in visits]) for name in names},
         )
 
@@ -115,8 +138,28 @@ class Visits(Dataset[Loaded]):
         keys = torch.tensor([key], dtype=torch.int64)
         dropped = self.prompt_dropout > 0 and float(uniform(keys, "prompt_dropout")) < self.prompt_dropout
         tensors = self.content.load(index, key, draw, None if dropped else prompt)
+        mask = self._mask(index, name, key, draw, tensors["geometry"])
+        if mask is not None:
+            tensors = {**tensors, "mask": mask}
+        numbers = (self.table.number(part, index) for part in ("weight", "margin"))
         scores = self.table.scores(index)
-        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems)
+        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems, *numbers)
+
+    def _mask(self, index: int, name: str, key: int, draw: int, geometry: Tensor) -> Tensor | None:
+        """The pair's mask on the latents as they are cropped and flipped at this visit."""
+        grid = self.table.mask(index)
+        if grid is None or self.latent_side is None:
+            return None
+        where = self.table.where(index)
+        if not self.signed_masks and bool((grid < 0).any()):
+            raise DataError(f"{where}: its mask goes below 0, which this run's objective has no use for")
+        return on_latents(grid, geometry, flip=self.content.flip(name, key, draw), side=self.latent_side, where=where)
+
+
+def _column(values: list[float | None]) -> Tensor | None:
+    """Float32 [pair], or None where the data have no such column."""
+    there = [value for value in values if value is not None]
+    return torch.tensor(there, dtype=torch.float32) if there else None
 
 
 @dataclass(frozen=True)
@@ -129,6 +172,8 @@ class Visit:
     tensors: dict[str, Tensor]
     scores: tuple[float, float] | None
     problems: tuple[Problem, ...]
+    weight: float | None = None
+    margin: float | None = None
 
 
 def substitute(pair_id: str, attempt: int, n: int) -> int:

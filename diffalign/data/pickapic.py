@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.data.rows import BAD_LABEL, NO_LABEL, TIE
+from diffalign.data.terms import TERMS
 
 PROMPT = ("caption", "prompt", "original_prompt", "text")
 
@@ -22,6 +23,7 @@ class Layout:
     has_label: str | None = None
     uids: tuple[str, ...] = ()
     scores: tuple[str, str] | None = None
+    terms: Mapping[str, str] = field(default_factory=dict)  # weight, margin, mask -> column
 
 
 # Part -> accepted column names, best first. A part in `OPTIONAL` may be missing.
@@ -36,8 +38,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "uid_1": ("image_1_uid", "uid_1"),
     "score_0": ("score_0",),
     "score_1": ("score_1",),
+    **{part: (part,) for part in TERMS},
 }
-OPTIONAL = frozenset({"label_1", "has_label", "uid_0", "uid_1", "score_0", "score_1"})
+OPTIONAL = frozenset({"label_1", "has_label", "uid_0", "uid_1", "score_0", "score_1", *TERMS})
 
 
 def layout(found: Mapping[str, str]) -> Layout:
@@ -52,6 +55,7 @@ def layout(found: Mapping[str, str]) -> Layout:
         has_label=found.get("has_label"),
         uids=uids if len(uids) == 2 else (),
         scores=(found["score_0"], found["score_1"]) if scored else None,
+        terms={part: found[part] for part in TERMS if part in found},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from diffalign.data.pickapic import PROMPT, Layout
+from diffalign.data.terms import TERMS
 
 PARTS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", *(name for name in PROMPT if name != "prompt")),
@@ -13,8 +14,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "uid": ("uid", "pair_id"),
     "chosen_score": ("chosen_score", "score_chosen"),
     "rejected_score": ("rejected_score", "score_rejected"),
+    **{part: (part,) for part in TERMS},
 }
-OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score"})
+OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *TERMS})
 
 
 def layout(found: Mapping[str, str]) -> Layout:
@@ -26,4 +28,5 @@ def layout(found: Mapping[str, str]) -> Layout:
         (found["chosen"], found["rejected"]),
         uids=(found["uid"],) if "uid" in found else (),
         scores=(found["chosen_score"], found["rejected_score"]) if scored else None,
+        terms={part: found[part] for part in TERMS if part in found},
     )

@@ -48,7 +48,8 @@ def open_pairs(
     keep_ties: keep rows labelled 0.5/0.5 (`PairRow.tie`); without score columns the labels become the scores.
     max_pairs: stop after this many usable pairs.
     invert_preference: swap chosen and rejected.
-    columns: part -> column for data with other names, e.g. {"prompt": "text", "chosen": "winner"}.
+    columns: part -> column for data with other names, e.g. {"prompt": "text", "chosen": "winner"}; an optional part
+        with an empty name is left out although the data have its column, e.g. {"weight": ""}.
     verify: "none" opens no image, "header" reads type and size of each, "full" decodes each.
 
     Raises DataError when the file or folder as a whole cannot be read as pairs.
@@ -89,6 +90,8 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> Lay
     for part, column in columns.items():
         if part not in known:
             raise DataError(f"columns names the part {part!r}; the parts are {', '.join(sorted(known))}")
+        if not column and any(part in _LAYOUTS[name].OPTIONAL for name in wanted):
+            continue
         if column not in stored.names:
             raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
     missing: dict[str, list[str]] = {}
@@ -99,6 +102,7 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> Lay
             present = next((each for each in names if each in stored.names), None)
             if part not in found and present is not None:
                 found[part] = present
+        found = {part: column for part, column in found.items() if column}
         missing[name] = [part for part in parts if part not in found and part not in _LAYOUTS[name].OPTIONAL]
         if not missing[name]:
             return _LAYOUTS[name].layout(found)

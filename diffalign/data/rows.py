@@ -23,6 +23,7 @@ OUTSIDE = "path outside the data folder"
 IDENTICAL = "identical images"
 CORRUPT = "corrupt image"
 TINY = "tiny image"
+BAD_TERM = "bad weight, margin or mask"
 DUPLICATE = "duplicate id"
 
 

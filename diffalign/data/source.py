@@ -44,6 +44,7 @@ class OfflinePairs:
     time_ids: geometry "side pair 6" -> micro-conditioning or None; by default the online encoder's.
     prompt_dropout: share of visits that see the null prompt, both sides alike.
     with_uncond: add the null prompt's conditioning, for objectives that guide.
+    signed_masks: whether masks may go below 0; if not, one that does stops the run with DataError.
     max_unreadable: share of the table's pairs that may turn out unreadable (and be substituted) before
         the run stops with DataError; one pair always may.
 
@@ -65,6 +66,7 @@ class OfflinePairs:
         with_uncond: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
+        signed_masks: bool = True,
         max_unreadable: float = 0.05,
     ) -> None:
         table.require_usable()
@@ -75,11 +77,15 @@ class OfflinePairs:
         self.problems: list[Problem] = []
         self._allowed = max(1, int(max_unreadable * len(table)))
         source: Content
+        side: int | None = None  # of the latents, where masks need it
         if isinstance(content, Online):
             self._encoder: Encoder | None = content.encoder
             self._time_ids = time_ids or content.encoder.time_ids
             source = Pixels(table, content.resolution, center_crop=content.center_crop, random_flip=content.random_flip)
             self._text = text = TextMemo(content.encoder)
+            if "mask" in table.terms:
+                with torch.no_grad():
+                    side = content.encoder.moments(torch.zeros(1, 3, content.resolution, content.resolution)).shape[-1]
             self._null_text = lambda: tuple(x if x is None else x[0] for x in text((NULL_PROMPT,)))
         else:
             cache = content.cache if isinstance(content, Trajectories) else content
@@ -88,9 +94,17 @@ class OfflinePairs:
                     f"the cache {cache.folder} holds {cache.pairs} pairs and the table {len(table)}; "
                     "open both with the same data settings"
                 )
+            side = cache.latent_shape[-1] if "mask" in table.terms else None
             self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
             self._null_text = cache.null_text
-        self._visits = Visits(table, source, run_seed=run_seed, prompt_dropout=prompt_dropout)
+        self._visits = Visits(
+            table,
+            source,
+            run_seed=run_seed,
+            prompt_dropout=prompt_dropout,
+            latent_side=side,
+            signed_masks=signed_masks,
+        )
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
         """Micro-batches of this process from optimiser step `first_step` on, without end.
@@ -140,6 +154,9 @@ class OfflinePairs:
             uncond=self._uncond(len(loaded.ids), time_ids) if self.with_uncond else None,
             scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
             transitions=_transitions(loaded),
+            weight=loaded.weight,
+            margin=loaded.margin,
+            mask=loaded.mask,
             ids=loaded.ids,
         )
 

@@ -15,6 +15,7 @@ from collections import Counter
 from functools import cached_property
 from typing import Any, Literal
 
+from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.data.columns import Columns, image_ref
@@ -33,6 +34,7 @@ from diffalign.data.rows import (
     Problem,
     check_size,
 )
+from diffalign.data.terms import NEUTRAL, read_mask, read_number
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class PairTable:
         self._by_file = array("q")  # indices of the pairs that name them
         self._rows, self._first, self._ties = array("q"), bytearray(), bytearray()
         self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
+        self._numbers = {part: array("d") for part in layout.terms if part in NEUTRAL}  # weight, margin
+        self.negative_masks = False  # whether one below 0 was seen; with verify="none" masks are not looked at
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,11 +95,33 @@ class PairTable:
         values, first = self._scores[index], self._first[index]
         return values[first], values[1 - first]
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Which of weight, margin and mask the data have."""
+        return tuple(self.layout.terms)
+
+    def number(self, part: str, index: int) -> float | None:
+        """A pair's weight or margin; None where the data have none."""
+        return self._numbers[part][index] if part in self._numbers else None
+
+    def mask(self, index: int) -> Tensor | None:
+        """A pair's mask over its whole picture, float64 [H W]; None where the data have none. Raises ImageError."""
+        return self._mask(self._rows[index]) if "mask" in self.layout.terms else None
+
+    def _mask(self, row: int) -> Tensor:
+        (cell,) = self.columns.cells(row, (self.layout.terms["mask"],))
+        return read_mask(cell, self.columns.where(row))
+
     def take_scores(self, scores: list[tuple[float, float]], *, relabel: bool) -> None:
         """Scores of every pair's images in stored order; with `relabel` they also say which is the chosen one.
 
-        Equal or missing scores leave the label as it is.
+        Equal or missing scores leave the label as it is. Raises DataError for relabelling pairs with margins or masks.
         """
+        if relabel and {"margin", "mask"} & self.layout.terms.keys():
+            raise DataError(
+                "margins and masks say how much better the labelled image is, and where: with them the labels must "
+                'stay; set relabel to false, or leave the columns out (columns: {"mask": "", "margin": ""})'
+            )
         self._scores = scores
         for index, (one, two) in enumerate(scores) if relabel else ():
             first = (one < two) ^ self.invert_preference
@@ -188,6 +214,9 @@ class PairTable:
                 continue
             uids = light.uids(row)
             try:
+                numbers = light.numbers(row)
+                if "mask" in self.layout.terms and verify != "none":
+                    self.negative_masks |= bool((self._mask(row) < 0).any())
                 name, sizes, files = self._look(row, prompt, uids, verify)
             except ImageError as error:
                 self._report(row, error.kind, str(error))
@@ -201,6 +230,8 @@ class PairTable:
             if files is not None:
                 self._files.add(*files)
                 self._by_file.append(len(self))
+            for part, value in numbers.items():
+                self._numbers[part].append(value)
             self._rows.append(row)
             self._first.append(first)
             self._ties.append(tie)
@@ -267,6 +298,8 @@ class _Light:
         self._has_label = read(layout.has_label)
         self._uids = [columns.column(name) for name in layout.uids]
         self._scores = [columns.column(name) for name in layout.scores or ()]
+        self._numbers = {part: read(name) for part, name in layout.terms.items() if part in NEUTRAL}
+        self._where = columns.where
 
     def prompt(self, row: int) -> str:
         value = self._prompts[row]
@@ -290,6 +323,10 @@ class _Light:
             return None
         one, two = (_score(column[row]) for column in self._scores)
         return one, two
+
+    def numbers(self, row: int) -> dict[str, float]:
+        """Weight and margin, those of them that the data have. Raises ImageError."""
+        return {part: read_number(column[row], part, self._where(row)) for part, column in self._numbers.items()}
 
 
 def _score(value: Any) -> float:

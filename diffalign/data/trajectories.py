@@ -53,6 +53,10 @@ class Trajectories:
         moves = {"clean": clean, "noisy": noisy, "t": self.levels[points + 1], "t_prev": self.levels[points]}
         return {**tensors, "latents": stored[row, variant, :, 0], **moves}
 
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        """As the encode cache has it."""
+        return self.cache.flip(name, key, draw)
+
 
 def shard_name(number: int) -> str:
     """The file of the shard with this number."""

@@ -65,7 +65,8 @@ def _data(run: Run) -> str:
     data, rows = run.config.data, f"{len(run.table)} usable of {run.table.total_rows} rows"
     if run.config.source is not None:
         return f"{data.path}, {rows}, pairs made by {run.config.source.name} {_settings(run.config.source)}"
-    return f"{data.path}, {rows}, " + (
+    terms = "".join(f", {part} of each pair" for part in getattr(run.table, "terms", ()))
+    return f"{data.path}, {rows}{terms}, " + (
         "encoded at every visit" if data.cache_dir is None else f"cache {data.cache_dir}"
     )
 

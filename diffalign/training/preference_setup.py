@@ -27,7 +27,7 @@ from diffalign.rewards.clip import load_clip
 from diffalign.rewards.step_aware_clip import StepAwareClip
 from diffalign.training.optim import effective_batch, effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.preference_batch import Labels, StepWeights
-from diffalign.training.setup import AUTOCAST, load_run_base, open_table
+from diffalign.training.setup import AUTOCAST, load_run_base, no_terms, open_table
 
 
 @dataclass
@@ -66,6 +66,7 @@ def build_preference_run(
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
     torch.backends.cudnn.allow_tf32 = training.allow_tf32
     table = open_table(config, accelerator, keep_ties=True) if table is None else table
+    no_terms(table, "a preference model learns which picture is better and nothing else")
     clip = load_clip(settings.pretrained_model_name_or_path, settings.tokenizer, str(device))
     judge = None if settings.relabel_with is None else load_scorer(settings.relabel_with, str(device))
     base = load_run_base(config)

@@ -21,6 +21,7 @@ from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
 from diffalign.data.scores import read_scores, use_scores
+from diffalign.data.table import PairTable
 from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
@@ -31,6 +32,7 @@ from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
 from diffalign.models.reference import ReferenceKind, make_reference
 from diffalign.objectives import Objective
+from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
 from diffalign.training.feed import make_feed
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
@@ -93,7 +95,7 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
     if source is not None and source.data == "prompts":
         return open_prompts(data.path, limit=data.max_pairs)
     if source is not None:
-        return open_winners(
+        winners = open_winners(
             data.path,
             format=data.format,
             split=data.split,
@@ -101,6 +103,9 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
             columns=data.columns,
             verify=data.verify,
         )
+        if isinstance(winners, PairTable):
+            no_terms(winners, f"source {source.name} makes its pairs")
+        return winners
     table = open_pairs(
         data.path,
         format=data.format,
@@ -117,6 +122,16 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
     if data.cache_dir is not None:
         _ = table.identity  # may read every image once: done here, before other processes get the table
     return table
+
+
+def no_terms(table: PairTable, why: str) -> None:
+    """Raises DataError for pairs with weights, margins or masks in a run that cannot use them."""
+    if table.terms:
+        left_out = ", ".join(f'{part}: ""' for part in table.terms)
+        raise DataError(
+            f"the data have {', '.join(table.terms)} of each pair, which cannot act here, because {why}: leave them "
+            f"out with data.columns: {{{left_out}}}"
+        )
 
 
 def load_run_base(config: Config | PreferenceModelConfig) -> Base:
@@ -169,6 +184,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
     torch.manual_seed(config.seed)
     table = open_table(config, accelerator) if table is None else table
     objective: Objective = config.objective
+    if isinstance(table, PairTable):
+        require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
     training, device = config.training, accelerator.device
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
     torch.backends.cudnn.allow_tf32 = training.allow_tf32  # torch's own default is True
