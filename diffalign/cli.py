@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
+from diffalign.cli_arena import arena, arena_arguments
 from diffalign.cli_data import data, data_arguments
 from diffalign.cli_list import list_all, list_arguments
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
+    arena_arguments(command("arena", arena, "every objective on the embedded world: the leaderboard"))
     data_arguments(command("data", data, "look at pairs, or write the embedded world's"))
 
     list_arguments(command("list", list_all, "objectives, sources, configs and scorers that come with the package"))

@@ -31,6 +31,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--source", default="renders", help="renders, or samples: best and worst of four of the base's own"
     )
+    sub.add_argument("--reward", default="world", help="which picture is better: world, or world-size, another taste")
     sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
 
 
@@ -75,6 +76,7 @@ def data(args: argparse.Namespace) -> None:
             n=args.pairs,
             seed=args.seed,
             source=args.source,
+            reward=args.reward,
             layout=layout,
             shuffle_labels=args.shuffle_labels,
         )

@@ -37,7 +37,7 @@ OBJECTIVE_ONLY = {
         "relabel",
         "proportion_empty_prompts",
     ),
-    "training": ("ema_decay",),
+    "training": ("ema_decay", "max_unet_forwards"),
 }
 LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -116,6 +116,7 @@ class TrainingSection(_Section):
     """Optimisation, precision, checkpoints, logging."""
 
     max_train_steps: Count = 2000
+    max_unet_forwards: Count | None = None  # end before the step that would exceed so many images through the UNet
     train_batch_size: Count = 1  # pairs per device and micro-step
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive = 1e-5

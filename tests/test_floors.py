@@ -31,10 +31,18 @@ FLOORS = {
     "training": 6,
     "evaluation": 6,
     "export": 6,
-    "cli": 7,
+    "arena": 7,
+    "cli": 8,
 }
 # `data` has a file of its own for its options; the demo is a list of commands, and a command itself
-SAME_ROOM = {"__main__": "cli", "cli_data": "cli", "cli_list": "cli", "demo": "cli", "config_text": "config"}
+SAME_ROOM = {
+    "__main__": "cli",
+    "cli_arena": "cli",
+    "cli_data": "cli",
+    "cli_list": "cli",
+    "demo": "cli",
+    "config_text": "config",
+}
 
 # Where a package may be imported: a room, or one file of it.
 ONLY_IN = {
@@ -45,9 +53,10 @@ ONLY_IN = {
     "accelerate": {"training", "cli.py"},
     "datasets": {"data"},
     "pyarrow": {"data", "world"},
-    "PIL": {"data", "rewards", "evaluation", "world", "demo.py"},
+    "PIL": {"data", "rewards", "evaluation", "world", "demo.py", "arena"},
+    "matplotlib": {"arena/plots.py"},
     "pydantic": {"config.py", "config_text.py"},
-    "yaml": {"config.py", "config_text.py", "training"},
+    "yaml": {"config.py", "config_text.py", "training", "arena/page.py"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}
 

@@ -47,6 +47,7 @@ class Networks:
         self._reference = reference
         self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
         self.reference_forwards = 0  # what a run pays for having one
+        self.image_forwards = 0  # images through either network so far, with and without grad
 
     def policy(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The trainable network's raw prediction "n c h w", float32, with grad where grad is enabled."""
@@ -64,6 +65,7 @@ class Networks:
             return self._predict(module, xt, t, cond)
 
     def _predict(self, module: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self.image_forwards += len(xt)
         xt, cond = self._cast_inputs(xt, cond)
         with self._autocast():
             out = module(xt, t, return_dict=False, **self.family.unet_inputs(cond))[0]

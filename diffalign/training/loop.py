@@ -70,6 +70,7 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
     meter, values = Meter(), {}
     lines = JsonLines(run.output_dir / "metrics.jsonl", start) if accelerator.is_main_process else None
     batches = run.source.batches(start)
+    spent = Spending(training.max_unet_forwards, run)
     bar = tqdm(
         total=training.max_train_steps,
         initial=start,
@@ -82,7 +83,7 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
             optimizer_step(run, batches, meter)
             meter.add(run.source.take_metrics())
             bar.update()
-            last = step == training.max_train_steps
+            last = step == training.max_train_steps or spent()
             if last or step % training.logging_steps == 0:
                 values = _log(run, meter, step, lines)
                 _show(bar, values)
@@ -94,7 +95,32 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
                 with averaged_weights(run):
                     on_validation(run, step)
                 accelerator.wait_for_everyone()
+            if last:
+                break
     return values
+
+
+class Spending:
+    """Whether one more step, at what the last one cost, would exceed a number of images through the UNets."""
+
+    def __init__(self, limit: int | None, run: Run) -> None:
+        """None: no limit, and nothing is counted."""
+        self.limit, self.run = limit, run
+        self.before = 0 if limit is None else unet_forwards(run)
+
+    def __call__(self) -> bool:
+        """Asks all processes, so that they end at the same step."""
+        if self.limit is None:
+            return False
+        total = unet_forwards(self.run)
+        cost, self.before = total - self.before, total
+        return total + cost > self.limit
+
+
+def unet_forwards(run: Run) -> int:
+    """Images through policy and reference since the run began, over all processes: inversions, samples, both sides."""
+    own = run.networks.image_forwards
+    return sum(gather_object([own])) if run.accelerator.num_processes > 1 else own
 
 
 def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None:
@@ -166,6 +192,7 @@ def ensure_finite(run: Run, step: int) -> None:
 def checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-`step` from the main process; the others wait."""
     ensure_finite(run, step)
+    forwards = unet_forwards(run)
     if run.accelerator.is_main_process:
         save_checkpoint(
             run.output_dir,
@@ -177,6 +204,7 @@ def checkpoint(run: Run, step: int) -> None:
                 "scaler": run.scaler.state_dict(),
                 "ema": None if run.ema is None else run.ema.state_dict(),
                 "pairs_per_step": _pairs_per_step(run),
+                "unet_forwards": forwards,
             },
             run.config.training.checkpoints_total_limit,
             run.source.state_dict(),
@@ -228,6 +256,7 @@ def resume(run: Run) -> int:
         run.ema.load_state_dict(state["ema"])
         run.ema.to(run.accelerator.device)
     run.source.load_state_dict(load_source_state(folder))
+    run.networks.image_forwards = state["unet_forwards"] if run.accelerator.is_main_process else 0
     log.info("resumed from %s", folder)
     if run.accelerator.is_main_process:
         set_aside(run.output_dir, int(state["step"]))
@@ -270,6 +299,7 @@ def clear_output(output_dir: Path) -> None:
 def _log(run: Run, meter: Meter, step: int, lines: JsonLines | None) -> dict[str, float]:
     """Means since the last log, over all processes, to the file and the tracker."""
     values = meter.means(gather_object if run.accelerator.num_processes > 1 else None)
+    values["unet_forwards"] = unet_forwards(run)
     if not math.isfinite(values["loss"]):
         raise _diverged(run, f"the loss is {values['loss']} at step {step}")
     if lines is not None:

@@ -158,6 +158,7 @@ _FREE = {
     "model.gradient_checkpointing",
     "model.attention",
     "training.max_train_steps",
+    "training.max_unet_forwards",
     "training.train_batch_size",
     "training.gradient_accumulation_steps",
     "training.checkpointing_steps",

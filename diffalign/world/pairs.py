@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,16 +21,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, Combination, caption, splits
 from diffalign.world.render import render
 
 Source = Literal["renders", "samples"]
+Reward = Literal["world", "world-size"]  # scorers of the world
 Layout = Literal["parquet", "folder"]
 
 BLOCK = 128  # pairs made at once; each block has its own generator, so the first n pairs do not depend on n
 BEST_OF = 4
+
+RewardOf = Callable[[oracle.Reading, Sequence[Combination]], Tensor]
+_REWARDS: dict[str, RewardOf] = {"world": oracle.reward, "world-size": oracle.size_reward}
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,17 @@ class Pair:
 
 
 def make_pairs(
-    *, n: int, seed: int, source: Source = "renders", shuffle_labels: bool = False, base: Path | None = None
+    *,
+    n: int,
+    seed: int,
+    source: Source = "renders",
+    reward: Reward = "world",
+    shuffle_labels: bool = False,
+    base: Path | None = None,
 ) -> list[Pair]:
     """`n` pairs; the same arguments make the same pairs, and n pairs are the first n of more.
 
+    `reward` decides which picture is better; of renders the pictures are the same whichever it is.
     `shuffle_labels` deals the labels out again at random (a control that nothing should be learned from).
     `base` is the pipeline folder that `samples` are made with, the committed base by default.
     """
@@ -56,7 +68,9 @@ def make_pairs(
         raise ValueError(f"n is {n}; make at least one pair")
     if source not in ("renders", "samples"):
         raise ValueError(f"source is {source!r}; it must be 'renders' or 'samples'")
-    blocks = (_block(seed, k, source, base) for k in range(-(-n // BLOCK)))
+    if reward not in _REWARDS:
+        raise ValueError(f"reward is {reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
+    blocks = (_block(seed, k, source, _REWARDS[reward], base) for k in range(-(-n // BLOCK)))
     pairs = [pair for block in blocks for pair in block][:n]
     if shuffle_labels:
         order = np.random.default_rng([seed, 2**32 - 1]).permutation(n)
@@ -70,6 +84,7 @@ def write_pairs(
     n: int,
     seed: int,
     source: Source = "renders",
+    reward: Reward = "world",
     layout: Layout = "parquet",
     shuffle_labels: bool = False,
     base: Path | None = None,
@@ -84,7 +99,7 @@ def write_pairs(
         raise ValueError(f"layout is {layout!r}; it must be 'parquet' or 'folder'")
     if layout == "folder" and path.exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} is not an empty folder; pairs are not mixed with what is there. Name a new one")
-    pairs = make_pairs(n=n, seed=seed, source=source, shuffle_labels=shuffle_labels, base=base)
+    pairs = make_pairs(n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base)
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout == "parquet":
         _write_parquet(path, pairs)
@@ -93,7 +108,7 @@ def write_pairs(
     return path
 
 
-def _block(seed: int, index: int, source: Source, base: Path | None) -> Iterator[Pair]:
+def _block(seed: int, index: int, source: Source, reward: RewardOf, base: Path | None) -> Iterator[Pair]:
     """One block of pairs with true labels."""
     rng = np.random.default_rng([seed, index])
     combinations = splits()["train"]
@@ -103,7 +118,7 @@ def _block(seed: int, index: int, source: Source, base: Path | None) -> Iterator
         pictures = np.stack([render(wanted, rng) for _ in range(2)], axis=1)
     else:
         pictures = _samples(captions, rng, base)
-    scores = _scores(pictures, wanted)
+    scores = _scores(pictures, wanted, reward)
     best, worst = scores.argmax(1), scores.argmin(1)
     best_first = rng.random(BLOCK) < 0.5
     for i in range(BLOCK):
@@ -129,11 +144,11 @@ def _samples(captions: list[str], rng: np.random.Generator, base: Path | None) -
     return made.numpy().reshape(len(captions), BEST_OF, *made.shape[1:])
 
 
-def _scores(pictures: NDArray[np.uint8], wanted: list[Combination]) -> NDArray[np.float32]:
+def _scores(pictures: NDArray[np.uint8], wanted: list[Combination], reward: RewardOf) -> NDArray[np.float32]:
     """True rewards [n sides] of pictures [n sides 16 16 3]."""
     sides = pictures.shape[1]
     reading = oracle.read(torch.from_numpy(pictures.reshape(-1, *pictures.shape[2:])))
-    return oracle.reward(reading, [w for w in wanted for _ in range(sides)]).view(-1, sides).numpy()
+    return reward(reading, [w for w in wanted for _ in range(sides)]).view(-1, sides).numpy()
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
@@ -180,10 +195,15 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1024, help="number of pairs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", choices=("renders", "samples"), default="renders")
+    parser.add_argument(
+        "--reward", choices=tuple(_REWARDS), default="world", help="what makes a picture the better one"
+    )
     parser.add_argument("--layout", choices=("parquet", "folder"), default="parquet")
     parser.add_argument("--shuffle-labels", action="store_true", help="a control: labels dealt out at random")
     a = parser.parse_args()
-    path = write_pairs(a.out, n=a.n, seed=a.seed, source=a.source, layout=a.layout, shuffle_labels=a.shuffle_labels)
+    path = write_pairs(
+        a.out, n=a.n, seed=a.seed, source=a.source, reward=a.reward, layout=a.layout, shuffle_labels=a.shuffle_labels
+    )
     print(f"{a.n} pairs from {a.source} written to {path}")
 
 

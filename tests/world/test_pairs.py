@@ -13,7 +13,7 @@ from PIL import Image
 from diffalign.world import pairs_path
 from diffalign.world.captions import parse, splits
 from diffalign.world.pairs import make_pairs, write_pairs
-from diffalign.world.scorer import WorldReward
+from diffalign.world.scorer import WorldReward, WorldSize
 
 PICK_A_PIC = {
     "caption": "string",
@@ -94,6 +94,20 @@ def test_shuffled_labels_say_nothing_and_change_nothing_else() -> None:
     assert all(a.scores == b.scores and a.caption == b.caption for a, b in zip(true, shuffled))
 
 
+def test_another_taste_judges_the_same_pictures() -> None:
+    mine, other = make_pairs(n=60, seed=0), make_pairs(n=60, seed=0, reward="world-size")
+    disagree = 0
+    for a, b in zip(mine, other):
+        assert a.caption == b.caption
+        assert {picture.tobytes() for picture in a.pictures} == {picture.tobytes() for picture in b.pictures}
+        shown = [Image.fromarray(picture) for picture in b.pictures]
+        np.testing.assert_allclose(b.scores, WorldSize().score(shown, [b.caption] * 2), atol=1e-4)
+        assert b.first_is_better == (b.scores[0] > b.scores[1])
+        chosen = [pair.pictures[0 if pair.first_is_better else 1].tobytes() for pair in (a, b)]
+        disagree += chosen[0] != chosen[1]
+    assert 10 < disagree < 50
+
+
 def test_faulty_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n is 0"):
         make_pairs(n=0, seed=0)
@@ -101,3 +115,5 @@ def test_faulty_arguments_are_named(tmp_path: Path) -> None:
         make_pairs(n=1, seed=0, source="photos")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layout is 'json'"):
         write_pairs(tmp_path / "x", n=1, seed=0, layout="json")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reward is 'beauty'; it must be 'world' or 'world-size'"):
+        make_pairs(n=1, seed=0, reward="beauty")  # type: ignore[arg-type]

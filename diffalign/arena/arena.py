@@ -1,0 +1,129 @@
+"""One arena from start to end: train, draw, measure, and write the leaderboard with its page and picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.arena.board import Row, measure, ranked, table
+from diffalign.arena.entries import BATCH, PREFERENCES, Entry, Protocol, at_equal_forwards, config_of
+from diffalign.arena.field import Field
+from diffalign.arena.jobs import Done, Job, run_jobs
+from diffalign.arena.page import page, pictures_of
+from diffalign.arena.plots import leaderboard
+from diffalign.training.run import environment
+
+FIRST, SECOND = PREFERENCES
+
+
+def hold(
+    field: Field, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]], command: str
+) -> dict[str, Any]:
+    """Trains every entry and returns the record of what was found; writes it to the field's folder.
+
+    result.json   the record            leaderboard.md    its tables
+    arena.html    one page of it all    leaderboard.png   the picture of the README
+
+    tuned: settings by entry, as `entries.tuned_settings` gives them. Finished runs that are there are used.
+    """
+    board = _Board(field, entries, protocol, tuned)
+    views = [_view(board.steps(FIRST, protocol.seeds, ""), FIRST, f"{protocol.steps} optimiser steps of {BATCH} pairs")]
+    if protocol.forwards:
+        forwards = board.forwards(FIRST, protocol.seeds)
+        views.append(_view(forwards, FIRST, f"{protocol.unet_forwards:,} images through the UNet"))
+    if protocol.second_seeds:
+        second = board.steps(SECOND, protocol.second_seeds, "second preference: ")
+        views.append(_view(second, SECOND, f"{protocol.steps} optimiser steps, pairs and judges of another preference"))
+    found = {
+        "command": command,
+        "environment": environment(),
+        "protocol": {
+            "steps": protocol.steps,
+            "pairs_per_step": BATCH,
+            "seeds": protocol.seeds,
+            "second_seeds": protocol.second_seeds,
+            "split": protocol.split,
+            "prompts": board.base.prompts,
+            "pictures_per_prompt": protocol.pictures,
+            "unet_forwards": protocol.unet_forwards if protocol.forwards else None,
+        },
+        "views": views,
+    }
+    _write(field.folder, found, {name: pictures_of(done) for name, done in board.shown.items()})
+    return found
+
+
+class _Board:
+    """The runs of an arena as they come in."""
+
+    def __init__(
+        self, field: Field, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]]
+    ) -> None:
+        self.field, self.entries, self.protocol, self.tuned = field, entries, protocol, tuned
+        self.base = field.base(protocol)
+        self.shown: dict[str, Done] = {}  # the base's run and every entry's first, for the page's pictures
+        self.first: dict[tuple[str, int], Done] = {}  # runs at equal steps on the first preference
+
+    def steps(self, preference: str, seeds: Sequence[int], desc: str) -> list[Row]:
+        """Every entry at the protocol's steps."""
+        jobs = {
+            (entry.name, seed): self._job(entry, preference, seed, "steps") for entry in self.entries for seed in seeds
+        }
+        done = self._run(jobs, f"{desc}equal steps")
+        if preference == FIRST:
+            self.first = done
+            self.shown |= {entry.name: done[entry.name, seeds[0]] for entry in self.entries}
+        return self._rows(done, preference, seeds)
+
+    def forwards(self, preference: str, seeds: Sequence[int]) -> list[Row]:
+        """Every entry at the protocol's UNet forwards; a run that took just so many already is used again."""
+        limit = self.protocol.unet_forwards
+        jobs = {
+            key: self._job(entry, preference, key[1], "forwards")
+            for entry in self.entries
+            for key in ((entry.name, seed) for seed in seeds)
+            if self.first[key].forwards != limit
+        }
+        done = {**self.first, **self._run(jobs, "equal forwards")}
+        return self._rows(done, preference, seeds)
+
+    def _job(self, entry: Entry, preference: str, seed: int, view: str) -> Job:
+        pairs = self.field.pairs(preference, entry.shuffled)
+        config = config_of(entry, self.protocol, preference, seed, pairs, self.tuned.get(entry.name, {}))
+        if view == "forwards":
+            config = at_equal_forwards(config, self.protocol.unet_forwards)
+        folder = self.field.folder / "runs" / preference / view / entry.name / f"seed{seed}"
+        return Job(folder, config, self.base.prompts, self.base.seeds)
+
+    def _run(self, jobs: dict[tuple[str, int], Job], desc: str) -> dict[tuple[str, int], Done]:
+        drawn, *done = run_jobs([self.base, *jobs.values()], self.field.workers, desc)
+        self.shown = {"base": drawn, **self.shown}
+        return dict(zip(jobs, done, strict=True))
+
+    def _rows(self, done: dict[tuple[str, int], Done], preference: str, seeds: Sequence[int]) -> list[Row]:
+        base = self.shown["base"]
+        return [measure(entry, [done[entry.name, s] for s in seeds], base, preference) for entry in self.entries]
+
+
+def _view(rows: list[Row], preference: str, budget: str) -> dict[str, Any]:
+    return {"preference": preference, "budget": budget, "rows": ranked(rows, preference)}
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The record's tables in Markdown, one for each view."""
+    parts = []
+    for view in found["views"]:
+        runs = view["rows"][0]["runs"]
+        seeds = "1 training seed" if runs == 1 else f"{runs} training seeds"
+        parts.append(f"{view['preference']}: {view['budget']}, {seeds}\n\n{table(view['rows'], view['preference'])}")
+    return "\n".join(parts)
+
+
+def _write(folder: Path, found: dict[str, Any], pictures: dict[str, str]) -> None:
+    first = found["views"][0]
+    (folder / "result.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "leaderboard.md").write_text(tables(found))
+    (folder / "arena.html").write_text(page(found, pictures), encoding="utf-8")
+    leaderboard(first["rows"], first["preference"], first["budget"], folder / "leaderboard.png")

@@ -1,0 +1,157 @@
+"""Who takes part in the arena, with which settings, and what is the same for all.
+
+Every registered objective takes part: with its packaged config `world/NAME.yaml` where there is one, with its own
+defaults on Diffusion-DPO's otherwise. What the protocol fixes (base, pairs, prompts, batch, steps, precision, warm-up)
+replaces what a config says; learning rate and one scale of each method come from the sweep.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.config import Config, ConfigError, load_config, packaged_asset, packaged_config
+from diffalign.objectives import OBJECTIVES
+from diffalign.world import base_path
+
+TUNED = "assets/arena/tuned.json"  # what the sweep chose; `diffalign arena --sweep` writes it
+
+BATCH = 32  # pairs of an optimiser step
+WARMUP = 10  # optimiser steps
+RATES = (5e-6, 1e-5, 2e-5)  # learning rates of the sweep; 1e-4 breaks Diffusion-DPO here (docs/world.md)
+
+PREFERENCES = ("world", "world-size")  # scorers: the pairs' labels, and what online methods are judged by
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the leaderboard."""
+
+    name: str
+    config: str  # packaged config that it starts from
+    changes: tuple[str, ...] = ()  # overrides that make it what it is
+    scale: str | None = None  # the setting that the sweep varies besides the learning rate
+    scales: tuple[Any, ...] = ()  # its other values
+    control: str = ""  # why it is there, where it is no method
+    shuffled: bool = False  # its pairs have random labels
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is the same for every entry."""
+
+    steps: int  # optimiser steps of BATCH pairs
+    seeds: tuple[int, ...]  # of training
+    second_seeds: tuple[int, ...]  # of training on the second preference; none: it is left out
+    pictures: int  # of each prompt and model, on paired starting noise
+    split: str  # of the world's captions
+    forwards: bool  # also train every entry on the UNet forwards that Diffusion-DPO takes in so many steps
+
+    @property
+    def unet_forwards(self) -> int:
+        """Images through the UNet in Diffusion-DPO's steps: two sides, policy and reference."""
+        return 4 * BATCH * self.steps
+
+
+FULL = Protocol(steps=60, seeds=(0, 1, 2), second_seeds=(0,), pictures=12, split="final", forwards=True)
+QUICK = Protocol(steps=40, seeds=(0,), second_seeds=(), pictures=12, split="final", forwards=False)
+SWEEP = Protocol(steps=40, seeds=(0,), second_seeds=(), pictures=6, split="heldout", forwards=False)
+
+_BETAS = (500.0, 8000.0)  # around the 2000 of the world's configs
+_SPECIAL = {
+    # objective -> its own second setting in the sweep; others have the learning rate alone
+    "dpo": Entry("dpo", "world/dpo.yaml", scale="objective.beta", scales=_BETAS),
+    "cdpo": Entry("cdpo", "world/cdpo.yaml", scale="objective.beta", scales=_BETAS),
+    "ipo": Entry("ipo", "world/ipo.yaml", scale="objective.tau", scales=(250.0, 4000.0)),
+    "robust_dpo": Entry("robust_dpo", "world/robust_dpo.yaml", scale="objective.beta", scales=_BETAS),
+    "kto": Entry("kto", "world/kto.yaml", scale="objective.beta", scales=(250.0, 4000.0)),
+    "mapo": Entry("mapo", "world/mapo.yaml", scale="objective.beta", scales=(0.02, 0.5)),
+    "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.link", scales=("forward_kl", "alpha")),
+    "dso_dro": Entry("dso_dro", "world/dso_dro.yaml", scale="objective.margin", scales=(0.0003, 0.003)),
+}
+_BY_SOURCE = (  # known by where their pairs come from
+    Entry("spin", "world/spin.yaml"),
+    Entry("raft", "world/raft.yaml"),
+    Entry("online_dpo", "world/online_dpo.yaml"),
+)
+_CONTROLS = (
+    Entry("shuffled", "world/dpo.yaml", control="Diffusion-DPO on random labels: nothing to learn", shuffled=True),
+    Entry(
+        "flipped",
+        "world/dpo.yaml",
+        ("data.invert_preference=true",),
+        control="Diffusion-DPO with its sign turned: must be worse than the base",
+    ),
+)
+
+
+def entries(only: tuple[str, ...] | None = None) -> list[Entry]:
+    """All entries, or those named. Raises ValueError for a name that is none."""
+    every = [*(_entry(name) for name in OBJECTIVES), *_BY_SOURCE, *_CONTROLS]
+    if only is None:
+        return every
+    known = {entry.name: entry for entry in every}
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"no entry is called {', '.join(unknown)}; there are: {', '.join(known)}")
+    return [known[name] for name in only]
+
+
+def config_of(
+    entry: Entry, protocol: Protocol, preference: str, seed: int, pairs: Path, tuned: dict[str, Any]
+) -> dict[str, Any]:
+    """The resolved config of one training run, without its output and cache folders.
+
+    pairs: a parquet file of the preference's pairs; online entries take its prompts, and the preference's scorer.
+    tuned: settings by key that replace the config's, as the sweep chose them.
+    """
+    changes = [
+        *entry.changes,
+        f"seed={seed}",
+        f"model.pretrained_model_name_or_path={base_path()}",
+        f"data.path={pairs}",
+        f"training.max_train_steps={protocol.steps}",
+        f"training.train_batch_size={BATCH}",
+        "training.lr_scheduler=constant_with_warmup",
+        f"training.lr_warmup_steps={WARMUP}",
+        "training.learning_rate=1.0e-5",
+        "training.checkpointing_steps=null",
+        "training.checkpoints_total_limit=null",
+        "training.logging_steps=1",
+        "training.report_to=none",
+    ]
+    config = load_config(packaged_config(entry.config), changes)
+    if not isinstance(config, Config):
+        raise ConfigError(f"{entry.config} trains no policy, and cannot take part in the arena")
+    if hasattr(config.source, "scorer"):
+        changes.append(f"source.scorer={preference}")
+    changes += [f"{key}={value}" for key, value in tuned.items()]
+    plain = load_config(packaged_config(entry.config), changes).resolved()
+    plain["data"]["cache_dir"] = None
+    return {key: value for key, value in plain.items() if key not in ("output_dir", "overwrite_output_dir")}
+
+
+def at_equal_forwards(config: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The same run, as long as it takes for so many images through the UNet; what a step needs is made in the step."""
+    training = {**config["training"], "max_unet_forwards": limit, "max_train_steps": limit}
+    return {**config, "training": training, "data": {**config["data"], "cache_trajectories": False}}
+
+
+def tuned_settings() -> dict[str, dict[str, Any]]:
+    """By entry: the settings that the committed sweep chose. Raises FileNotFoundError where it is not installed."""
+    file = Path(packaged_asset(TUNED))
+    if not file.is_file():
+        raise FileNotFoundError(f"{TUNED} is not there; `diffalign arena --sweep` writes it (about an hour)")
+    return {name: found["chosen"] for name, found in json.loads(file.read_text())["entries"].items()}
+
+
+def _entry(objective: str) -> Entry:
+    """An objective's entry; without a config of its own it is trained as Diffusion-DPO is, with its defaults."""
+    if objective in _SPECIAL:
+        return _SPECIAL[objective]
+    try:
+        packaged_config(f"world/{objective}.yaml")
+    except ConfigError:
+        return Entry(objective, "world/dpo.yaml", (f"objective.name={objective}",))
+    return Entry(objective, f"world/{objective}.yaml")

@@ -1,0 +1,39 @@
+"""Where an arena takes place: its folder, its pairs, the base's pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffalign.arena.entries import Protocol
+from diffalign.arena.jobs import Job
+from diffalign.world.captions import prompts
+from diffalign.world.pairs import write_pairs
+
+PAIRS, PAIRS_SEED = 1024, 0  # the packaged pairs' number and seed: the same pictures under every preference
+
+
+@dataclass(frozen=True)
+class Field:
+    """A folder and how many runs go on in it at a time."""
+
+    folder: Path
+    workers: int
+
+    def pairs(self, preference: str, shuffled: bool = False) -> Path:
+        """The pairs as the preference labels them, written once."""
+        file = self.folder / "pairs" / f"{preference}{'-shuffled' if shuffled else ''}.parquet"
+        if not file.is_file():
+            partial = file.with_suffix(".partial")
+            write_pairs(partial, n=PAIRS, seed=PAIRS_SEED, reward=preference, shuffle_labels=shuffled)
+            partial.replace(file)
+        return file
+
+    def base(self, protocol: Protocol) -> Job:
+        """The base's pictures for a protocol: what every entry is compared with."""
+        return Job(
+            self.folder / "base" / f"{protocol.split}-{protocol.pictures}",
+            None,
+            tuple(prompts(protocol.split)),
+            tuple(range(protocol.pictures)),
+        )

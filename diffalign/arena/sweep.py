@@ -1,0 +1,91 @@
+"""The sweep: learning rate and one scale of each entry, on held-out prompts that the leaderboard does not use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.arena.board import gain, measure
+from diffalign.arena.entries import RATES, SWEEP, Entry, Protocol, config_of
+from diffalign.arena.field import Field
+from diffalign.arena.jobs import Job, run_jobs
+from diffalign.training.run import environment
+
+PREFERENCE = "world"  # the other one is tuned for by nobody
+RATE = "training.learning_rate"
+
+
+def sweep(field: Field, entries: Sequence[Entry], command: str, protocol: Protocol = SWEEP) -> dict[str, Any]:
+    """Tries every learning rate, then the other scales at the best of them; returns what was found and chosen.
+
+    Chosen is the largest gain among trials whose guards are silent; among all where none is.
+    """
+    trials: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
+    _try(field, protocol, [(entry, {RATE: rate}) for entry in entries for rate in RATES], trials, "sweep: rates")
+    further = [
+        (entry, {RATE: best(trials[entry.name])["settings"][RATE], entry.scale: value})
+        for entry in entries
+        if entry.scale is not None
+        for value in entry.scales
+    ]
+    _try(field, protocol, further, trials, "sweep: scales")
+    return {
+        "command": command,
+        "environment": environment(),
+        "protocol": {"steps": protocol.steps, "seeds": protocol.seeds, "split": protocol.split,
+                     "pictures": protocol.pictures, "preference": PREFERENCE},
+        "entries": {name: {"chosen": best(tried)["settings"], "trials": tried} for name, tried in trials.items()},
+    }  # fmt: skip
+
+
+def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The trial with the largest gain, of those whose guards are silent where there are any."""
+    return max(trials, key=lambda trial: (trial["gain"] is not None and not trial["guards"], _order(trial)))
+
+
+def save(found: dict[str, Any], file: Path) -> None:
+    """Writes what was found; entries that an earlier sweep found there and this one did not try are kept."""
+    if file.is_file():
+        found = {**found, "entries": {**json.loads(file.read_text())["entries"], **found["entries"]}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _try(
+    field: Field,
+    protocol: Protocol,
+    settings: Sequence[tuple[Entry, dict[str, Any]]],
+    trials: dict[str, list[dict[str, Any]]],
+    desc: str,
+) -> None:
+    base = field.base(protocol)
+    jobs = [
+        Job(
+            field.folder / "sweep" / entry.name / "-".join(f"{value:g}" if isinstance(value, float) else str(value)
+                                                           for value in tuned.values()),
+            config_of(entry, protocol, PREFERENCE, protocol.seeds[0], field.pairs(PREFERENCE, entry.shuffled), tuned),
+            base.prompts,
+            base.seeds,
+        )
+        for entry, tuned in settings
+    ]  # fmt: skip
+    drawn, *runs = run_jobs([base, *jobs], field.workers, desc)
+    for (entry, tuned), run in zip(settings, runs, strict=True):
+        row = measure(entry, [run], drawn, PREFERENCE)
+        failed = row["failed"] is not None
+        trials[entry.name].append(
+            {
+                "settings": tuned,
+                "gain": None if failed else gain(row, PREFERENCE),
+                "accuracy_change": None if failed else row["accuracy"]["change"][0],
+                "diversity": None if failed else row["diversity"][0],
+                "guards": [] if failed else row["guards"],
+                "failed": row["failed"],
+            }
+        )
+
+
+def _order(trial: dict[str, Any]) -> float:
+    return float("-inf") if trial["gain"] is None else float(trial["gain"])

@@ -1,0 +1,144 @@
+"""A small arena from start to end: what it writes, what it uses again, and that it can tell good from broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffalign.arena.arena import hold, tables
+from diffalign.arena.entries import Protocol, entries
+from diffalign.arena.field import Field
+from diffalign.arena.sweep import best, save, sweep
+from diffalign.cli import main
+
+pytestmark = pytest.mark.slow
+
+TINY = Protocol(steps=2, seeds=(0, 1), second_seeds=(0,), pictures=2, split="heldout", forwards=True)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("arena")
+    taking_part = entries(("dpo", "sft", "flipped"))
+    return folder, hold(Field(folder, 2), taking_part, TINY, {"dpo": {"objective.beta": 500.0}}, "a command")
+
+
+def test_three_views_of_every_entry(held: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = held
+    assert [view["preference"] for view in found["views"]] == ["world", "world", "world-size"]
+    for view, runs in zip(found["views"], (2, 2, 1), strict=True):
+        assert {row["name"] for row in view["rows"]} == {"dpo", "sft", "flipped"}
+        assert {row["runs"] for row in view["rows"]} == {runs}
+    assert json.loads((folder / "result.json").read_text())["views"] == found["views"]
+    assert (folder / "leaderboard.md").read_text() == tables(found)
+    assert found["command"] == "a command"
+    assert found["environment"]["versions"]["torch"]
+
+
+def test_equal_forwards_gives_a_cheap_method_more_steps(held: tuple[Path, dict[str, Any]]) -> None:
+    _, found = held
+    steps, forwards, _ = ({row["name"]: row for row in view["rows"]} for view in found["views"])
+    assert steps["dpo"]["unet_forwards"] == [TINY.unet_forwards] * 2
+    assert forwards["dpo"] == steps["dpo"]  # cost just that already, and is not trained again
+    assert steps["sft"]["unet_forwards"] == [TINY.unet_forwards // 4] * 2  # one side, no reference
+    assert forwards["sft"]["steps"] == [4 * TINY.steps] * 2
+    assert forwards["sft"]["unet_forwards"] == [TINY.unet_forwards] * 2
+
+
+def test_settings_of_the_sweep_are_used(held: tuple[Path, dict[str, Any]]) -> None:
+    _, found = held
+    rows = {row["name"]: row for row in found["views"][0]["rows"]}
+    assert rows["dpo"]["config"]["objective"]["beta"] == 500.0
+    assert rows["flipped"]["config"]["data"]["invert_preference"] is True
+
+
+class _Page(HTMLParser):
+    """Tags that are open, and addresses that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(held: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = held
+    text = (folder / "arena.html").read_text()
+    reader = _Page()
+    reader.feed(text)
+    assert reader.open == []
+    assert all(address.startswith(("data:", "#")) for address in reader.addresses)
+    assert not re.search(r"<script|@import|url\((?!#)", text)
+    assert text.count("ln 2</text>") == 2  # dpo and flipped; sft has no preference loss
+    for row in found["views"][0]["rows"]:
+        assert f"<article id='{row['name']}'>" in text
+    assert text.count("<pre>") == 3
+    assert text.count("data:image/png;base64,") == 6  # each entry beside the base
+
+
+def test_the_picture_is_one(held: tuple[Path, dict[str, Any]]) -> None:
+    with Image.open(held[0] / "leaderboard.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 800
+
+
+def test_a_turned_sign_is_seen(tmp_path: Path) -> None:
+    """The must of an arena: a broken method at the bottom, its win rate's interval below one half."""
+    protocol = Protocol(steps=40, seeds=(0,), second_seeds=(), pictures=4, split="heldout", forwards=False)
+    found = hold(Field(tmp_path, 2), entries(("dpo", "flipped")), protocol, {}, "")
+    dpo, flipped = found["views"][0]["rows"]
+    assert (dpo["name"], flipped["name"]) == ("dpo", "flipped")
+    assert flipped["rewards"]["world"]["win_rate"][2] < 0.5
+    assert dpo["rewards"]["world"]["gain"][1] > 0
+
+
+def test_a_sweep_tries_and_chooses(tmp_path: Path) -> None:
+    protocol = Protocol(steps=1, seeds=(0,), second_seeds=(), pictures=2, split="heldout", forwards=False)
+    found = sweep(Field(tmp_path, 2), entries(("mapo",)), "", protocol)
+    trials = found["entries"]["mapo"]["trials"]
+    assert [trial["settings"]["training.learning_rate"] for trial in trials[:3]] == [5e-6, 1e-5, 2e-5]
+    assert [trial["settings"]["objective.beta"] for trial in trials[3:]] == [0.02, 0.5]
+    assert found["entries"]["mapo"]["chosen"] in [trial["settings"] for trial in trials]
+
+
+def trial(gain: float | None, guards: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"gain": gain, "guards": list(guards), "settings": {"gain": gain}}
+
+
+def test_the_best_trial_is_one_whose_guards_are_silent() -> None:
+    assert best([trial(0.1), trial(0.2), trial(0.3, ("diversity",)), trial(None)]) == trial(0.2)
+    assert best([trial(0.1, ("faithfulness",)), trial(0.3, ("diversity",))]) == trial(0.3, ("diversity",))
+    assert best([trial(None), trial(-0.4)]) == trial(-0.4)
+
+
+def test_what_another_sweep_found_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    save({"entries": {"a": 1, "b": 1}}, file)
+    save({"entries": {"b": 2}}, file)
+    assert json.loads(file.read_text()) == {"entries": {"a": 1, "b": 2}}
+
+
+def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["arena", "--only", "dpoo", "--out", str(tmp_path)])
+    assert "no entry is called dpoo" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["arena", "--workers", "0", "--out", str(tmp_path)])
+    assert "--workers 0" in capsys.readouterr().err

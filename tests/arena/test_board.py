@@ -1,0 +1,97 @@
+"""The leaderboard's figures against pictures whose reward is known, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffalign.arena.board import gain, guards, interval, measure, ranked, table
+from diffalign.arena.entries import entries
+from diffalign.arena.jobs import Done
+from diffalign.evaluation.generate import Picture
+from diffalign.rewards import load_scorer
+from diffalign.world.captions import parse, prompts
+from diffalign.world.render import render
+
+PROMPTS = prompts("heldout")[:6]
+LINE = {"step": 1, "loss": 0.69, "unet_forwards": 8, "implicit_acc": 0.5}
+
+
+def run(folder: Path, seed: int, failed: str | None = None) -> Done:
+    """Three renders of each prompt, as a run's pictures."""
+    folder.mkdir()
+    rng, pictures = np.random.default_rng(seed), []
+    for number, prompt in enumerate(PROMPTS):
+        for k, pixels in enumerate(render([parse(prompt)] * 3, rng)):
+            file = folder / f"{number}_{k}.png"
+            Image.fromarray(pixels).save(file)
+            pictures.append(Picture(prompt, k, file))
+    return Done({"source": None}, [] if failed else pictures, [LINE], 1.5, failed)
+
+
+def scores(done: Done, name: str) -> np.ndarray:
+    shown = [picture.open() for picture in done.pictures]
+    return load_scorer(name).score(shown, [picture.prompt for picture in done.pictures]).double().numpy()
+
+
+@pytest.mark.parametrize("preference", ["world", "world-size"])
+def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path, preference: str) -> None:
+    base, one, two = (run(tmp_path / str(seed), seed) for seed in (0, 1, 2))
+    (entry,) = entries(("dpo",))
+    row = measure(entry, [one, two], base, preference)
+    differences = [scores(done, preference) - scores(base, preference) for done in (one, two)]
+    assert row["rewards"][preference]["gain"][0] == pytest.approx(float(np.mean(differences)), abs=1e-6)
+    assert row["gain_by_run"][preference] == pytest.approx([float(d.mean()) for d in differences], abs=1e-6)
+    low, high = row["rewards"][preference]["gain"][1:]
+    assert low < row["rewards"][preference]["gain"][0] < high
+    assert (row["runs"], row["steps"], row["unet_forwards"]) == (2, [1, 1], [8, 8])
+    assert row["curves"] == {"step": [1], "loss": [0.69], "implicit_acc": [0.5]}
+    assert row["paper"].startswith("Wallace")
+
+
+def test_the_same_pictures_gain_nothing(tmp_path: Path) -> None:
+    base = run(tmp_path / "base", 0)
+    (entry,) = entries(("dpo",))
+    row = measure(entry, [base], base, "world")
+    assert row["rewards"]["world"]["gain"] == [0, 0, 0]
+    assert row["rewards"]["world"]["win_rate"][0] == 0.5
+    assert row["guards"] == []
+
+
+def test_a_failed_run_is_said_and_comes_last(tmp_path: Path) -> None:
+    base, good = run(tmp_path / "base", 0), run(tmp_path / "good", 1)
+    dpo, flipped = entries(("dpo", "flipped"))
+    rows = [
+        measure(dpo, [good, run(tmp_path / "bad", 2, "the loss is nan")], base, "world"),
+        measure(flipped, [good], base, "world"),
+    ]
+    assert [row["name"] for row in ranked(rows, "world")] == ["flipped", "dpo"]
+    assert gain(rows[0], "world") == float("-inf")
+    lines = table(rows, "world").splitlines()
+    assert "failed: the loss is nan" in lines[3]
+    assert lines[2].startswith("| *flipped* (control) | ")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_guards_speak() -> None:
+    assert guards(-0.029, 0.86) == []
+    assert guards(-0.031, 0.86) == ["faithfulness"]
+    assert guards(0.1, 0.5) == ["diversity"]
+    assert guards(-0.2, 0.5) == ["faithfulness", "diversity"]
+
+
+def test_intervals_in_words() -> None:
+    assert interval([0.1234, -0.0001, 0.2], "+.3f") == "+0.123 [+0.000, +0.200]"
+    assert interval([0.5, 0.4, 0.6], ".2f") == "0.50 [0.40, 0.60]"
+
+
+def test_the_table_marks_what_a_gain_was_paid_with(tmp_path: Path) -> None:
+    base = run(tmp_path / "base", 0)
+    (entry,) = entries(("dpo",))
+    row: dict[str, Any] = measure(entry, [run(tmp_path / "one", 1)], base, "world")
+    row |= {"guards": ["faithfulness"]}
+    assert "| **+0." in table([row], "world") or "| **-0." in table([row], "world")
