@@ -20,6 +20,7 @@ from diffalign import __version__
 from diffalign.cli_arena import arena, arena_arguments
 from diffalign.cli_data import data, data_arguments
 from diffalign.cli_list import list_all, list_arguments
+from diffalign.cli_merge import merge, merge_arguments
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
     arena_arguments(command("arena", arena, "every objective on the embedded world: the leaderboard"))
+    merge_arguments(command("merge", merge, "sum tuned weights: average, extrapolate, mix"))
     data_arguments(command("data", data, "look at pairs, or write the embedded world's"))
 
     list_arguments(command("list", list_all, "objectives, sources, configs and scorers that come with the package"))
@@ -258,6 +260,11 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="diffusers folder, Hub id or single-file checkpoint")
     parser.add_argument("--tuned", help="LoRA file, full unet folder, or output_dir of a run")
+    parser.add_argument(
+        "--negative-tuned",
+        metavar="PATH",
+        help="the same for guidance's unconditional branch, e.g. a run with data.invert_preference (Diffusion-NPO)",
+    )
     _sampling_arguments(parser)
 
 
@@ -266,7 +273,8 @@ def _generate(args: argparse.Namespace) -> None:
     from diffalign.evaluation.generate import generate
 
     prompts = read_prompts(args.prompts, limit=args.limit)
-    pictures = generate(args.model, prompts, parse_seeds(args.seeds), tuned=args.tuned, **_sampling(args))
+    weights = {"tuned": args.tuned, "negative_tuned": args.negative_tuned}
+    pictures = generate(args.model, prompts, parse_seeds(args.seeds), **weights, **_sampling(args))
     print(f"{len(pictures)} pictures in {args.out}")
 
 
@@ -275,9 +283,16 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tuned",
         action="append",
-        required=True,
+        default=[],
         metavar="NAME=PATH",
         help="a tuned model; give the same NAME again for runs that differ in their seed",
+    )
+    parser.add_argument(
+        "--negative-tuned",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="weights of the unconditional branch for NAME; without --tuned NAME=… the other branch is the base's",
     )
     parser.add_argument("--scorer", action="append", required=True, help="`diffalign list scorers`; may be repeated")
     parser.add_argument("--faithfulness", help="scorer that guards faithfulness to the prompt")
@@ -289,24 +304,32 @@ def _evaluate(args: argparse.Namespace) -> None:
     from diffalign.data.prompts import read_prompts
     from diffalign.evaluation.evaluate import evaluate
 
-    tuned: dict[str, list[str]] = {}
-    for text in args.tuned:
-        name, found, path = text.partition("=")
-        if not found:
-            raise ValueError(f"--tuned {text}: write NAME=PATH, e.g. --tuned dpo={text}")
-        tuned.setdefault(name, []).append(path)
+    if not args.tuned and not args.negative_tuned:
+        raise ValueError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
     result = evaluate(
         args.base,
-        tuned,
+        _named(args.tuned, "--tuned"),
         read_prompts(args.prompts, limit=args.limit),
         parse_seeds(args.seeds),
         scorers=args.scorer,
         faithfulness=args.faithfulness,
         tie=args.tie,
+        negative_tuned=_named(args.negative_tuned, "--negative-tuned"),
         **_sampling(args),
     )
     print(result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
+
+
+def _named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
+    """NAME=PATH words as names with their paths; raises ValueError for a word of another form."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, sign, path = text.partition("=")
+        if not sign:
+            raise ValueError(f"{option} {text}: write NAME=PATH, e.g. {option} dpo={text}")
+        found.setdefault(name, []).append(path)
+    return found
 
 
 def parse_seeds(text: str) -> list[int]:

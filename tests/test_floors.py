@@ -40,6 +40,7 @@ SAME_ROOM = {
     "cli_arena": "cli",
     "cli_data": "cli",
     "cli_list": "cli",
+    "cli_merge": "cli",
     "demo": "cli",
     "config_text": "config",
 }

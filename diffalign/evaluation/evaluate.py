@@ -44,6 +44,7 @@ def evaluate(
     dtype: str = "float32",
     vae: str | None = None,
     prediction_type: str | None = None,
+    negative_tuned: Mapping[str, str | Sequence[str]] | None = None,
     tie: float | None = None,
     grid_rows: int = 8,
     progress: bool = True,
@@ -51,15 +52,18 @@ def evaluate(
     """Compare each model of `tuned` with `base` and write everything to `out_dir`.
 
     `tuned` maps a name to what `generate` takes as `tuned`, or to a list of them: training runs of one method that
-    differ in their seed, reported as one line with runs resampled too. `scorers` and `faithfulness` are names for
+    differ in their seed, reported as one line with runs resampled too. `negative_tuned` maps such a name to the weights of
+    the unconditional branch of guidance (`generate`'s), one for all its runs or one for each; a name that `tuned` lacks
+    is the base with that branch. `scorers` and `faithfulness` are names for
     `load_scorer` or scorers. `tie` replaces the scorers' own tie thresholds. The other arguments are `generate`'s.
     """
     loaded = [_scorer(scorer, device) for scorer in scorers]
     faithful = _scorer(faithfulness, device) if faithfulness is not None else None
     if not loaded:
         raise ValueError("no scorer is named; give at least one, for example scorers=['pickscore']")
-    if not tuned or BASE in tuned:
-        raise ValueError(f"tuned models are named {list(tuned)}; name at least one, and none of them '{BASE}'")
+    models = _models(tuned, negative_tuned or {})
+    if not models or BASE in models:
+        raise ValueError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")
     sampling = {
         "steps": steps,
         "guidance": guidance,
@@ -72,8 +76,11 @@ def evaluate(
     }
     folder = Path(out_dir)
     prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
-    paths = {BASE: [None], **{name: [some] if isinstance(some, str) else list(some) for name, some in tuned.items()}}
-    settings = {name: [settings_of(base, path, **sampling) for path in some] for name, some in paths.items()}
+    paths = {BASE: [(None, None)], **models}
+    settings = {
+        name: [settings_of(base, path, negative_tuned=away, **sampling) for path, away in some]
+        for name, some in paths.items()
+    }
     for name, some in settings.items():
         if len({_tag(one) for one in some}) < len(some):
             raise ValueError(f"two runs of '{name}' have the same weights: {paths[name]}; name each run once")
@@ -85,16 +92,17 @@ def evaluate(
                 seeds,
                 out_dir=folder / "images" / f"{name}-{_tag(settings[name][run])}",
                 tuned=path,
+                negative_tuned=away,
                 batch=batch,
                 device=device,
                 progress=progress,
                 **sampling,
             )
-            for run, path in enumerate(some)
+            for run, (path, away) in enumerate(some)
         ]
         for name, some in paths.items()
     }
-    runs = {name: pictures[name] for name in tuned}
+    runs = {name: pictures[name] for name in models}
     result, rows = compare(pictures[BASE][0], runs, loaded, faithful, tie=tie, settings=settings, progress=progress)
     write_rows(folder / "scores.jsonl", rows)
     result.write(folder / "result.json")
@@ -104,6 +112,27 @@ def evaluate(
         columns = {name: _first_seed(some[0], shown) for name, some in pictures.items()}
         comparison_grid(shown, columns).save(folder / "grid.png")
     return result
+
+
+def _models(
+    tuned: Mapping[str, str | Sequence[str]], negative: Mapping[str, str | Sequence[str]]
+) -> dict[str, list[tuple[str | None, str | None]]]:
+    """(tuned, negative_tuned) of every run by the model's name. Raises ValueError where their numbers do not match."""
+    models: dict[str, list[tuple[str | None, str | None]]] = {}
+    for name in (*tuned, *(name for name in negative if name not in tuned)):
+        ours, away = _listed(tuned.get(name)), _listed(negative.get(name))
+        if len(ours) != len(away) and len(ours) > 1 < len(away):
+            raise ValueError(
+                f"'{name}' has {len(ours)} tuned weights and {len(away)} negative ones; give one negative for all runs, "
+                "or one for each"
+            )
+        count = max(len(ours), len(away))
+        models[name] = list(zip(ours * (count // len(ours)), away * (count // len(away)), strict=True))
+    return models
+
+
+def _listed(some: str | Sequence[str] | None) -> list[str | None]:
+    return [some] if some is None or isinstance(some, str) else list(some)
 
 
 def _tag(settings: Mapping[str, Any]) -> str:

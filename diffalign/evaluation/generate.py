@@ -23,7 +23,7 @@ from diffalign.objectives.draws import noise_seed
 
 MANIFEST = "manifest.jsonl"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PATHS = ("model", "tuned", "vae")  # where the weights lay; their fingerprints say what they were
+PATHS = ("model", "tuned", "negative_tuned", "vae")  # where the weights lay; their fingerprints say what they were
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def settings_of(
     dtype: str,
     vae: str | None,
     prediction_type: str | None,
+    negative_tuned: str | None = None,
 ) -> dict[str, Any]:
     """Everything a picture depends on besides prompt and seed, as it is written to the manifest."""
     if scheduler not in SCHEDULERS:
@@ -60,11 +61,17 @@ def settings_of(
         raise ValueError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least 1 is needed")
-    weights = {"model": model, "vae": vae, "tuned": None}
-    if tuned is not None:
-        from diffalign.models.saving import find_tuned
+    if negative_tuned is not None and guidance <= 1:
+        raise ValueError(
+            f"negative-tuned {negative_tuned} answers the unconditional branch, and guidance {guidance} has none; give "
+            "a guidance above 1"
+        )
+    weights: dict[str, str | None] = {"model": model, "vae": vae, "tuned": None, "negative_tuned": None}
+    for name, path in (("tuned", tuned), ("negative_tuned", negative_tuned)):
+        if path is not None:
+            from diffalign.models.saving import find_tuned
 
-        weights["tuned"] = str(find_tuned(tuned).path)
+            weights[name] = str(find_tuned(path).path)
     return {
         **weights,
         "fingerprint": {name: fingerprint(path) for name, path in weights.items() if path},
@@ -95,12 +102,14 @@ def generate(
     dtype: str = "float32",
     vae: str | None = None,
     prediction_type: str | None = None,
+    negative_tuned: str | None = None,
     progress: bool = True,
 ) -> list[Picture]:
     """Every prompt with every seed, prompt-major, written to `out_dir`.
 
     `model` is a diffusers folder, Hub id or single-file checkpoint; `tuned` a full UNet folder, a LoRA file or a
-    training output folder to be put on it. `resolution` in pixels (None: what the model was made for). Pictures
+    training output folder to be put on it; `negative_tuned` the same for the unconditional branch of guidance, which
+    otherwise has the weights of the other one (Diffusion-NPO). `resolution` in pixels (None: what the model was made for). Pictures
     that the manifest already lists with the same settings are not made again, and the model is not even loaded
     when none is missing. Raises ValueError when `out_dir` holds pictures made with other settings.
     """
@@ -115,6 +124,7 @@ def generate(
         dtype=dtype,
         vae=vae,
         prediction_type=prediction_type,
+        negative_tuned=negative_tuned,
     )
     folder = Path(out_dir)
     wanted = [(prompt, int(seed)) for prompt in unique(prompts) for seed in dict.fromkeys(seeds)]
@@ -131,6 +141,11 @@ def generate(
             device=device,
             prediction_type=prediction_type,
         )
+        negative = None
+        if negative_tuned is not None:
+            from diffalign.models.negative import load_negative
+
+            negative = load_negative(model, negative_tuned, torch_dtype=DTYPES[dtype], device=device)
         size = resolution or default_resolution(pipe)
         batch = batch or default_batch(size)
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +168,7 @@ def generate(
                     resolution=size,
                     negative_prompt=negative_prompt,
                     batch=batch,
+                    negative=negative,
                 )
                 for (prompt, seed), image in zip(keys, images, strict=True):
                     number = numbers.setdefault(prompt, len(numbers))

@@ -12,7 +12,7 @@ Left out: stochastic samplers (η > 0), guidance rescale, non-square pictures.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.data.images import pictures
+from diffalign.models.negative import negative_branch
 from diffalign.objectives.draws import initial_noise
 
 SCHEDULERS = {
@@ -65,18 +66,20 @@ def sample_images(
     resolution: int | None = None,
     negative_prompt: str = "",
     batch: int | None = None,
+    negative: nn.Module | None = None,
 ) -> list[Image.Image]:
     """Picture i shows `prompts[i]` from `seeds[i]`; both lists have the same length.
 
     `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them. It is left as
     it was found: scheduler, training flags, progress bar, and no global random state is read or written.
-    `guidance` ≤ 1 means no classifier-free guidance. Raises ValueError naming prompt and seed when a picture
-    comes out as NaN.
+    `guidance` ≤ 1 means no classifier-free guidance. `negative` is a UNet that answers the unconditional branch of it
+    (`models/negative.py`). Raises ValueError naming prompt and seed when a picture comes out as NaN.
     """
     size = resolution or default_resolution(pipe)
     batch = batch or default_batch(size)
     images: list[Image.Image] = []
-    with _ready(pipe, make_scheduler(pipe, scheduler)):
+    branch = nullcontext() if negative is None else negative_branch(pipe, negative)
+    with _ready(pipe, make_scheduler(pipe, scheduler)), branch:
         for start in range(0, len(prompts), batch):
             some, own = prompts[start : start + batch], seeds[start : start + batch]
             latent = size // pipe.vae_scale_factor

@@ -89,15 +89,21 @@ def leave_casts_to_autocast(unet: nn.Module) -> None:
 
 def save_lora(unet: nn.Module, directory: str | Path, family: Family) -> Path:
     """Write `pytorch_lora_weights.safetensors`, loadable by the family's pipeline with `load_lora_weights`."""
-    import diffusers
     from peft.utils import get_peft_model_state_dict
 
-    cls = {"sdxl": diffusers.StableDiffusionXLPipeline, "sd": diffusers.StableDiffusionPipeline}[family.name]
     state = {key: value.detach().cpu() for key, value in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
+    return write_lora(unet.peft_config[ADAPTER], state, directory, family)
+
+
+def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, family: Family) -> Path:
+    """Write what `read_lora` gives, a peft LoraConfig and weights keyed "module.lora_A.weight", as such a file."""
+    import diffusers
+
+    cls = {"sdxl": diffusers.StableDiffusionXLPipeline, "sd": diffusers.StableDiffusionPipeline}[family.name]
     cls.save_lora_weights(
         str(directory),
         unet_lora_layers=state,
-        unet_lora_adapter_metadata=_adapter_metadata(unet.peft_config[ADAPTER]),
+        unet_lora_adapter_metadata=_adapter_metadata(config),
         safe_serialization=True,
     )
     return Path(directory) / LORA_FILE

@@ -74,7 +74,7 @@ def load_tuned(unet: nn.Module, path: str | Path) -> Tuned:
     if tuned.kind == "lora":
         load_lora(unet, tuned.path)
     else:
-        _load_full(unet, tuned.path)
+        load_full(unet, tuned.path)
     return tuned
 
 
@@ -85,7 +85,7 @@ def apply_tuned(pipeline: Any, path: str | Path) -> Tuned:
         check_lora_fits(tuned.path, pipeline.unet)
         pipeline.load_lora_weights(str(tuned.path.parent), weight_name=tuned.path.name)
     else:
-        _load_full(pipeline.unet, tuned.path)
+        load_full(pipeline.unet, tuned.path)
     return tuned
 
 
@@ -147,7 +147,8 @@ def make_pipeline(base: Base) -> Any:
     )
 
 
-def _load_full(unet: nn.Module, folder: Path) -> None:
+def load_full(unet: nn.Module, folder: Path) -> None:
+    """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if it is another's."""
     from diffusers import UNet2DConditionModel
 
     dtype = next(unet.parameters()).dtype

@@ -1,0 +1,127 @@
+"""Sums of tuned weights: soups, extrapolations, and the negative networks of Diffusion-NPO.
+
+    θ = θ_base + Σ_i w_i (θ_i − θ_base)
+
+    Σ w = 1                an average: model soup (arXiv 2203.05482), the soup reference of SALSA (arXiv 2411.01798)
+    one part, w > 1        extrapolation past a tuned model: ExPO, w = 1 + α (arXiv 2404.16792)
+    A = 1 + w, B = −w      momentum: on from an earlier checkpoint B through a later one A
+    POSITIVE = a, NPO = 1  Diffusion-NPO's negative network in front of a tuned positive one; see `negative.py`
+
+LoRA files give a LoRA file, exactly: ranks are concatenated, [A_1; A_2] and [w_1 s_1 B_1, w_2 s_2 B_2] with s = alpha /
+rank, since averaging the A and the B would not average their products. Its rank is the sum of the ranks. With a full
+UNet among them the result is a full UNet, summed in float64.
+
+Left out: merging by sign or size (TIES, DARE), text encoders, truncating the rank back by an SVD.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.models.base import Base
+from diffalign.models.family import ModelError
+from diffalign.models.lora import LORA_FILE, check_lora_fits, read_lora, write_lora
+from diffalign.models.saving import UNET_FOLDER, Tuned, find_tuned, load_full
+
+MERGE_FILE = "merge.json"
+
+Parts = Sequence[tuple[str, float]]  # tuned weights, as `find_tuned` takes them, and the weight of each
+
+
+def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
+    """Write base + Σ w (tuned − base) into `output_dir`, loadable wherever tuned weights are; returns file or folder.
+
+    A `merge.json` beside it says what it was made of. `base` is used up where the result is a full UNet.
+    Raises ModelError for weights that are not finite or do not fit the base, and for a folder that holds a model.
+    """
+    folder = Path(output_dir)
+    found = _found(parts)
+    for name in (LORA_FILE, f"{UNET_FOLDER}/config.json", "config.json", "model_index.json"):
+        if (folder / name).exists():
+            raise ModelError(f"{folder} holds {name} already, and nothing is overwritten; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(tuned.kind == "lora" for tuned, _ in found):
+        config, state = _merge_loras(base.unet, found)
+        written = write_lora(config, state, folder, base.family)
+    else:
+        _merge_into(base.unet, found)
+        written = folder / UNET_FOLDER
+        base.unet.save_pretrained(written, safe_serialization=True)
+    record = {"base": base.source, "parts": [{"tuned": str(tuned.path), "weight": w} for tuned, w in found]}
+    (folder / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    return written
+
+
+def merge_into(unet: nn.Module, parts: Parts) -> None:
+    """Put base + Σ w (tuned − base) onto a base's UNet without LoRA layers, in place. Raises ModelError."""
+    _merge_into(unet, _found(parts))
+
+
+def _found(parts: Parts) -> list[tuple[Tuned, float]]:
+    if not parts:
+        raise ModelError("nothing to merge: give at least one PATH=WEIGHT")
+    if bad := [f"{path}={weight}" for path, weight in parts if not math.isfinite(weight)]:
+        raise ModelError(f"{', '.join(bad)}: a weight is a finite number")
+    return [(find_tuned(path), float(weight)) for path, weight in parts]
+
+
+def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:
+    """peft config and weights of the LoRA whose update is the weighted sum of the files' updates."""
+    from peft import LoraConfig
+
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for tuned, weight in found:
+        for name, down, up, scale in _updates(unet, tuned.path):
+            parts.setdefault(name, []).append((down, (weight * scale * up.double()).float()))
+    state = {}
+    for name, sides in parts.items():
+        state[f"{name}.lora_A.weight"] = torch.cat([down for down, _ in sides]).contiguous()
+        state[f"{name}.lora_B.weight"] = torch.cat([up for _, up in sides], dim=1).contiguous()
+    ranks = {name: state[f"{name}.lora_A.weight"].shape[0] for name in parts}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{name}": r for name, r in ranks.items() if r != rank}
+    # alpha = rank everywhere: the scales are in B
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=dict(others)
+    )
+    return config, state
+
+
+@torch.no_grad()
+def _merge_into(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> None:
+    full = sum(weight for tuned, weight in found if tuned.kind == "unet")
+    total = {name: (1.0 - full) * p.double() for name, p in unet.named_parameters()}
+    for tuned, weight in found:
+        if tuned.kind == "lora":
+            for name, down, up, scale in _updates(unet, tuned.path):
+                place = total[f"{name}.weight"]
+                place += weight * scale * (up.double().flatten(1) @ down.double().flatten(1)).view_as(place)
+        else:
+            load_full(unet, tuned.path)  # the base is in `total` by now
+            for name, p in unet.named_parameters():
+                total[name] += weight * p.double()
+    for name, p in unet.named_parameters():
+        p.copy_(total[name])
+
+
+def _updates(unet: nn.Module, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
+    from peft.utils.other import get_pattern_key
+
+    check_lora_fits(file, unet)
+    config, state = read_lora(file, unet)
+    patterns = config.alpha_pattern or {}
+    for key, down in state.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removesuffix(".lora_A.weight")
+        alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
+        yield name, down, state[f"{name}.lora_B.weight"], alpha / down.shape[0]
