@@ -80,6 +80,7 @@ class TuningSection(_Section):
     alpha: Positive | None = None  # null: equal to rank
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     resume_lora: str | None = None  # start from these LoRA weights
+    reference: str | None = None  # tuned weights of the reference, from which the policy starts too; null: the base
 
     @property
     def lora_alpha(self) -> float:
@@ -197,9 +198,19 @@ class Config(_Section):
             idle = [n for n in LORA_ONLY if getattr(self.tuning, n) != TuningSection.model_fields[n].default]
             if idle:
                 raise ValueError(f"tuning.{', tuning.'.join(idle)}: only tuning.method: lora has such a setting")
+        if self.tuning.reference is not None:
+            self._can_have_a_reference()
         if self.source is not None:
             _usable_together(self)
         return self
+
+    def _can_have_a_reference(self) -> None:
+        if not self.objective.needs_reference:
+            raise ValueError(f"tuning.reference: objective {self.objective.name} has no reference")
+        if self.source is not None and self.source.own_reference:
+            raise ValueError(f"tuning.reference: source {self.source.name} chooses the reference itself")
+        if self.data.cache_trajectories:
+            raise ValueError("tuning.reference: data.cache_trajectories keeps trajectories of the base only")
 
     def _can_keep_trajectories(self) -> None:
         objective = self.objective

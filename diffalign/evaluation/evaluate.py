@@ -52,9 +52,9 @@ def evaluate(
     """Compare each model of `tuned` with `base` and write everything to `out_dir`.
 
     `tuned` maps a name to what `generate` takes as `tuned`, or to a list of them: training runs of one method that
-    differ in their seed, reported as one line with runs resampled too. `negative_tuned` maps such a name to the weights of
-    the unconditional branch of guidance (`generate`'s), one for all its runs or one for each; a name that `tuned` lacks
-    is the base with that branch. `scorers` and `faithfulness` are names for
+    differ in their seed, reported as one line with runs resampled too. `negative_tuned` maps such a name to the weights
+    of the unconditional branch of guidance (`generate`'s), one for all its runs or one for each; a name that `tuned`
+    lacks is the base with that branch. `scorers` and `faithfulness` are names for
     `load_scorer` or scorers. `tie` replaces the scorers' own tie thresholds. The other arguments are `generate`'s.
     """
     loaded = [_scorer(scorer, device) for scorer in scorers]
@@ -123,8 +123,8 @@ def _models(
         ours, away = _listed(tuned.get(name)), _listed(negative.get(name))
         if len(ours) != len(away) and len(ours) > 1 < len(away):
             raise ValueError(
-                f"'{name}' has {len(ours)} tuned weights and {len(away)} negative ones; give one negative for all runs, "
-                "or one for each"
+                f"'{name}' has {len(ours)} tuned weights and {len(away)} negative ones; give one negative for all "
+                "runs, or one for each"
             )
         count = max(len(ours), len(away))
         models[name] = list(zip(ours * (count // len(ours)), away * (count // len(away)), strict=True))

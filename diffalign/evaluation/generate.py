@@ -109,9 +109,9 @@ def generate(
 
     `model` is a diffusers folder, Hub id or single-file checkpoint; `tuned` a full UNet folder, a LoRA file or a
     training output folder to be put on it; `negative_tuned` the same for the unconditional branch of guidance, which
-    otherwise has the weights of the other one (Diffusion-NPO). `resolution` in pixels (None: what the model was made for). Pictures
-    that the manifest already lists with the same settings are not made again, and the model is not even loaded
-    when none is missing. Raises ValueError when `out_dir` holds pictures made with other settings.
+    otherwise has the weights of the other one (Diffusion-NPO). `resolution` in pixels (None: what the model was made
+    for). Pictures that the manifest already lists with the same settings are not made again, and the model is not
+    even loaded when none is missing. Raises ValueError when `out_dir` holds pictures made with other settings.
     """
     settings = settings_of(
         model,

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffalign.models.family import Family, ModelError
-from diffalign.models.lora import ADAPTER, lora_file, lora_layers, read_lora, save_lora
-from diffalign.models.reference import FrozenCopy, ReferenceKind
+from diffalign.models.lora import adapter_weights, lora_layers, save_lora
+from diffalign.models.reference import FrozenCopy, HeldLora, ReferenceKind
 
 DELTA_FILE = "delta.safetensors"
 
@@ -53,21 +53,14 @@ class FormerLora:
 
     def __init__(self, unet: nn.Module, family: Family) -> None:
         self._unet, self._family = unet, family
-        self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
-        self._start = {name: p.detach().clone() for name, p in self._own.items()}
-        self._held = self._start
+        self._start = {name: p.detach().clone() for name, p in unet.named_parameters() if ".lora_" in name}
+        self._reference = HeldLora(unet, self._start)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
-        own = {name: p.data for name, p in self._own.items()}
-        try:
-            for name, p in self._own.items():
-                p.data = self._held[name]
-            yield self._unet
-        finally:
-            for name, p in self._own.items():
-                p.data = own[name]
+        with self._reference.active() as module:
+            yield module
 
     def save(self, folder: Path) -> None:
         """The adapter as a LoRA file that every reader takes."""
@@ -77,13 +70,11 @@ class FormerLora:
     def load(self, folder: Path | None) -> None:
         """Takes up a saved adapter. Raises ModelError when its file is not there."""
         if folder is None:
-            self._held = self._start
+            self._reference.hold(self._start)
             return
         if not folder.is_dir():
             raise _gone(folder)
-        _, state = read_lora(lora_file(folder), self._unet)
-        held = {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in state.items()}
-        self._held = {name: held[name].to(p.device, p.dtype) for name, p in self._own.items()}
+        self._reference.hold(adapter_weights(self._unet, folder))
 
 
 class FormerCopy:

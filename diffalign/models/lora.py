@@ -117,10 +117,24 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
     than that, or does not fit.
     """
     file = lora_file(path)
+    if not lora_layers(unet):
+        check_lora_fits(file, unet)
+        _inject(unet, read_lora(file, unet)[0])
+    weights = adapter_weights(unet, file)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+def adapter_weights(unet: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The weights in a LoRA file by the names of the parameters that they are for, of a UNet with an adapter.
+
+    Raises ModelError unless the file's adapter has the shape of this one: rank, alpha, modules.
+    """
+    file = lora_file(path)
     check_lora_fits(file, unet)
     config, state = read_lora(file, unet)
-    if not lora_layers(unet):
-        _inject(unet, config)
     present = unet.peft_config[ADAPTER]
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         if getattr(present, field) != getattr(config, field):
@@ -128,16 +142,14 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
                 f"{file} has {field} = {getattr(config, field)!r}, this run's adapter {getattr(present, field)!r}; "
                 "use the file's value in the config, or start from a fresh adapter"
             )
-    own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+    own = {name for name, _ in unet.named_parameters() if ".lora_" in name}
     theirs = {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in state.items()}
-    if own.keys() != theirs.keys():
+    if own != theirs.keys():
         raise ModelError(
             f"{file} has LoRA weights for {len(theirs) // 2} modules, this run's adapter for {len(own) // 2}; "
-            f"e.g. {sorted(own.keys() ^ theirs.keys())[0]} is on one side only. Use the same target_modules"
+            f"e.g. {sorted(own ^ theirs.keys())[0]} is on one side only. Use the same target_modules"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(theirs[name])
+    return theirs
 
 
 def lora_file(path: str | Path) -> Path:

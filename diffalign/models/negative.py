@@ -5,10 +5,10 @@ Classifier-free guidance with two networks instead of one,
     ε = ε_neg(x, ∅) + g (ε_pos(x, c) − ε_neg(x, ∅))
 
 where the unconditional (or negative-prompt) branch is answered by the negative network. That one is trained with
-`data.invert_preference: true`. In front of a tuned positive network θ + η the negative one is θ + aη + bδ, δ being what
-the inverted training changed: branches that have drifted apart make guidance noisy. `merge.py` makes it. The release has
-b = 1 and, with its option merge_weight = w (0 by default), a = w in gen.py (SD1.5) and a = 1 − w in gen_xl.py (SDXL), so
-that its two defaults are the two ends; here it is the user's to say.
+`data.invert_preference: true`. In front of a tuned positive network θ + η the negative one is θ + aη + bδ, δ being
+what the inverted training changed: branches that have drifted apart make guidance noisy. `merge.py` makes it. The
+release has b = 1 and, with its option merge_weight = w (0 by default), a = w in gen.py (SD1.5) and a = 1 − w in
+gen_xl.py (SDXL), so that its two defaults are the two ends; here it is the user's to say.
 
 Both branches keep their own batch of half the size: up to the rounding of kernels at another batch size, two equal
 networks give what one gives. The cost is a second UNet in memory, not in time.

@@ -1,6 +1,7 @@
-"""What the policy is compared with. Four kinds:
+"""What the policy is compared with. Five kinds:
 
     lora_off   the policy's own network with its LoRA layers switched off: no second UNet in memory
+    held       the policy's own network with other LoRA weights put in: a soup, or any tuned weights
     copy       a frozen copy, made before training starts
     former     a former policy, which a source chooses (`former.py`)
     none       objectives that need no reference
@@ -11,18 +12,18 @@ With equal weights reference and policy give bitwise the same output: same kerne
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.models.family import ModelError
 from diffalign.models.lora import lora_layers
 from diffalign.models.memory import store_for_autocast
 
-ReferenceKind = Literal["lora_off", "copy", "former", "none"]
+ReferenceKind = Literal["lora_off", "held", "copy", "former", "none"]
 
 
 class Reference(Protocol):
@@ -69,6 +70,36 @@ class LoraOff:
         finally:
             for switch in self._switches:
                 switch["_disable_adapters"] = False
+
+
+class HeldLora:
+    """The policy's own network with other weights in its adapter: those at the start, or what it is given to hold."""
+
+    kind: ReferenceKind = "held"
+
+    def __init__(self, unet: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+        """`weights` by parameter name, as `lora.adapter_weights` gives them; None: the adapter as it is now."""
+        self._unet = unet
+        self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+        if not self._own:
+            raise ModelError("reference held: this UNet has no LoRA layers to put other weights in; use reference copy")
+        self.hold({name: p.detach().clone() for name, p in self._own.items()} if weights is None else weights)
+
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """From now on answers with these, moved to where the adapter's own weights are."""
+        self._held = {name: weights[name].to(p.device, p.dtype) for name, p in self._own.items()}
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
+        own = {name: p.data for name, p in self._own.items()}
+        try:
+            for name, p in self._own.items():
+                p.data = self._held[name]
+            yield self._unet
+        finally:
+            for name, p in self._own.items():
+                p.data = own[name]
 
 
 class FrozenCopy:

@@ -148,7 +148,7 @@ def make_pipeline(base: Base) -> Any:
 
 
 def load_full(unet: nn.Module, folder: Path) -> None:
-    """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if it is another's."""
+    """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
     from diffusers import UNet2DConditionModel
 
     dtype = next(unet.parameters()).dtype

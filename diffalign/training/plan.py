@@ -40,8 +40,9 @@ def describe(run: Run, start: int = 0) -> str:
         "none": "none",
         "copy": "frozen copy",
         "lora_off": "the policy with LoRA off",
+        "held": "the policy with other LoRA weights",
         "former": "former policies",
-    }[run.reference_kind]
+    }[run.reference_kind] + (f" of {config.tuning.reference}" if config.tuning.reference else "")
     rows = [
         ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
         ("model", f"{config.model.pretrained_model_name_or_path} ({run.base.family.name}, "

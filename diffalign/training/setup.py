@@ -26,11 +26,14 @@ from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
+from diffalign.models.family import ModelError
 from diffalign.models.former import make_former
-from diffalign.models.lora import ADAPTER, add_lora, load_lora, lora_layers
+from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
+from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
-from diffalign.models.reference import ReferenceKind, make_reference
+from diffalign.models.reference import HeldLora, Reference, ReferenceKind, make_reference
+from diffalign.models.saving import find_tuned
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
@@ -190,6 +193,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
     torch.backends.cudnn.allow_tf32 = training.allow_tf32  # torch's own default is True
 
+    _check_reference(config)
     base = load_run_base(config)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
@@ -203,7 +207,12 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
     former = None
     if config.source is not None and config.source.own_reference:
         kind, former = "former", make_former(unet, base.family, autocast)
-    reference = make_reference(kind, unet, autocast) if former is None else former
+    reference: Reference | None = former
+    if config.tuning.reference is not None and config.tuning.method == "lora":
+        reference = HeldLora(unet, adapter_weights(unet, config.tuning.reference))
+        kind = reference.kind
+    elif former is None:
+        reference = make_reference(kind, unet, autocast)
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
 
@@ -237,16 +246,27 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
     )
 
 
+def _check_reference(config: Config) -> None:
+    """Raises ModelError for tuned weights that cannot be this run's reference, before anything is encoded."""
+    tuning = config.tuning
+    if tuning.reference is not None and find_tuned(tuning.reference).kind == "unet" and tuning.method == "lora":
+        raise ModelError(
+            f"tuning.reference: {tuning.reference} is a full UNet, and a LoRA on top of it would not be one of the "
+            "base's; give a LoRA file, use tuning.method: full, or make that UNet part of the base model"
+        )
+
+
 def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Module:
     """The base's UNet made trainable as configured: attention, checkpointing, LoRA or all weights."""
     unet, tuning = base.unet, config.tuning
     if tuning.method == "lora":
-        if tuning.resume_lora is not None:
-            load_lora(unet, tuning.resume_lora)
+        if (start := tuning.resume_lora or tuning.reference) is not None:
+            load_lora(unet, start)
             found = unet.peft_config[ADAPTER]
             if (found.r, found.lora_alpha) != (tuning.rank, tuning.lora_alpha):
                 log.warning(
-                    "tuning.resume_lora has rank %d and alpha %g: these are in force, not tuning.rank and tuning.alpha",
+                    "%s has rank %d and alpha %g: these are in force, not tuning.rank and tuning.alpha",
+                    start,
                     found.r,
                     found.lora_alpha,
                 )
@@ -256,6 +276,8 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
         if autocast is not None:
             store_for_autocast(unet, autocast)
     else:
+        if tuning.reference is not None:
+            merge_into(unet, [(tuning.reference, 1.0)])
         unet.requires_grad_(True)
     set_attention(unet, config.model.attention, device)
     set_checkpointing(unet, config.model.gradient_checkpointing)
