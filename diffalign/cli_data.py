@@ -6,6 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
+
+from diffalign.data.axes import Aggregate, Axis
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +16,8 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
     _pairs_arguments(sub)
+    sub.add_argument("--scores", nargs="+", default=[], metavar="FILE", help="files of scores, as in data.scores")
+    sub.add_argument("--aggregate", default="sum", choices=get_args(Aggregate), help="as data.aggregate")
     sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
     sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
     sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
@@ -93,6 +98,8 @@ def data(args: argparse.Namespace) -> None:
         max_pairs=args.max_pairs,
         verify="full" if args.full else "header",
         resolution=args.resolution,
+        axes=[Axis(file, file) for file in args.scores],
+        aggregate=args.aggregate,
     )
     print(report.text())
     if args.sample is not None:

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
+from diffalign.data.axes import Aggregate, Axis
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import Recordable
 from diffalign.sources import SOURCES
@@ -34,7 +36,9 @@ OBJECTIVE_ONLY = {
         "cache_dtype",
         "cache_trajectories",
         "scores",
+        "aggregate",
         "relabel",
+        "curriculum",
         "proportion_empty_prompts",
     ),
     "training": ("ema_decay", "max_unet_forwards"),
@@ -99,7 +103,9 @@ class DataSection(_Section):
     columns: dict[str, str] = {}  # part -> column where names differ, e.g. {prompt: text, chosen: winner}
     max_pairs: Count | None = None
     invert_preference: bool = False
-    scores: str | None = None  # file of scores by `diffalign data score`, in place of score columns
+    # files of scores by `diffalign data score`, in place of score columns: one, several, or named axes with weights
+    scores: Scores | None = None
+    aggregate: Aggregate = "sum"  # how several axes of scores become a pair's two
     relabel: bool = False  # the image with the higher of these scores is the chosen one, whatever the labels say
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None  # pixels; null: the model family's
     center_crop: bool = True
@@ -111,6 +117,14 @@ class DataSection(_Section):
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of moments and embeddings in the cache
     cache_trajectories: bool = False  # keep the reference's inversions in the cache, for objectives that look at them
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    curriculum: CurriculumSection | None = None  # null: every pair from the start
+
+    _scores = field_validator("scores", mode="before")(checked_scores)
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The files of scores with names and weights; empty without any."""
+        return axes_of(self.scores)
 
 
 class TrainingSection(_Section):
@@ -190,6 +204,8 @@ class Config(_Section):
                 raise ValueError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+        if self.data.aggregate != "sum" and len(self.data.axes) < 2:
+            raise ValueError(f"data.aggregate: {self.data.aggregate} needs several axes in data.scores")
         if self.data.relabel and self.data.scores is None:
             raise ValueError("data.relabel needs data.scores, a file that `diffalign data score` writes")
         if self.data.cache_trajectories:
@@ -378,7 +394,7 @@ def _usable_together(config: Config) -> None:
                 f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the objective "
                 "compares the very steps that the source took; give both the same value"
             )
-    idle = ["cache_dir", "invert_preference", "dataloader_num_workers", "scores"]
+    idle = ["cache_dir", "invert_preference", "dataloader_num_workers", "scores", "curriculum"]
     if source.data == "prompts":
         idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
     if set_ := [name for name in idle if getattr(data, name) != DataSection.model_fields[name].default]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
@@ -56,6 +56,8 @@ def _keys_at(config: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     section: Any = config
     for part in loc:
         section = section.model_fields[part].annotation
+        # a section that may be null
+        section = next((each for each in get_args(section) if hasattr(each, "model_fields")), section)
     return list(section.model_fields)
 
 

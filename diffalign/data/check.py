@@ -12,9 +12,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from diffalign.data.axes import Aggregate, Axis, use_axes
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import ImageError, Problem
 from diffalign.data.table import PairTable, Verify
+from diffalign.data.two_prompts import FORMAT
 
 NAMED = 5  # rows named per kind of problem in the text; the json has all
 CELL, CAPTION = 256, 48  # pixels of one picture and of the prompt below it on the contact sheet
@@ -81,6 +83,7 @@ class Report:
         lines = [
             f"{self.path}: {self.format} columns in {self.storage}",
             f"rows          {self.total_rows}"
+            + (f" = 2 for each of {self.total_rows // 2}" if self.format == FORMAT else "")
             + (f" ({self.examined_rows} examined)" if self.examined_rows < self.total_rows else ""),
             f"usable pairs  {self.usable}" + (f" (of them {self.ties} ties)" if self.ties else ""),
         ]
@@ -152,10 +155,13 @@ def check_pairs(
     columns: Mapping[str, str] | None = None,
     verify: Verify = "header",
     resolution: int | None = None,
+    axes: Sequence[Axis] = (),
+    aggregate: Aggregate = "sum",
 ) -> Report:
     """Examine a data set as `open_pairs` does, with the same arguments, and report.
 
     resolution: count the images that training at this size would enlarge.
+    axes, aggregate: files of scores as a config's data.scores; pairs that all_agree leaves out are among the problems.
     Raises DataError when the file or folder as a whole cannot be read as pairs.
     """
     table = open_pairs(
@@ -168,6 +174,8 @@ def check_pairs(
         columns=columns,
         verify=verify,
     )
+    if axes:
+        use_axes(table, axes, aggregate, relabel=False)
     sizes = sorted(table.sizes, key=lambda size: size[0] * size[1])
     lengths = sorted(map(len, table.prompts))
     repeats = Counter(table.prompts)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from diffalign.data.images import flips, prepare_pair
 from diffalign.data.rows import DataError, ImageError, Problem
-from diffalign.data.sampler import PairOrder
+from diffalign.data.sampler import Order, PairOrder
 from diffalign.data.table import PairTable
 from diffalign.data.terms import on_latents
 from diffalign.objectives.draws import normal, pair_key, uniform
@@ -93,12 +93,13 @@ class Visits(Dataset[Loaded]):
         prompt_dropout: float,
         latent_side: int | None = None,
         signed_masks: bool = True,
+        order: Order | None = None,
     ) -> None:
         """`latent_side` and `signed_masks` (whether masks may go below 0) matter only where the data have masks."""
         self.table, self.content = table, content
         self.latent_side, self.signed_masks = latent_side, signed_masks
         self.run_seed, self.prompt_dropout = run_seed, prompt_dropout
-        self.order = PairOrder(len(table), run_seed)
+        self.order = PairOrder(len(table), run_seed) if order is None else order
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         """The micro-batch of these positions (`DataLoader` fetches a batch by this one call)."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffalign.data import pickapic, preference
+from diffalign.data import pickapic, preference, two_prompts
 from diffalign.data.columns import Columns
 from diffalign.data.folder import is_pair_folder, open_folder
 from diffalign.data.hpdv2 import open_json
@@ -22,8 +22,9 @@ from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable, Verify
 from diffalign.data.webdataset import open_shards
 
-FORMATS = ("auto", "pickapic", "preference")
+FORMATS = ("auto", "pickapic", "preference", two_prompts.FORMAT)
 _LAYOUTS = {"pickapic": pickapic, "preference": preference}
+_PARTS = {**_LAYOUTS, two_prompts.FORMAT: two_prompts}
 _SPLITS = ("train", "validation", "valid", "val", "test", "eval", "dev")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -43,7 +44,7 @@ def open_pairs(
 
     path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
         rejected/ images, or written by `save_to_disk`; or a Hub id.
-    format: the column layout, "pickapic" or "preference"; "auto" takes the one whose columns are there.
+    format: the column layout, "pickapic", "preference" or "two_prompts"; "auto" takes the one whose columns are there.
     split: for data sets and parquet folders that have splits.
     keep_ties: keep rows labelled 0.5/0.5 (`PairRow.tie`); without score columns the labels become the scores.
     max_pairs: stop after this many usable pairs.
@@ -57,7 +58,7 @@ def open_pairs(
     if verify not in ("none", "header", "full"):
         raise DataError(f"verify={verify!r}; allowed are 'none', 'header' and 'full'")
     stored = open_columns(path, split)
-    layout = find_layout(stored, format, columns or {})
+    stored, layout = find_layout(stored, format, columns or {})
     table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
     table.examine(verify, max_pairs)
     return table
@@ -81,12 +82,15 @@ def open_columns(path: str | Path, split: str = "train") -> Columns:
     return open_hub(text, split)
 
 
-def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> Layout:
-    """The layout whose columns are all there. Raises DataError with the nearest names when none is."""
+def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tuple[Columns, Layout]:
+    """The layout whose columns are all there, and the rows as it sees them (rows with two prompts are two).
+
+    Raises DataError with the nearest names when none is.
+    """
     if format not in FORMATS:
         raise DataError(f"format={format!r}; allowed are {', '.join(FORMATS)}")
-    wanted = [format] if format != "auto" else list(_LAYOUTS)
-    known = {part for name in wanted for part in _LAYOUTS[name].PARTS}
+    wanted = [format] if format != "auto" else list(_PARTS)
+    known = {part for name in wanted for part in _PARTS[name].PARTS}
     for part, column in columns.items():
         if part not in known:
             raise DataError(f"columns names the part {part!r}; the parts are {', '.join(sorted(known))}")
@@ -96,20 +100,23 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> Lay
             raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
     missing: dict[str, list[str]] = {}
     for name in wanted:
-        parts = _LAYOUTS[name].PARTS
+        parts = _PARTS[name].PARTS
         found = {part: column for part, column in columns.items() if part in parts}
         for part, names in parts.items():
             present = next((each for each in names if each in stored.names), None)
             if part not in found and present is not None:
                 found[part] = present
         found = {part: column for part, column in found.items() if column}
-        missing[name] = [part for part in parts if part not in found and part not in _LAYOUTS[name].OPTIONAL]
+        missing[name] = [part for part in parts if part not in found and part not in _PARTS[name].OPTIONAL]
         if not missing[name]:
-            return _LAYOUTS[name].layout(found)
+            if name == two_prompts.FORMAT:
+                rows = two_prompts.TwoPrompts(stored, found)
+                return rows, rows.layout
+            return stored, _LAYOUTS[name].layout(found)
     lines = [f"{stored.storage} {_has(stored)}; no known layout fits:"]
     for name in sorted(wanted, key=lambda each: len(missing[each])):
         for part in missing[name]:
-            names = _LAYOUTS[name].PARTS[part]
+            names = _PARTS[name].PARTS[part]
             lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
     lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
     raise DataError("\n".join(lines))

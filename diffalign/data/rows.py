@@ -25,6 +25,7 @@ CORRUPT = "corrupt image"
 TINY = "tiny image"
 BAD_TERM = "bad weight, margin or mask"
 DUPLICATE = "duplicate id"
+DISAGREEMENT = "axes disagree"  # a verdict on a usable pair, made when scores are taken up
 
 
 class DataError(ValueError):

@@ -7,10 +7,15 @@ pairs of a step does not depend on how many processes share it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from diffalign.objectives.draws import generator, pair_key
+
+Order = Callable[[int], tuple[int, int]]  # position -> (index of the pair, draw); no two visits of a pair share a draw
 
 
 class PairOrder:
@@ -30,6 +35,51 @@ class PairOrder:
             self._permutation = torch.randperm(self.n, generator=generator(key, "order"))
             self._epoch = epoch
         return int(self._permutation[place]), epoch
+
+
+class CurriculumOrder:
+    """Easy pairs first: the pool grows by a chunk K times in the course of a run, and stays whole after it.
+
+    Curriculum-DPO (arXiv 2405.13637): pairs in the order of their score gaps, largest first, are cut into K chunks, and
+    stage k of K trains on the union of the first k. A stage lasts positions / K positions and visits its pool in seeded
+    permutations, begun anew with the stage. The draw counts the permutations begun so far; with one chunk this is
+    `PairOrder` itself.
+
+    Differs from the paper: chunks of equal numbers of pairs rather than equal intervals of difficulty, so that no chunk
+    is empty, and difficulty is the gap of scores rather than of ranks among a prompt's many samples.
+    """
+
+    def __init__(self, gaps: Sequence[float], seed: int, chunks: int, positions: int) -> None:
+        """`gaps` are chosen - rejected of every pair (nan, where there is no score, comes last); `positions` the length
+        of the curriculum in visits. Raises ValueError for more chunks than pairs, or gaps that tell no pairs apart.
+        """
+        n = len(gaps)
+        if not 1 <= chunks <= n:
+            raise ValueError(f"data.curriculum.chunks = {chunks} for {n} pairs; allowed are 1 to {n}")
+        known = [gap for gap in gaps if not math.isnan(gap)]
+        if chunks > 1 and len(set(known)) < 2:
+            raise ValueError(f"data.curriculum: the scores give all {n} pairs the same gap, so none is easier; drop it")
+        easiest = sorted(range(n), key=lambda i: (math.isnan(gaps[i]), -gaps[i] if gaps[i] == gaps[i] else 0.0, i))
+        self.seed, self.chunks, self.positions = seed, chunks, positions
+        # in stored order within a pool, so that the whole pool is the table
+        self.pools = [sorted(easiest[: -(-n * (k + 1) // chunks)]) for k in range(chunks)]
+        self.starts = [-(-k * positions // chunks) for k in range(chunks)]
+        ends = [*self.starts[1:], self.starts[-1]]
+        self._begun = [0]  # permutations begun before each stage
+        for start, end, pool in zip(self.starts, ends, self.pools, strict=True):
+            self._begun.append(self._begun[-1] - (start - end) // len(pool))
+        self._drawn = (-1, torch.empty(0, dtype=torch.int64))
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """The pair at `position`, and how many permutations were begun before the one it is in."""
+        stage = min(self.chunks - 1, position * self.chunks // self.positions)
+        pool = self.pools[stage]
+        passed, place = divmod(position - self.starts[stage], len(pool))
+        draw = self._begun[stage] + passed
+        if draw != self._drawn[0]:
+            key = pair_key(self.seed, "order", draw)
+            self._drawn = draw, torch.randperm(len(pool), generator=generator(key, "order"))
+        return pool[int(self._drawn[1][place])], draw
 
 
 def positions_for(step: int, batch: int, accumulation: int, process: int, processes: int) -> Tensor:

@@ -87,6 +87,12 @@ def use_scores(table: PairTable, scores: Scores, *, relabel: bool, where: str) -
 
     Raises DataError naming pairs that have none.
     """
+    require_scores(table, scores, where)
+    table.take_scores([scores[name] for name in table.ids], relabel=relabel)
+
+
+def require_scores(table: PairTable, scores: Scores, where: str) -> None:
+    """Raise DataError naming pairs that have no line in a file of scores."""
     missing = [name for name in table.ids if name not in scores]
     if missing:
         named = ", ".join(missing[:NAMED])
@@ -94,7 +100,6 @@ def use_scores(table: PairTable, scores: Scores, *, relabel: bool, where: str) -
             f"{where} has no scores of {len(missing)} of {len(table)} pairs (first: {named}); run the same `diffalign "
             "data score` again, it goes on where it stopped"
         )
-    table.take_scores([scores[name] for name in table.ids], relabel=relabel)
 
 
 def _open(table: PairTable, index: int) -> tuple[Image, Image] | None:

@@ -17,7 +17,7 @@ from diffalign.data.cache import PairCache
 from diffalign.data.encoder import Encoder
 from diffalign.data.loading import NULL_PROMPT, Content, Loaded, Pixels, Visits, sample_latents
 from diffalign.data.rows import DataError, Problem
-from diffalign.data.sampler import positions_for
+from diffalign.data.sampler import Order, positions_for
 from diffalign.data.table import PairTable
 from diffalign.data.trajectories import Trajectories
 from diffalign.records import Conditioning, PairBatch, Transitions
@@ -45,6 +45,7 @@ class OfflinePairs:
     prompt_dropout: share of visits that see the null prompt, both sides alike.
     with_uncond: add the null prompt's conditioning, for objectives that guide.
     signed_masks: whether masks may go below 0; if not, one that does stops the run with DataError.
+    order: which pair is visited when; None: one permutation of the table per epoch.
     max_unreadable: share of the table's pairs that may turn out unreadable (and be substituted) before
         the run stops with DataError; one pair always may.
 
@@ -68,6 +69,7 @@ class OfflinePairs:
         pin_memory: bool = False,
         signed_masks: bool = True,
         max_unreadable: float = 0.05,
+        order: Order | None = None,
     ) -> None:
         table.require_usable()
         self.table, self.content = table, content
@@ -104,6 +106,7 @@ class OfflinePairs:
             prompt_dropout=prompt_dropout,
             latent_side=side,
             signed_masks=signed_masks,
+            order=order,
         )
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:

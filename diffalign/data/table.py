@@ -12,6 +12,7 @@ import math
 import os
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -131,6 +132,26 @@ class PairTable:
                     sizes = self._sizes[4 * index : 4 * index + 4]
                     self._sizes[4 * index : 4 * index + 4] = sizes[2:] + sizes[:2]
             self._ties[index] = self._ties[index] and one == two
+
+    def leave_out(self, kind: str, reasons: Mapping[int, str]) -> None:
+        """Take pairs out of the table, by index with the reason for each, which goes to `problems`."""
+        for index in sorted(reasons):
+            self._report(self._rows[index], kind, reasons[index])
+        kept = [index for index in range(len(self)) if index not in reasons]
+        by_file, files = set(self._by_file), Files()
+        for index in kept:
+            if index in by_file:
+                refs = self.refs(self._rows[index])
+                files.add([str(ref.path) for ref in refs], [file_stat(ref) for ref in refs])
+        self._files = files
+        self._by_file = array("q", (place for place, index in enumerate(kept) if index in by_file))
+        self.ids, self.prompts = [self.ids[i] for i in kept], [self.prompts[i] for i in kept]
+        self._sizes = array("i", (x for i in kept for x in self._sizes[4 * i : 4 * i + 4]))
+        self._rows = array("q", (self._rows[i] for i in kept))
+        self._first, self._ties = (bytearray(flags[i] for i in kept) for flags in (self._first, self._ties))
+        self._scores = None if self._scores is None else [self._scores[i] for i in kept]
+        self._numbers = {part: array("d", (values[i] for i in kept)) for part, values in self._numbers.items()}
+        self.__dict__.pop("identity", None)
 
     def stored(self, index: int) -> tuple[ImageRef, ImageRef]:
         """Both images of a pair, in stored order."""

@@ -16,6 +16,8 @@ from diffalign.data.cache import CacheKey, PairCache, open_cache
 from diffalign.data.encode import encode_cache
 from diffalign.data.prompts import Table
 from diffalign.data.record import record_trajectories, trajectory_key
+from diffalign.data.rows import DataError
+from diffalign.data.sampler import CurriculumOrder
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
 from diffalign.data.trajectories import Trajectories
@@ -26,6 +28,7 @@ from diffalign.models.former import Former
 from diffalign.models.networks import Networks
 from diffalign.sources import Context, Source
 from diffalign.training.checkpoint import source_states
+from diffalign.training.optim import effective_batch
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +130,12 @@ def _source_maker(
     config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
 ) -> Callable[[Online | PairCache | Trajectories], OfflinePairs]:
     """From where the pixels come from to the run's source of batches."""
-    data = config.data
+    data, training = config.data, config.training
+    order = None
+    if data.curriculum is not None:
+        steps = data.curriculum.steps or training.max_train_steps
+        positions = steps * effective_batch(training, accelerator.num_processes)
+        order = curriculum(table, config.seed, data.curriculum.chunks, positions)
     return partial(
         OfflinePairs,
         table,
@@ -142,7 +150,20 @@ def _source_maker(
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         signed_masks=getattr(config.objective, "takes_signs", False),
+        order=order,
     )
+
+
+def curriculum(table: PairTable, seed: int, chunks: int, positions: int) -> CurriculumOrder:
+    """Easy pairs first, by the table's scores. Raises DataError when it has none."""
+    scores = [table.scores(index) for index in range(len(table))]
+    if any(pair is None for pair in scores):
+        raise DataError(
+            "data.curriculum sorts pairs by the gap between their scores, and these data have none; make some with "
+            "`diffalign data score` and name the file in data.scores"
+        )
+    gaps = [one - two for one, two in cast("list[tuple[float, float]]", scores)]
+    return CurriculumOrder(gaps, seed, chunks, positions)
 
 
 def _content(

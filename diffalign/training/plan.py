@@ -67,9 +67,11 @@ def _data(run: Run) -> str:
     if run.config.source is not None:
         return f"{data.path}, {rows}, pairs made by {run.config.source.name} {_settings(run.config.source)}"
     terms = "".join(f", {part} of each pair" for part in getattr(run.table, "terms", ()))
-    return f"{data.path}, {rows}{terms}, " + (
-        "encoded at every visit" if data.cache_dir is None else f"cache {data.cache_dir}"
-    )
+    how = "encoded at every visit" if data.cache_dir is None else f"cache {data.cache_dir}"
+    if data.curriculum is not None:
+        steps = data.curriculum.steps or run.config.training.max_train_steps
+        how += f", easiest first: {data.curriculum.chunks} chunks in {steps} steps"
+    return f"{data.path}, {rows}{terms}, {how}"
 
 
 def trial(run: Run) -> str:

@@ -105,7 +105,12 @@ def claim(config: AnyConfig, output_dir: Path) -> None:
 
 def _same_settings(recorded: Path, config: AnyConfig) -> None:
     """Raises ConfigError naming every setting that must not change on resuming and did."""
-    if changed := _changes(yaml.safe_load(recorded.read_text()) or {}, config.resolved()):
+    was, now = yaml.safe_load(recorded.read_text()) or {}, config.resolved()
+    changed = _changes(was, now)
+    if (now["data"].get("curriculum") or {"steps": 0})["steps"] is None:  # as long as the run: its order would change
+        length = [tree["training"]["max_train_steps"] for tree in (was, now)]
+        changed += [("training.max_train_steps", *length)] if length[0] != length[1] else []
+    if changed:
         lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
         raise ConfigError(
             f"the run of {recorded.parent} was started with other settings, and resuming would mix them:\n{lines}\n"

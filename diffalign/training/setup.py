@@ -17,10 +17,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import Config, PreferenceModelConfig
+from diffalign.data.axes import use_axes
 from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
-from diffalign.data.scores import read_scores, use_scores
 from diffalign.data.table import PairTable
 from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
@@ -120,8 +120,8 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
         verify=data.verify,
     )
     table.require_usable()
-    if data.scores is not None:
-        use_scores(table, read_scores(data.scores), relabel=data.relabel, where=f"data.scores: {data.scores}")
+    if data.axes:
+        use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
     if data.cache_dir is not None:
         _ = table.identity  # may read every image once: done here, before other processes get the table
     return table

@@ -1,0 +1,55 @@
+"""Parts of a config's data section that have a form of their own: axes of scores, and the curriculum."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diffalign.data.axes import Axis
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ScoreAxis(_Section):
+    """One of several scorers in `data.scores`."""
+
+    file: str  # of `diffalign data score`
+    weight: Annotated[float, Field(gt=0)] = 1.0  # what a unit of this score is worth
+
+
+class CurriculumSection(_Section):
+    """Easy pairs first: the pool grows from those with the largest score gaps to all."""
+
+    chunks: Annotated[int, Field(ge=2)]
+    steps: Annotated[int, Field(ge=1)] | None = None  # optimiser steps until its end; null: max_train_steps
+
+
+Scores = str | tuple[str, ...] | dict[str, str | ScoreAxis]  # a file, several, or named ones
+
+
+def checked_scores(node: Any) -> Any:
+    """`data.scores` as given. Raises ValueError in words where pydantic would name each form that a value has not."""
+    several = isinstance(node, dict | list | tuple)
+    if several and not node:
+        raise ValueError("names no file; give one, a list of them, or a mapping axis: file")
+    for value in node.values() if isinstance(node, dict) else node if several else [node]:
+        if isinstance(value, str | ScoreAxis) or value is node is None:
+            continue
+        if not (isinstance(node, dict) and isinstance(value, dict)):
+            raise ValueError(f"{value!r} is no file; give a path, a list of paths, or a mapping axis: path")
+        weight = value.get("weight", 1.0)
+        good = isinstance(weight, int | float) and not isinstance(weight, bool) and weight > 0
+        if value.keys() - {"file", "weight"} or not isinstance(value.get("file"), str) or not good:
+            raise ValueError(f"{value!r} is no axis; write {{file: PATH, weight: NUMBER ABOVE 0}}, the weight optional")
+    return node
+
+
+def axes_of(scores: Scores | None) -> list[Axis]:
+    """The files of scores with their names and weights; empty without any."""
+    if isinstance(scores, dict):
+        named = {name: axis if isinstance(axis, ScoreAxis) else ScoreAxis(file=axis) for name, axis in scores.items()}
+        return [Axis(name, axis.file, axis.weight) for name, axis in named.items()]
+    return [Axis(file, file) for file in ([scores] if isinstance(scores, str) else scores or ())]
