@@ -6,9 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
-
-from diffalign.data.axes import Aggregate, Axis
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +14,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
     _pairs_arguments(sub)
     sub.add_argument("--scores", nargs="+", default=[], metavar="FILE", help="files of scores, as in data.scores")
-    sub.add_argument("--aggregate", default="sum", choices=get_args(Aggregate), help="as data.aggregate")
+    sub.add_argument("--aggregate", default="sum", help="sum, min or all_agree, as data.aggregate")
     sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
     sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
     sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
@@ -88,6 +85,7 @@ def data(args: argparse.Namespace) -> None:
         print(f"{args.pairs} pairs in {args.out}")
         return
 
+    from diffalign.data.axes import Axis
     from diffalign.data.check import check_pairs
 
     report = check_pairs(

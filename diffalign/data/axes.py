@@ -20,9 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from diffalign.data.rows import DISAGREEMENT
+from diffalign.data.rows import DISAGREEMENT, DataError
 from diffalign.data.scores import Scores, read_scores, require_scores
 from diffalign.data.table import PairTable
 
@@ -44,6 +44,8 @@ def use_axes(table: PairTable, axes: Sequence[Axis], how: Aggregate, *, relabel:
     With all_agree, pairs on which axes disagree go to `table.problems`. Raises DataError where a file has no line for
     a pair, or when no pair is left.
     """
+    if how not in get_args(Aggregate):
+        raise DataError(f"aggregate = {how!r}; allowed are {', '.join(get_args(Aggregate))}")
     found = {axis: read_scores(axis.file) for axis in axes}
     for axis, scores in found.items():
         require_scores(table, scores, f"data.scores: {axis.file}")

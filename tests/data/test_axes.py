@@ -112,6 +112,8 @@ def test_faults(table: PairTable, tmp_path: Path) -> None:
         use_axes(table, axes, "sum", relabel=False)
     with pytest.raises(DataError, match="there is no file of scores"):
         use_axes(table, [*axes, Axis("x", str(tmp_path / "x.jsonl"))], "sum", relabel=False)
+    with pytest.raises(DataError, match="aggregate = 'mean'; allowed are sum, min, all_agree"):
+        use_axes(table, axes[:1], "mean", relabel=False)
     rows = [{"id": i, "score_0": 0.0, "score_1": 1.0} for i in table.ids]
     for name, flipped in (("look", False), ("text", True)):
         body = [{**row, **({"score_0": 2.0} if flipped else {})} for row in rows]

@@ -35,9 +35,8 @@ def scored(pair_folder: Path, tmp_path: Path) -> str:
 
 def test_batches_of_any_size_on_any_number_of_processes_and_resumed(tmp_path: Path) -> None:
     """48 positions in three stages: two pairs, then four, then six."""
-    rows = [
-        {**row, "score_0": i % 2 * (i + 1.0), "score_1": (1 - i % 2) * (i + 1.0)} for i, row in enumerate(pick_rows(6))
-    ]
+    scores = [{"score_0": i % 2 * (i + 1.0), "score_1": (1 - i % 2) * (i + 1.0)} for i in range(6)]
+    rows = [row | two for row, two in zip(pick_rows(6), scores, strict=True)]
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
 
     def ids(batch: int, process: int = 0, processes: int = 1, first: int = 0) -> list[tuple[str, ...]]:
@@ -51,10 +50,8 @@ def test_batches_of_any_size_on_any_number_of_processes_and_resumed(tmp_path: Pa
             processes=processes,
             order=order,
         )
-        return [
-            tuple(zip(b.ids, b.keys.tolist(), strict=True))
-            for b in islice(source.batches(first), 48 // batch // processes - first)
-        ]
+        batches = islice(source.batches(first), 48 // batch // processes - first)
+        return [tuple(zip(b.ids, b.keys.tolist(), strict=True)) for b in batches]
 
     ones = [pair for batch in ids(1) for pair in batch]
     assert [pair for batch in ids(8) for pair in batch] == ones
@@ -77,9 +74,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     other = {**shared, "output_dir": str(tmp_path / "parts")}
     run_training(make_config(tiny_sd, {**other, "training.max_train_steps": 2}))
     run_training(make_config(tiny_sd, {**other, "training.resume_from_checkpoint": "latest"}))
-    one, two = (
-        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "out", tmp_path / "parts")
-    )
+    folders = (tmp_path / "out", tmp_path / "parts")
+    one, two = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -117,8 +113,8 @@ def test_axes_reach_a_run(make_config: Make, tiny_sd: Path, scored: str) -> None
     assert torch.equal(next(run.source.batches(0)).latents, next(expected.source.batches(0)).latents)
     assert run.table.scores(1) == (6.0, 2.0)
     assert "cache" not in describe(run).split("files")[0]
+    changed = make_config(tiny_sd, {"data.scores": axes, "data.aggregate": "all_agree"})
     with pytest.raises(DataError, match="axes disagree"):
-        changed = make_config(tiny_sd, {"data.scores": axes, "data.aggregate": "all_agree"})
         build(changed, make_accelerator(changed))
     for given, message in (
         ({"data.scores": [scored], "data.aggregate": "min"}, "data.aggregate: min needs several axes"),
