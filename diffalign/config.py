@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores
+from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.data.axes import Aggregate, Axis
 from diffalign.objectives import OBJECTIVES
@@ -49,16 +49,6 @@ ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-def packaged_asset(path: Any) -> Any:
-    """`assets/…` names what comes with diffalign, from whichever folder a command is run; other paths stay."""
-    if isinstance(path, str) and path.startswith("assets/") and not Path(path).exists():
-        package = Path(__file__).resolve().parent
-        for folder in (package.parent / "assets", package / "_assets"):
-            if (found := folder / path.removeprefix("assets/")).exists():
-                return str(found)
-    return path
 
 
 class ModelSection(_Section):

@@ -1,7 +1,8 @@
-"""Parts of a config's data section that have a form of their own: axes of scores, and the curriculum."""
+"""Parts of a config that have a form of their own: axes of scores, the curriculum, and paths of what is shipped."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,3 +54,13 @@ def axes_of(scores: Scores | None) -> list[Axis]:
         named = {name: axis if isinstance(axis, ScoreAxis) else ScoreAxis(file=axis) for name, axis in scores.items()}
         return [Axis(name, axis.file, axis.weight) for name, axis in named.items()]
     return [Axis(file, file) for file in ([scores] if isinstance(scores, str) else scores or ())]
+
+
+def packaged_asset(path: Any) -> Any:
+    """`assets/…` names what comes with diffalign, from whichever folder a command is run; other paths stay."""
+    if isinstance(path, str) and path.startswith("assets/") and not Path(path).exists():
+        package = Path(__file__).resolve().parent
+        for folder in (package.parent / "assets", package / "_assets"):
+            if (found := folder / path.removeprefix("assets/")).exists():
+                return str(found)
+    return path

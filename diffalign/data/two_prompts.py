@@ -53,7 +53,8 @@ class TwoPrompts:
     @property
     def layout(self) -> Layout:
         """Preference columns."""
-        return Layout(FORMAT, "prompt", _SIDES, uids=_UIDS if self._uids else (), terms={part: part for part in self._terms})
+        terms = {part: part for part in self._terms}
+        return Layout(FORMAT, "prompt", _SIDES, uids=_UIDS if self._uids else (), terms=terms)
 
     def column(self, name: str) -> Sequence[Any]:
         if name == "prompt":

@@ -101,3 +101,20 @@ def test_columns_of_other_names_and_missing_ones(tmp_path: Path) -> None:
         open_pairs(file, format="two_prompts")
     labelled = [{**rows[0], "caption": "c", "label_0": 1.0, "label_1": 0.0, "prompt_0": "a", "prompt_1": "b"}]
     assert open_pairs(write_parquet(tmp_path / "more.parquet", labelled)).format == "pickapic"
+
+
+def test_weight_margin_and_mask_are_of_both_pairs(tmp_path: Path) -> None:
+    rows = [
+        {"prompt_0": "a", "prompt_1": "b", "jpg_0": png(0), "jpg_1": png(1)}
+        | {"weight": 0.5, "margin": 2.0, "mask": "[[0, 1]]"},
+        {"prompt_0": "c", "prompt_1": "d", "jpg_0": png(2), "jpg_1": png(3)}
+        | {"weight": 3.0, "margin": 1.0, "mask": None},
+    ]
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
+    assert table.terms == ("weight", "margin", "mask")
+    assert [table.number("weight", i) for i in range(4)] == [0.5, 0.5, 3.0, 3.0]
+    assert [table.number("margin", i) for i in range(4)] == [2.0, 2.0, 1.0, 1.0]
+    assert table.mask(1).tolist() == [[0.0, 1.0]]
+    assert table.mask(2).tolist() == [[1.0]]
+    table.leave_out("axes disagree", {0: "so"})
+    assert [table.number("weight", i) for i in range(3)] == [0.5, 3.0, 3.0]
