@@ -94,7 +94,7 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
     for part, column in columns.items():
         if part not in known:
             raise DataError(f"columns names the part {part!r}; the parts are {', '.join(sorted(known))}")
-        if not column and any(part in _LAYOUTS[name].OPTIONAL for name in wanted):
+        if not column and any(part in _PARTS[name].OPTIONAL for name in wanted):
             continue
         if column not in stored.names:
             raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
