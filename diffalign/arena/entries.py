@@ -68,7 +68,7 @@ _SPECIAL = {
     "robust_dpo": Entry("robust_dpo", "world/robust_dpo.yaml", scale="objective.beta", scales=_BETAS),
     "kto": Entry("kto", "world/kto.yaml", scale="objective.beta", scales=(250.0, 4000.0)),
     "mapo": Entry("mapo", "world/mapo.yaml", scale="objective.beta", scales=(0.02, 0.5)),
-    "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.link", scales=("forward_kl", "alpha")),
+    "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.link", scales=("forward_kl",)),
     "dso_dro": Entry("dso_dro", "world/dso_dro.yaml", scale="objective.margin", scales=(0.0003, 0.003)),
 }
 _BY_SOURCE = (  # known by where their pairs come from

@@ -22,6 +22,9 @@ def sweep(field: Field, entries: Sequence[Entry], command: str, protocol: Protoc
 
     Chosen is the largest gain among trials whose guards are silent; among all where none is.
     """
+    for entry in entries:  # a setting that no config can have is an error now, not after an hour
+        for value in entry.scales:
+            config_of(entry, protocol, PREFERENCE, 0, field.pairs(PREFERENCE), {str(entry.scale): value})
     trials: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
     _try(field, protocol, [(entry, {RATE: rate}) for entry in entries for rate in RATES], trials, "sweep: rates")
     further = [
