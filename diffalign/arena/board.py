@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from diffalign.arena.entries import PREFERENCES, Entry
@@ -31,7 +32,7 @@ def measure(entry: Entry, runs: Sequence[Done], base: Done, preference: str) -> 
         "paper": paper_of(entry, runs[0]),
         "control": entry.control,
         "online": runs[0].config["source"] is not None,
-        "config": runs[0].config,
+        "config": _anywhere(runs[0].config),
         "runs": len(runs),
         "steps": [run.steps for run in runs],
         "unet_forwards": [run.forwards for run in runs],
@@ -115,6 +116,12 @@ def paper_of(entry: Entry, run: Done) -> str:
     if entry.name in OBJECTIVES:
         return OBJECTIVES[entry.name].paper
     return SOURCES[run.config["source"]["name"]].paper
+
+
+def _anywhere(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the packaged base and the arena's pairs named as they are on any machine."""
+    model = {**config["model"], "pretrained_model_name_or_path": "assets/world/base"}
+    return {**config, "model": model, "data": {**config["data"], "path": f"pairs/{Path(config['data']['path']).name}"}}
 
 
 def _curves(run: Done) -> dict[str, list[float | None]]:

@@ -30,7 +30,8 @@ def run(folder: Path, seed: int, failed: str | None = None) -> Done:
             file = folder / f"{number}_{k}.png"
             Image.fromarray(pixels).save(file)
             pictures.append(Picture(prompt, k, file))
-    return Done({"source": None}, [] if failed else pictures, [LINE], 1.5, failed)
+    config = {"source": None, "model": {"attention": "auto"}, "data": {"path": f"{folder}/mine.parquet"}}
+    return Done(config, [] if failed else pictures, [LINE], 1.5, failed)
 
 
 def scores(done: Done, name: str) -> np.ndarray:
@@ -51,6 +52,8 @@ def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path,
     assert (row["runs"], row["steps"], row["unet_forwards"]) == (2, [1, 1], [8, 8])
     assert row["curves"] == {"step": [1], "loss": [0.69], "implicit_acc": [0.5]}
     assert row["paper"].startswith("Wallace")
+    assert row["config"]["data"] == {"path": "pairs/mine.parquet"}  # no path of this machine
+    assert row["config"]["model"] == {"attention": "auto", "pretrained_model_name_or_path": "assets/world/base"}
 
 
 def test_the_same_pictures_gain_nothing(tmp_path: Path) -> None:
