@@ -236,6 +236,10 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     parser.add_argument("--vae", help="another VAE, e.g. an fp16-safe one")
     parser.add_argument("--prediction-type", help="override of the scheduler config's")
+    parser.add_argument("--users", help="file of users' embeddings (.json, .parquet, .safetensors), for --user")
+    parser.add_argument(
+        "--user", action="append", metavar="ID[=WEIGHT]", help="for whom, with user attention; several are averaged"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
 
 
@@ -254,7 +258,16 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         "prediction_type",
     )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return {"device": device, "out_dir": args.out, **{name: getattr(args, name) for name in names}}
+    return {"device": device, "out_dir": args.out, "user": _user(args), **{name: getattr(args, name) for name in names}}
+
+
+def _user(args: argparse.Namespace) -> list[float] | None:
+    """The embedding of whom pictures are for: a user of the file, or some of them averaged."""
+    from diffalign.data.users import open_users, parse_mixture
+
+    if bool(args.users) != bool(args.user):
+        raise ValueError("--users FILE and --user ID belong together: a file of embeddings, and who of it")
+    return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,6 +34,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", default="renders", help="renders, or samples: best and worst of four of the base's own"
     )
     sub.add_argument("--reward", default="world", help="which picture is better: world, or world-size, another taste")
+    sub.add_argument("--users", type=int, default=0, help="so many users of different taste; 0: all prefer alike")
     sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
 
 
@@ -81,6 +82,7 @@ def data(args: argparse.Namespace) -> None:
             reward=args.reward,
             layout=layout,
             shuffle_labels=args.shuffle_labels,
+            users=args.users,
         )
         print(f"{args.pairs} pairs in {args.out}")
         return

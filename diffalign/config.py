@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from diffalign.config_checks import check_tuning, check_users
 from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.data.axes import Aggregate, Axis
@@ -39,11 +40,11 @@ OBJECTIVE_ONLY = {
         "aggregate",
         "relabel",
         "curriculum",
+        "users",
         "proportion_empty_prompts",
     ),
     "training": ("ema_decay", "max_unet_forwards"),
 }
-LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -69,12 +70,14 @@ class ModelSection(_Section):
 class TuningSection(_Section):
     """What is trained, and what it is compared with."""
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full", "user_attention"] = "lora"
     rank: Count = 16
     alpha: Positive | None = None  # null: equal to rank
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     resume_lora: str | None = None  # start from these LoRA weights
     reference: str | None = None  # tuned weights of the reference, from which the policy starts too; null: the base
+    user_tokens: Count = 4  # tokens that user attention makes of a user (IP-Adapter's 4)
+    user_scale: Positive = 1.0  # of what user attention adds to the text's
 
     @property
     def lora_alpha(self) -> float:
@@ -85,7 +88,7 @@ class TuningSection(_Section):
 class DataSection(_Section):
     """The preference pairs and how they become latents."""
 
-    _shipped = field_validator("path", mode="before")(packaged_asset)
+    _shipped = field_validator("path", "users", mode="before")(packaged_asset)
 
     path: str  # file, folder or Hub id
     format: str = "auto"
@@ -97,6 +100,7 @@ class DataSection(_Section):
     scores: Scores | None = None
     aggregate: Aggregate = "sum"  # how several axes of scores become a pair's two
     relabel: bool = False  # the image with the higher of these scores is the chosen one, whatever the labels say
+    users: str | None = None  # file of users' embeddings, where the pairs name their user by an id
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None  # pixels; null: the model family's
     center_crop: bool = True
     random_flip: bool = False
@@ -157,6 +161,7 @@ class ValidationSection(_Section):
     steps: Count = 25
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
     seed: int = 0
+    user: str | None = None  # an id in data.users: for whom the pictures are, with user attention
 
 
 class Config(_Section):
@@ -200,10 +205,8 @@ class Config(_Section):
             raise ValueError("data.relabel needs data.scores, a file that `diffalign data score` writes")
         if self.data.cache_trajectories:
             self._can_keep_trajectories()
-        if self.tuning.method == "full":
-            idle = [n for n in LORA_ONLY if getattr(self.tuning, n) != TuningSection.model_fields[n].default]
-            if idle:
-                raise ValueError(f"tuning.{', tuning.'.join(idle)}: only tuning.method: lora has such a setting")
+        check_tuning(self.tuning)
+        check_users(self)
         if self.tuning.reference is not None:
             self._can_have_a_reference()
         if self.source is not None:

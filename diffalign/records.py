@@ -39,6 +39,7 @@ class Conditioning:
     prompt_embeds: Tensor  # "side pair tokens dim"
     pooled: Tensor | None = None  # "side pair dim", SDXL's pooled text embedding
     time_ids: Tensor | None = None  # "side pair 6", SDXL: original h w, crop top left, target h w (pixels)
+    user: Tensor | None = None  # "side pair dim", the embedding of whoever preferred, for user attention
 
     def select(self, sides: slice, pairs: slice) -> Conditioning:
         """The same conditioning for some sides and pairs."""
@@ -62,6 +63,7 @@ class Conditioning:
             prompt_embeds=torch.cat([self.prompt_embeds, other.prompt_embeds]),
             pooled=join(self.pooled, other.pooled),
             time_ids=join(self.time_ids, other.time_ids),
+            user=join(self.user, other.user),
         )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
@@ -70,6 +72,7 @@ class Conditioning:
             prompt_embeds=fn(self.prompt_embeds),
             pooled=None if self.pooled is None else fn(self.pooled),
             time_ids=None if self.time_ids is None else fn(self.time_ids),
+            user=None if self.user is None else fn(self.user),
         )
 
 

@@ -42,6 +42,7 @@ SAME_ROOM = {
     "cli_list": "cli",
     "cli_merge": "cli",
     "demo": "cli",
+    "config_checks": "config",
     "config_text": "config",
     "config_data": "config",
 }

@@ -15,9 +15,9 @@ from diffalign.training.optim import effective_batch, effective_lr
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-PACKAGED = 44  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 45  # a config that disappears, or one that no test sees, changes this number
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
-NAMED_BY_SOURCE = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo", "npo": "dpo"}  # not known by the objective
+NAMED_BY_SOURCE = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo", "npo": "dpo", "ppd": "dpo"}  # not by objective
 PAIRS_PUBLISHED = {"dpo_full": 2048, "sft_full": 2048, "inpo_full": 1024, "smpo_full": 1024, "mapo_full": 128}  # a step
 
 

@@ -38,6 +38,7 @@ class Loaded:
     weight: Tensor | None = None  # [pair]
     margin: Tensor | None = None  # [pair]
     mask: Tensor | None = None  # "pair h w"
+    users: Tensor | None = None  # "pair dim"
     noisy: Tensor | None = None  # "pair side point c h w", with clean, t and t_prev [pair point]: see `Transitions`
     clean: Tensor | None = None
     t: Tensor | None = None
@@ -106,6 +107,7 @@ class Visits(Dataset[Loaded]):
         visits = [self.visit(position) for position in positions]
         names = visits[0].tensors
         scores = [visit.scores for visit in visits if visit.scores is not None]
+        users = [visit.user for visit in visits if visit.user is not None]
         return Loaded(
             keys=torch.tensor([visit.key for visit in visits], dtype=torch.int64),
             ids=tuple(visit.id for visit in visits),
@@ -114,6 +116,7 @@ class Visits(Dataset[Loaded]):
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
             weight=_column([visit.weight for visit in visits]),
             margin=_column([visit.margin for visit in visits]),
+            users=torch.stack(users) if users else None,
             **{name: torch.stack([visit.tensors[name] for visit in visits]) for name in names},
         )
 
@@ -144,7 +147,8 @@ class Visits(Dataset[Loaded]):
             tensors = {**tensors, "mask": mask}
         numbers = (self.table.number(part, index) for part in ("weight", "margin"))
         scores = self.table.scores(index)
-        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems, *numbers)
+        user = self.table.user(index)
+        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems, *numbers, user=user)
 
     def _mask(self, index: int, name: str, key: int, draw: int, geometry: Tensor) -> Tensor | None:
         """The pair's mask on the latents as they are cropped and flipped at this visit."""
@@ -175,6 +179,7 @@ class Visit:
     problems: tuple[Problem, ...]
     weight: float | None = None
     margin: float | None = None
+    user: Tensor | None = None
 
 
 def substitute(pair_id: str, attempt: int, n: int) -> int:

@@ -10,6 +10,7 @@ from diffalign.data.rows import BAD_LABEL, NO_LABEL, TIE
 from diffalign.data.terms import TERMS
 
 PROMPT = ("caption", "prompt", "original_prompt", "text")
+USER = {"user": ("user", "user_id"), "user_embed": ("user_embed",)}
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Layout:
     uids: tuple[str, ...] = ()
     scores: tuple[str, str] | None = None
     terms: Mapping[str, str] = field(default_factory=dict)  # weight, margin, mask -> column
+    user: str | None = None  # id of whoever preferred
+    user_embed: str | None = None  # or their embedding itself, a list of numbers
 
 
 # Part -> accepted column names, best first. A part in `OPTIONAL` may be missing.
@@ -39,8 +42,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "score_0": ("score_0",),
     "score_1": ("score_1",),
     **{part: (part,) for part in TERMS},
+    **USER,
 }
-OPTIONAL = frozenset({"label_1", "has_label", "uid_0", "uid_1", "score_0", "score_1", *TERMS})
+OPTIONAL = frozenset({"label_1", "has_label", "uid_0", "uid_1", "score_0", "score_1", *TERMS, *USER})
 
 
 def layout(found: Mapping[str, str]) -> Layout:
@@ -56,6 +60,8 @@ def layout(found: Mapping[str, str]) -> Layout:
         uids=uids if len(uids) == 2 else (),
         scores=(found["score_0"], found["score_1"]) if scored else None,
         terms={part: found[part] for part in TERMS if part in found},
+        user=found.get("user"),
+        user_embed=found.get("user_embed"),
     )
 
 

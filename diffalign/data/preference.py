@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from diffalign.data.pickapic import PROMPT, Layout
+from diffalign.data.pickapic import PROMPT, USER, Layout
 from diffalign.data.terms import TERMS
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -15,8 +15,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "chosen_score": ("chosen_score", "score_chosen"),
     "rejected_score": ("rejected_score", "score_rejected"),
     **{part: (part,) for part in TERMS},
+    **USER,
 }
-OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *TERMS})
+OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *TERMS, *USER})
 
 
 def layout(found: Mapping[str, str]) -> Layout:
@@ -29,4 +30,6 @@ def layout(found: Mapping[str, str]) -> Layout:
         uids=(found["uid"],) if "uid" in found else (),
         scores=(found["chosen_score"], found["rejected_score"]) if scored else None,
         terms={part: found[part] for part in TERMS if part in found},
+        user=found.get("user"),
+        user_embed=found.get("user_embed"),
     )

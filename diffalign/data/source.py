@@ -152,9 +152,9 @@ class OfflinePairs:
         time_ids = self._time_ids(loaded.geometry.transpose(0, 1))
         return PairBatch(
             latents=latents.transpose(0, 1),  # type: ignore[union-attr]
-            cond=_conditioning(embeds, pooled, time_ids),  # type: ignore[arg-type]
+            cond=_conditioning(embeds, pooled, time_ids, loaded.users),  # type: ignore[arg-type]
             keys=loaded.keys,
-            uncond=self._uncond(len(loaded.ids), time_ids) if self.with_uncond else None,
+            uncond=self._uncond(len(loaded.ids), time_ids, loaded.users) if self.with_uncond else None,
             scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
             transitions=_transitions(loaded),
             weight=loaded.weight,
@@ -163,12 +163,13 @@ class OfflinePairs:
             ids=loaded.ids,
         )
 
-    def _uncond(self, pairs: int, time_ids: Tensor | None) -> Conditioning:
+    def _uncond(self, pairs: int, time_ids: Tensor | None, users: Tensor | None) -> Conditioning:
         embeds, pooled = self._null_text()
         return _conditioning(
             embeds.expand(pairs, *embeds.shape),
             None if pooled is None else pooled.expand(pairs, *pooled.shape),
             time_ids,
+            users,
         )
 
     def _note(self, problems: tuple[Problem, ...]) -> None:
@@ -229,11 +230,13 @@ def _transitions(loaded: Loaded) -> Transitions | None:
     return Transitions(loaded.noisy.transpose(0, 1), loaded.clean.transpose(0, 1), loaded.t, loaded.t_prev)
 
 
-def _conditioning(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Conditioning:
-    """Both sides see one prompt: a view over the side axis."""
-    return Conditioning(
-        embeds.expand(2, *embeds.shape), None if pooled is None else pooled.expand(2, *pooled.shape), time_ids
-    )
+def _conditioning(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None, users: Tensor | None) -> Conditioning:
+    """Both sides see one prompt and one user: a view over the side axis."""
+
+    def shared(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.expand(2, *x.shape)
+
+    return Conditioning(embeds.expand(2, *embeds.shape), shared(pooled), time_ids, shared(users))
 
 
 def _no_time_ids(geometry: Tensor) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -62,6 +62,7 @@ class PairTable:
         self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
         self._numbers = {part: array("d") for part in layout.terms if part in NEUTRAL}  # weight, margin
         self.negative_masks = False  # whether one below 0 was seen; with verify="none" masks are not looked at
+        self._users: tuple[Tensor, array[int]] | None = None  # embeddings [user dim], and each pair's row of them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -151,7 +152,27 @@ class PairTable:
         self._first, self._ties = (bytearray(flags[i] for i in kept) for flags in (self._first, self._ties))
         self._scores = None if self._scores is None else [self._scores[i] for i in kept]
         self._numbers = {part: array("d", (values[i] for i in kept)) for part, values in self._numbers.items()}
+        if self._users is not None:
+            self._users = self._users[0], array("q", (self._users[1][i] for i in kept))
         self.__dict__.pop("identity", None)
+
+    def column(self, name: str) -> list[Any]:
+        """A small column's value of each pair."""
+        values = self.columns.column(name)
+        return [values[row] for row in self._rows]
+
+    def take_users(self, embeddings: Tensor, rows: Sequence[int]) -> None:
+        """Who preferred: embeddings float32 [user dim], and for each pair the row of its user."""
+        self._users = embeddings, array("q", rows)
+
+    def user(self, index: int) -> Tensor | None:
+        """The embedding [dim] of a pair's user; None in a table that was not given users."""
+        return None if self._users is None else self._users[0][self._users[1][index]]
+
+    @property
+    def user_dim(self) -> int | None:
+        """Length of the users' embeddings; None without users."""
+        return None if self._users is None else int(self._users[0].shape[1])
 
     def stored(self, index: int) -> tuple[ImageRef, ImageRef]:
         """Both images of a pair, in stored order."""

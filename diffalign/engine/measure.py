@@ -137,7 +137,7 @@ def _asked(probe: Probe) -> Iterator[Tensor]:
     yield probe.xt
     for cond in (probe.cond, probe.uncond):
         if cond is not None:
-            yield from (x for x in (cond.prompt_embeds, cond.pooled, cond.time_ids) if x is not None)
+            yield from (x for x in (cond.prompt_embeds, cond.pooled, cond.time_ids, cond.user) if x is not None)
 
 
 def _sides_share(x: Tensor) -> bool:

@@ -45,6 +45,7 @@ def evaluate(
     vae: str | None = None,
     prediction_type: str | None = None,
     negative_tuned: Mapping[str, str | Sequence[str]] | None = None,
+    user: Sequence[float] | None = None,
     tie: float | None = None,
     grid_rows: int = 8,
     progress: bool = True,
@@ -54,8 +55,9 @@ def evaluate(
     `tuned` maps a name to what `generate` takes as `tuned`, or to a list of them: training runs of one method that
     differ in their seed, reported as one line with runs resampled too. `negative_tuned` maps such a name to the weights
     of the unconditional branch of guidance (`generate`'s), one for all its runs or one for each; a name that `tuned`
-    lacks is the base with that branch. `scorers` and `faithfulness` are names for
-    `load_scorer` or scorers. `tie` replaces the scorers' own tie thresholds. The other arguments are `generate`'s.
+    lacks is the base with that branch. `scorers` and `faithfulness` are names for `load_scorer` or scorers. `user` is
+    the embedding of whom the tuned models draw for, where they have user attention; the base knows no users. `tie`
+    replaces the scorers' own tie thresholds. The other arguments are `generate`'s.
     """
     loaded = [_scorer(scorer, device) for scorer in scorers]
     faithful = _scorer(faithfulness, device) if faithfulness is not None else None
@@ -78,7 +80,7 @@ def evaluate(
     prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     paths = {BASE: [(None, None)], **models}
     settings = {
-        name: [settings_of(base, path, negative_tuned=away, **sampling) for path, away in some]
+        name: [settings_of(base, path, negative_tuned=away, user=path and user, **sampling) for path, away in some]
         for name, some in paths.items()
     }
     for name, some in settings.items():
@@ -93,6 +95,7 @@ def evaluate(
                 out_dir=folder / "images" / f"{name}-{_tag(settings[name][run])}",
                 tuned=path,
                 negative_tuned=away,
+                user=path and user,
                 batch=batch,
                 device=device,
                 progress=progress,
@@ -137,7 +140,7 @@ def _listed(some: str | Sequence[str] | None) -> list[str | None]:
 
 def _tag(settings: Mapping[str, Any]) -> str:
     """8 hex digits of all that a picture depends on; paths do not count, the weights found there do."""
-    known = {key: value for key, value in settings.items() if key not in PATHS}
+    known = {key: value for key, value in settings.items() if key not in PATHS and (key, value) != ("user", None)}
     return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

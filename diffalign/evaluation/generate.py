@@ -6,6 +6,7 @@ out_dir/manifest.jsonl   one line per finished picture: file, prompt, seed, nois
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def settings_of(
     vae: str | None,
     prediction_type: str | None,
     negative_tuned: str | None = None,
+    user: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Everything a picture depends on besides prompt and seed, as it is written to the manifest."""
     if scheduler not in SCHEDULERS:
@@ -82,6 +84,7 @@ def settings_of(
         "negative_prompt": negative_prompt,
         "dtype": dtype,
         "prediction_type": prediction_type,
+        "user": None if user is None else _user_hash(user),
     }
 
 
@@ -103,15 +106,17 @@ def generate(
     vae: str | None = None,
     prediction_type: str | None = None,
     negative_tuned: str | None = None,
+    user: Sequence[float] | None = None,
     progress: bool = True,
 ) -> list[Picture]:
     """Every prompt with every seed, prompt-major, written to `out_dir`.
 
     `model` is a diffusers folder, Hub id or single-file checkpoint; `tuned` a full UNet folder, a LoRA file or a
     training output folder to be put on it; `negative_tuned` the same for the unconditional branch of guidance, which
-    otherwise has the weights of the other one (Diffusion-NPO). `resolution` in pixels (None: what the model was made
-    for). Pictures that the manifest already lists with the same settings are not made again, and the model is not
-    even loaded when none is missing. Raises ValueError when `out_dir` holds pictures made with other settings.
+    otherwise has the weights of the other one (Diffusion-NPO); `user` the embedding of whom the pictures are for, with
+    user attention only. `resolution` in pixels (None: what the model was made for). Pictures that the manifest already
+    lists with the same settings are not made again, and the model is not even loaded when none is missing. Raises
+    ValueError when `out_dir` holds pictures made with other settings.
     """
     settings = settings_of(
         model,
@@ -125,6 +130,7 @@ def generate(
         vae=vae,
         prediction_type=prediction_type,
         negative_tuned=negative_tuned,
+        user=user,
     )
     folder = Path(out_dir)
     wanted = [(prompt, int(seed)) for prompt in unique(prompts) for seed in dict.fromkeys(seeds)]
@@ -140,6 +146,7 @@ def generate(
             torch_dtype=DTYPES[dtype],
             device=device,
             prediction_type=prediction_type,
+            user=user,
         )
         negative = None
         if negative_tuned is not None:
@@ -192,6 +199,11 @@ def read_manifest(folder: str | Path) -> list[Picture]:
         )
     found = {(row["prompt"], row["seed"]): folder / row["file"] for row in _rows(folder)}
     return [Picture(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
+
+
+def _user_hash(user: Sequence[float]) -> str:
+    """16 hex digits of an embedding as float32; the embedding itself may be long."""
+    return hashlib.blake2b(torch.as_tensor(user, dtype=torch.float32).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -70,7 +70,10 @@ def _found(parts: Parts) -> list[tuple[Tuned, float]]:
         raise ModelError("nothing to merge: give at least one PATH=WEIGHT")
     if bad := [f"{path}={weight}" for path, weight in parts if not math.isfinite(weight)]:
         raise ModelError(f"{', '.join(bad)}: a weight is a finite number")
-    return [(find_tuned(path), float(weight)) for path, weight in parts]
+    found = [(find_tuned(path), float(weight)) for path, weight in parts]
+    if users := [str(tuned.path) for tuned, _ in found if tuned.kind == "user"]:
+        raise ModelError(f"{', '.join(users)}: user attention adds to the base's weights and changes none; not merged")
+    return found
 
 
 def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:

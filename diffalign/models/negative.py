@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffalign.models.base import load_base
 from diffalign.models.family import ModelError
-from diffalign.models.saving import load_tuned
+from diffalign.models.saving import find_tuned, load_tuned
 
 
 def load_negative(
@@ -42,6 +42,10 @@ def load_negative(
 
     Raises ModelError when they do not fit the base, or tune text encoders too: the text is the positive pipeline's.
     """
+    if find_tuned(negative_tuned).kind == "user":
+        raise ModelError(
+            f"{negative_tuned} is user attention, and a negative network draws for nobody; give other weights"
+        )
     base = load_base(
         pretrained_model_name_or_path,
         revision=revision,

@@ -15,6 +15,7 @@ from diffalign.models.base import check_unet
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import leave_casts_to_autocast
 from diffalign.models.reference import Reference
+from diffalign.models.user_attention import user_branch
 from diffalign.records import Conditioning
 
 
@@ -45,6 +46,7 @@ class Networks:
         if autocast_dtype is not None:
             leave_casts_to_autocast(unet)
         self._reference = reference
+        self._takes_users = user_branch(unet) is not None
         self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
         self.reference_forwards = 0  # what a run pays for having one
         self.image_forwards = 0  # images through either network so far, with and without grad
@@ -67,8 +69,17 @@ class Networks:
     def _predict(self, module: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         self.image_forwards += len(xt)
         xt, cond = self._cast_inputs(xt, cond)
+        inputs = self.family.unet_inputs(cond)
+        if self._takes_users != (cond.user is not None):
+            raise ModelError(
+                "this network has user attention and the batch no users"
+                if self._takes_users
+                else "the batch has users and this network no user attention; build it with add_user_attention"
+            )
+        if cond.user is not None:
+            inputs["user_embeds"] = cond.user
         with self._autocast():
-            out = module(xt, t, return_dict=False, **self.family.unet_inputs(cond))[0]
+            out = module(xt, t, return_dict=False, **inputs)[0]
         return out.float()
 
     def _cast_inputs(self, xt: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
@@ -81,6 +92,7 @@ class Networks:
             prompt_embeds=cond.prompt_embeds.to(dtype),
             pooled=None if cond.pooled is None else cond.pooled.to(dtype),
             time_ids=cond.time_ids,
+            user=None if cond.user is None else cond.user.to(dtype),
         )
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -1,7 +1,8 @@
-"""What the policy is compared with. Five kinds:
+"""What the policy is compared with. Six kinds:
 
     lora_off   the policy's own network with its LoRA layers switched off: no second UNet in memory
     held       the policy's own network with other LoRA weights put in: a soup, or any tuned weights
+    user_off   the policy's own network without its user attention: the base
     copy       a frozen copy, made before training starts
     former     a former policy, which a source chooses (`former.py`)
     none       objectives that need no reference
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from diffalign.models.family import ModelError
 from diffalign.models.lora import lora_layers
 from diffalign.models.memory import store_for_autocast
+from diffalign.models.user_attention import user_branch
 
-ReferenceKind = Literal["lora_off", "held", "copy", "former", "none"]
+ReferenceKind = Literal["lora_off", "user_off", "held", "copy", "former", "none"]
 
 
 class Reference(Protocol):
@@ -102,6 +104,31 @@ class HeldLora:
                 p.data = own[name]
 
 
+class UserOff:
+    """The policy's unwrapped UNet without its user attention: exactly the base, whoever the batch's users are."""
+
+    kind: ReferenceKind = "user_off"
+
+    def __init__(self, unet: nn.Module) -> None:
+        """Raises ModelError when `unet` has no user attention."""
+        branch = user_branch(unet)
+        if branch is None:
+            raise ModelError(
+                "reference user_off: this UNet has no user attention to switch off, so the reference would be the "
+                "policy itself. Add it with add_user_attention, or use reference copy"
+            )
+        self._unet, self._branch = unet, branch
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """User attention off inside the block, and back on however it ends."""
+        try:
+            self._branch.enabled = False
+            yield self._unet
+        finally:
+            self._branch.enabled = True
+
+
 class FrozenCopy:
     """A copy of the network as it is now; make it before the first optimiser step."""
 
@@ -131,6 +158,8 @@ def make_reference(kind: ReferenceKind, unet: nn.Module, autocast_dtype: torch.d
         return None
     if kind == "lora_off":
         return LoraOff(unet)
+    if kind == "user_off":
+        return UserOff(unet)
     if kind == "copy":
         if lora_layers(unet):
             raise ModelError(
@@ -138,4 +167,4 @@ def make_reference(kind: ReferenceKind, unet: nn.Module, autocast_dtype: torch.d
                 "reference lora_off"
             )
         return FrozenCopy(unet, autocast_dtype)
-    raise ModelError(f"reference = {kind!r}; allowed: lora_off, copy, none")
+    raise ModelError(f"reference = {kind!r}; allowed: lora_off, user_off, copy, none")

@@ -4,20 +4,30 @@ What a run leaves in its output_dir (or in a checkpoint-N/ of it) is one of
 
     unet/                                 full fine-tuning: a diffusers folder, safetensors
     pytorch_lora_weights.safetensors      LoRA: diffusers' layout with the adapter's metadata
+    user_attention.safetensors            user attention: a layout of our own
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.models.base import Base, load_base
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import LORA_FILE, check_lora_fits, load_lora, lora_layers, save_lora
+from diffalign.models.user_attention import (
+    USER_FILE,
+    holds_user_attention,
+    load_user_attention,
+    save_user_attention,
+    set_user,
+    user_branch,
+)
 
 UNET_FOLDER = "unet"
 
@@ -26,12 +36,14 @@ UNET_FOLDER = "unet"
 class Tuned:
     """Where tuned weights are, and of which kind."""
 
-    kind: Literal["unet", "lora"]
-    path: Path  # the unet folder, or the LoRA file
+    kind: Literal["unet", "lora", "user"]
+    path: Path  # the unet folder, or the file
 
 
 def save_tuned(unet: nn.Module, output_dir: str | Path, family: Family) -> Path:
-    """Write the unwrapped UNet's LoRA file, or without LoRA its `unet/` folder, into `output_dir`; returns which."""
+    """Write the unwrapped UNet's adapter, or without one its `unet/` folder, into `output_dir`; returns which."""
+    if user_branch(unet) is not None:
+        return save_user_attention(unet, output_dir)
     if lora_layers(unet):
         return save_lora(unet, output_dir, family)
     folder = Path(output_dir) / UNET_FOLDER
@@ -40,18 +52,20 @@ def save_tuned(unet: nn.Module, output_dir: str | Path, family: Family) -> Path:
 
 
 def find_tuned(path: str | Path) -> Tuned:
-    """The tuned weights at `path`: a unet folder, a LoRA file, an output_dir or a checkpoint folder.
+    """The tuned weights at `path`: a unet folder, an adapter's file, an output_dir or a checkpoint folder.
 
-    Raises ModelError when there are none, or both kinds.
+    Raises ModelError when there are none, or several kinds.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is not a .safetensors file; tuned weights are never unpickled")
-        return Tuned("lora", path)
+        return Tuned("user" if holds_user_attention(path) else "lora", path)
     found = [Tuned("unet", p.parent) for p in (path / "config.json", path / UNET_FOLDER / "config.json") if p.is_file()]
     if (path / LORA_FILE).is_file():
         found.append(Tuned("lora", path / LORA_FILE))
+    if (path / USER_FILE).is_file():
+        found.append(Tuned("user", path / USER_FILE))
     if len(found) == 1:
         return found[0]
     if found:
@@ -60,8 +74,8 @@ def find_tuned(path: str | Path) -> Tuned:
     hint = f"; give a checkpoint of it, e.g. {checkpoints[-1]}" if checkpoints else ""
     missing = "" if path.exists() else " (no such path)"
     raise ModelError(
-        f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/ or {LORA_FILE}, a unet folder, "
-        f"or a LoRA file{hint}"
+        f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/, {LORA_FILE} or {USER_FILE}, "
+        f"a unet folder, or a LoRA file{hint}"
     )
 
 
@@ -73,15 +87,29 @@ def load_tuned(unet: nn.Module, path: str | Path) -> Tuned:
     tuned = find_tuned(path)
     if tuned.kind == "lora":
         load_lora(unet, tuned.path)
+    elif tuned.kind == "user":
+        load_user_attention(unet, tuned.path)
     else:
         load_full(unet, tuned.path)
     return tuned
 
 
-def apply_tuned(pipeline: Any, path: str | Path) -> Tuned:
-    """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here."""
+def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] | None = None) -> Tuned:
+    """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here.
+
+    `user` is the embedding of whom pictures are for: needed with user attention, and with that only. Raises ModelError.
+    """
     tuned = find_tuned(path)
-    if tuned.kind == "lora":
+    if (tuned.kind == "user") != (user is not None):
+        raise ModelError(
+            f"{tuned.path} is user attention, and no user was given: give the embedding of one (--users FILE --user ID)"
+            if user is None
+            else f"a user was given, and {tuned.path} has no user attention; leave the user out"
+        )
+    if tuned.kind == "user":
+        load_user_attention(pipeline.unet, tuned.path, pipeline.unet.dtype)
+        set_user(pipeline.unet, user)
+    elif tuned.kind == "lora":
         check_lora_fits(tuned.path, pipeline.unet)
         pipeline.load_lora_weights(str(tuned.path.parent), weight_name=tuned.path.name)
     else:
@@ -100,10 +128,11 @@ def load_pipeline(
     variant: str | None = None,
     prediction_type: str | None = None,
     single_file_config: str | None = None,
+    user: Tensor | Sequence[float] | None = None,
 ) -> Any:
     """The family's diffusers pipeline, with tuned weights if given, ready to generate; no safety checker.
 
-    Loads like `load_base`, so whatever trains also generates. Raises ModelError.
+    Loads like `load_base`, so whatever trains also generates. `user` as in `apply_tuned`. Raises ModelError.
     """
     base = load_base(
         pretrained_model_name_or_path,
@@ -116,7 +145,9 @@ def load_pipeline(
     )
     pipeline = make_pipeline(base)
     if tuned is not None:
-        apply_tuned(pipeline, tuned)
+        apply_tuned(pipeline, tuned, user)
+    elif user is not None:
+        raise ModelError("a user was given and no tuned weights: a base knows no users; name the tuned weights")
     return pipeline.to(device)
 
 

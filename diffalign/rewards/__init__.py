@@ -29,6 +29,8 @@ __all__ = [
 _SCORERS = {
     "world": "diffalign.world.scorer:WorldReward",
     "world-size": "diffalign.world.scorer:WorldSize",
+    "world-bold": "diffalign.world.scorer:WorldBold",
+    "world-quiet": "diffalign.world.scorer:WorldQuiet",
     "world-accuracy": "diffalign.world.scorer:WorldAccuracy",
     "world-step-aware": "diffalign.world.scorer:world_step_aware",
     "pickscore": "diffalign.rewards.pickscore:PickScore",

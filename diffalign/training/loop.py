@@ -29,6 +29,7 @@ from diffalign.config import save_config
 from diffalign.engine.measure import measure_and_backward
 from diffalign.models.lora import LORA_FILE
 from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
+from diffalign.models.user_attention import USER_FILE
 from diffalign.objectives.base import ask
 from diffalign.records import PairBatch
 from diffalign.rewards.step_aware import WEIGHTS_FOLDER
@@ -49,6 +50,7 @@ from diffalign.training.setup import Run
 log = logging.getLogger(__name__)
 
 WEIGHTS = (UNET_FOLDER, WEIGHTS_FOLDER)  # final weights of any kind of run, as folders
+WEIGHT_FILES = (LORA_FILE, USER_FILE)
 
 OnStep = Callable[[Run, int], None]
 
@@ -280,7 +282,8 @@ def averaged_weights(run: Run) -> Iterator[None]:
 
 def has_final_weights(output_dir: Path) -> bool:
     """Whether a run got to its end there."""
-    return any((output_dir / name).is_dir() for name in WEIGHTS) or (output_dir / LORA_FILE).is_file()
+    folders, files = ((output_dir / name for name in names) for names in (WEIGHTS, WEIGHT_FILES))
+    return any(path.is_dir() for path in folders) or any(path.is_file() for path in files)
 
 
 def clear_output(output_dir: Path) -> None:
@@ -292,7 +295,7 @@ def clear_output(output_dir: Path) -> None:
         shutil.rmtree(old)
     for name in (*WEIGHTS, "logs", "validation", SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in (LORA_FILE, "metrics.jsonl", "config.yaml", "run.json"):
+    for name in (*WEIGHT_FILES, "metrics.jsonl", "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.config import TrainingSection
-from diffalign.models.lora import ADAPTER
+from diffalign.models.lora import ADAPTER, LORA_FILE
+from diffalign.models.saving import UNET_FOLDER
+from diffalign.models.user_attention import USER_FILE, is_user_weight, user_branch
 from diffalign.records import PairBatch
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
@@ -25,12 +27,15 @@ def describe(run: Run, start: int = 0) -> str:
     config, training = run.config, run.config.training
     processes = run.accelerator.num_processes
     batch = effective_batch(training, processes)
-    total = sum(p.numel() for name, p in run.unet.named_parameters() if ".lora_" not in name)
+    added = (".lora_" in name or is_user_weight(name) for name, _ in run.unet.named_parameters())
+    total = sum(p.numel() for p, new in zip(run.unet.parameters(), added, strict=True) if not new)
     trained = sum(p.numel() for p in run.parameters)
     how = config.tuning.method
     if how == "lora":
         adapter = run.unet.peft_config[ADAPTER]  # what is in force, also where it came with resume_lora
         how += f" rank {adapter.r} alpha {adapter.lora_alpha:g}"
+    if (branch := user_branch(run.unet)) is not None:
+        how += f" of {branch.tokens} tokens, users of {branch.dim} numbers"
     product = f"{training.train_batch_size} x {training.gradient_accumulation_steps} x {processes}"
     lr = f"{run.lr:.3g}"
     if training.scale_lr:
@@ -41,6 +46,7 @@ def describe(run: Run, start: int = 0) -> str:
         "copy": "frozen copy",
         "lora_off": "the policy with LoRA off",
         "held": "the policy with other LoRA weights",
+        "user_off": "the policy with user attention off",
         "former": "former policies",
     }[run.reference_kind] + (f" of {config.tuning.reference}" if config.tuning.reference else "")
     rows = [
@@ -168,8 +174,8 @@ def _settings(objective: Any) -> str:
 
 
 def _files(run: Run) -> str:
-    weights = "unet/" if run.config.tuning.method == "full" else "pytorch_lora_weights.safetensors"
-    names = [weights, "config.yaml", "run.json", "metrics.jsonl"]
+    weights = {"full": f"{UNET_FOLDER}/", "lora": LORA_FILE, "user_attention": USER_FILE}
+    names = [weights[run.config.tuning.method], "config.yaml", "run.json", "metrics.jsonl"]
     if run.config.training.checkpointing_steps:
         names.append("checkpoint-N/")
     return f"{run.output_dir}/ {', '.join(names)}"

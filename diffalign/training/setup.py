@@ -22,6 +22,7 @@ from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable
+from diffalign.data.users import open_users, use_users
 from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
@@ -34,6 +35,7 @@ from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
 from diffalign.models.reference import HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.saving import find_tuned
+from diffalign.models.user_attention import add_user_attention, set_user, user_branch
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
@@ -122,6 +124,13 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
     table.require_usable()
     if data.axes:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
+    if isinstance(config, Config) and config.tuning.method == "user_attention":
+        users = None if data.users is None else open_users(data.users)
+        use_users(table, users, where=f"data.users: {data.users}")
+        if users is not None and config.validation.user is not None:
+            users.of(config.validation.user, "validation.user")  # an id that is not there is said now
+    elif table.layout.user_embed is not None:
+        log.info("the pairs have users (%s); only tuning.method: user_attention uses them", table.layout.user_embed)
     if data.cache_dir is not None:
         _ = table.identity  # may read every image once: done here, before other processes get the table
     return table
@@ -198,10 +207,10 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     feed = make_feed(config, accelerator, table, encoder, resolution)
-    unet = prepare_policy(base, config, device)
+    unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
     kind: ReferenceKind = "none"
     if objective.needs_reference:
-        kind = "lora_off" if lora_layers(unet) else "copy"
+        kind = "lora_off" if lora_layers(unet) else "user_off" if user_branch(unet) is not None else "copy"
     autocast = AUTOCAST[training.mixed_precision]
     unet.to(device)
     former = None
@@ -256,9 +265,14 @@ def _check_reference(config: Config) -> None:
         )
 
 
-def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Module:
-    """The base's UNet made trainable as configured: attention, checkpointing, LoRA or all weights."""
+def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: int | None = None) -> nn.Module:
+    """The base's UNet made trainable as configured: attention, checkpointing, and LoRA, user attention or all weights.
+
+    `user_dim` is the length of the users' embeddings, for user attention.
+    """
     unet, tuning = base.unet, config.tuning
+    autocast = AUTOCAST[config.training.mixed_precision]
+    set_attention(unet, config.model.attention, device)
     if tuning.method == "lora":
         if (start := tuning.resume_lora or tuning.reference) is not None:
             load_lora(unet, start)
@@ -272,14 +286,17 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
                 )
         else:
             add_lora(unet, tuning.rank, tuning.lora_alpha, tuning.target_modules, seed=config.seed)
-        autocast = AUTOCAST[config.training.mixed_precision]
-        if autocast is not None:
-            store_for_autocast(unet, autocast)
+    elif tuning.method == "user_attention":
+        assert user_dim is not None, "the table was opened with its users"
+        add_user_attention(unet, user_dim, tuning.user_tokens, tuning.user_scale, seed=config.seed)
+        if config.validation.user is not None:
+            set_user(unet, open_users(str(config.data.users)).of(config.validation.user, "validation.user"))
     else:
         if tuning.reference is not None:
             merge_into(unet, [(tuning.reference, 1.0)])
         unet.requires_grad_(True)
-    set_attention(unet, config.model.attention, device)
+    if tuning.method != "full" and autocast is not None:
+        store_for_autocast(unet, autocast)
     set_checkpointing(unet, config.model.gradient_checkpointing)
     return unet
 

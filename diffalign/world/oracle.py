@@ -83,8 +83,22 @@ def size_reward(reading: Reading, wanted: Sequence[Combination]) -> Tensor:
 
     Nothing in this package is tuned on it: it is kept for comparing methods on a reward they were not chosen for.
     """
+    return faithfulness(reading, wanted) + size(reading)
+
+
+def size(reading: Reading) -> Tensor:
+    """Relative size [n] in [0, 1] of what is seen: 0 at the smallest radius of the renders, 1 at the largest."""
     low, high = RADIUS
-    return faithfulness(reading, wanted) + ((reading.radius - low) / (high - low)).clamp(0, 1)
+    return ((reading.radius - low) / (high - low)).clamp(0, 1)
+
+
+def taste_reward(reading: Reading, wanted: Sequence[Combination], taste: Tensor) -> Tensor:
+    """What a user of this taste [n] prefers by, [n]: F + taste (V + S - 1) - 4 min(G, 0.25), S the relative size.
+
+    1 likes the large and vivid, -1 the small and muted, 0 does not mind; all want the caption, and no grain.
+    """
+    liked = taste * (reading.vividness + size(reading) - 1)
+    return faithfulness(reading, wanted) + liked - 4 * reading.grain.clamp(max=GRAIN_CAP)
 
 
 def _columns(wanted: Sequence[Combination]) -> Tensor:

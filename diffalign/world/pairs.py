@@ -2,7 +2,8 @@
 
     python -m diffalign.world.pairs --out assets/world/pairs/renders.parquet --n 1024 --seed 0
 
-Captions are of training combinations only. Sources:
+Captions are of training combinations only. With `users` each pair is somebody's, by their taste, and their embeddings
+are written beside the pairs (`users.py`). Sources:
     renders   two renders of one caption with independent looks and defects
     samples   the best and the worst of four pictures that the base makes of one caption
 Which side is shown first is drawn at random, so nothing but the label tells the chosen one.
@@ -26,6 +27,7 @@ from torch import Tensor
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, Combination, caption, splits
 from diffalign.world.render import render
+from diffalign.world.users import User, world_users, write_users
 
 Source = Literal["renders", "samples"]
 Reward = Literal["world", "world-size"]  # scorers of the world
@@ -47,6 +49,7 @@ class Pair:
     scores: tuple[float, float]  # true rewards
     first_is_better: bool  # the label; contradicts the scores only where labels were shuffled
     name: str
+    user: str | None = None  # whose label it is, where there are users
 
 
 def make_pairs(
@@ -57,12 +60,14 @@ def make_pairs(
     reward: Reward = "world",
     shuffle_labels: bool = False,
     base: Path | None = None,
+    users: int = 0,
 ) -> list[Pair]:
     """`n` pairs; the same arguments make the same pairs, and n pairs are the first n of more.
 
     `reward` decides which picture is better; of renders the pictures are the same whichever it is.
     `shuffle_labels` deals the labels out again at random (a control that nothing should be learned from).
-    `base` is the pipeline folder that `samples` are made with, the committed base by default.
+    `base` is the pipeline folder that `samples` are made with, the committed base by default. With `users` each pair is
+    labelled by one of so many, drawn at random; renders are the same pictures with and without.
     """
     if n < 1:
         raise ValueError(f"n is {n}; make at least one pair")
@@ -70,7 +75,10 @@ def make_pairs(
         raise ValueError(f"source is {source!r}; it must be 'renders' or 'samples'")
     if reward not in _REWARDS:
         raise ValueError(f"reward is {reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
-    blocks = (_block(seed, k, source, _REWARDS[reward], base) for k in range(-(-n // BLOCK)))
+    if users and reward != "world":
+        raise ValueError(f"reward is {reward!r}, and users prefer by their own taste: leave out one of the two")
+    people = world_users(users) if users else ()
+    blocks = (_block(seed, k, source, _REWARDS[reward], base, people) for k in range(-(-n // BLOCK)))
     pairs = [pair for block in blocks for pair in block][:n]
     if shuffle_labels:
         order = np.random.default_rng([seed, 2**32 - 1]).permutation(n)
@@ -88,10 +96,12 @@ def write_pairs(
     layout: Layout = "parquet",
     shuffle_labels: bool = False,
     base: Path | None = None,
+    users: int = 0,
 ) -> Path:
     """Write pairs (see `make_pairs`) to `path` and return it.
 
-    `parquet`: one file in Pick-a-Pic's columns, plus score_0 and score_1.
+    `parquet`: one file in Pick-a-Pic's columns, plus score_0 and score_1; with `users` a column user, and beside the
+    file NAME.users.json with their embeddings.
     `folder`: `path`/chosen/NAME.png, `path`/rejected/NAME.png and `path`/NAME.txt; `path` must be new or empty.
     """
     path = Path(path)
@@ -99,16 +109,24 @@ def write_pairs(
         raise ValueError(f"layout is {layout!r}; it must be 'parquet' or 'folder'")
     if layout == "folder" and path.exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} is not an empty folder; pairs are not mixed with what is there. Name a new one")
-    pairs = make_pairs(n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base)
+    if users and layout == "folder":
+        raise ValueError("a folder of pairs has no place for users; write a .parquet file")
+    pairs = make_pairs(
+        n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base, users=users
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout == "parquet":
         _write_parquet(path, pairs)
+        if users:
+            write_users(path.with_suffix(".users.json"), world_users(users))
     else:
         _write_folder(path, pairs)
     return path
 
 
-def _block(seed: int, index: int, source: Source, reward: RewardOf, base: Path | None) -> Iterator[Pair]:
+def _block(
+    seed: int, index: int, source: Source, reward: RewardOf, base: Path | None, users: Sequence[User]
+) -> Iterator[Pair]:
     """One block of pairs with true labels."""
     rng = np.random.default_rng([seed, index])
     combinations = splits()["train"]
@@ -118,7 +136,11 @@ def _block(seed: int, index: int, source: Source, reward: RewardOf, base: Path |
         pictures = np.stack([render(wanted, rng) for _ in range(2)], axis=1)
     else:
         pictures = _samples(captions, rng, base)
-    scores = _scores(pictures, wanted, reward)
+    whose = None
+    if users:  # a generator of their own: the pictures stay
+        drawn = np.random.default_rng([seed, index, 1]).integers(0, len(users), BLOCK)
+        whose = [users[i] for i in drawn]
+    scores = _scores(pictures, wanted, reward, whose)
     best, worst = scores.argmax(1), scores.argmin(1)
     best_first = rng.random(BLOCK) < 0.5
     for i in range(BLOCK):
@@ -129,6 +151,7 @@ def _block(seed: int, index: int, source: Source, reward: RewardOf, base: Path |
             (float(scores[i, sides[0]]), float(scores[i, sides[1]])),
             bool(best_first[i]),
             f"{source}-{seed}-{index * BLOCK + i:05d}",
+            whose[i].name if whose else None,
         )
 
 
@@ -144,11 +167,17 @@ def _samples(captions: list[str], rng: np.random.Generator, base: Path | None) -
     return made.numpy().reshape(len(captions), BEST_OF, *made.shape[1:])
 
 
-def _scores(pictures: NDArray[np.uint8], wanted: list[Combination], reward: RewardOf) -> NDArray[np.float32]:
-    """True rewards [n sides] of pictures [n sides 16 16 3]."""
+def _scores(
+    pictures: NDArray[np.uint8], wanted: list[Combination], reward: RewardOf, whose: Sequence[User] | None
+) -> NDArray[np.float32]:
+    """True rewards [n sides] of pictures [n sides 16 16 3]: by the taste of each pair's user where there are users."""
     sides = pictures.shape[1]
     reading = oracle.read(torch.from_numpy(pictures.reshape(-1, *pictures.shape[2:])))
-    return reward(reading, [w for w in wanted for _ in range(sides)]).view(-1, sides).numpy()
+    asked = [w for w in wanted for _ in range(sides)]
+    if whose is None:
+        return reward(reading, asked).view(-1, sides).numpy()
+    tastes = torch.tensor([user.taste for user in whose]).repeat_interleave(sides)
+    return oracle.taste_reward(reading, asked, tastes).view(-1, sides).numpy()
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
@@ -175,6 +204,8 @@ def _write_parquet(path: Path, pairs: list[Pair]) -> None:
         "score_0": pa.array([p.scores[0] for p in pairs], pa.float32()),
         "score_1": pa.array([p.scores[1] for p in pairs], pa.float32()),
     }
+    if pairs[0].user is not None:
+        columns["user"] = [p.user for p in pairs]
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 

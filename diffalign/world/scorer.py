@@ -35,6 +35,25 @@ class WorldSize:
         return oracle.size_reward(*read_images(images, prompts))
 
 
+class WorldBold:
+    """Faithfulness + taste for the large and vivid - 4 x excess grain: what the world's user `bold` prefers by."""
+
+    name = "world-bold"
+    taste = 1.0
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Rewards [n] float32, about -1.5 to 2. ValueError as in `read_images`."""
+        reading, wanted = read_images(images, prompts)
+        return oracle.taste_reward(reading, wanted, torch.full((len(wanted),), self.taste))
+
+
+class WorldQuiet(WorldBold):
+    """The same with a taste for the small and muted: the world's user `quiet`."""
+
+    name = "world-quiet"
+    taste = -1.0
+
+
 class WorldAccuracy:
     """1 where shape, colour and background are all as captioned, else 0."""
 

@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign.rewards import load_scorer
 from diffalign.world import oracle, render
 from diffalign.world.captions import COMBINATIONS, caption
-from diffalign.world.scorer import WorldAccuracy, WorldReward, WorldSize
+from diffalign.world.scorer import WorldAccuracy, WorldQuiet, WorldReward, WorldSize
 
 WANTED = [c for c in COMBINATIONS for _ in range(8)]
 N = len(WANTED)
@@ -78,6 +78,9 @@ def test_reward_by_hand() -> None:
     assert oracle.faithfulness(reading, wanted).item() == pytest.approx(0.36)
     assert oracle.reward(reading, wanted).item() == pytest.approx(0.36 + 0.7 - 1.0)
     assert oracle.size_reward(reading, wanted).item() == pytest.approx(0.36 + 0.5)
+    for taste in (1.0, -1.0, 0.5):
+        mine = oracle.taste_reward(reading, wanted, torch.tensor([taste]))
+        assert mine.item() == pytest.approx(0.36 + taste * (0.7 + 0.5 - 1) - 1.0)
 
 
 def test_the_second_taste_is_another_one() -> None:
@@ -87,7 +90,8 @@ def test_the_second_taste_is_another_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("world", WorldReward), ("world-size", WorldSize), ("world-accuracy", WorldAccuracy)]
+    ("name", "kind"),
+    [("world", WorldReward), ("world-size", WorldSize), ("world-accuracy", WorldAccuracy), ("world-quiet", WorldQuiet)],
 )
 def test_scorers_score_single_pictures_as_they_score_batches(name: str, kind: type) -> None:
     pictures = [Image.fromarray(x) for x in render.render(WANTED[::90], np.random.default_rng(0))]
