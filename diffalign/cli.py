@@ -197,7 +197,8 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from diffalign.config import PreferenceModelConfig, load_config
-    from diffalign.training.calibrate import calibratable, calibrate, plain_values, report
+    from diffalign.training.calibrate import calibratable, calibrate
+    from diffalign.training.calibration import plain_values, report
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])

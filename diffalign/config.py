@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
+from diffalign.config_health import HealthSection, can_roll_back
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.data.axes import Aggregate, Axis
 from diffalign.objectives import OBJECTIVES
@@ -172,6 +173,7 @@ class Config(_Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     validation: ValidationSection = ValidationSection()
+    health: HealthSection = HealthSection()
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -208,6 +210,7 @@ class Config(_Section):
             self._can_have_a_reference()
         if self.source is not None:
             _usable_together(self)
+        can_roll_back(self.health, self.training, self.source)
         return self
 
     def _can_have_a_reference(self) -> None:

@@ -5,10 +5,11 @@ after a small movement. So a few optimiser steps are taken with the run's own op
 trained on two things are watched as the policy moves away:
 
     movement m   rms change of the network's predictions, divided by the rms error of the reference there
-    spread       standard deviation over pairs, t and noise of the logit for a scale of 1
+    spread       of the logit for a scale of 1, over pairs, t and noise: half the distance between its 10th and 90th
+                 percentiles over 1.2816, which is the standard deviation of a normal variable (these have long tails)
 
-    scale  the logit's standard deviation is 1 where m = 5 %: from about there σ(−h) holds the policy back
-    lr     highest: one step moves m by 2.5 %; lowest: all steps of the run together would move it by 5 %
+    scale  the logit's spread is 1 where m = 5 %: 80 % of the pairs then have a σ(−h) within about .22 and .78
+    lr     highest: one step has m = 2.5 %; lowest: all steps of the run have m = 5 %, if they all agree
 
 The steps follow the gradient that the loss has at the start (the logit's own, which no σ damps), so the scale that was
 configured has no part in the measurement. They are repeated at another learning rate until 5 % is reached between the
@@ -21,7 +22,7 @@ docs/calibration.md has the reasons and the limits. Memory is a training step an
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,19 +32,18 @@ from diffalign.config import Config
 from diffalign.engine.measure import measure_and_backward, predictions
 from diffalign.objectives import Objective
 from diffalign.records import Evidence, Probe, Score
+from diffalign.training.calibration import LARGEST_STEP, MOVEMENT, Calibration, Point
 from diffalign.training.optim import make_lr_scheduler, make_optimizer
 from diffalign.training.setup import Run
 
-MOVEMENT = 0.05  # m at which the logit's standard deviation is to be 1
-LARGEST_STEP = MOVEMENT / 2  # m of one step at the highest learning rate
-TOLERANCE = 3.0  # a configured scale within this factor of the proposed one is left alone
+NORMAL_90 = 1.2816  # the 90th percentile of a standard normal variable
 ATTEMPTS = 8  # learning rates tried
 LIFT = 1e3  # of the loss that is followed: as large as the loss of a usual β, so that Adam's epsilon is nothing to it
 BATCH = 64  # pairs of a step, at least, where a step of the run has more
 
 # Fields that may scale a logit; whether one does is tried out, not believed.
 FIELDS = ("beta", "num_train_timesteps")
-# The standard deviation wanted of the reported logit, where that is not what σ is applied to.
+# The spread wanted of the reported logit, where that is not what σ is applied to.
 WANTED = {"kto": 2.0}  # its arguments are half the difference of rewards
 
 
@@ -56,53 +56,8 @@ class Scale:
     """The field of an objective that scales its logit."""
 
     field: str
-    wanted: float = 1.0  # standard deviation aimed at, of the value of the field times the spread
+    wanted: float = 1.0  # spread aimed at, of the value of the field times the spread
     in_logit: bool = True  # False (ipo): the reported logit is the bare difference of errors
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where the policy stood after so many steps."""
-
-    step: int
-    movement: float  # m
-    spread: float  # std of the logit at a scale of 1
-    weights: float  # norm of the change of the trained weights, divided by their norm
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured and what follows."""
-
-    objective: str
-    field: str
-    configured: float
-    proposed: float
-    anchored: bool  # False: no reference, so the logits spread before any step and were taken there
-    spread: float  # std of the logit at a scale of 1, at 5 % of movement (not anchored: at the start)
-    wanted: float
-    movement_at_configured: float | None  # m at which the configured scale gives the wanted spread
-    factor: tuple[float, float, float]  # σ(−h) at the proposed scale: mean, 10th and 90th percentile
-    learning_rate: float  # configured, before scale_lr, as are those below
-    lowest: float
-    highest: float
-    proposed_learning_rate: float
-    lr_scaling: float  # of scale_lr; 1 without it
-    steps: float  # of the run, each counted by its share of the peak learning rate
-    path: tuple[Point, ...]
-    path_lr: float  # in force on the path
-    batch: int  # pairs in each of its steps
-    pairs: int  # looked at
-
-    @property
-    def changes(self) -> dict[str, float]:
-        """Overrides for the config: what is proposed, where that differs from what is there by more than it matters."""
-        found = {}
-        if not 1 / TOLERANCE <= self.configured / self.proposed <= TOLERANCE:
-            found[f"objective.{self.field}"] = self.proposed
-        if self.proposed_learning_rate != self.learning_rate:
-            found["training.learning_rate"] = self.proposed_learning_rate
-        return found
 
 
 def calibratable(config: Config) -> Scale:
@@ -172,7 +127,7 @@ def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
     path, logits, lr = _find_path(run, unit, followed, views, steps, anchored)
     spread = _spread_at(path, MOVEMENT) if anchored else start.spread
     nearest = min(logits, key=lambda p: abs(math.log(p[0] / MOVEMENT)))[1] if anchored else start.logits
-    h = nearest / nearest.std() * (1.0 if anchored else scale.wanted)
+    h = nearest / _spread(nearest) * (1.0 if anchored else scale.wanted)
     factor = torch.sigmoid(-h)
     peak = _steps_at_peak(run)
     low, high = _learning_rates(path, lr, peak)
@@ -242,7 +197,7 @@ def _look(run: Run, unit: Objective, views: list[_View]) -> _Look:
         evidence = Evidence(_errors(now, view.probe), reference, view.probe.t, view.probe.weight)
         logits.append(_logit(unit.score(evidence)).double())
     joined = torch.cat(logits).cpu()
-    return _Look(math.sqrt(change / base), float(joined.std()), joined)
+    return _Look(math.sqrt(change / base), _spread(joined), joined)
 
 
 def _find_path(
@@ -318,11 +273,15 @@ def _path(
     return path, logits
 
 
+def _spread(logits: Tensor) -> float:
+    """The standard deviation, if the logits were normal, from their inner 80 %."""
+    low, high = logits.quantile(torch.tensor([0.1, 0.9], dtype=logits.dtype))
+    return float(high - low) / (2 * NORMAL_90)
+
+
 def _learning_rates(path: list[Point], lr: float, peak: float) -> tuple[float, float]:
     """The lowest and the highest learning rate that make sense; movement is taken as proportional to it."""
-    half, end = path[-2], path[-1]
-    power = min(1.0, max(0.5, math.log2(end.movement / half.movement)))  # 1: all steps agree; 0.5: a random walk
-    whole = end.movement * (peak / end.step) ** power
+    whole = path[-1].movement * peak / path[-1].step
     return lr * MOVEMENT / whole, lr * LARGEST_STEP / path[0].movement
 
 
@@ -382,75 +341,3 @@ def _restore(run: Run, kept: list[Tensor]) -> None:
 def _rounded(value: float) -> float:
     """Two digits: more would be a pretence."""
     return float(f"{value:.1e}")
-
-
-def report(found: Calibration) -> str:
-    """The figures, what they mean and what to change, in words."""
-    name, value = f"objective.{found.field}", _number(found.proposed)
-    lines = ["| step | predictions moved | std of the logit at a scale of 1 | weights moved |", "|---|---|---|---|"]
-    lines += [f"| {p.step} | {p.movement:.2%} | {p.spread:.3g} | {p.weights:.2g} |" for p in found.path]
-    lines += [f"(steps of {found.batch} pairs at lr {found.path_lr:.2g}, looked at on {found.pairs} other pairs)", ""]
-    if found.anchored:
-        lines.append(
-            f"{name}: when the predictions have moved by {MOVEMENT:.0%} of the reference's error, the logit's standard "
-            f"deviation is {found.spread:.3g} for a scale of 1. It is to be {found.wanted:g} there: {value}."
-        )
-    else:
-        lines.append(
-            f"{name}: there is no reference, so logits differ before any step, with standard deviation "
-            f"{found.spread:.3g} for a scale of 1. It is to be {found.wanted:g} at the start: {value}."
-        )
-    mean, low, high = found.factor
-    lines.append(f"  The gradient's factor σ(−h) is then {mean:.2f} on average, {low:.2f} to {high:.2f} for 80 % of pairs.")
-    lines.append(f"  {_judged(found)}")
-    if found.field == "beta" and found.anchored:
-        lines.append(
-            "  Published betas for comparison, errors being means as here: 5000 for SDXL, 2000 to 5000 for SD1.5 "
-            "(sums over the latent: 65,536 and 16,384 times as large)."
-        )
-    lines.append("")
-    scaled = "" if found.lr_scaling == 1 else f" (before scale_lr's factor {found.lr_scaling:g})"
-    lines.append(
-        f"training.learning_rate{scaled}: between {found.lowest:.2g}, with which the whole run ({found.steps:.0f} steps "
-        f"at the peak) would just move the predictions by {MOVEMENT:.0%}, and {found.highest:.2g}, with which a single "
-        f"step moves them by {LARGEST_STEP:.1%}. {_lr_judged(found)}"
-    )
-    lines += ["", " ".join(f"{key}={_number(v)}" for key, v in found.changes.items()) or "nothing to change"]
-    return "\n".join(lines)
-
-
-def _judged(found: Calibration) -> str:
-    ratio = found.configured / found.proposed
-    given = f"The configured {_number(found.configured)}"
-    if 1 / TOLERANCE <= ratio <= TOLERANCE:
-        return f"{given} is within a factor of {TOLERANCE:g} of that: leave it."
-    much = f"{given} is {max(ratio, 1 / ratio):.2g} times too {'large' if ratio > 1 else 'small'}"
-    if found.movement_at_configured is None:
-        return f"{much}: {'most pairs would have no gradient' if ratio > 1 else 'all pairs would count alike'}."
-    moved = found.movement_at_configured
-    if ratio > 1:
-        return f"{much}: pairs would saturate when the predictions have moved by {moved:.2g} of the error, next to nothing."
-    return (
-        f"{much}: nothing would hold the policy back before the predictions have moved by {moved:.2g} times the "
-        "reference's error."
-    )
-
-
-def _lr_judged(found: Calibration) -> str:
-    given = f"The configured {found.learning_rate:.2g}"
-    if found.lowest > found.highest:
-        return f"The run is too short for that: take more steps. Proposed: {found.proposed_learning_rate:.2g}."
-    if found.lowest <= found.learning_rate <= found.highest:
-        return f"{given} is between them: leave it."
-    side = "above" if found.learning_rate > found.highest else "below"
-    return f"{given} is {side} both; proposed is their geometric mean, {found.proposed_learning_rate:.2g}."
-
-
-def _number(value: float) -> str:
-    """Plain digits where they are few, and what YAML reads as a number elsewhere."""
-    return f"{value:.0f}" if value == round(value) and value < 1e7 else f"{value:.1e}" if value < 1e-2 else f"{value:g}"
-
-
-def plain_values(found: Calibration) -> dict[str, Any]:
-    """For a JSON file: every figure, and the overrides."""
-    return {**asdict(found), "changes": found.changes}
