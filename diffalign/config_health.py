@@ -21,6 +21,7 @@ class HealthSection(BaseModel):
     displacement: Fraction = 0.8  # share of chosen images less likely than under the reference
     saturation: Fraction = 0.5  # share of logits beyond ±4
     drift: Positive = 0.5  # growth of the policy's errors over the reference's
+    backwards: Fraction = 0.35  # share of pairs with chosen above rejected
     no_movement: Positive = 0.02  # mean size of a logit, and distance of the loss from log 2
     no_movement_after: Fraction = 0.2  # share of the run's steps before which a loss may stay at log 2
     dead_flips: Fraction = 0.02  # distance of SePPO's flip rate from 0 or 1

@@ -82,6 +82,22 @@ def saturation(lines: Sequence[Line], limits: Limits) -> str | None:
     )
 
 
+def backwards(lines: Sequence[Line], limits: Limits) -> str | None:
+    """Descent on the loss makes the policy prefer the rejected images of its own training pairs."""
+    # with a reference alone (`displacement` is there): without one the base has a preference of its own
+    found = _last(lines, limits, "displacement", "rewards/accuracies", "rewards/margins")
+    least = limits.health.backwards
+    if found is None or not all(x["rewards/accuracies"] < least and x["rewards/margins"] < 0 for x in found):
+        return None
+    now = found[-1]
+    return (
+        f"backwards: of the training pairs only {now['rewards/accuracies']:.0%} have the chosen image above the rejected "
+        f"one, and margins are below 0 ({now['rewards/margins']:.3g}). Descent on this objective prefers the rejected "
+        "images: the sign of its loss is wrong, or its targets are (try objective.name: dpo on the same pairs). Swapped "
+        "labels do not look like this: they are learned as well as right ones"
+    )
+
+
 def no_movement(lines: Sequence[Line], limits: Limits) -> str | None:
     """Well into the run the loss is where it started, log 2, and every logit near 0."""
     found = _last(lines, limits, "loss", "logit/abs")
@@ -113,8 +129,9 @@ def drift(lines: Sequence[Line], limits: Limits) -> str | None:
     ratios = [_mean(x, policy) / b if b else math.inf for x, b in zip(last, base, strict=True)]  # type: ignore[operator]
     if not all(ratio > 1 + limits.health.drift for ratio in ratios):
         return None
+    whose = "the reference's" if anchored else "its first ones"
     return (
-        f"drift: the policy's errors are {ratios[-1]:.3g} times {'the reference' if anchored else 'its first one'}s. "
+        f"drift: the policy's errors are {ratios[-1]:.3g} times {whose}. "
         "It unlearns to denoise. Lower training.learning_rate, raise objective.beta, or train fewer steps"
     )
 
@@ -167,6 +184,7 @@ RULES: dict[str, tuple[Rule, bool]] = {
     "displacement": (displacement, True),
     "saturation": (saturation, True),
     "drift": (drift, True),
+    "backwards": (backwards, False),
     "no_movement": (no_movement, False),
     "dead_flips": (dead_flips, False),
     "no_valid_pairs": (no_valid_pairs, False),

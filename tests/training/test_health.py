@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.nn.functional import logsigmoid
 
 from diffalign.config import Config, TrainingSection, load_config, packaged_config
 from diffalign.config_health import HealthSection
+from diffalign.objectives import DiffusionDPO
+from diffalign.records import Evidence, Score
 from diffalign.training.health import RULES, Limits, Line, Watch, not_finite
 from diffalign.training.run import run_training
 
@@ -45,6 +49,13 @@ SICK: dict[str, list[Line]] = {
         }
     ),
     "saturation": series({"saturated": [0.2, 0.6, 0.7, 0.8], "gradient_factor": [0.4, 0.5, 0.5, 0.5]}),
+    "backwards": series(
+        {
+            "displacement": [0.5] * 4,
+            "rewards/accuracies": [0.5, 0.3, 0.2, 0.1],
+            "rewards/margins": [0.1, -0.1, -0.2, -0.3],
+        }
+    ),
     "no_movement": series({"loss": [LOG_2] * 5, "logit/abs": [0.0, 1e-3, 1e-3, 2e-3, 2e-3]}),
     "drift": [{"step": 10.0 * (i + 1), **quarters(e, 0.2)} for i, e in enumerate((0.2, 0.4, 0.5, 0.6))],
     "dead_flips": series({"flip_rate": [0.5, 1.0, 1.0, 0.99]}),
@@ -138,6 +149,11 @@ def test_one_value_that_is_no_number_is_enough() -> None:
     assert not_finite({"step": 3, "loss": 0.5}) is None
 
 
+def test_a_base_without_a_reference_may_prefer_what_it_likes() -> None:
+    lines = [{k: v for k, v in line.items() if k != "displacement"} for line in SICK["backwards"]]
+    assert spoken(lines) == []
+
+
 def world(tmp_path: Path, *overrides: str) -> list[Line]:
     """The metrics of a short run on the embedded world."""
     common = ("training.report_to=none", f"output_dir={tmp_path / 'run'}", "training.checkpointing_steps=null")
@@ -159,6 +175,21 @@ def test_a_run_that_learns_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "run/health.jsonl").exists()
 
 
+def test_a_loss_with_the_wrong_sign_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusion-DPO with h for −h in its loss alone: what a slip in a new objective looks like."""
+    score = DiffusionDPO.score
+
+    def flipped(self: DiffusionDPO, evidence: Evidence) -> Score:
+        found = score(self, evidence)
+        return replace(found, loss=-logsigmoid(-found.logit))  # type: ignore[operator]
+
+    monkeypatch.setattr(DiffusionDPO, "score", flipped)
+    # the same pairs again and again, so that a few steps are enough to prefer one side of nearly all of them
+    world(tmp_path, *SHORT, "training.max_train_steps=16", "data.max_pairs=8", "training.learning_rate=5e-5")
+    said = [json.loads(line) for line in (tmp_path / "run/health.jsonl").read_text().splitlines()]
+    assert "backwards" in {event["rule"] for event in said}
+
+
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -167,9 +198,7 @@ def test_a_run_that_learns_is_left_alone(tmp_path: Path) -> None:
         ("objective.beta=2", "still log 2"),
     ],
 )
-def test_a_broken_run_is_told_so(
-    broken: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_run_is_told_so(broken: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Once, in the log and in the run's folder, with the settings that are wrong named."""
     world(tmp_path, *SHORT, "training.max_train_steps=8", broken)
     said = [json.loads(line) for line in (tmp_path / "run/health.jsonl").read_text().splitlines()]
