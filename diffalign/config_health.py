@@ -17,7 +17,7 @@ class HealthSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     action: Literal["none", "warn", "stop", "roll_back"] = "warn"
-    window: Annotated[int, Field(ge=2)] = 3  # logged lines in a row that must be bad
+    window: Annotated[int, Field(ge=2, le=100)] = 3  # logged lines in a row that must be bad
     displacement: Fraction = 0.8  # share of chosen images less likely than under the reference
     saturation: Fraction = 0.5  # share of logits beyond ±4
     drift: Positive = 0.5  # growth of the policy's errors over the reference's

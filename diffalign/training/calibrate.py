@@ -210,11 +210,6 @@ def _find_path(
         for _ in range(ATTEMPTS):
             path, logits = _path(run, unit, followed, views, lr, steps, anchored, kept)
             last = path[-1].movement
-            if last == 0:
-                raise CalibrationError(
-                    f"{run.objective.name} with these settings has no gradient where training starts, or none that "
-                    f"training.adam_epsilon = {run.config.training.adam_epsilon:g} leaves: {steps} steps moved nothing"
-                )
             before = [p for p in path if p.step <= 2]
             if before[-1].movement < MOVEMENT <= last < math.inf:
                 return path, logits, lr
@@ -257,7 +252,9 @@ def _path(
             with torch.no_grad():
                 probe = followed.probe(batch, run.networks)
             measure_and_backward(run.networks, probe, score, scale=1 / micro)
-        torch.nn.utils.clip_grad_norm_(run.parameters, limit)
+        gradient = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
+        if step == 1 and float(gradient) == 0:  # weight decay alone would move something
+            raise CalibrationError(f"{run.objective.name} with these settings has no gradient where training starts")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step & (step - 1):

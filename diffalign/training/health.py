@@ -20,6 +20,7 @@ from diffalign.training.metrics import QUARTERS
 Line = Mapping[str, float]  # one line of metrics.jsonl, with its step
 
 NOT_FINITE = "not_finite"
+KEPT = 500  # lines looked back on, besides the first one: more than any window needs
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def backwards(lines: Sequence[Line], limits: Limits) -> str | None:
         return None
     now = found[-1]
     return (
-        f"backwards: of the training pairs only {now['rewards/accuracies']:.0%} have the chosen image above the rejected "
-        f"one, and margins are below 0 ({now['rewards/margins']:.3g}). Descent on this objective prefers the rejected "
-        "images: the sign of its loss is wrong, or its targets are (try objective.name: dpo on the same pairs). Swapped "
-        "labels do not look like this: they are learned as well as right ones"
+        f"backwards: of the training pairs only {now['rewards/accuracies']:.0%} have the chosen image above the "
+        f"rejected one, and margins are below 0 ({now['rewards/margins']:.3g}). Descent prefers the rejected "
+        "images: the sign of its loss is wrong, or its targets are (try objective.name: dpo on the same pairs). "
+        "Swapped labels do not look like this: they are learned as well as right ones"
     )
 
 
@@ -203,6 +204,8 @@ class Watch:
     def look(self, line: Line) -> list[Finding]:
         """What the rules have to say now that this line is there, each once an episode."""
         self.lines.append({name: x for name, x in line.items() if x is not None and math.isfinite(x)})
+        if len(self.lines) > 2 * KEPT:
+            self.lines = [self.lines[0], *self.lines[-KEPT:]]
         found = []
         for name, (rule, lower_lr) in RULES.items():
             says = rule(self.lines, self.limits)

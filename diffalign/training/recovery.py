@@ -91,9 +91,9 @@ class Guard:
                 {"step": to, "at": step, "rule": finding.rule, "action": "roll_back", "says": finding.says,
                  "lr_factor": factor, "metrics": {k: v if math.isfinite(v) else None for k, v in line.items()}}
             )  # fmt: skip
-            log.warning(
-                "step %d: %s. Back to %s with the learning rate times %g", step, finding.says, good[-1].name, factor
-            )
+            if self.run.accelerator.is_main_process:
+                back = "step %d: %s. Back to %s with the learning rate times %g"
+                log.warning(back, step, finding.says, good[-1].name, factor)
             return good[-1]
         self._record({"step": step, "rule": finding.rule, "action": "stop", "says": finding.says})
         tried = f" after {self.roll_backs} roll backs" if self.roll_backs else ""
