@@ -31,6 +31,7 @@ from torch import Tensor
 from diffalign.config import Config
 from diffalign.engine.measure import measure_and_backward, predictions
 from diffalign.objectives import Objective
+from diffalign.objectives.base import ask
 from diffalign.records import Evidence, Probe, Score
 from diffalign.training.calibration import LARGEST_STEP, MOVEMENT, Calibration, Point
 from diffalign.training.optim import make_lr_scheduler, make_optimizer
@@ -91,7 +92,7 @@ def scale_of(objective: Objective) -> Scale:
         return Scale("tau", in_logit=False)
     generator = torch.Generator().manual_seed(0)
     reference = torch.full((2, 8), 0.2, dtype=torch.float64)
-    policy = reference + 1e-6 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    policy = reference + 1e-9 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
     evidence = Evidence(policy, reference, weight=torch.ones(8, dtype=torch.float64))
     logit = objective.score(evidence).logit
     if logit is not None:
@@ -101,7 +102,7 @@ def scale_of(objective: Objective) -> Scale:
                 return Scale(field, WANTED.get(objective.name, 1.0))
     raise CalibrationError(
         f"{objective.name} has no setting that scales a logit, so there is nothing to calibrate: "
-        f"{'it has no pairwise term' if logit is None else 'its loss does not saturate'}"
+        + ("it has no pairwise term" if logit is None else "its margin is one of errors, not of a logit")
     )
 
 
@@ -164,6 +165,7 @@ class _View:
     probe: Probe
     base: Tensor  # predictions
     base_errors: Tensor
+    base_square: float  # mean squared error, whatever masks the data have
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,9 @@ def _views(run: Run, unit: Objective, steps: int, pairs: int) -> list[_View]:
     batches = run.source.batches(steps)
     while found < pairs:
         batch = next(batches).to(run.accelerator.device)
-        with torch.no_grad():
-            probe = unit.probe(batch, run.networks)
+        probe = ask(unit, batch, run.networks)
         base = predictions(run.networks.policy, probe)
-        views.append(_View(probe, base, _errors(base, probe)))
+        views.append(_View(probe, base, _errors(base, probe), float(((base - probe.target) ** 2).mean())))
         found += batch.pairs
     return views
 
@@ -192,7 +193,7 @@ def _look(run: Run, unit: Objective, views: list[_View]) -> _Look:
     for view in views:
         now = predictions(run.networks.policy, view.probe)
         change += float(((now - view.base) ** 2).mean())
-        base += float(view.base_errors.mean())
+        base += view.base_square
         reference = view.base_errors if view.probe.needs_reference else None
         evidence = Evidence(_errors(now, view.probe), reference, view.probe.t, view.probe.weight)
         logits.append(_logit(unit.score(evidence)).double())
@@ -249,8 +250,7 @@ def _path(
     for step in range(1, steps + 1):
         for _ in range(micro):
             batch = next(batches).to(run.accelerator.device)
-            with torch.no_grad():
-                probe = followed.probe(batch, run.networks)
+            probe = ask(followed, batch, run.networks)
             measure_and_backward(run.networks, probe, score, scale=1 / micro)
         gradient = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
         if step == 1 and float(gradient) == 0:  # weight decay alone would move something
@@ -319,7 +319,11 @@ def _logit(score: Score) -> Tensor:
 
 
 def _errors(prediction: Tensor, probe: Probe) -> Tensor:
-    return ((prediction - probe.target) ** 2).mean((-3, -2, -1))
+    square = (prediction - probe.target) ** 2
+    if probe.mask is not None:  # as in the engine, which asks the network itself
+        places = probe.mask.to(square)[:, None]
+        square = square * (places if probe.points is None else places[:, None])
+    return square.mean((-3, -2, -1))
 
 
 def _with(objective: Any, field: str, value: float) -> Any:

@@ -30,7 +30,7 @@ from diffalign.training.setup import Run, build, make_accelerator
 MakeConfig = Callable[..., Config]
 TUNED = 2000.0  # beta of training_configs/world/dpo.yaml
 SCALES = {"ipo": "tau", "mapo": "num_train_timesteps"}  # all others: beta
-NO_SCALE = ("sft",)
+NO_SCALE = ("sft", "dso_dro", "diffusion_dro")
 
 
 def built(config: Config) -> Run:
@@ -38,7 +38,7 @@ def built(config: Config) -> Run:
 
 
 def world(tmp_path: Path, *overrides: str, config: str = "dpo") -> Calibration:
-    common = ("training.report_to=none", f"output_dir={tmp_path / 'none'}")
+    common = ("training.report_to=none", "training.train_batch_size=16", f"output_dir={tmp_path / 'none'}")
     loaded = load_config(packaged_config(f"world/{config}.yaml"), [*common, *overrides])
     assert isinstance(loaded, Config)
     return calibrate(built(loaded), steps=8, pairs=64)
