@@ -185,6 +185,10 @@ def _views(run: Run, unit: Objective, steps: int, pairs: int) -> list[_View]:
         base = predictions(run.networks.policy, probe)
         views.append(_View(probe, base, _errors(base, probe), float(((base - probe.target) ** 2).mean())))
         found += batch.pairs
+    if not any(view.base_square for view in views):  # Inversion-DPO as released
+        raise CalibrationError(
+            f"{unit.name} with these settings has no gradient where training starts: the base answers as asked"
+        )
     return views
 
 
