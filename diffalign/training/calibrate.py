@@ -215,11 +215,12 @@ def _find_path(
         for _ in range(ATTEMPTS):
             path, logits = _path(run, unit, followed, views, lr, steps, anchored, kept)
             last = path[-1].movement
-            before = [p for p in path if p.step <= 2]
-            if before[-1].movement < MOVEMENT <= last < math.inf:
+            second = [p for p in path if p.step <= 2][-1].movement
+            if second < MOVEMENT <= last < math.inf:
                 return path, logits, lr
-            # Far off, one factor is too bold where movement is not proportional, and predictions may not be finite.
-            lr *= min(100.0, max(0.01, 1.5 * MOVEMENT / last)) if last < math.inf else 0.01
+            # 5 % in the middle between them; not too boldly, since movement is proportional only where it is small
+            between = math.sqrt(second * last)
+            lr *= min(100.0, max(0.01, MOVEMENT / between)) if between < math.inf else 0.01
     finally:
         _restore(run, kept)
     raise CalibrationError(

@@ -127,7 +127,7 @@ def test_the_weights_are_as_before_and_nothing_is_written(
 def test_adams_first_step_moves_every_weight_by_the_learning_rate(make_config: MakeConfig, tiny_sd: Path) -> None:
     """So the relative change after it is lr √n / ‖w‖, where all gradients are above Adam's epsilon."""
     run = built(make_config(tiny_sd, {"tuning.method": "full", "training.adam_weight_decay": 0.0}))
-    found = calibrate(run, steps=4, pairs=6)
+    found = calibrate(run, steps=8, pairs=6)
     count = sum(p.numel() for p in run.parameters)
     norm = math.sqrt(sum(float((p.double() ** 2).sum()) for p in run.parameters))
     assert found.path[0].weights == pytest.approx(found.path_lr * math.sqrt(count) / norm, rel=0.05)
