@@ -9,7 +9,7 @@ trained on two things are watched as the policy moves away:
                  percentiles over 1.2816, which is the standard deviation of a normal variable (these have long tails)
 
     scale  the logit's spread is 1 where m = 5 %: 80 % of the pairs then have a σ(−h) within about .22 and .78
-    lr     highest: one step has m = 2.5 %; lowest: all steps of the run have m = 5 %, if they all agree
+    lr     highest: one step has m = 5 %; lowest: all steps of the run have m = 5 %, if they all agree
 
 The steps follow the gradient that the loss has at the start (the logit's own, which no σ damps), so the scale that was
 configured has no part in the measurement. They are repeated at another learning rate until 5 % is reached between the

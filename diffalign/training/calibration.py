@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MOVEMENT = 0.05  # m at which the logit's standard deviation is to be 1
-LARGEST_STEP = MOVEMENT / 2  # m of one step at the highest learning rate
+LARGEST_STEP = MOVEMENT  # m of one step at the highest learning rate
 TOLERANCE = 3.0  # a configured scale within this factor of the proposed one is left alone
 
 
@@ -86,7 +86,7 @@ def report(found: Calibration) -> str:
     lines.append(
         f"training.learning_rate{scaled}: between {found.lowest:.2g}, with which the whole run "
         f"({found.steps:.0f} steps at the peak) moves the predictions by {MOVEMENT:.0%} only if all agree, and "
-        f"{found.highest:.2g}, with which one step moves them by {LARGEST_STEP:.1%}. {_lr_judged(found)}"
+        f"{found.highest:.2g}, with which one step moves them by {LARGEST_STEP:.0%}. {_lr_judged(found)}"
     )
     lines += ["", " ".join(f"{key}={_number(v)}" for key, v in found.changes.items()) or "nothing to change"]
     return "\n".join(lines)
