@@ -78,8 +78,7 @@ def report(found: Calibration) -> str:
     lines.append(f"  {_judged(found)}")
     if found.field == "beta" and found.anchored:
         lines.append(
-            "  Published betas for comparison, errors being means as here: 5000 for SDXL, 2000 to 5000 for SD1.5 "
-            "(sums over the latent: 65,536 and 16,384 times as large)."
+            "  Published betas for comparison, errors being means as here: 5000 for SDXL, 2000 to 5000 for SD1.5."
         )
     lines.append("")
     scaled = "" if found.lr_scaling == 1 else f" (before scale_lr's factor {found.lr_scaling:g})"
