@@ -65,12 +65,17 @@ def _parser() -> argparse.ArgumentParser:
         ("check", _check, "build a run, take one tiny step, print the plan"),
         ("encode", _encode, "fill the encode cache of a config (data.cache_dir)"),
         ("diagnose", _diagnose, "an objective's gradient beside Diffusion-DPO's, before any step is taken"),
+        ("calibrate", _calibrate, "measure which beta and which learning rate fit a config's model and pairs"),
     ):
         sub = command(name, run, help)
         sub.add_argument("config", help=CONFIG_HELP)
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
         if name == "diagnose":
             sub.add_argument("--batches", type=int, default=8, help="micro-batches of the run's pairs (default 8)")
+            sub.add_argument("--json", type=Path, help="write the figures to this file as well")
+        if name == "calibrate":
+            sub.add_argument("--steps", type=int, default=16, help="optimiser steps, a power of two (default 16)")
+            sub.add_argument("--pairs", type=int, default=128, help="pairs to measure at (default 128)")
             sub.add_argument("--json", type=Path, help="write the figures to this file as well")
 
     _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
@@ -186,6 +191,23 @@ def _diagnose(args: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
+    if args.json is not None:
+        args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from diffalign.config import PreferenceModelConfig, load_config
+    from diffalign.training.calibrate import calibratable, calibrate
+    from diffalign.training.calibration import plain_values, report
+    from diffalign.training.setup import build, make_accelerator
+
+    config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    if isinstance(config, PreferenceModelConfig):
+        raise ValueError("a preference model's run has no objective, and so no beta to calibrate")
+    calibratable(config)  # before a model is loaded
+    with TemporaryDirectory() as folder:
+        found = calibrate(build(_look(config, folder), make_accelerator(config)), args.steps, args.pairs)
+    print(report(found))
     if args.json is not None:
         args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n")
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from diffalign.config_checks import check_tuning, check_users
 from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
+from diffalign.config_health import HealthSection, can_roll_back
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.data.axes import Aggregate, Axis
 from diffalign.objectives import OBJECTIVES
@@ -177,6 +178,7 @@ class Config(_Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     validation: ValidationSection = ValidationSection()
+    health: HealthSection = HealthSection()
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -211,6 +213,7 @@ class Config(_Section):
             self._can_have_a_reference()
         if self.source is not None:
             _usable_together(self)
+        can_roll_back(self.health, self.training, self.source)
         return self
 
     def _can_have_a_reference(self) -> None:

@@ -55,7 +55,7 @@ def test_the_config_reference_is_the_config(heading: str) -> None:
 
 
 def test_every_section_is_covered() -> None:
-    assert set(SECTIONS) == {"The run", "`model`", "`tuning`", "`data`", "`training`", "`validation`"}
+    assert set(SECTIONS) == {"The run", "`model`", "`tuning`", "`data`", "`training`", "`validation`", "`health`"}
 
 
 def test_the_preference_models_reference_is_its_section() -> None:
@@ -64,7 +64,7 @@ def test_the_preference_models_reference_is_its_section() -> None:
     text = part("step_aware.md", "The config")
     refused = [f"`{section}.{key}`" for section, keys in OBJECTIVE_ONLY.items() for key in keys]
     assert [name for name in refused if name not in text] == []
-    shared = {"objective", "source", "tuning", "validation"}
+    shared = {"objective", "source", "tuning", "validation", "health"}
     assert Config.model_fields.keys() - PreferenceModelConfig.model_fields.keys() == shared
 
 

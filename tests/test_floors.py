@@ -45,6 +45,7 @@ SAME_ROOM = {
     "config_checks": "config",
     "config_text": "config",
     "config_data": "config",
+    "config_health": "config",
 }
 
 # Where a package may be imported: a room, or one file of it.
@@ -58,7 +59,7 @@ ONLY_IN = {
     "pyarrow": {"data", "world"},
     "PIL": {"data", "rewards", "evaluation", "world", "demo.py", "arena"},
     "matplotlib": {"arena/plots.py"},
-    "pydantic": {"config.py", "config_text.py", "config_data.py"},
+    "pydantic": {"config.py", "config_text.py", "config_data.py", "config_health.py"},
     "yaml": {"config.py", "config_text.py", "training", "arena/page.py"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}

@@ -45,6 +45,7 @@ from diffalign.training.checkpoint import (
 from diffalign.training.feed import SOURCE_FOLDER
 from diffalign.training.metrics import JsonLines, Meter, observe
 from diffalign.training.optim import effective_batch
+from diffalign.training.recovery import HEALTH_FILE, METRICS_FILE, Guard, TrainingError, diverged
 from diffalign.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -55,22 +56,19 @@ WEIGHT_FILES = (LORA_FILE, USER_FILE)
 OnStep = Callable[[Run, int], None]
 
 
-class TrainingError(ValueError):
-    """A run that cannot go on."""
-
-
 def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict[str, float]:
     """Takes the remaining optimiser steps, writes checkpoints, logs and the final weights; returns the last metrics.
 
     `on_validation(run, step)` is called with the EMA weights in place (where there is an EMA) every
-    `validation.every` steps and at the end. Raises TrainingError when the loss is not finite.
+    `validation.every` steps and at the end. Raises TrainingError when the loss is not finite, and where
+    `health.action` says so; it may also go back to an earlier checkpoint (`training/recovery.py`).
     """
     training, accelerator = run.config.training, run.accelerator
     if start == training.max_train_steps:  # killed between its last checkpoint and its final weights
         save_final(run, start)
         return {}
-    meter, values = Meter(), {}
-    lines = JsonLines(run.output_dir / "metrics.jsonl", start) if accelerator.is_main_process else None
+    meter, values, guard = Meter(), {}, Guard(run, start)
+    lines = JsonLines(run.output_dir / METRICS_FILE, start) if accelerator.is_main_process else None
     batches = run.source.batches(start)
     spent = Spending(training.max_unet_forwards, run)
     bar = tqdm(
@@ -80,14 +78,27 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
         unit=" steps",
         disable=not accelerator.is_local_main_process,
     )
+    step = start
     with bar:
-        for step in range(start + 1, training.max_train_steps + 1):
+        while step < training.max_train_steps:
+            step += 1
             optimizer_step(run, batches, meter)
             meter.add(run.source.take_metrics())
             bar.update()
             last = step == training.max_train_steps or spent()
             if last or step % training.logging_steps == 0:
-                values = _log(run, meter, step, lines)
+                values = meter.means(gather_object if accelerator.num_processes > 1 else None)
+                good = guard.look(step, values)
+                if good is not None:
+                    accelerator.wait_for_everyone()
+                    step = restore(run, good)
+                    guard.went_back(step)
+                    lines = JsonLines(run.output_dir / METRICS_FILE, step) if accelerator.is_main_process else None
+                    batches, bar.n = run.source.batches(step), step
+                    spent = Spending(training.max_unet_forwards, run)
+                    continue
+                values |= guard.metrics() | {"unet_forwards": unet_forwards(run)}
+                _log(run, values, step, lines)
                 _show(bar, values)
             if training.checkpointing_steps and step % training.checkpointing_steps == 0:
                 checkpoint(run, step)
@@ -188,7 +199,7 @@ def ensure_finite(run: Run, step: int) -> None:
     what is whole."""
     norms = torch.stack(torch._foreach_norm([p.detach() for p in run.parameters]))
     if not bool(norms.isfinite().all()):
-        raise _diverged(run, f"the weights are no longer finite at step {step}")
+        raise diverged(run, f"the weights are no longer finite at step {step}")
 
 
 def checkpoint(run: Run, step: int) -> None:
@@ -234,6 +245,11 @@ def resume(run: Run) -> int:
             )
         log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
         return 0
+    return restore(run, folder)
+
+
+def restore(run: Run, folder: Path) -> int:
+    """The run as it was when it wrote a checkpoint; later ones are set aside. Returns the steps taken by then."""
     load_tuned(run.unet, folder)
     state = load_state(folder)
     if state["step"] > run.config.training.max_train_steps:
@@ -295,26 +311,15 @@ def clear_output(output_dir: Path) -> None:
         shutil.rmtree(old)
     for name in (*WEIGHTS, "logs", "validation", SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in (*WEIGHT_FILES, "metrics.jsonl", "config.yaml", "run.json"):
+    for name in (*WEIGHT_FILES, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
 
 
-def _log(run: Run, meter: Meter, step: int, lines: JsonLines | None) -> dict[str, float]:
-    """Means since the last log, over all processes, to the file and the tracker."""
-    values = meter.means(gather_object if run.accelerator.num_processes > 1 else None)
-    values["unet_forwards"] = unet_forwards(run)
-    if not math.isfinite(values["loss"]):
-        raise _diverged(run, f"the loss is {values['loss']} at step {step}")
+def _log(run: Run, values: dict[str, float], step: int, lines: JsonLines | None) -> None:
+    """Means since the last log to the file and the tracker."""
     if lines is not None:
         lines.write(step, values)
     run.accelerator.log(values, step=step)
-    return values
-
-
-def _diverged(run: Run, what: str) -> TrainingError:
-    there = checkpoints(run.output_dir)
-    last = f"resume from {there[-1].name}" if there else "start again"
-    return TrainingError(f"{what}: lower training.learning_rate, or train in bf16 or fp32 instead of fp16, then {last}")
 
 
 def _pairs_per_step(run: Run) -> int:

@@ -16,16 +16,23 @@ from torch import Tensor
 from diffalign.records import CHOSEN, Evidence, Score
 
 QUARTERS = 4
+DECIDED = 4.0  # |logit| beyond which σ is within 2 % of 0 or 1, and weighs pairs no longer
 
 
 def observe(evidence: Evidence, score: Score, timesteps: int) -> dict[str, Tensor]:
     """Per-pair values of one micro-batch, by metric name; each tensor is averaged over all of its entries.
 
-    Besides the objective's own: `loss`; `displacement`, the share of pairs whose chosen side has become less likely
-    than under the reference; policy and reference errors by quarter of the timestep range (`error/policy/q1` is the
-    quarter with the least noise).
+    Besides the objective's own: `loss`; where there is a logit h, `logit/abs`, its mean size, `gradient_factor`, the
+    mean of σ(−h), and `saturated`, the share beyond ±4; `displacement`, the share of pairs whose chosen side has become
+    less likely than under the reference; policy and reference errors by quarter of the timestep range
+    (`error/policy/q1` is the quarter with the least noise).
     """
     values: dict[str, Tensor] = {"loss": score.loss, **score.metrics}
+    if score.logit is not None:
+        logit = score.logit.detach()
+        values["logit/abs"] = logit.abs()
+        values["gradient_factor"] = torch.sigmoid(-logit)
+        values["saturated"] = (logit.abs() > DECIDED).float()
     if evidence.reference is not None:
         values["displacement"] = (evidence.margin[CHOSEN] > 0).float()
     if evidence.t is not None:

@@ -159,6 +159,7 @@ _FREE = {
     "output_dir",
     "overwrite_output_dir",
     "validation",
+    "health",
     "data.dataloader_num_workers",
     "model.gradient_checkpointing",
     "model.attention",

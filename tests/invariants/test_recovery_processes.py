@@ -1,0 +1,50 @@
+"""Two processes go back to a checkpoint together, as often as one does, and end with the same words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffalign.config import Config, save_config
+from tests.conftest import ROOT
+from tests.training.test_recovery import events
+from tests.training.test_run import metrics
+
+
+def test_two_processes_go_back_as_one_does(make_config: Callable[..., Config], tiny_sd: Path, tmp_path: Path) -> None:
+    """A beta with which pairs saturate at any learning rate: back from step 3 to 1, again, and then a stop."""
+    told = {}
+    for processes in (2, 1):
+        config = make_config(
+            tiny_sd,
+            {
+                "objective": {"name": "dpo", "beta": 1e9},
+                "health": {"action": "roll_back", "window": 2, "saturation": 0.5, "max_roll_backs": 2},
+                "training.checkpointing_steps": 1,
+                "training.train_batch_size": 4 // processes,
+                "output_dir": str(tmp_path / str(processes)),
+            },
+        )
+        save_config(config, tmp_path / "run.yaml")
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+        done = subprocess.run(
+            [*command, "-m", "diffalign", "train", str(tmp_path / "run.yaml")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert done.stderr.count("stopped at step 3 after 2 roll backs") == processes  # in all of them
+        told[processes] = [(e["step"], e["rule"], e["action"], e.get("lr_factor")) for e in events(config.output_dir)]
+        assert [line["step"] for line in metrics(config.output_dir)] == [1, 2]
+        assert metrics(config.output_dir)[1]["lr"] == pytest.approx(1e-3 / 4)
+    back = [(1, "saturation", "roll_back", 0.5), (1, "saturation", "roll_back", 0.25), (3, "saturation", "stop", None)]
+    assert told[1] == told[2] == back
