@@ -28,7 +28,7 @@ from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
 from diffalign.models.family import ModelError
 from diffalign.models.former import make_former
-from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, load_lora, lora_layers
+from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, fuse_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
@@ -272,6 +272,7 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
                 )
         else:
             add_lora(unet, tuning.rank, tuning.lora_alpha, tuning.target_modules, seed=config.seed)
+        fuse_lora(unet)
         autocast = AUTOCAST[config.training.mixed_precision]
         if autocast is not None:
             store_for_autocast(unet, autocast)
