@@ -20,7 +20,6 @@ from torch.utils.flop_counter import addmm_flop, flop_registry
 
 from diffalign.engine.measure import measure_and_backward
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.models.family import Family
 from diffalign.models.lora import add_lora, fuse_lora, lora_layers
 from diffalign.objectives.draws import pair_key
 from diffalign.records import Conditioning, PairBatch, Transitions
@@ -102,21 +101,25 @@ def unet_inputs(unet: nn.Module, rows: int, side: int, device: str = "meta") -> 
 
 def network_flops(config: dict[str, Any], side: int, lora_rank: int | None = None) -> NetworkFlops:
     """Counts one row of a UNet, for full tuning or with a LoRA."""
-    unet = meta_unet(config, lora_rank)
-    inputs = unet_inputs(unet, 1, side)
-    counts = []
-    for layers in (lora_layers(unet), []):  # first with the LoRA off, then as it is trained
+    return flops_of(meta_unet(config, lora_rank), side)
+
+
+def flops_of(unet: nn.Module, side: int) -> NetworkFlops:
+    """Counts one row of a UNet on the meta device, at latents of `side` x `side`."""
+    inputs, layers = unet_inputs(unet, 1, side), lora_layers(unet)
+    with Flops() as policy:
+        out = unet(**inputs)[0]
+    with Flops() as backward:
+        out.sum().backward()
+    forward = policy
+    if layers:
         for layer in layers:
             layer._disable_adapters = True
-        with torch.no_grad(), Flops() as counter:
+        with torch.no_grad(), Flops() as forward:
             unet(**inputs)
-        counts.append(counter.total)
-        for layer in lora_layers(unet):
+        for layer in layers:
             layer._disable_adapters = False
-    out = unet(**inputs)[0]
-    with Flops() as counter:
-        out.sum().backward()
-    return NetworkFlops(counts[0], counts[1], counter.total)
+    return NetworkFlops(forward.total, policy.total, backward.total)
 
 
 class _Asked(nn.Module):
@@ -204,9 +207,28 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def family_of(unet_config: dict[str, Any]) -> Family:
-    """SDXL for networks that are told sizes and crops, else SD."""
-    from diffalign.models.sd import StableDiffusion
-    from diffalign.models.sdxl import StableDiffusionXL
+def kept_bytes(unet: nn.Module, inputs: dict[str, Any]) -> int:
+    """Bytes that a forward keeps for its backward, weights apart, every storage once."""
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}  # the tensor is held, so that its storage's address stays its own
 
-    return StableDiffusionXL() if unet_config.get("addition_embed_type") == "text_time" else StableDiffusion()
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = unet(**inputs)[0]
+    del out
+    return sum(size for size, _ in kept.values())
+
+
+def least_bytes(unet: nn.Module, rows: Rows, kept: int, pairs: int, calls: int) -> int:
+    """Bytes that a step cannot help moving: weights at every pass, what is kept written and read once, Adam's state.
+
+    kept: of one row. calls: passes over the weights in a step, a backward counted as one.
+    """
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    trained = sum(p.numel() * p.element_size() for p in unet.parameters() if p.requires_grad)
+    return calls * weights + 2 * kept * rows.policy * pairs + 7 * trained  # read p, g, m, v; write p, m, v

@@ -103,7 +103,9 @@ def _replace_networks(model: str, folder: Path) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 
     dtype = torch.float32 if model == "small" else torch.bfloat16
-    small = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "sample_size": 64} if model == "small" else {}
+    small = (
+        {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "sample_size": 64} if model == "small" else {}
+    )
     scaling = 0.18215 if model == "sd15" else 0.13025
     parts: dict[str, Any] = {
         "unet": UNet2DConditionModel(**unet_config(model)),
@@ -112,9 +114,13 @@ def _replace_networks(model: str, folder: Path) -> None:
     if model == "sd15":
         parts["text_encoder"] = _text(CLIP_L)
     else:
-        first, second = (Text(96, 3, 4, "quick_gelu"), Text(160, 8, 4, "gelu", 160)) if model == "small" else (
-            CLIP_L,
-            CLIP_BIGG,
+        first, second = (
+            (Text(96, 3, 4, "quick_gelu"), Text(160, 8, 4, "gelu", 160))
+            if model == "small"
+            else (
+                CLIP_L,
+                CLIP_BIGG,
+            )
         )
         parts |= {"text_encoder": _text(first), "text_encoder_2": _text(second)}
         EulerDiscreteScheduler(**{k: v for k, v in SDXL_SCHEDULER.items() if k[0] != "_"}).save_pretrained(

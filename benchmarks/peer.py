@@ -97,9 +97,7 @@ def add_adapter(unet: nn.Module, rank: int) -> list[nn.Parameter]:
     from peft import LoraConfig
 
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
-    )
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)))
     return [p for p in unet.parameters() if p.requires_grad]
 
 

@@ -81,9 +81,7 @@ class _LoraLinear(torch.autograd.Function):
     """W x + b + s · B (A x) for a frozen W and b. All tensors have one dtype."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
         down = rows.mm(a.t())
