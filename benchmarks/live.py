@@ -38,25 +38,32 @@ def load_script(path: Path) -> types.ModuleType:
         stub = types.ModuleType("wandb")
         stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         sys.modules["wandb"] = stub
-    if importlib.util.find_spec("torchvision") is None:
-        raise ImportError("--peer: the script needs torchvision; without it the replica in peer.py is measured instead")
-    if not torch.cuda.is_available():
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou) -> Tensor",
-            "qnms(Tensor dets, Tensor s, float i) -> Tensor",
-        ):
-            try:
-                library.define(schema)
-            except RuntimeError:  # a full torchvision has them
-                break
-        load_script.library = library  # type: ignore[attr-defined]  # its operators live as long as it does
+    if not torch.cuda.is_available() and importlib.util.find_spec("torchvision") is not None:
+        _declare_operators()
     spec = importlib.util.spec_from_file_location("peer_script", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--peer: the script needs {error.name}; leave --peer out to measure its replica") from error
     return module
+
+
+_LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as the library that declared it
+
+
+def _declare_operators() -> None:
+    """The two operators that torchvision's import asks for and a CPU-only torch does not have."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name, arguments in (
+        ("nms", "Tensor dets, Tensor scores, float iou"),
+        ("qnms", "Tensor dets, Tensor s, float i"),
+    ):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}({arguments}) -> Tensor")
+    _LIBRARIES.append(library)
 
 
 def arguments(folder: Path, data: Path, out: Path, settings: PeerSettings) -> list[str]:

@@ -33,6 +33,7 @@ class Row:
     median_ms: float  # a step
     q1_ms: float
     q3_ms: float
+    cpu_ms: float  # CPU time of a step
     steps: int
     peak_bytes: int
     useful_flops: int  # of a pair
@@ -62,6 +63,7 @@ def table(rows: list[Row], machine: Machine) -> str:
         "pairs",
         "ms/pair",
         "quartiles",
+        "CPU ms/pair",
         "pairs/s",
         "peak GiB",
         "TFLOP/s",
@@ -79,6 +81,7 @@ def table(rows: list[Row], machine: Machine) -> str:
             f"{row.median_ms / row.pairs:.1f}"
             + ("" if row.predicted_ms is None else f" (H100: {row.predicted_ms:.0f} predicted)"),
             f"{row.q1_ms / row.pairs:.1f} to {row.q3_ms / row.pairs:.1f}, {row.steps} steps",
+            f"{row.cpu_ms / row.pairs:.1f}",
             f"{row.pairs_per_second:.2f}",
             f"{row.peak_bytes / 2**30:.2f}",
             f"{rate / 1e12:.3g}",

@@ -34,7 +34,7 @@ from benchmarks.models import MODELS, model_folder, pairs_file
 from benchmarks.ours import Ours, make_config
 from benchmarks.peer import Peer, PeerSettings
 from benchmarks.report import Machine, Row, write
-from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, ratio, take_turns
+from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, processor_ratio, ratio, take_turns
 from diffalign.models.lora import lora_layers
 from diffalign.objectives import OBJECTIVES
 
@@ -116,7 +116,13 @@ class Benchmark:
         rows = [self.row(name, timed[name], steps[name], ours) for name in steps]
         for close in closing:
             close()
-        return rows, {f"{OURS} against {name}": ratio(timed[name], timed[OURS]) for name in steps if name != OURS}
+        ratios = {}
+        for name in steps:
+            if name != OURS:
+                ratios[f"{OURS} against {name}"] = ratio(timed[name], timed[OURS])
+                if self.device.type == "cpu":
+                    ratios[f"{OURS} against {name}, in CPU time"] = processor_ratio(timed[name], timed[OURS])
+        return rows, ratios
 
     @property
     def has_peer(self) -> bool:

@@ -20,9 +20,10 @@ import torch
 
 @dataclass
 class Timed:
-    """Seconds of the timed steps of one contender, by turn, and its peak memory in bytes."""
+    """Seconds of the timed steps of one contender, by turn; this process's CPU seconds; its peak memory in bytes."""
 
     turns: list[list[float]] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)  # of a step, the mean of each turn
     peak: int = 0
 
     @property
@@ -33,7 +34,9 @@ class Timed:
     def summary(self) -> dict[str, float]:
         """Median and quartiles in milliseconds, and the number of steps."""
         low, mid, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return {"median_ms": 1e3 * mid, "q1_ms": 1e3 * low, "q3_ms": 1e3 * high, "steps": len(self.seconds)}
+        cpu = 1e3 * statistics.median(self.processor)
+        times = {"median_ms": 1e3 * mid, "q1_ms": 1e3 * low, "q3_ms": 1e3 * high, "cpu_ms": cpu}
+        return {**times, "steps": len(self.seconds)}
 
 
 def take_turns(
@@ -47,14 +50,24 @@ def take_turns(
     for _ in range(rounds):
         for name, step in steps_of.items():
             with PeakMemory(device) as peak:
+                begun = time.process_time()
                 timed[name].turns.append(_seconds(step, steps, device))
+                timed[name].processor.append((time.process_time() - begun) / steps)
             timed[name].peak = max(timed[name].peak, peak.bytes)
     return timed
 
 
 def ratio(slow: Timed, fast: Timed) -> dict[str, float]:
     """How many times faster `fast` is: median over rounds of the turns' medians, with the smallest and the largest."""
-    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(slow.turns, fast.turns, strict=True)]
+    return _spread([statistics.median(a) / statistics.median(b) for a, b in zip(slow.turns, fast.turns, strict=True)])
+
+
+def processor_ratio(slow: Timed, fast: Timed) -> dict[str, float]:
+    """The same in CPU time, which other processes on the machine hardly change."""
+    return _spread([a / b for a, b in zip(slow.processor, fast.processor, strict=True)])
+
+
+def _spread(ratios: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": len(ratios)}
 
 
