@@ -87,6 +87,13 @@ def leave_casts_to_autocast(unet: nn.Module) -> None:
         layer.cast_input_dtype_enabled = False
 
 
+def fuse_lora(unet: nn.Module) -> None:
+    """Gives the LoRA layers a forward of fewer operators, for training; other rounding than peft's, nothing else."""
+    from diffalign.models.lora_linear import fuse
+
+    fuse(unet)
+
+
 def save_lora(unet: nn.Module, directory: str | Path, family: Family) -> Path:
     """Write `pytorch_lora_weights.safetensors`, loadable by the family's pipeline with `load_lora_weights`."""
     from peft.utils import get_peft_model_state_dict

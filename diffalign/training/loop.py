@@ -161,7 +161,8 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
 
     run.scaler.unscale_(run.optimizer)
     limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
+    all_at_once = True if accelerator.device.type == "cpu" else None  # None: torch's choice, which is so on CUDA
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit, foreach=all_at_once)
     taken = _update(run)
     run.optimizer.zero_grad(set_to_none=True)
     if taken:

@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import TrainingSection
 
+FUSED = ("cuda", "cpu")  # devices with one kernel for the whole of Adam's update
+
 
 def make_optimizer(parameters: Iterable[Parameter], training: TrainingSection, lr: float) -> torch.optim.Optimizer:
     """The configured optimiser at learning rate `lr`.
@@ -25,7 +27,7 @@ def make_optimizer(parameters: Iterable[Parameter], training: TrainingSection, l
     betas = (training.adam_beta1, training.adam_beta2)
     shared: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": training.adam_weight_decay}
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(params, **shared, eps=training.adam_epsilon, fused=params[0].is_cuda)
+        return torch.optim.AdamW(params, **shared, eps=training.adam_epsilon, fused=params[0].device.type in FUSED)
     if training.optimizer == "adamw_8bit":
         if not params[0].is_cuda:
             raise ValueError("training.optimizer: adamw_8bit needs a CUDA device; use adamw or adafactor here")

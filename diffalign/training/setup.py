@@ -29,7 +29,7 @@ from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
 from diffalign.models.family import ModelError
 from diffalign.models.former import make_former
-from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, load_lora, lora_layers
+from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, fuse_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
@@ -286,6 +286,7 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
                 )
         else:
             add_lora(unet, tuning.rank, tuning.lora_alpha, tuning.target_modules, seed=config.seed)
+        fuse_lora(unet)
     elif tuning.method == "user_attention":
         assert user_dim is not None, "the table was opened with its users"
         add_user_attention(unet, user_dim, tuning.user_tokens, tuning.user_scale, seed=config.seed)

@@ -1,0 +1,250 @@
+"""The speed of a step: ours beside the peer's, in one process on the same weights and pairs.
+
+    python -m benchmarks.step --device cpu --model tiny                            # a minute or two, anywhere
+    python -m benchmarks.step --device cuda --model sdxl --mixed-precision bf16 --peer train_diffusion_dpo_sdxl.py
+    python -m benchmarks.step --device cuda --model sdxl --tuning full --mixed-precision bf16 --ladder
+    python -m benchmarks.step --device cuda --model sdxl --growth
+
+Contenders take turns (A B A B …); a speed is pairs per second of whole steps, from the data to the update. The peer is
+its own script where --peer gives it, else a replica of its loop (`peer.py`), as published (its README's command:
+gradient checkpointing, rank 8, batches of 8) and tuned (no checkpointing). Ours reads the encode cache, which is made
+before the clock starts, and its cost is printed beside. Nothing here decides whether tests pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import yaml
+
+from benchmarks import counts
+from benchmarks.ladder import GROWTH, rungs
+from benchmarks.models import MODELS, model_folder, pairs_file
+from benchmarks.ours import Ours, make_config
+from benchmarks.peer import Peer, PeerSettings
+from benchmarks.report import Machine, Row, write
+from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, processor_ratio, ratio, take_turns
+from diffalign.models.lora import lora_layers
+from diffalign.objectives import OBJECTIVES
+
+PUBLISHED = "peer as published"
+TUNED = "peer without checkpointing"
+OURS = "ours"
+ATTENTION = ("attention", "flash", "fmha", "sdpa", "cudnn")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of this module."""
+    a = parser().parse_args(arguments)
+    if a.device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with tempfile.TemporaryDirectory() as temporary:
+        Benchmark(a, a.work or Path(temporary)).run()
+
+
+class Benchmark:
+    """One command: models and pairs on disk, contenders, rows."""
+
+    def __init__(self, a: argparse.Namespace, work: Path) -> None:
+        self.a, self.work = a, work
+        self.device = torch.device(a.device)
+        self.resolution = a.resolution or MODELS[a.model]
+        work.mkdir(parents=True, exist_ok=True)
+        self.folder = model_folder(a.model, work / a.model)
+        pictures = a.picture_size or self.resolution
+        data = work / f"pairs-{pictures}" / "train.parquet"
+        self.data = data if data.is_file() else pairs_file(data, a.data_pairs, pictures)
+        dtype = torch.bfloat16 if a.mixed_precision == "bf16" else torch.float32
+        self.machine = Machine(matmul_rate(self.device, dtype), copy_rate(self.device))
+        self.encoding_seconds = 0.0
+        self._network: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Measures what was asked for and writes it."""
+        rows: list[Row] = []
+        ratios: dict[str, Any] = {}
+        if self.a.ladder:
+            for lever, settings in rungs(self.device.type):
+                full = self.a.tuning == "full"
+                row = self.alone(lever.name, settings)
+                row.predicted_ms = lever.predicted_full if full else lever.predicted_lora
+                rows.append(row)
+        elif self.a.growth:
+            for name, (key, values) in GROWTH.items():
+                rows += [self.alone(f"{name}: {value}", {key: value}) for value in values]
+        else:
+            rows, ratios = self.contest()
+        facts = {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+            "model": self.a.model,
+            "resolution": self.resolution,
+            "picture_size": self.a.picture_size or self.resolution,
+            "objective": self.a.objective,
+            "tuning": self.a.tuning,
+            "mixed_precision": self.a.mixed_precision,
+            "peer": "the script" if self.a.peer else "replica",
+            "encoding_seconds_before": round(self.encoding_seconds, 2),
+        }
+        title = f"A step of {self.a.model} at {self.resolution} px, {self.a.tuning}, {self.a.objective}"
+        print(write(self.a.out, title, rows, ratios, self.machine, facts))
+
+    def contest(self) -> tuple[list[Row], dict[str, Any]]:
+        """Ours against the peer, turn by turn."""
+        ours = self.ours({})
+        steps: dict[str, Callable[[], None]] = {}
+        closing = []
+        if self.has_peer:
+            for name, checkpointing in ((PUBLISHED, True), (TUNED, False)):
+                if self.a.peer and name != PUBLISHED:
+                    continue  # the script keeps global state; its tuned form is a run of its own
+                contender = self.peer(checkpointing)
+                closing.append(getattr(contender, "close", lambda: None))
+                steps[name] = contender.step
+        steps[OURS] = ours.step
+        timed = take_turns(steps, warmup=self.a.warmup, steps=self.a.steps, rounds=self.a.rounds, device=self.device)
+        rows = [self.row(name, timed[name], steps[name], ours) for name in steps]
+        for close in closing:
+            close()
+        ratios = {}
+        for name in steps:
+            if name != OURS:
+                ratios[f"{OURS} against {name}"] = ratio(timed[name], timed[OURS])
+                if self.device.type == "cpu":
+                    ratios[f"{OURS} against {name}, in CPU time"] = processor_ratio(timed[name], timed[OURS])
+        return rows, ratios
+
+    @property
+    def has_peer(self) -> bool:
+        """Whether the peer's script could do this run at all."""
+        return self.a.model in ("tiny", "small", "sdxl") and self.a.tuning == "lora" and self.a.objective == "dpo"
+
+    def alone(self, name: str, settings: dict[str, Any]) -> Row:
+        """A row of ours with some settings, measured by itself."""
+        ours = self.ours(settings)
+        steps = {name: ours.step}
+        timed = take_turns(steps, warmup=self.a.warmup, steps=self.a.steps, rounds=self.a.rounds, device=self.device)
+        row = self.row(name, timed[name], ours.step, ours)
+        row.settings = settings
+        del ours, steps
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return row
+
+    def ours(self, settings: dict[str, Any]) -> Ours:
+        """Our contender; the cache is filled here, off the clock."""
+        a = self.a
+        overrides = {
+            "tuning.method": a.tuning,
+            "objective": {"name": a.objective},
+            "data.resolution": self.resolution,
+            "training.train_batch_size": a.pairs,
+            "training.mixed_precision": a.mixed_precision,
+            **({"tuning.rank": a.rank} if a.tuning == "lora" else {}),
+            **dict(a.settings),
+            **settings,
+        }
+        begun = time.perf_counter()
+        ours = Ours(make_config(self.folder, self.data, self.work / f"run-{time.time_ns()}", overrides))
+        self.encoding_seconds = max(self.encoding_seconds, time.perf_counter() - begun)
+        if ours.device.type != self.device.type:
+            raise SystemExit(
+                f"--device {self.device.type}, but accelerate chose {ours.device}; set CUDA_VISIBLE_DEVICES"
+            )
+        return ours
+
+    def peer(self, checkpointing: bool) -> Any:
+        """The peer's script or its replica."""
+        a = self.a
+        settings = PeerSettings(
+            resolution=self.resolution,
+            train_batch_size=a.pairs,
+            rank=a.rank,
+            learning_rate=1e-5,
+            gradient_checkpointing=checkpointing,
+            mixed_precision=a.mixed_precision,
+        )
+        if a.peer is None:
+            return Peer(self.folder, self.data, settings, self.device)
+        from benchmarks.live import LiveScript
+
+        return LiveScript(a.peer, self.folder, self.data, self.work / "peer", settings)
+
+    def row(self, name: str, timed: Timed, step: Callable[[], None], ours: Ours) -> Row:
+        """A row from what was timed, what must be computed, and where the time went."""
+        unet, training = ours.run.unet, ours.run.config.training
+        rank = self.a.rank if lora_layers(unet) else None
+        side = self.resolution // (self.resolution_factor(ours))
+        if "flops" not in self._network:
+            meta = counts.meta_unet(dict(unet.config), rank)
+            self._network = {
+                "flops": counts.flops_of(meta, side),
+                "kept": counts.kept_bytes(meta, counts.unet_inputs(meta, 1, side)),
+            }
+        rows = counts.objective_rows(ours.run.objective, transitions=self.a.objective == "spo")
+        micro = training.gradient_accumulation_steps
+        pairs = training.train_batch_size * micro
+        calls = (2 * rows.policy_calls + rows.reference_calls) * micro
+        return Row(
+            name=name,
+            pairs=pairs,
+            **timed.summary(),
+            peak_bytes=timed.peak,
+            useful_flops=counts.useful_flops(rows, self._network["flops"]),
+            floor_bytes=counts.least_bytes(unet, rows, self._network["kept"], pairs, calls),
+            largest_part="{}, {:.0%}".format(*parts(step, self.device)[0]),
+            kernels=kernels(step, self.device, ATTENTION),
+        )
+
+    def resolution_factor(self, ours: Ours) -> int:
+        """Pixels to a latent's place, from the batch itself."""
+        return self.resolution // next(ours.run.source.batches()).latents.shape[-1]
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`section.key=value`, the value as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise argparse.ArgumentTypeError(f"{text!r}: write section.key=value, as on diffalign's command line")
+    return key, yaml.safe_load(value)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--model", choices=tuple(MODELS), default="tiny")
+    p.add_argument("--resolution", type=int, help="pixels; default: the model's own")
+    p.add_argument("--picture-size", type=int, help="pixels of the pictures on disk; default: the resolution")
+    p.add_argument("--objective", choices=tuple(OBJECTIVES), default="dpo")
+    p.add_argument("--tuning", choices=("lora", "full"), default="lora")
+    p.add_argument("--rank", type=int, default=8, help="of the LoRA, ours and the peer's")
+    p.add_argument("--pairs", type=int, default=8, help="in a micro-batch")
+    p.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    p.add_argument("--set", dest="settings", type=setting, action="append", default=[], metavar="section.key=value",
+                   help="a setting of our config, e.g. a lever")  # fmt: skip
+    p.add_argument("--peer", type=Path, help="diffusers' train_diffusion_dpo_sdxl.py; default: the replica")
+    p.add_argument("--ladder", action="store_true", help="our levers, one more at a time")
+    p.add_argument("--growth", action="store_true", help="ours at growing batches")
+    p.add_argument("--warmup", type=int, default=5, help="untimed steps of each contender")
+    p.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
+    p.add_argument("--rounds", type=int, default=4, help="turns of each contender")
+    p.add_argument("--data-pairs", type=int, default=64, help="pairs on disk")
+    p.add_argument("--work", type=Path, help="folder for models, pairs and caches, kept; default: a temporary one")
+    p.add_argument("--out", type=Path, default=Path("runs/benchmark_step"), help="OUT.json and OUT.md")
+    return p
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""peft's LoRA layer on a linear one, computed in three matmuls forward and five backward.
+
+    y = W x + b + (α/r) · B (A x)
+
+peft spends a linear layer on each of W, A and B, a product and a sum on top, and autograd a node on every one of them:
+SDXL has 560 such layers, and a forward with them takes twice the operators of one without. Here the last matmul adds
+the update itself, and one node goes back through all of it.
+
+The layer stays peft's in all else: names, files, merging, switching off. Where it is not plain (dropout in training,
+several adapters, a variant such as DoRA, a merged update, a base in another dtype than the input is computed in) peft's
+own forward runs. With the adapter off the same kernel is called as with it on, so that at B = 0 both agree to the bit.
+
+Imports peft; the package imports this module only when a LoRA is added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class LoraLinear(Linear):
+    """A peft LoRA layer with another forward; `fuse` makes them out of peft's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's answer "... out" for x "... in"; further arguments are peft's."""
+        # Dictionaries, not attributes: nn.Module.__getattr__ is the larger part of a small layer's time.
+        own, modules = self.__dict__, self._modules
+        base = modules["base_layer"]._parameters
+        kind = x.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if args or kwargs or own["merged_adapters"] or base["weight"].dtype != dtype:
+            return super().forward(x, *args, **kwargs)
+        if own["_disable_adapters"]:
+            return _linear(x.to(dtype), base["weight"], base["bias"])
+        active = own["_active_adapter"]
+        name = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
+        if name not in modules["lora_A"]._modules or name in own["lora_variant"] or self._drops(name):
+            return super().forward(x)
+        a = modules["lora_A"]._modules[name]._parameters["weight"]
+        b = modules["lora_B"]._modules[name]._parameters["weight"]
+        if autocast:
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        elif a.dtype != dtype:
+            return super().forward(x)
+        return _LoraLinear.apply(x, base["weight"], base["bias"], a, b, own["scaling"][name])
+
+    def _drops(self, name: str) -> bool:
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+
+
+def fuse(network: nn.Module) -> None:
+    """Gives every LoRA layer on a linear one this forward, where the base is frozen and the layer is peft's plain kind.
+
+    In place. Nothing of a layer but its class changes.
+    """
+    for layer in network.modules():
+        if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.base_layer.weight.requires_grad:
+            plain = not any(layer.lora_bias.values()) and not layer.fan_in_fan_out
+            if plain:
+                layer.__class__ = LoraLinear
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b, always as one matmul of flattened rows.
+
+    torch's own linear chooses between kernels that round differently by strides and by what requires grad.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*x.shape[:-1], -1)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """W x + b + s · B (A x) for a frozen W and b. All tensors have one dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        down = rows.mm(a.t())
+        out.addmm_(down, b.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, down)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, down = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        up = grad.mm(b).mul_(ctx.scale)
+        grad_a = up.t().mm(rows)
+        grad_b = grad.t().mm(down).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.mm(weight).addmm_(up, a).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None

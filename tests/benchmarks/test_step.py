@@ -1,0 +1,83 @@
+"""The benchmark's command on the smallest model, its table of levers, and stepping through a script."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ladder import GROWTH, LADDER, rungs
+from benchmarks.live import LiveScript
+from benchmarks.ours import make_config
+from benchmarks.peer import PeerSettings
+from benchmarks.step import main
+from benchmarks.timing import Timed, ratio
+
+SCRIPT = """
+import argparse
+import wandb
+from accelerate import Accelerator
+
+def parse_args(arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--train_batch_size", type=int)
+    return parser.parse_known_args(arguments)[0]
+
+def main(args):
+    accelerator = Accelerator()
+    for step in range(1000):
+        if step == 3:
+            raise ValueError("no more pairs")
+        accelerator.log({"loss": step * args.train_batch_size}, step=step)
+"""
+
+
+def test_the_command_on_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--warmup", "1", "--steps", "2", "--rounds", "1", "--pairs", "1", "--data-pairs", "4"]
+    main(["--device", "cpu", "--model", "tiny", *short, "--work", str(tmp_path), "--out", str(tmp_path / "result")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    published, tuned, ours = result["rows"]
+    assert ours["useful_flops"] == published["useful_flops"] == tuned["useful_flops"] > 1e9
+    assert {row["steps"] for row in result["rows"]} == {2}
+    assert all(row["floor_ms"] > 0 and row["largest_part"] for row in result["rows"])
+    assert result["ratios"]["ours against peer as published"]["median"] > 0
+    text = (tmp_path / "result.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "| ours | 1 |" in text
+
+
+def test_every_lever_is_a_config(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        assert rungs(device)
+        for _, settings in rungs(device):
+            make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, settings)
+    for key, values in GROWTH.values():
+        for value in values:
+            make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, {key: value})
+    assert len({lever.name for lever in LADDER}) == len(LADDER)
+
+
+def test_a_ratio_is_taken_turn_by_turn() -> None:
+    """A machine that slows down by three between turns changes nothing."""
+    fast, slow = Timed([[1.0, 1.0], [3.0, 3.0]]), Timed([[2.0, 2.0], [6.0, 6.0]])
+    assert ratio(slow, fast) == {"median": 2.0, "min": 2.0, "max": 2.0, "rounds": 2}
+
+
+def test_a_script_is_taken_step_by_step(tmp_path: Path) -> None:
+    """Unmodified, with its own errors, and ended where it stands."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    settings = PeerSettings(train_batch_size=7)
+    live = LiveScript(path, tmp_path, tmp_path / "data" / "pairs.parquet", tmp_path, settings)
+    live.step()
+    live.step()
+    assert [line["loss"] for line in live.logged] == [0, 7]
+    live.close()
+    failing = LiveScript(path, tmp_path, tmp_path / "data" / "pairs.parquet", tmp_path, settings)
+    for _ in range(3):
+        failing.step()
+    with pytest.raises(ValueError, match="no more pairs"):
+        failing.step()
+    with pytest.raises(FileNotFoundError, match="train_diffusion_dpo_sdxl"):
+        LiveScript(tmp_path / "none.py", tmp_path, tmp_path, tmp_path, settings)
