@@ -44,6 +44,7 @@ SAME_ROOM = {
     "demo": "cli",
     "config_text": "config",
     "config_data": "config",
+    "config_checks": "config",
 }
 
 # Where a package may be imported: a room, or one file of it.

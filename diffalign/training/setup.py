@@ -25,14 +25,15 @@ from diffalign.data.table import PairTable
 from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
+from diffalign.models.compiling import compile_blocks
 from diffalign.models.encoder import Encoder
 from diffalign.models.family import ModelError
-from diffalign.models.former import make_former
+from diffalign.models.former import FormerCopy, make_former
 from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
-from diffalign.models.reference import HeldLora, Reference, ReferenceKind, make_reference
+from diffalign.models.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.saving import find_tuned
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
@@ -120,6 +121,10 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
         verify=data.verify,
     )
     table.require_usable()
+    if data.cache_reference_errors and "mask" in table.terms:
+        raise DataError(
+            "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
+        )
     if data.axes:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
     if data.cache_dir is not None:
@@ -213,12 +218,16 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
         kind = reference.kind
     elif former is None:
         reference = make_reference(kind, unet, autocast)
+    if config.model.compile:
+        compile_blocks(unet)
+        if isinstance(reference, FrozenCopy | FormerCopy):
+            compile_blocks(reference.module)
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
 
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
-    optimizer = make_optimizer(parameters, training, lr)
+    optimizer = make_optimizer(parameters, training, lr, config.seed)
     networks = Networks(
         accelerator.prepare_model(unet),
         family=base.family,
@@ -278,7 +287,11 @@ def prepare_policy(base: Base, config: Config, device: torch.device) -> nn.Modul
     else:
         if tuning.reference is not None:
             merge_into(unet, [(tuning.reference, 1.0)])
+        if config.training.optimizer == "adamw_bf16":
+            store_for_autocast(unet, torch.bfloat16)  # while it is frozen: those become the trained weights
         unet.requires_grad_(True)
+    if config.model.channels_last:
+        unet.to(memory_format=torch.channels_last)
     set_attention(unet, config.model.attention, device)
     set_checkpointing(unet, config.model.gradient_checkpointing)
     return unet
