@@ -46,10 +46,15 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     torch._dynamo.config.recompile_limit = limit
 
 
-def close(a: Path, b: Path, rel: float = 1e-3) -> None:
-    """The same metrics, to the rounding of a difference of errors times beta / 2 = 250 (see test_run)."""
-    for x, y in zip(metrics(a), metrics(b), strict=True):
-        assert x == pytest.approx(y, rel=rel, abs=2e-4)
+def close(a: Path, b: Path) -> None:
+    """The same metrics, to the rounding of a difference of errors times beta / 2 = 250 (see test_run).
+
+    But for accuracies: at equal weights a margin that is not exactly 0 falls to one side or the other.
+    """
+    for x, y in zip(*(metrics(folder) for folder in (a, b)), strict=True):
+        for line in (x, y):
+            del line["implicit_acc"], line["rewards/accuracies"]
+        assert x == pytest.approx(y, rel=1e-3, abs=2e-4)
 
 
 def test_gradient_checkpointing_takes_names_and_switches(make_config: MakeConfig, tmp_path: Path) -> None:
