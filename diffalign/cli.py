@@ -174,7 +174,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _look(config: Config, folder: str) -> Config:
     """The run as a look at its machinery: no cache of hours is filled, and pairs that it makes go to `folder`."""
-    data = {"cache_dir": None, "cache_variants": 1, "cache_trajectories": False}
+    data = {"cache_dir": None, "cache_variants": 1, "cache_trajectories": False, "cache_reference_errors": False}
     return config.model_copy(update={"data": config.data.model_copy(update=data), "output_dir": folder})
 
 

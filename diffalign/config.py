@@ -14,13 +14,21 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from diffalign.config_checks import check_tuning, check_users
+from diffalign.config_checks import (
+    can_have_a_reference,
+    can_keep_errors,
+    can_keep_trajectories,
+    can_train_in_bf16,
+    check_tuning,
+    check_users,
+    reference_batch_fits,
+    usable_together,
+)
 from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
 from diffalign.config_health import HealthSection, can_roll_back
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.data.axes import Aggregate, Axis
 from diffalign.objectives import OBJECTIVES
-from diffalign.objectives.base import Recordable
 from diffalign.sources import SOURCES
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -31,12 +39,14 @@ Positive = Annotated[float, Field(gt=0)]
 # overriding one of these drops the file's other settings of the section
 # Settings that only a run with an objective has.
 OBJECTIVE_ONLY = {
-    "model": ("gradient_checkpointing",),
+    "model": ("gradient_checkpointing", "compile", "channels_last"),
     "data": (
         "cache_dir",
         "cache_variants",
         "cache_dtype",
         "cache_trajectories",
+        "draws_per_pair",
+        "cache_reference_errors",
         "scores",
         "aggregate",
         "relabel",
@@ -44,7 +54,7 @@ OBJECTIVE_ONLY = {
         "users",
         "proportion_empty_prompts",
     ),
-    "training": ("ema_decay", "max_unet_forwards"),
+    "training": ("ema_decay", "max_unet_forwards", "reference_batch_size"),
 }
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
@@ -65,7 +75,14 @@ class ModelSection(_Section):
     single_file_config: str | None = None  # folder with the configs of a single-file checkpoint, for work offline
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"  # true means full, false none
+    compile: bool = False  # torch.compile of each transformer and resnet block
+    channels_last: bool = False  # convolutions in NHWC
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class TuningSection(_Section):
@@ -111,6 +128,8 @@ class DataSection(_Section):
     cache_variants: Count = 1  # crops/flips of each pair kept in the cache
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of moments and embeddings in the cache
     cache_trajectories: bool = False  # keep the reference's inversions in the cache, for objectives that look at them
+    draws_per_pair: Count | None = None  # a pair's visits repeat after so many: latent, t, noise; null: never
+    cache_reference_errors: bool = False  # ask the reference once for each draw and keep its errors in the cache
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     curriculum: CurriculumSection | None = None  # null: every pair from the start
 
@@ -129,11 +148,12 @@ class TrainingSection(_Section):
     max_unet_forwards: Count | None = None  # end before the step that would exceed so many images through the UNet
     train_batch_size: Count = 1  # pairs per device and micro-step
     gradient_accumulation_steps: Count = 1
+    reference_batch_size: Count | None = None  # pairs in one forward of the reference; null: train_batch_size
     learning_rate: Positive = 1e-5
     scale_lr: bool = False  # learning_rate × processes × accumulation × batch
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"] = "adamw"
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-2
@@ -195,10 +215,18 @@ class Config(_Section):
         training = self.training
         if training.lr_scheduler == "constant" and training.lr_warmup_steps:
             raise ValueError("training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup")
+        reference_batch_fits(self)
         if training.optimizer == "adafactor":
             idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
             if idle:
                 raise ValueError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
+        if self.model.compile and self.model.gradient_checkpointing == "selective":
+            raise ValueError(
+                "model.compile: a compiled block already makes its cheap activations again; use gradient_checkpointing "
+                "none, or full"
+            )
+        if training.optimizer == "adamw_bf16":
+            can_train_in_bf16(self)
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
         if self.data.aggregate != "sum" and len(self.data.axes) < 2:
@@ -206,38 +234,17 @@ class Config(_Section):
         if self.data.relabel and self.data.scores is None:
             raise ValueError("data.relabel needs data.scores, a file that `diffalign data score` writes")
         if self.data.cache_trajectories:
-            self._can_keep_trajectories()
+            can_keep_trajectories(self)
+        if self.data.cache_reference_errors:
+            can_keep_errors(self)
         check_tuning(self.tuning)
         check_users(self)
         if self.tuning.reference is not None:
-            self._can_have_a_reference()
+            can_have_a_reference(self)
         if self.source is not None:
-            _usable_together(self)
+            usable_together(self)
         can_roll_back(self.health, self.training, self.source)
         return self
-
-    def _can_have_a_reference(self) -> None:
-        if not self.objective.needs_reference:
-            raise ValueError(f"tuning.reference: objective {self.objective.name} has no reference")
-        if self.source is not None and self.source.own_reference:
-            raise ValueError(f"tuning.reference: source {self.source.name} chooses the reference itself")
-        if self.data.cache_trajectories:
-            raise ValueError("tuning.reference: data.cache_trajectories keeps trajectories of the base only")
-
-    def _can_keep_trajectories(self) -> None:
-        objective = self.objective
-        if not isinstance(objective, Recordable) or objective.recording is None:
-            raise ValueError(
-                f"data.cache_trajectories: {objective.name} with these settings inverts by the network being trained, "
-                "or not at all; only trajectories of a frozen reference can be kept (inversion_dpo, trajectory: "
-                "reference)"
-            )
-        if self.data.cache_dir is None:
-            raise ValueError("data.cache_trajectories needs data.cache_dir: trajectories lie beside the encoded images")
-        if self.data.proportion_empty_prompts:
-            raise ValueError(
-                "data.cache_trajectories: a trajectory belongs to its prompt; set data.proportion_empty_prompts: 0"
-            )
 
     def resolved(self) -> dict[str, Any]:
         """The config as plain YAML-ready values, defaults filled in."""
@@ -276,6 +283,8 @@ class PreferenceModelConfig(_Section):
             idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
             if idle:
                 raise ValueError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
+        if self.training.optimizer == "adamw_bf16":
+            raise ValueError("training.optimizer: adamw_bf16 is for a base's UNet; use adamw for a preference model")
         if self.training.mixed_precision == "fp16":
             raise ValueError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
         return self
@@ -377,23 +386,3 @@ def _plain(settings: Any) -> dict[str, Any]:
     """A dataclass of settings with its name, as YAML-ready values."""
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     return {"name": settings.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
-
-
-def _usable_together(config: Config) -> None:
-    """Raises ValueError for settings that a source which makes its pairs cannot honour."""
-    source, objective, data = config.source, config.objective, config.data
-    if source.objectives and objective.name not in source.objectives:
-        raise ValueError(f"source: {source.name} makes data for objective {' or '.join(source.objectives)} only")
-    for own, its in getattr(source, "same_in_objective", {}).items():
-        if getattr(source, own) != getattr(objective, its):
-            raise ValueError(
-                f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the objective "
-                "compares the very steps that the source took; give both the same value"
-            )
-    idle = ["cache_dir", "invert_preference", "dataloader_num_workers", "scores", "curriculum"]
-    if source.data == "prompts":
-        idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
-    if set_ := [name for name in idle if getattr(data, name) != DataSection.model_fields[name].default]:
-        raise ValueError(
-            f"data.{', data.'.join(set_)}: source {source.name} makes its pictures and has no such setting"
-        )

@@ -111,6 +111,7 @@ class PairBatch:
     weight: Tensor | None = None  # [pair], what the pair's loss is multiplied by; None: 1
     margin: Tensor | None = None  # [pair], subtracted from the logit; None: 0
     mask: Tensor | None = None  # "pair h w" in [-1, 1], how much each place of the latents counts; None: 1
+    reference: Tensor | None = None  # "side pair [point]", the reference's errors at this visit, where they were kept
     ids: tuple[str, ...] = field(default=())  # for messages only
 
     @property
@@ -130,6 +131,7 @@ class PairBatch:
             weight=None if self.weight is None else self.weight[pairs],
             margin=None if self.margin is None else self.margin[pairs],
             mask=None if self.mask is None else self.mask[pairs],
+            reference=None if self.reference is None else self.reference[:, pairs],
             ids=self.ids[pairs],
         )
 
@@ -144,6 +146,7 @@ class PairBatch:
             weight=None if self.weight is None else _move(self.weight, device),
             margin=None if self.margin is None else _move(self.margin, device),
             mask=None if self.mask is None else _move(self.mask, device),
+            reference=None if self.reference is None else _move(self.reference, device),
         )
 
 
@@ -167,6 +170,7 @@ class Probe:
     mask: Tensor | None = None  # "pair h w", what squared errors are multiplied by; the batch's, as the next two
     pair_weight: Tensor | None = None  # [pair], passed on to Evidence
     pair_margin: Tensor | None = None  # [pair], passed on to Evidence
+    reference: Tensor | None = None  # "side pair [point]", the reference's errors where they are known: it is not asked
 
     @property
     def points(self) -> int | None:

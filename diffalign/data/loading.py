@@ -39,6 +39,7 @@ class Loaded:
     margin: Tensor | None = None  # [pair]
     mask: Tensor | None = None  # "pair h w"
     users: Tensor | None = None  # "pair dim"
+    reference: Tensor | None = None  # "pair side [point]", kept errors of the reference
     noisy: Tensor | None = None  # "pair side point c h w", with clean, t and t_prev [pair point]: see `Transitions`
     clean: Tensor | None = None
     t: Tensor | None = None
@@ -83,7 +84,10 @@ class Pixels:
 
 
 class Visits(Dataset[Loaded]):
-    """Positions of the order -> micro-batches. Everything drawn here belongs to the pair and the visit."""
+    """Positions of the order -> micro-batches. Everything drawn here belongs to the pair and the visit.
+
+    With `draws` a pair's visits repeat after so many: visit n sees and draws what visit n % draws did.
+    """
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class Visits(Dataset[Loaded]):
         *,
         run_seed: int,
         prompt_dropout: float,
+        draws: int | None = None,
         latent_side: int | None = None,
         signed_masks: bool = True,
         order: Order | None = None,
@@ -99,12 +104,15 @@ class Visits(Dataset[Loaded]):
         """`latent_side` and `signed_masks` (whether masks may go below 0) matter only where the data have masks."""
         self.table, self.content = table, content
         self.latent_side, self.signed_masks = latent_side, signed_masks
-        self.run_seed, self.prompt_dropout = run_seed, prompt_dropout
+        self.run_seed, self.prompt_dropout, self.draws = run_seed, prompt_dropout, draws
         self.order = PairOrder(len(table), run_seed) if order is None else order
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         """The micro-batch of these positions (`DataLoader` fetches a batch by this one call)."""
-        visits = [self.visit(position) for position in positions]
+        return self.together([self.visit(position) for position in positions])
+
+    def together(self, visits: list[Visit]) -> Loaded:
+        """Some visits as a micro-batch."""
         names = visits[0].tensors
         scores = [visit.scores for visit in visits if visit.scores is not None]
         users = [visit.user for visit in visits if visit.user is not None]
@@ -123,11 +131,13 @@ class Visits(Dataset[Loaded]):
     def visit(self, position: int) -> Visit:
         """What is seen at a position: the pair that the order names, or its substitute."""
         first, draw = self.order(position)
+        if self.draws is not None:
+            draw %= self.draws
         index = first
         problems: list[Problem] = []
         for attempt in range(ATTEMPTS):
             try:
-                return self._look(index, draw, tuple(problems))
+                return self.look(index, draw, tuple(problems))
             except ImageError as error:
                 problems.append(Problem(self.table.where(index), error.kind, str(error)))
                 index = substitute(self.table.ids[first], attempt, len(self.table))
@@ -136,7 +146,8 @@ class Visits(Dataset[Loaded]):
             f"(last: {problems[-1]}); are the images still there? `diffalign data check` names them all"
         )
 
-    def _look(self, index: int, draw: int, problems: tuple[Problem, ...]) -> Visit:
+    def look(self, index: int, draw: int, problems: tuple[Problem, ...] = ()) -> Visit:
+        """What a pair shows at its visit `draw`. Raises ImageError where it cannot be read."""
         name, prompt = self.table.ids[index], self.table.prompts[index]
         key = pair_key(self.run_seed, name, draw)
         keys = torch.tensor([key], dtype=torch.int64)

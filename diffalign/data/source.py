@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from diffalign.data.cache import PairCache
 from diffalign.data.encoder import Encoder
 from diffalign.data.loading import NULL_PROMPT, Content, Loaded, Pixels, Visits, sample_latents
+from diffalign.data.reference_errors import ReferenceErrors
 from diffalign.data.rows import DataError, Problem
 from diffalign.data.sampler import Order, positions_for
 from diffalign.data.table import PairTable
@@ -40,12 +41,13 @@ class Online:
 class OfflinePairs:
     """A table of pairs as an endless stream of micro-batches.
 
-    content: `Online(encoder, ...)`, what `open_cache` returned, or `Trajectories` on top of that.
+    content: `Online(encoder, ...)`, what `open_cache` returned, or `Trajectories` or `ReferenceErrors` on top of that.
     time_ids: geometry "side pair 6" -> micro-conditioning or None; by default the online encoder's.
     prompt_dropout: share of visits that see the null prompt, both sides alike.
     with_uncond: add the null prompt's conditioning, for objectives that guide.
     signed_masks: whether masks may go below 0; if not, one that does stops the run with DataError.
     order: which pair is visited when; None: one permutation of the table per epoch.
+    draws: a pair's visits repeat after so many; None: never.
     max_unreadable: share of the table's pairs that may turn out unreadable (and be substituted) before
         the run stops with DataError; one pair always may.
 
@@ -55,7 +57,7 @@ class OfflinePairs:
     def __init__(
         self,
         table: PairTable,
-        content: Online | PairCache | Trajectories,
+        content: Online | PairCache | Trajectories | ReferenceErrors,
         *,
         run_seed: int,
         train_batch_size: int,
@@ -64,6 +66,7 @@ class OfflinePairs:
         processes: int = 1,
         time_ids: Callable[[Tensor], Tensor | None] | None = None,
         prompt_dropout: float = 0.0,
+        draws: int | None = None,
         with_uncond: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -90,7 +93,7 @@ class OfflinePairs:
                     side = content.encoder.moments(torch.zeros(1, 3, content.resolution, content.resolution)).shape[-1]
             self._null_text = lambda: tuple(x if x is None else x[0] for x in text((NULL_PROMPT,)))
         else:
-            cache = content.cache if isinstance(content, Trajectories) else content
+            cache = content if isinstance(content, PairCache) else content.cache
             if cache.pairs != len(table):
                 raise DataError(
                     f"the cache {cache.folder} holds {cache.pairs} pairs and the table {len(table)}; "
@@ -99,11 +102,12 @@ class OfflinePairs:
             side = cache.latent_shape[-1] if "mask" in table.terms else None
             self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
             self._null_text = cache.null_text
-        self._visits = Visits(
+        self.visits = Visits(
             table,
             source,
             run_seed=run_seed,
             prompt_dropout=prompt_dropout,
+            draws=draws,
             latent_side=side,
             signed_masks=signed_masks,
             order=order,
@@ -115,7 +119,7 @@ class OfflinePairs:
         `gradient_accumulation_steps` of them make one step.
         """
         loader = DataLoader(
-            self._visits,
+            self.visits,
             batch_sampler=_Positions(self, first_step),
             collate_fn=_same,
             num_workers=self.num_workers,
@@ -160,6 +164,7 @@ class OfflinePairs:
             weight=loaded.weight,
             margin=loaded.margin,
             mask=loaded.mask,
+            reference=None if loaded.reference is None else loaded.reference.transpose(0, 1),
             ids=loaded.ids,
         )
 

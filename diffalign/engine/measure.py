@@ -54,7 +54,7 @@ def measure(models: Models, probe: Probe) -> Evidence:
     The reference goes first so that its activations are gone before the policy's graph is built.
     """
     return Evidence(
-        reference=_reference_errors(models, probe),
+        reference=_reference_errors(models, probe, [probe]),
         policy=errors(models.policy, probe),
         t=probe.t,
         weight=probe.weight,
@@ -87,7 +87,7 @@ def measure_and_backward(
     chunks = point_chunks(probe, points_per_forward)
     with torch.no_grad():
         evidence = Evidence(
-            reference=joined_errors(models.reference, chunks) if probe.needs_reference else None,
+            reference=_reference_errors(models, probe, chunks),
             policy=joined_errors(models.policy, chunks),
             t=probe.t,
             weight=probe.weight,
@@ -108,6 +108,52 @@ def weighed(score: Score, evidence: Evidence) -> Score:
     if evidence.pair_weight is None:
         return score
     return replace(score, loss=score.loss * evidence.pair_weight.to(score.loss))
+
+
+def ask_reference(models: Models, probes: list[Probe]) -> list[Probe]:
+    """The probes of several micro-batches with the reference's errors in them, from one forward over all their pairs.
+
+    A forward without grad keeps nothing, so it can be larger than the policy's. Its kernels may round otherwise: equal
+    weights then give margins of rounding's size in place of exactly 0. A probe with points is asked by its own chunks.
+    """
+    first = probes[0]
+    if not first.needs_reference or first.reference is not None or first.points is not None or len(probes) == 1:
+        return probes
+    with torch.no_grad():
+        found = errors(models.reference, _joined(probes))
+    sizes = [probe.t.shape[0] for probe in probes]
+    return [replace(probe, reference=e) for probe, e in zip(probes, found.split(sizes, dim=1), strict=True)]
+
+
+def _joined(probes: list[Probe]) -> Probe:
+    """Probes without points as one, along the pair axis; what sides share stays one view."""
+    first = probes[0]
+
+    def join(parts: list[Tensor]) -> Tensor:
+        if all(_sides_share(x) for x in parts):
+            return torch.cat([x[:1] for x in parts], dim=1).expand(len(parts[0]), *(-1,) * (parts[0].ndim - 1))
+        return torch.cat(parts, dim=1)
+
+    def conditioning(parts: list[Conditioning]) -> Conditioning:
+        def field(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else join(values)
+
+        embeds = join([part.prompt_embeds for part in parts])
+        return Conditioning(prompt_embeds=embeds, pooled=field("pooled"), time_ids=field("time_ids"))
+
+    return replace(
+        first,
+        xt=join([p.xt for p in probes]),
+        t=torch.cat([p.t for p in probes]),
+        target=join([p.target for p in probes]),
+        cond=conditioning([p.cond for p in probes]),
+        uncond=None if first.uncond is None else conditioning([p.uncond for p in probes if p.uncond is not None]),
+        mask=None if first.mask is None else torch.cat([p.mask for p in probes if p.mask is not None]),
+        weight=None,
+        pair_weight=None,
+        pair_margin=None,
+    )
 
 
 def errors(network: Network, probe: Probe) -> Tensor:
@@ -154,16 +200,20 @@ def predictions(network: Network, probe: Probe) -> Tensor:
     return torch.cat([_predict(network, chunk) for chunk in chunks], dim=2)
 
 
-def _reference_errors(models: Models, probe: Probe) -> Tensor | None:
+def _reference_errors(models: Models, probe: Probe, chunks: list[Probe]) -> Tensor | None:
+    """The errors that the probe brings along, or else the reference's own answers to its chunks."""
     if not probe.needs_reference:
         return None
+    if probe.reference is not None:
+        return probe.reference
     with torch.no_grad():
-        return errors(models.reference, probe)
+        return joined_errors(models.reference, chunks)
 
 
 def joined_errors(network: Network, chunks: list[Probe]) -> Tensor:
     """The errors of the chunks as those of the probe they were cut from."""
-    return torch.cat([errors(network, chunk) for chunk in chunks], dim=-1)
+    found = [errors(network, chunk) for chunk in chunks]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _predict(network: Network, probe: Probe) -> Tensor:

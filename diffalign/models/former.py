@@ -85,6 +85,7 @@ class FormerCopy:
     def __init__(self, unet: nn.Module, autocast_dtype: torch.dtype | None = None) -> None:
         self._unet = unet
         self._copy = FrozenCopy(unet, autocast_dtype)
+        self.module = self._copy.module
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in self._copy.module.named_parameters()}
 
     @contextmanager

@@ -14,6 +14,7 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.base import check_unet
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import leave_casts_to_autocast
+from diffalign.models.memory import memory_format
 from diffalign.models.reference import Reference
 from diffalign.models.user_attention import user_branch
 from diffalign.records import Conditioning
@@ -47,6 +48,7 @@ class Networks:
             leave_casts_to_autocast(unet)
         self._reference = reference
         self._takes_users = user_branch(unet) is not None
+        self._memory_format = memory_format(unet)
         self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
         self.reference_forwards = 0  # what a run pays for having one
         self.image_forwards = 0  # images through either network so far, with and without grad
@@ -66,6 +68,10 @@ class Networks:
         with torch.no_grad(), self._reference.active() as module:
             return self._predict(module, xt, t, cond)
 
+    def forget_reference(self) -> None:
+        """Give up a reference that will not be asked any more, with the memory it takes."""
+        self._reference = None
+
     def _predict(self, module: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         self.image_forwards += len(xt)
         xt, cond = self._cast_inputs(xt, cond)
@@ -83,12 +89,12 @@ class Networks:
         return out.float()
 
     def _cast_inputs(self, xt: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
-        """The border: latents and embeddings take the computing dtype, t stays int64 and time ids float32.
+        """The border: latents and embeddings take the computing dtype and layout, t stays int64 and time ids float32.
 
         Time ids are pixel counts: bfloat16 has no 1023.
         """
         dtype = self._input_dtype
-        return xt.to(dtype), Conditioning(
+        return xt.to(dtype).contiguous(memory_format=self._memory_format), Conditioning(
             prompt_embeds=cond.prompt_embeds.to(dtype),
             pooled=None if cond.pooled is None else cond.pooled.to(dtype),
             time_ids=cond.time_ids,

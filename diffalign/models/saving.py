@@ -182,7 +182,7 @@ def load_full(unet: nn.Module, folder: Path) -> None:
     """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
     from diffusers import UNet2DConditionModel
 
-    dtype = next(unet.parameters()).dtype
+    dtype = torch.float32  # weights may be of several dtypes; each takes its value in its own
     try:
         loaded = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except OSError as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffalign.engine.measure import Models
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.objectives.draws import integers, normal
+from diffalign.objectives.draws import integers, normal, on_device
 from diffalign.records import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch, Probe, Score
 
 
@@ -70,6 +70,18 @@ class Recordable(Protocol):
         ...
 
 
+@runtime_checkable
+class Drawn(Protocol):
+    """An objective whose points follow from a pair and its draw, and from no network: the reference's errors there can
+    be kept.
+    """
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """All settings that its points depend on, plain values by name."""
+        ...
+
+
 def shared_noise(
     batch: PairBatch,
     schedule: NoiseSchedule,
@@ -88,7 +100,7 @@ def shared_noise(
         t = integers(batch.keys, "t", 0, schedule.num_train_timesteps)
     else:
         t = torch.tensor(timesteps)[integers(batch.keys, "t", 0, len(timesteps))]
-    noise = normal(batch.keys, "noise", x0.shape[2:]).to(x0.device, non_blocking=True).expand_as(x0)
+    noise = on_device(normal(batch.keys, "noise", x0.shape[2:]), x0.device).expand_as(x0)
     t_sides = t.expand(x0.shape[:2])
     return Probe(
         xt=schedule.add_noise(x0, noise, t_sides),
@@ -100,7 +112,8 @@ def shared_noise(
 
 
 def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
-    """The objective's probe, without grad, with what the data say of each pair: weight, margin and mask.
+    """The objective's probe, without grad, with what the data say of each pair: weight, margin and mask,
+    and the reference's errors where they were kept.
 
     Raises ValueError for a margin where the objective has no use for one, or a mask that is not of the latents' size.
     """
@@ -110,7 +123,9 @@ def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
         raise ValueError(f"a mask of shape {tuple(batch.mask.shape)}: these latents need (pair, h, w) = {places}")
     with torch.no_grad():
         probe = objective.probe(batch, models)
-    return replace(probe, mask=batch.mask, pair_weight=batch.weight, pair_margin=batch.margin)
+    return replace(
+        probe, mask=batch.mask, pair_weight=batch.weight, pair_margin=batch.margin, reference=batch.reference
+    )
 
 
 def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:

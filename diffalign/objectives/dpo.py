@@ -15,7 +15,7 @@ loss = log(1 + e^−1) = .3133.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.nn.functional import logsigmoid
 
@@ -41,6 +41,11 @@ class DiffusionDPO:
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         timesteps_valid(self.timesteps)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """See `objectives.base.Drawn`: one shared (t, ε) for each pair."""
+        return {"points": "shared_noise", "timesteps": None if self.timesteps is None else list(self.timesteps)}
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

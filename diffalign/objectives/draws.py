@@ -48,6 +48,13 @@ def normal(keys: Tensor, stream: str, shape: Sequence[int]) -> Tensor:
     return torch.stack(draws)
 
 
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on `device` without waiting; from memory that is not pinned a GPU's copy waits."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def noise_seed(prompt: str, seed: int) -> int:
     """The generator seed of a picture, 63 bits.
 

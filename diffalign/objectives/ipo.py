@@ -11,7 +11,7 @@ By hand: D = (−.1, 0), τ = 10 → (.1 − .05)² = .0025.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import dpo_logit, positive, shared_noise
@@ -34,6 +34,11 @@ class IPO:
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """See `objectives.base.Drawn`: one shared (t, ε) for each pair."""
+        return {"points": "shared_noise", "timesteps": None}
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """As Diffusion-DPO."""

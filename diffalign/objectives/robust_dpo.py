@@ -10,7 +10,7 @@ as −log σ(h) − ε h / (1 − 2ε), which is exactly log 2 at h = 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.nn.functional import logsigmoid
 
@@ -36,6 +36,11 @@ class RobustDPO:
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         noise_rate(self.label_smoothing)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """See `objectives.base.Drawn`: one shared (t, ε) for each pair."""
+        return {"points": "shared_noise", "timesteps": None}
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """As Diffusion-DPO."""

@@ -6,26 +6,32 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.config import Config
 from diffalign.data.cache import CacheKey, PairCache, open_cache
 from diffalign.data.encode import encode_cache
 from diffalign.data.prompts import Table
 from diffalign.data.record import record_trajectories, trajectory_key
+from diffalign.data.record_reference import record_reference, reference_key
+from diffalign.data.reference_errors import ReferenceErrors
 from diffalign.data.rows import DataError
 from diffalign.data.sampler import CurriculumOrder
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
 from diffalign.data.trajectories import Trajectories
+from diffalign.engine.measure import errors
 from diffalign.models.base import vae_factor
 from diffalign.models.encoder import Encoder
 from diffalign.models.fingerprint import network_fingerprint
 from diffalign.models.former import Former
 from diffalign.models.networks import Networks
+from diffalign.objectives.base import ask
+from diffalign.records import PairBatch
 from diffalign.sources import Context, Source
 from diffalign.training.checkpoint import source_states
 from diffalign.training.optim import effective_batch
@@ -48,14 +54,16 @@ def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: E
     pairs = cast("PairTable", table)
     make = _source_maker(config, accelerator, pairs, encoder)
     content = _content(config, accelerator, pairs, encoder, resolution)
-    if not (isinstance(content, PairCache) and config.data.cache_trajectories):
+    keep = {"trajectories": config.data.cache_trajectories, "errors": config.data.cache_reference_errors}
+    if not isinstance(content, PairCache) or not any(keep.values()):
         return lambda networks, unet, former: make(content)
     fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
+    kept = _trajectories if keep["trajectories"] else _reference_errors
 
-    def with_trajectories(networks: Networks, unet: nn.Module, former: Former | None) -> Source:
-        return make(_trajectories(config, accelerator, make(content), content, networks, fingerprint))
+    def with_kept(networks: Networks, unet: nn.Module, former: Former | None) -> Source:
+        return make(kept(config, accelerator, make(content), content, networks, fingerprint))
 
-    return with_trajectories
+    return with_kept
 
 
 def encode_run(
@@ -128,7 +136,7 @@ def _own_pairs(
 
 def _source_maker(
     config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
-) -> Callable[[Online | PairCache | Trajectories], OfflinePairs]:
+) -> Callable[[Online | PairCache | Trajectories | ReferenceErrors], OfflinePairs]:
     """From where the pixels come from to the run's source of batches."""
     data, training = config.data, config.training
     order = None
@@ -146,6 +154,7 @@ def _source_maker(
         processes=accelerator.num_processes,
         time_ids=encoder.time_ids,
         prompt_dropout=data.proportion_empty_prompts,
+        draws=data.draws_per_pair,
         with_uncond=config.objective.needs_uncond,
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -207,3 +216,47 @@ def _trajectories(
     )
     accelerator.wait_for_everyone()
     return Trajectories(cache, folder, per_shard, levels, objective.visited)
+
+
+def _reference_errors(
+    config: Config,
+    accelerator: Accelerator,
+    source: OfflinePairs,
+    cache: PairCache,
+    networks: Networks,
+    fingerprint: str,
+) -> ReferenceErrors:
+    """The reference's errors at all draws, asked as far as they are not there yet; then the reference can go."""
+    objective, device = config.objective, accelerator.device
+
+    def asked(batch: PairBatch) -> Tensor:
+        with torch.no_grad():
+            return errors(networks.reference, ask(objective, batch.to(device), networks))
+
+    facts = {"network": fingerprint, "drawn": objective.drawn, "kernels": _kernels(config, device)}
+    folder, per_shard = record_reference(
+        source,
+        cache,
+        reference_key(source, cache, facts),
+        asked,
+        config.data.draws_per_pair,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    networks.forget_reference()
+    return ReferenceErrors(cache, folder, per_shard)
+
+
+def _kernels(config: Config, device: torch.device) -> dict[str, Any]:
+    """What decides how a forward rounds: kept errors must be those that the reference would give now."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "tuning": config.tuning.method,  # matmul looks at requires_grad to choose between kernels
+        "precision": config.training.mixed_precision,
+        "allow_tf32": config.training.allow_tf32,
+        "attention": config.model.attention,
+        "compile": config.model.compile,
+        "channels_last": config.model.channels_last,
+    }

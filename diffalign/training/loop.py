@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.config import save_config
-from diffalign.engine.measure import measure_and_backward
+from diffalign.engine.measure import ask_reference, measure_and_backward
 from diffalign.models.lora import LORA_FILE
 from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
 from diffalign.models.user_attention import USER_FILE
 from diffalign.objectives.base import ask
-from diffalign.records import PairBatch
+from diffalign.records import PairBatch, Probe
 from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.checkpoint import (
     CheckpointError,
@@ -144,11 +144,9 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
     def backward(loss: Tensor) -> None:
         run.scaler.scale(loss).backward()
 
-    for micro in range(training.gradient_accumulation_steps):
-        batch = next(batches).to(accelerator.device)
+    for micro, probe in enumerate(_probes(run, batches)):
         last = micro == training.gradient_accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            probe = ask(run.objective, batch, run.networks)
             evidence, score = measure_and_backward(
                 run.networks,
                 probe,
@@ -173,6 +171,28 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
             run.ema.step(run.parameters)
     if run.scaler.is_enabled():
         meter.add({"skipped_steps": torch.tensor([float(not taken)])})
+
+
+def _probes(run: Run, batches: Iterator[PairBatch]) -> Iterator[Probe]:
+    """The points of each micro-batch of a step; with `reference_batch_size` the reference is asked at many pairs first.
+
+    The weights do not move within a step, so all of them can be known before the first backward.
+    """
+    training = run.config.training
+
+    def probe() -> Probe:
+        return ask(run.objective, next(batches).to(run.accelerator.device), run.networks)
+
+    size = (training.reference_batch_size or 0) // training.train_batch_size
+    left = training.gradient_accumulation_steps
+    while left:
+        if size <= 1:
+            yield probe()
+            left -= 1
+            continue
+        together = [probe() for _ in range(min(size, left))]
+        left -= len(together)
+        yield from ask_reference(run.networks, together)
 
 
 def _update(run: Run) -> bool:

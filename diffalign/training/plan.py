@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from diffalign.config import TrainingSection
 from diffalign.models.lora import ADAPTER, LORA_FILE
 from diffalign.models.saving import UNET_FOLDER
 from diffalign.models.user_attention import USER_FILE, is_user_weight, user_branch
 from diffalign.records import PairBatch
+from diffalign.training.kept import Kept
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.optim import effective_batch
 from diffalign.training.setup import Run
 
 TINY_LATENT = 32  # side of the latents of the trial step on a CPU; its activations are scaled up to the run's
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 4.0}  # state per trained parameter, at most
+OPTIMIZER_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2.0,
+    "adamw_bf16": 8.0,
+    "adafactor": 4.0,
+}  # state per trained parameter, at most
 
 
 def describe(run: Run, start: int = 0) -> str:
@@ -89,7 +92,7 @@ def trial(run: Run) -> str:
     config = run.config
     tiny = config.model_copy(update={"training": config.training.model_copy(update={"gradient_accumulation_steps": 1})})
     small = _one_small_pair(batch, run.accelerator.device.type == "cuda")
-    meter, kept = Meter(), _Kept(run.unet)
+    meter, kept = Meter(), Kept(run.unet.parameters())
     with kept:
         optimizer_step(replace(run, config=tiny), iter([small]), meter)
     values = meter.means()
@@ -101,29 +104,6 @@ def trial(run: Run) -> str:
         f"{'memory':>14}  {_memory(run, kept.bytes * scale, kept.casts)}",
     ]
     return "\n".join(lines)
-
-
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for the backward pass, weights excluded, each storage once."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
-        shapes = {s for p in unet.parameters() for s in (p.shape, p.shape[::-1]) if p.ndim > 1}
-        seen: set[int] = set()
-        self.bytes = 0  # grows with pictures and their size
-        self.casts = 0  # weights that autocast keeps in its dtype: the same for every batch
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                if x.shape in shapes and x.dtype != torch.float32:
-                    self.casts += storage.nbytes()
-                else:
-                    self.bytes += storage.nbytes()
-            return x
-
-        super().__init__(pack, lambda x: x)
 
 
 def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
@@ -142,7 +122,9 @@ def _memory(run: Run, activations: float, casts: int) -> str:
     trained = sum(p.numel() for p in run.parameters)
     reference = 0
     if run.reference_kind == "copy" or (run.reference_kind == "former" and run.config.tuning.method == "full"):
-        reference = weights if run.networks.autocast_dtype is None else weights // 2
+        reference = (
+            weights if run.networks.autocast_dtype is None else 2 * sum(p.numel() for p in run.unet.parameters())
+        )
     unloaded = run.config.data.cache_dir is not None and not run.config.validation.prompts
     other = [] if unloaded else [run.base.vae, *(run.base.text.models if run.base.text else ())]
     encoders = sum(p.numel() * p.element_size() for module in other if module is not None for p in module.parameters())
@@ -150,7 +132,7 @@ def _memory(run: Run, activations: float, casts: int) -> str:
         "weights": weights,
         "reference": reference,
         "VAE and text": encoders,
-        "gradients": 4 * trained,
+        "gradients": sum(p.numel() * p.element_size() for p in run.parameters),
         "optimizer": OPTIMIZER_BYTES[run.config.training.optimizer] * trained,
         "EMA": 0 if run.ema is None else 4 * trained,
         "weight casts": casts,

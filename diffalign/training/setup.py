@@ -26,14 +26,15 @@ from diffalign.data.users import open_users, use_users
 from diffalign.data.winners import open_winners
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
+from diffalign.models.compiling import compile_blocks
 from diffalign.models.encoder import Encoder
 from diffalign.models.family import ModelError
-from diffalign.models.former import make_former
+from diffalign.models.former import FormerCopy, make_former
 from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, fuse_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
-from diffalign.models.reference import HeldLora, Reference, ReferenceKind, make_reference
+from diffalign.models.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.saving import find_tuned
 from diffalign.models.user_attention import add_user_attention, set_user, user_branch
 from diffalign.objectives import Objective
@@ -122,6 +123,10 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
         verify=data.verify,
     )
     table.require_usable()
+    if data.cache_reference_errors and "mask" in table.terms:
+        raise DataError(
+            "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
+        )
     if data.axes:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
     if isinstance(config, Config) and config.tuning.method == "user_attention":
@@ -222,12 +227,16 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
         kind = reference.kind
     elif former is None:
         reference = make_reference(kind, unet, autocast)
+    if config.model.compile:
+        compile_blocks(unet)
+        if isinstance(reference, FrozenCopy | FormerCopy):
+            compile_blocks(reference.module)
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
 
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
-    optimizer = make_optimizer(parameters, training, lr)
+    optimizer = make_optimizer(parameters, training, lr, config.seed)
     networks = Networks(
         accelerator.prepare_model(unet),
         family=base.family,
@@ -295,9 +304,13 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
     else:
         if tuning.reference is not None:
             merge_into(unet, [(tuning.reference, 1.0)])
+        if config.training.optimizer == "adamw_bf16":
+            store_for_autocast(unet, torch.bfloat16)  # while it is frozen: those become the trained weights
         unet.requires_grad_(True)
     if tuning.method != "full" and autocast is not None:
         store_for_autocast(unet, autocast)
+    if config.model.channels_last:
+        unet.to(memory_format=torch.channels_last)
     set_checkpointing(unet, config.model.gradient_checkpointing)
     return unet
 

@@ -105,7 +105,7 @@ def test_masks_follow_crop_and_flip_of_their_images(tmp_path: Path) -> None:
     )
     seen = []
     for position in range(24):
-        loaded = source._visits.__getitems__([position])
+        loaded = source.visits.__getitems__([position])
         assert loaded.pixels is not None
         assert loaded.mask is not None
         mean = encoder.moments(loaded.pixels[:, 0])[0, 0]

@@ -76,7 +76,7 @@ def test_backends_agree(model: Model):
 def test_recomputation_in_the_backward_pass_uses_the_same_kernel(model: Model):
     unet = lora_unet(model)
     set_attention(unet, "math", "cpu")
-    set_checkpointing(unet, True)
+    set_checkpointing(unet, "full")
     calls, _, _ = step(model, unet)
     assert calls.flash == 0
     assert calls.softmax == 2 * attentions(unet)

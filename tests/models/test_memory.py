@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from diffalign.models.lora import add_lora
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.networks import Networks
 from diffalign.models.reference import make_reference
+from diffalign.training.kept import Kept
 from tests.models.conftest import Model, move_lora
 
 
@@ -20,18 +20,12 @@ def step(model: Model, unet, kind: str, dtype) -> tuple[torch.Tensor, list[torch
         reference=make_reference(kind, model.unet() if kind == "copy" else unet, dtype),
         autocast_dtype=dtype,
     )
-    kept: dict[int, int] = {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.data_ptr()] = x.numel() * x.element_size()
-        return x
-
     unet.zero_grad()
-    with saved_tensors_hooks(keep, lambda x: x):
+    with Kept() as kept:
         policy = networks.policy(model.xt, model.t, model.cond)
     loss = (policy - networks.reference(model.xt, model.t, model.cond) - 1).square().mean()
     loss.backward()
-    return loss.detach(), [p.grad.clone() for p in unet.parameters() if p.requires_grad], sum(kept.values())
+    return loss.detach(), [p.grad.clone() for p in unet.parameters() if p.requires_grad], kept.bytes
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -44,16 +38,21 @@ def test_checkpointing_changes_memory_and_nothing_else(model: Model, kind: str, 
     else:
         unet.requires_grad_(True)
     plain = step(model, unet, kind, dtype)
-    set_checkpointing(unet, True)
-    checkpointed = step(model, unet, kind, dtype)
-    set_checkpointing(unet, False)
+    set_checkpointing(unet, "full")
+    full = step(model, unet, kind, dtype)
+    set_checkpointing(unet, "selective")
+    selective = step(model, unet, kind, dtype)
+    set_checkpointing(unet, "none")
     again = step(model, unet, kind, dtype)
-    for other in (checkpointed, again):
+    for other in (full, selective, again):
         assert torch.equal(other[0], plain[0])
         for a, b in zip(other[1], plain[1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
-    assert checkpointed[2] < 0.6 * plain[2]
     assert again[2] == plain[2]
+    assert full[2] < selective[2] < plain[2]
+    assert full[2] < 0.6 * plain[2]
+    if kind == "copy":  # a frozen layer's input is not kept anyway, so LoRA has less to save
+        assert selective[2] < 0.85 * plain[2]
 
 
 def test_only_frozen_matmul_and_conv_weights_change_their_dtype(model: Model):

@@ -1,0 +1,59 @@
+"""How much memory a forward leaves behind for its backward, counted without a GPU.
+
+Autograd's saved-tensor hooks do not see what a checkpoint keeps. So this looks at storages: every one that an operation
+of the forward made and that is still alive when the backward begins. It works on any device, `meta` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Kept(TorchDispatchMode):
+    """Bytes alive at the beginning of a backward pass; of several, those of the largest.
+
+    A compiled block runs uncompiled within it.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
+        """Copies of `weights` in another dtype are counted apart: they are the same for every batch."""
+        super().__init__()
+        self.bytes = 0  # grows with pictures and their size
+        self.casts = 0  # weights in autocast's dtype
+        self._shapes = {shape for p in weights if p.ndim > 1 for shape in (p.shape, p.shape[::-1])}
+        self._made: dict[int, tuple[StorageWeakRef, int, bool]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
+            self._look()
+            return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_iter(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+                storage = x.untyped_storage()
+                cast = func is torch.ops.aten._to_copy.default and x.shape in self._shapes
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), cast)
+        return out
+
+    def __exit__(self, *error: Any) -> None:
+        self._look()
+        super().__exit__(*error)
+
+    def _look(self) -> None:
+        """Counts what is alive, once for each forward."""
+        if not self._made:
+            return
+        sizes = {True: 0, False: 0}
+        for reference, size, cast in self._made.values():
+            if not reference.expired():
+                sizes[cast] += size
+        self._made.clear()
+        self.bytes, self.casts = max(self.bytes, sizes[False]), max(self.casts, sizes[True])
