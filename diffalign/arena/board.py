@@ -119,15 +119,19 @@ def paper_of(entry: Entry, run: Done) -> str:
 
 
 def _anywhere(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the packaged base and the arena's pairs named as they are on any machine."""
-    model = {**config["model"], "pretrained_model_name_or_path": "assets/world/base"}
-    return {**config, "model": model, "data": {**config["data"], "path": f"pairs/{Path(config['data']['path']).name}"}}
+    """The config with the arena's pairs named as they are on any machine."""
+    return {**config, "data": {**config["data"], "path": f"pairs/{Path(config['data']['path']).name}"}}
 
 
 def _curves(run: Done) -> dict[str, list[float | None]]:
     """What the report draws of a run, by metric; the step of each value under `step`."""
     present = [name for name in CURVES if any(name in line for line in run.metrics)]
-    return {name: [line.get(name) for line in run.metrics] for name in ("step", *present)}
+    return {name: [_short(line.get(name)) for line in run.metrics] for name in ("step", *present)}
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: more cannot be seen in a curve."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _paired(paired: Paired) -> dict[str, Any]:

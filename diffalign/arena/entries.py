@@ -14,8 +14,8 @@ from typing import Any
 
 from diffalign.config import Config, ConfigError, load_config, packaged_asset, packaged_config
 from diffalign.objectives import OBJECTIVES
-from diffalign.world import base_path
 
+BASE = "assets/world/base"
 TUNED = "assets/arena/tuned.json"  # what the sweep chose; `diffalign arena --sweep` writes it
 
 BATCH = 32  # pairs of an optimiser step
@@ -109,7 +109,7 @@ def config_of(
     changes = [
         *entry.changes,
         f"seed={seed}",
-        f"model.pretrained_model_name_or_path={base_path()}",
+        f"model.pretrained_model_name_or_path={BASE}",
         f"data.path={pairs}",
         f"training.max_train_steps={protocol.steps}",
         f"training.train_batch_size={BATCH}",
@@ -129,6 +129,7 @@ def config_of(
     changes += [f"{key}={value}" for key, value in tuned.items()]
     plain = load_config(packaged_config(entry.config), changes).resolved()
     plain["data"]["cache_dir"] = None
+    plain["model"]["pretrained_model_name_or_path"] = BASE  # as written: the same on any machine
     return {key: value for key, value in plain.items() if key not in ("output_dir", "overwrite_output_dir")}
 
 

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from diffalign.config import parse_config
+from diffalign.config import ConfigError, parse_config
 from diffalign.evaluation.generate import Picture, generate
 from diffalign.training.loop import TrainingError
 from diffalign.training.run import run_training
@@ -87,9 +87,26 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[Done]:
 
 
 def _finished(job: Job) -> bool:
-    """Whether this very job is done: the same config, prompts and seeds."""
-    file = job.folder / DONE
-    return file.is_file() and json.loads(file.read_text())["job"] == _plain(job)
+    """Whether this very job is done: the same config, prompts and seeds.
+
+    Settings that came to configs since then have their defaults in a run that did not know them.
+    """
+    file, wanted = job.folder / DONE, _plain(job)
+    if not file.is_file():
+        return False
+    found = json.loads(file.read_text())["job"]
+    if (found["prompts"], found["seeds"]) != (wanted["prompts"], wanted["seeds"]):
+        return False
+    if found["config"] is None or job.config is None:
+        return found["config"] is job.config
+    try:
+        return _resolved(found["config"]) == _resolved(job.config)
+    except ConfigError:  # it has a setting that is gone
+        return False
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    return parse_config(placed(config, Path("anywhere"))).resolved()
 
 
 def _do(job: Job) -> None:

@@ -30,7 +30,7 @@ def run(folder: Path, seed: int, failed: str | None = None) -> Done:
             file = folder / f"{number}_{k}.png"
             Image.fromarray(pixels).save(file)
             pictures.append(Picture(prompt, k, file))
-    config = {"source": None, "model": {"attention": "auto"}, "data": {"path": f"{folder}/mine.parquet"}}
+    config = {"source": None, "data": {"path": f"{folder}/mine.parquet"}}
     return Done(config, [] if failed else pictures, [LINE], 1.5, failed)
 
 
@@ -53,7 +53,6 @@ def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path,
     assert row["curves"] == {"step": [1], "loss": [0.69], "implicit_acc": [0.5]}
     assert row["paper"].startswith("Wallace")
     assert row["config"]["data"] == {"path": "pairs/mine.parquet"}  # no path of this machine
-    assert row["config"]["model"] == {"attention": "auto", "pretrained_model_name_or_path": "assets/world/base"}
 
 
 def test_the_same_pictures_gain_nothing(tmp_path: Path) -> None:

@@ -63,6 +63,21 @@ def test_a_finished_job_is_not_done_again_and_another_config_is(here: None, tmp_
     assert other.config["seed"] == 1
 
 
+def test_a_setting_that_is_new_does_not_undo_what_is_done(here: None, tmp_path: Path) -> None:
+    run_jobs([job(tmp_path)], 1, "")
+    file = tmp_path / "job.json"
+    record = json.loads(file.read_text())
+    del record["job"]["config"]["training"]["ema_decay"], record["job"]["config"]["validation"]
+    file.write_text(json.dumps(record))
+    written = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
+    run_jobs([job(tmp_path)], 1, "")
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == written
+    record["job"]["config"]["training"]["was_once_a_key"] = 1
+    file.write_text(json.dumps(record))
+    run_jobs([job(tmp_path)], 1, "")
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns > written
+
+
 def test_a_diverged_run_is_a_result(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverges(config: Any) -> None:
         raise TrainingError("the loss is nan at step 1")
