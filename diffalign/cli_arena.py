@@ -43,7 +43,8 @@ def arena(args: argparse.Namespace) -> None:
         return
     protocol = QUICK if args.quick else FULL
     if args.seeds is not None:
-        protocol = replace(protocol, seeds=tuple(args.seeds))
+        seeds = tuple(args.seeds)
+        protocol = replace(protocol, seeds=seeds, forwards_seeds=seeds[: len(protocol.forwards_seeds)])
     found = hold(field, taking_part, protocol, tuned_settings(), command)
     print(tables(found))
     print(f"{args.out}: arena.html (everything on one page), leaderboard.png, leaderboard.md, result.json")

@@ -29,29 +29,35 @@ def hold(
     tuned: settings by entry, as `entries.tuned_settings` gives them. Finished runs that are there are used.
     """
     board = _Board(field, entries, protocol, tuned)
-    views = [_view(board.steps(FIRST, protocol.seeds, ""), FIRST, f"{protocol.steps} optimiser steps of {BATCH} pairs")]
-    if protocol.forwards:
-        forwards = board.forwards(FIRST, protocol.seeds)
-        views.append(_view(forwards, FIRST, f"{protocol.unet_forwards:,} images through the UNet"))
-    if protocol.second_seeds:
-        second = board.steps(SECOND, protocol.second_seeds, "second preference: ")
-        views.append(_view(second, SECOND, f"{protocol.steps} optimiser steps, pairs and judges of another preference"))
-    found = {
+    found: dict[str, Any] = {
         "command": command,
         "environment": environment(),
         "protocol": {
             "steps": protocol.steps,
             "pairs_per_step": BATCH,
             "seeds": protocol.seeds,
+            "forwards_seeds": protocol.forwards_seeds,
             "second_seeds": protocol.second_seeds,
             "split": protocol.split,
             "prompts": board.base.prompts,
             "pictures_per_prompt": protocol.pictures,
-            "unet_forwards": protocol.unet_forwards if protocol.forwards else None,
+            "unet_forwards": protocol.unet_forwards,
         },
-        "views": views,
+        "views": [],
     }
-    _write(field.folder, found, {name: pictures_of(done) for name, done in board.shown.items()})
+
+    def add(rows: list[Row], preference: str, budget: str) -> None:
+        """Written after every view: hours may lie between them."""
+        found["views"].append({"preference": preference, "budget": budget, "rows": ranked(rows, preference)})
+        _write(field.folder, found, {name: pictures_of(done) for name, done in board.shown.items()})
+
+    add(board.steps(FIRST, protocol.seeds, ""), FIRST, f"{protocol.steps} optimiser steps of {BATCH} pairs")
+    if protocol.forwards_seeds:
+        rows = board.forwards(FIRST, protocol.forwards_seeds)
+        add(rows, FIRST, f"{protocol.unet_forwards:,} images through the UNet")
+    if protocol.second_seeds:
+        rows = board.steps(SECOND, protocol.second_seeds, "second preference: ")
+        add(rows, SECOND, f"{protocol.steps} optimiser steps, pairs and judges of another preference")
     return found
 
 
@@ -105,10 +111,6 @@ class _Board:
     def _rows(self, done: dict[tuple[str, int], Done], preference: str, seeds: Sequence[int]) -> list[Row]:
         base = self.shown["base"]
         return [measure(entry, [done[entry.name, s] for s in seeds], base, preference) for entry in self.entries]
-
-
-def _view(rows: list[Row], preference: str, budget: str) -> dict[str, Any]:
-    return {"preference": preference, "budget": budget, "rows": ranked(rows, preference)}
 
 
 def tables(found: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ def measure(entry: Entry, runs: Sequence[Done], base: Done, preference: str) -> 
         "steps": [run.steps for run in runs],
         "unet_forwards": [run.forwards for run in runs],
         "cpu_seconds": [round(run.seconds, 1) for run in runs],
+        "commits": sorted({str(run.commit) for run in runs}),
         "curves": _curves(runs[0]),
         "failed": next((run.failed for run in runs if run.failed), None),
     }

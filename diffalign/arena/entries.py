@@ -44,10 +44,10 @@ class Protocol:
 
     steps: int  # optimiser steps of BATCH pairs
     seeds: tuple[int, ...]  # of training
-    second_seeds: tuple[int, ...]  # of training on the second preference; none: it is left out
+    forwards_seeds: tuple[int, ...]  # of `seeds`, at the UNet forwards of Diffusion-DPO's steps; none: no such view
+    second_seeds: tuple[int, ...]  # of training on the second preference; none: no such view
     pictures: int  # of each prompt and model, on paired starting noise
     split: str  # of the world's captions
-    forwards: bool  # also train every entry on the UNet forwards that Diffusion-DPO takes in so many steps
 
     @property
     def unet_forwards(self) -> int:
@@ -55,9 +55,9 @@ class Protocol:
         return 4 * BATCH * self.steps
 
 
-FULL = Protocol(steps=60, seeds=(0, 1, 2), second_seeds=(0,), pictures=12, split="final", forwards=True)
-QUICK = Protocol(steps=40, seeds=(0,), second_seeds=(), pictures=12, split="final", forwards=False)
-SWEEP = Protocol(steps=40, seeds=(0,), second_seeds=(), pictures=6, split="heldout", forwards=False)
+FULL = Protocol(steps=60, seeds=(0, 1, 2), forwards_seeds=(0,), second_seeds=(0,), pictures=12, split="final")
+QUICK = Protocol(steps=40, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=12, split="final")
+SWEEP = Protocol(steps=40, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=6, split="heldout")
 
 _BETAS = (500.0, 8000.0)  # around the 2000 of the world's configs
 _SPECIAL = {

@@ -55,6 +55,7 @@ class Done:
     pictures: list[Picture]
     metrics: list[dict[str, float]]  # every line of metrics.jsonl
     seconds: float  # CPU seconds of the training
+    commit: str | None  # git commit that it was trained at
     failed: str | None  # why there are no pictures
 
     @property
@@ -172,12 +173,13 @@ def _draw(job: Job) -> list[Picture]:
 
 def _read(job: Job) -> Done:
     record = json.loads((job.folder / DONE).read_text())
-    metrics = job.folder / "metrics.jsonl"
+    metrics, facts = job.folder / "metrics.jsonl", job.folder / "run.json"
     return Done(
         config=job.config or {},
         pictures=[] if record["failed"] else _draw(job),
         metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
         seconds=record["seconds"],
+        commit=json.loads(facts.read_text())["git_commit"] if facts.is_file() else None,
         failed=record["failed"],
     )
 

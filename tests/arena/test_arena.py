@@ -19,7 +19,7 @@ from diffalign.cli import main
 
 pytestmark = pytest.mark.slow
 
-TINY = Protocol(steps=2, seeds=(0, 1), second_seeds=(0,), pictures=2, split="heldout", forwards=True)
+TINY = Protocol(steps=2, seeds=(0, 1), forwards_seeds=(0,), second_seeds=(0,), pictures=2, split="heldout")
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +32,26 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_three_views_of_every_entry(held: tuple[Path, dict[str, Any]]) -> None:
     folder, found = held
     assert [view["preference"] for view in found["views"]] == ["world", "world", "world-size"]
-    for view, runs in zip(found["views"], (2, 2, 1), strict=True):
+    for view, runs in zip(found["views"], (2, 1, 1), strict=True):
         assert {row["name"] for row in view["rows"]} == {"dpo", "sft", "flipped"}
         assert {row["runs"] for row in view["rows"]} == {runs}
     assert json.loads((folder / "result.json").read_text())["views"] == found["views"]
     assert (folder / "leaderboard.md").read_text() == tables(found)
     assert found["command"] == "a command"
     assert found["environment"]["versions"]["torch"]
+    commits = {commit for view in found["views"] for row in view["rows"] for commit in row["commits"]}
+    assert commits == {found["environment"]["git_commit"]}
 
 
 def test_equal_forwards_gives_a_cheap_method_more_steps(held: tuple[Path, dict[str, Any]]) -> None:
-    _, found = held
+    folder, found = held
     steps, forwards, _ = ({row["name"]: row for row in view["rows"]} for view in found["views"])
     assert steps["dpo"]["unet_forwards"] == [TINY.unet_forwards] * 2
-    assert forwards["dpo"] == steps["dpo"]  # cost just that already, and is not trained again
+    assert forwards["dpo"]["gain_by_run"]["world"] == steps["dpo"]["gain_by_run"]["world"][:1]
+    assert not (folder / "runs/world/forwards/dpo").exists()  # cost just that already, and is not trained again
     assert steps["sft"]["unet_forwards"] == [TINY.unet_forwards // 4] * 2  # one side, no reference
-    assert forwards["sft"]["steps"] == [4 * TINY.steps] * 2
-    assert forwards["sft"]["unet_forwards"] == [TINY.unet_forwards] * 2
+    assert forwards["sft"]["steps"] == [4 * TINY.steps]
+    assert forwards["sft"]["unet_forwards"] == [TINY.unet_forwards]
 
 
 def test_settings_of_the_sweep_are_used(held: tuple[Path, dict[str, Any]]) -> None:
@@ -101,7 +104,7 @@ def test_the_picture_is_one(held: tuple[Path, dict[str, Any]]) -> None:
 
 def test_a_turned_sign_is_seen(tmp_path: Path) -> None:
     """The must of an arena: a broken method at the bottom, its win rate's interval below one half."""
-    protocol = Protocol(steps=40, seeds=(0,), second_seeds=(), pictures=4, split="heldout", forwards=False)
+    protocol = Protocol(steps=40, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=4, split="heldout")
     found = hold(Field(tmp_path, 2), entries(("dpo", "flipped")), protocol, {}, "")
     dpo, flipped = found["views"][0]["rows"]
     assert (dpo["name"], flipped["name"]) == ("dpo", "flipped")
@@ -110,7 +113,7 @@ def test_a_turned_sign_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_sweep_tries_and_chooses(tmp_path: Path) -> None:
-    protocol = Protocol(steps=1, seeds=(0,), second_seeds=(), pictures=2, split="heldout", forwards=False)
+    protocol = Protocol(steps=1, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
     found = sweep(Field(tmp_path, 2), entries(("mapo",)), "", protocol)
     trials = found["entries"]["mapo"]["trials"]
     assert [trial["settings"]["training.learning_rate"] for trial in trials[:3]] == [5e-6, 1e-5, 2e-5]

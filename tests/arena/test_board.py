@@ -31,7 +31,7 @@ def run(folder: Path, seed: int, failed: str | None = None) -> Done:
             Image.fromarray(pixels).save(file)
             pictures.append(Picture(prompt, k, file))
     config = {"source": None, "data": {"path": f"{folder}/mine.parquet"}}
-    return Done(config, [] if failed else pictures, [LINE], 1.5, failed)
+    return Done(config, [] if failed else pictures, [LINE], 1.5, "abc", failed)
 
 
 def scores(done: Done, name: str) -> np.ndarray:
@@ -51,6 +51,7 @@ def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path,
     assert low < row["rewards"][preference]["gain"][0] < high
     assert (row["runs"], row["steps"], row["unet_forwards"]) == (2, [1, 1], [8, 8])
     assert row["curves"] == {"step": [1], "loss": [0.69], "implicit_acc": [0.5]}
+    assert row["commits"] == ["abc"]
     assert row["paper"].startswith("Wallace")
     assert row["config"]["data"] == {"path": "pairs/mine.parquet"}  # no path of this machine
 

@@ -15,7 +15,7 @@ from diffalign.training.loop import TrainingError
 from diffalign.world import pairs_path
 from diffalign.world.captions import prompts
 
-TINY = Protocol(steps=2, seeds=(0,), second_seeds=(), pictures=2, split="heldout", forwards=False)
+TINY = Protocol(steps=2, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
 PROMPTS = tuple(prompts("heldout")[:2])
 
 
