@@ -97,7 +97,8 @@ class _Board:
 
     def _job(self, entry: Entry, preference: str, seed: int, view: str) -> Job:
         pairs = self.field.pairs(preference, entry.shuffled)
-        config = config_of(entry, self.protocol, preference, seed, pairs, self.tuned.get(entry.name, {}))
+        tuned = self.tuned.get(entry.settings_of or entry.name, {})
+        config = config_of(entry, self.protocol, preference, seed, pairs, tuned)
         if view == "forwards":
             config = at_equal_forwards(config, self.protocol.unet_forwards)
         folder = self.field.folder / "runs" / preference / view / entry.name / f"seed{seed}"

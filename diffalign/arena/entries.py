@@ -36,6 +36,7 @@ class Entry:
     scales: tuple[Any, ...] = ()  # its other values
     control: str = ""  # why it is there, where it is no method
     shuffled: bool = False  # its pairs have random labels
+    settings_of: str | None = None  # the entry whose settings from the sweep it has; None: its own
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,19 @@ _BY_SOURCE = (  # known by where their pairs come from
     Entry("online_dpo", "world/online_dpo.yaml"),
 )
 _CONTROLS = (
-    Entry("shuffled", "world/dpo.yaml", control="Diffusion-DPO on random labels: nothing to learn", shuffled=True),
+    Entry(
+        "shuffled",
+        "world/dpo.yaml",
+        control="Diffusion-DPO on random labels: nothing to learn",
+        shuffled=True,
+        settings_of="dpo",
+    ),
     Entry(
         "flipped",
         "world/dpo.yaml",
         ("data.invert_preference=true",),
         control="Diffusion-DPO with its sign turned: must be worse than the base",
+        settings_of="dpo",
     ),
 )
 

@@ -58,6 +58,7 @@ def test_settings_of_the_sweep_are_used(held: tuple[Path, dict[str, Any]]) -> No
     _, found = held
     rows = {row["name"]: row for row in found["views"][0]["rows"]}
     assert rows["dpo"]["config"]["objective"]["beta"] == 500.0
+    assert rows["flipped"]["config"]["objective"]["beta"] == 500.0  # a control differs in one thing alone
     assert rows["flipped"]["config"]["data"]["invert_preference"] is True
 
 
