@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,12 +171,12 @@ def test_a_loss_that_is_no_number_goes_back_as_well(
     """A gradient poisoned once, at the fifth step taken: the run goes back and comes to its end with finite weights."""
     taken, clip = 0, torch.nn.utils.clip_grad_norm_
 
-    def poisoned(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    def poisoned(parameters: list[torch.nn.Parameter], limit: float, **how: Any) -> torch.Tensor:
         nonlocal taken
         taken += 1
         if taken == 5:
             parameters[0].grad.fill_(torch.nan)
-        return clip(parameters, limit)
+        return clip(parameters, limit, **how)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     config = make_config(tiny_sd, {**EIGHT_STEPS, "health.action": "roll_back"})

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,12 +55,12 @@ def test_broken_weights_are_never_written(
     )
     step, clip = 0, torch.nn.utils.clip_grad_norm_
 
-    def poisoned(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    def poisoned(parameters: list[torch.nn.Parameter], limit: float, **how: Any) -> torch.Tensor:
         nonlocal step
         step += 1
         if step == 3:
             parameters[0].grad.fill_(torch.nan)
-        return clip(parameters, limit)
+        return clip(parameters, limit, **how)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     with pytest.raises(TrainingError, match=r"no longer finite at step 3.*resume from checkpoint-2"):
