@@ -6,19 +6,61 @@ OUT/lines; neither is done again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.config import parse_config
+import torch
+
+from diffalign.config import load_config, packaged_config, parse_config
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.training.run import environment, run_training
+from diffalign.world import base_path
 from diffalign.world.captions import prompts
 
 SCORERS = ("world", "world-size")
 HEAD = ("start", "setting", "dR", "dR by seed", "dR size", "win rate", "accuracy", "diversity", "s/step")
+
+
+def main(
+    doc: str | None,
+    settings: Sequence[str],
+    described: Callable[[str], dict[str, Any]],
+    arguments: Sequence[str] | None,
+    placed: Callable[[dict[str, Any], Path], dict[str, Any]] = lambda trained, out: trained,
+) -> None:
+    """Command line of a script whose lines all start from the base: every setting with every seed, then the table.
+
+    `described` gives the config of a setting without folder and seed; `placed` puts folders below OUT into it.
+    """
+    p = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--only", nargs="+", choices=settings, default=list(settings), metavar="SETTING")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
+    p.add_argument("--split", choices=("heldout", "final"), default="heldout", help="prompts of the evaluation")
+    p.add_argument("--pictures", type=int, default=12, help="of each prompt and model")
+    p.add_argument("--table", action="store_true", help="train nothing; write the table of the finished lines")
+    a = p.parse_args(arguments)
+    torch.set_num_threads(1)
+    for setting in () if a.table else a.only:
+        trained, file = described(setting), line_file(a.out, "base", setting)
+        if finished(file, trained, len(a.seeds)):
+            print(f"{setting}: done before", flush=True)
+            continue
+        runs = [a.out / "runs" / name_of(setting) / f"seed{seed}" for seed in a.seeds]
+        for seed, run in zip(a.seeds, runs, strict=True):
+            train({**placed(trained, a.out), "seed": seed}, run, f"{setting}, seed {seed}")
+        write_line(file, measured(base_path(), "base", setting, trained, runs, split=a.split, pictures=a.pictures))
+    write_table(a.out, list(settings))
+
+
+def packaged(name: str, changes: Sequence[str]) -> dict[str, Any]:
+    """A packaged world config but for its folder and seed; paths of what is packaged stay relative."""
+    tree = load_config(packaged_config(f"world/{name}.yaml"), [*changes, "training.report_to=none"]).resolved()
+    return {key: value for key, value in tree.items() if key not in ("output_dir", "overwrite_output_dir", "seed")}
 
 
 def train(config: dict[str, Any], out: Path, where: str) -> None:

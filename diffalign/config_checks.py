@@ -1,17 +1,14 @@
 """Settings of a config that do not go together: what a section cannot say of itself.
 
-Each check raises ValueError, which the config reports with its other faults.
+Each check takes a `diffalign.config.Config` (or its section `tuning`) and raises ValueError, which the config reports
+with its other faults.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffalign.objectives.base import Drawn, Recordable
-
-if TYPE_CHECKING:
-    from diffalign.config import Config
-
 
 LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 USERS_ONLY = ("user_tokens", "user_scale")
@@ -47,7 +44,7 @@ def check_users(config: Any) -> None:
         raise ValueError("validation.user: is an id in data.users, and there is no such file")
 
 
-def reference_batch_fits(config: Config) -> None:
+def reference_batch_fits(config: Any) -> None:
     """A larger batch for the reference needs micro-batches to put together, and a reference that is asked."""
     training, size = config.training, config.training.reference_batch_size
     if size is None:
@@ -62,7 +59,7 @@ def reference_batch_fits(config: Config) -> None:
         raise ValueError("training.reference_batch_size: this run asks no reference in its steps; leave it null")
 
 
-def can_have_a_reference(config: Config) -> None:
+def can_have_a_reference(config: Any) -> None:
     """`tuning.reference` needs an objective with one, that nothing else chooses and nothing kept belongs to."""
     if not config.objective.needs_reference:
         raise ValueError(f"tuning.reference: objective {config.objective.name} has no reference")
@@ -74,7 +71,7 @@ def can_have_a_reference(config: Config) -> None:
         )
 
 
-def can_keep_trajectories(config: Config) -> None:
+def can_keep_trajectories(config: Any) -> None:
     """Trajectories can be kept only where no training changes them."""
     objective = config.objective
     if not isinstance(objective, Recordable) or objective.recording is None:
@@ -91,7 +88,7 @@ def can_keep_trajectories(config: Config) -> None:
         )
 
 
-def can_keep_errors(config: Config) -> None:
+def can_keep_errors(config: Any) -> None:
     """A reference's errors can be kept only at points that come back and that no network chose."""
     if not isinstance(config.objective, Drawn) or not config.objective.needs_reference:
         raise ValueError(
@@ -106,7 +103,7 @@ def can_keep_errors(config: Config) -> None:
         raise ValueError("data.cache_reference_errors needs data.cache_dir: errors lie beside the encoded images")
 
 
-def can_train_in_bf16(config: Config) -> None:
+def can_train_in_bf16(config: Any) -> None:
     """Weights without a float32 master: what they do not go with."""
     if config.tuning.method != "full":
         raise ValueError("training.optimizer: adamw_bf16 is for tuning.method: full; LoRA's weights are few, use adamw")
@@ -118,7 +115,7 @@ def can_train_in_bf16(config: Config) -> None:
         raise ValueError("training.optimizer: adamw_bf16 does not go with a source that keeps former policies")
 
 
-def usable_together(config: Config) -> None:
+def usable_together(config: Any) -> None:
     """Raises ValueError for settings that a source which makes its pairs cannot honour."""
     source, objective, data = config.source, config.objective, config.data
     if source.objectives and objective.name not in source.objectives:
