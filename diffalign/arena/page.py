@@ -20,7 +20,7 @@ SCALE = 4  # screen pixels to a pixel of the world
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d8dce1; --good: #1b7f5c; --bad: #b3382c; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2rem auto; max-width: 78rem; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2rem auto; max-width: 92rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 p.soft, td.soft, summary { color: var(--soft); }
 .scroll { overflow-x: auto; }
@@ -59,8 +59,8 @@ def page(found: dict[str, Any], pictures: dict[str, str]) -> str:
         *(_board(view) for view in found["views"]),
         "<h2>Method by method</h2>",
         f"<p class=soft>Pictures: {SHOWN} prompts, the base above, the method below, from the same noise. Curves: the "
-        "first training seed at equal steps. A policy equal to its reference has the loss ln 2; a loss near it says "
-        "nothing of the pictures.</p>",
+        "first training seed at equal steps. In the DPO family a policy equal to its reference has the loss ln 2, and "
+        "a loss near it says nothing of the pictures.</p>",
         *(_entry(row, first["preference"], pictures) for row in first["rows"]),
     ]
     return (

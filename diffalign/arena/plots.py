@@ -52,7 +52,7 @@ def leaderboard(rows: Sequence[Row], preference: str, budget: str, file: Path) -
 
 
 def curves(row: Row) -> str:
-    """Loss (with ln 2 where it is a preference loss), rewards and accuracy of a run by step, as one SVG element."""
+    """Loss (with ln 2 where equal weights give it), rewards and accuracy of a run by step, as one SVG element."""
     plt = _pyplot()
     drawn = row["curves"]
     with plt.rc_context(STYLE):
@@ -60,8 +60,9 @@ def curves(row: Row) -> str:
         loss, rewards, accuracy = panels
         _line(loss, drawn, "loss", INK)
         if "rewards/chosen" in drawn:
-            loss.axhline(math.log(2), color=BAD, linewidth=0.8, linestyle="--", label="ln 2")
-            loss.legend(frameon=False, fontsize=8)
+            if abs(drawn["loss"][0] - math.log(2)) < 1e-4:  # of the DPO family: what equal weights give
+                loss.axhline(math.log(2), color=BAD, linewidth=0.8, linestyle="--", label="ln 2")
+                loss.legend(frameon=False, fontsize=8)
             _line(rewards, drawn, "rewards/chosen", GOOD)
             _line(rewards, drawn, "rewards/rejected", BAD)
             rewards.axhline(0, color=GRID, linewidth=0.8)
