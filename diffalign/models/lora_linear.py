@@ -95,9 +95,10 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, down = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        up = grad.mm(b).mul_(ctx.scale)
+        up, grad_b = grad.mm(b), grad.t().mm(down)
+        if ctx.scale != 1.0:  # alpha = rank, the default
+            up, grad_b = up.mul_(ctx.scale), grad_b.mul_(ctx.scale)
         grad_a = up.t().mm(rows)
-        grad_b = grad.t().mm(down).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.mm(weight).addmm_(up, a).view(ctx.shape)
