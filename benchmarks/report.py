@@ -38,6 +38,7 @@ class Row:
     peak_bytes: int
     useful_flops: int  # of a pair
     floor_bytes: int  # of a step
+    before_seconds: float = 0.0  # before the clock starts: loading, encoding, asking the reference
     settings: dict[str, Any] = field(default_factory=dict)
     largest_part: str = ""
     kernels: list[str] = field(default_factory=list)
@@ -69,6 +70,7 @@ def table(rows: list[Row], machine: Machine) -> str:
         "TFLOP/s",
         "MFU",
         "floor ms/pair",
+        "before, s",
         "largest part",
     )
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -87,6 +89,7 @@ def table(rows: list[Row], machine: Machine) -> str:
             f"{rate / 1e12:.3g}",
             f"{rate / machine.matmul:.0%}",
             f"{floor / row.pairs:.1f} ({what}), gap {row.median_ms / floor:.1f}x",
+            f"{row.before_seconds:.1f}",
             row.largest_part,
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -130,9 +133,10 @@ def write(
             for name, r in ratios.items()
         ),
         "",
-        "TFLOP/s and MFU count useful work alone (no recomputation, no encoding); MFU is against the matmul above. "
+        "TFLOP/s and MFU count useful work alone (no recomputation, no encoding, no reference where its errors are "
+        "kept); MFU is against the matmul above. "
         "The floor is what useful FLOPs or the least bytes would take at these rates, whichever is more; the gap is "
-        "the measured step over it.",
+        "the measured step over it. Before: loading, and where a row reads caches, making them; not in any ratio.",
     ]
     kernels = {row.name: row.kernels for row in rows if row.kernels}
     lines += [f"- attention kernels of {name}: {', '.join(found)}" for name, found in kernels.items()]

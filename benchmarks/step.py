@@ -7,8 +7,9 @@
 
 Contenders take turns (A B A B …); a speed is pairs per second of whole steps, from the data to the update. The peer is
 its own script where --peer gives it, else a replica of its loop (`peer.py`), as published (its README's command:
-gradient checkpointing, rank 8, batches of 8) and tuned (no checkpointing). Ours reads the encode cache, which is made
-before the clock starts, and its cost is printed beside. Nothing here decides whether tests pass.
+gradient checkpointing, rank 8, batches of 8) and tuned (no checkpointing). Ours reads the encode cache; its second row
+reads the reference's errors of repeated draws as well, and asks no reference in a step. Both are made before the clock
+starts, and the seconds of that stand beside each row. Nothing here decides whether tests pass.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 import yaml
 
 from benchmarks import counts
-from benchmarks.ladder import GROWTH, rungs
+from benchmarks.ladder import KEPT_ERRORS, growing, rungs
 from benchmarks.models import MODELS, model_folder, pairs_file
 from benchmarks.ours import Ours, make_config
 from benchmarks.peer import Peer, PeerSettings
@@ -37,10 +39,12 @@ from benchmarks.report import Machine, Row, write
 from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, processor_ratio, ratio, take_turns
 from diffalign.models.lora import lora_layers
 from diffalign.objectives import OBJECTIVES
+from diffalign.objectives.base import Drawn
 
 PUBLISHED = "peer as published"
 TUNED = "peer without checkpointing"
 OURS = "ours"
+KEPT = "ours, reference errors kept"
 ATTENTION = ("attention", "flash", "fmha", "sdpa", "cudnn")
 
 
@@ -67,22 +71,24 @@ class Benchmark:
         self.data = data if data.is_file() else pairs_file(data, a.data_pairs, pictures)
         dtype = torch.bfloat16 if a.mixed_precision == "bf16" else torch.float32
         self.machine = Machine(matmul_rate(self.device, dtype), copy_rate(self.device))
-        self.encoding_seconds = 0.0
-        self._network: dict[str, Any] = {}
+        self.before: dict[str, float] = {}  # seconds of each row before its clock starts
+        self._network: dict[int, dict[str, Any]] = {}  # by side of the latents
 
     def run(self) -> None:
         """Measures what was asked for and writes it."""
         rows: list[Row] = []
         ratios: dict[str, Any] = {}
         if self.a.ladder:
-            for lever, settings in rungs(self.device.type):
-                full = self.a.tuning == "full"
+            full = self.a.tuning == "full"
+            found = rungs(self.device.type, self.a.pairs, self.a.tuning, self.a.mixed_precision)
+            for lever, settings in found:
                 row = self.alone(lever.name, settings)
                 row.predicted_ms = lever.predicted_full if full else lever.predicted_lora
                 rows.append(row)
         elif self.a.growth:
-            for name, (key, values) in GROWTH.items():
+            for name, (key, values) in growing(self.resolution).items():
                 rows += [self.alone(f"{name}: {value}", {key: value}) for value in values]
+            rows += [self.stored(pairs) for pairs in self.a.records]
         else:
             rows, ratios = self.contest()
         facts = {
@@ -94,34 +100,39 @@ class Benchmark:
             "tuning": self.a.tuning,
             "mixed_precision": self.a.mixed_precision,
             "peer": "the script" if self.a.peer else "replica",
-            "encoding_seconds_before": round(self.encoding_seconds, 2),
         }
         title = f"A step of {self.a.model} at {self.resolution} px, {self.a.tuning}, {self.a.objective}"
         print(write(self.a.out, title, rows, ratios, self.machine, facts))
 
     def contest(self) -> tuple[list[Row], dict[str, Any]]:
         """Ours against the peer, turn by turn."""
-        ours = self.ours({})
+        cache = {"data.cache_dir": str(self.work / f"cache-{time.time_ns()}")}
+        ours = {OURS: self.ours(OURS, cache)}
+        objective = ours[OURS].run.objective
+        if isinstance(objective, Drawn) and objective.needs_reference:
+            ours[KEPT] = self.ours(KEPT, {**cache, **KEPT_ERRORS})
         steps: dict[str, Callable[[], None]] = {}
         closing = []
         if self.has_peer:
             for name, checkpointing in ((PUBLISHED, True), (TUNED, False)):
                 if self.a.peer and name != PUBLISHED:
                     continue  # the script keeps global state; its tuned form is a run of its own
+                begun = time.perf_counter()
                 contender = self.peer(checkpointing)
+                self.before[name] = time.perf_counter() - begun
                 closing.append(getattr(contender, "close", lambda: None))
                 steps[name] = contender.step
-        steps[OURS] = ours.step
+        steps |= {name: contender.step for name, contender in ours.items()}
         timed = take_turns(steps, warmup=self.a.warmup, steps=self.a.steps, rounds=self.a.rounds, device=self.device)
-        rows = [self.row(name, timed[name], steps[name], ours) for name in steps]
+        rows = [self.row(name, timed[name], steps[name], ours.get(name, ours[OURS])) for name in steps]
         for close in closing:
             close()
         ratios = {}
-        for name in steps:
-            if name != OURS:
-                ratios[f"{OURS} against {name}"] = ratio(timed[name], timed[OURS])
+        for own in ours:
+            for name in [n for n in steps if n != own and n != KEPT]:
+                ratios[f"{own} against {name}"] = ratio(timed[name], timed[own])
                 if self.device.type == "cpu":
-                    ratios[f"{OURS} against {name}, in CPU time"] = processor_ratio(timed[name], timed[OURS])
+                    ratios[f"{own} against {name}, in CPU time"] = processor_ratio(timed[name], timed[own])
         return rows, ratios
 
     @property
@@ -131,7 +142,7 @@ class Benchmark:
 
     def alone(self, name: str, settings: dict[str, Any]) -> Row:
         """A row of ours with some settings, measured by itself."""
-        ours = self.ours(settings)
+        ours = self.ours(name, settings)
         steps = {name: ours.step}
         timed = take_turns(steps, warmup=self.a.warmup, steps=self.a.steps, rounds=self.a.rounds, device=self.device)
         row = self.row(name, timed[name], ours.step, ours)
@@ -142,8 +153,20 @@ class Benchmark:
             torch.cuda.empty_cache()
         return row
 
-    def ours(self, settings: dict[str, Any]) -> Ours:
-        """Our contender; the cache is filled here, off the clock."""
+    def stored(self, pairs: int) -> Row:
+        """A row with a cache of so many pairs, opened a second time: what a run waits for and holds once it is made."""
+        kept, pictures = self.data, self.a.picture_size or self.resolution
+        self.data = self.work / f"pairs-{pictures}-{pairs}" / "train.parquet"
+        if not self.data.is_file():
+            pairs_file(self.data, pairs, pictures)
+        name, cache = f"pairs in the cache: {pairs}", {"data.cache_dir": str(self.work / f"cache-{time.time_ns()}")}
+        self.ours(name, cache)
+        row = self.alone(name, cache)
+        self.data = kept
+        return row
+
+    def ours(self, name: str, settings: dict[str, Any]) -> Ours:
+        """Our contender; its caches are filled here, off the clock."""
         a = self.a
         overrides = {
             "tuning.method": a.tuning,
@@ -157,7 +180,7 @@ class Benchmark:
         }
         begun = time.perf_counter()
         ours = Ours(make_config(self.folder, self.data, self.work / f"run-{time.time_ns()}", overrides))
-        self.encoding_seconds = max(self.encoding_seconds, time.perf_counter() - begun)
+        self.before[name] = time.perf_counter() - begun
         if ours.device.type != self.device.type:
             raise SystemExit(
                 f"--device {self.device.type}, but accelerate chose {ours.device}; set CUDA_VISIBLE_DEVICES"
@@ -185,14 +208,17 @@ class Benchmark:
         """A row from what was timed, what must be computed, and where the time went."""
         unet, training = ours.run.unet, ours.run.config.training
         rank = self.a.rank if lora_layers(unet) else None
-        side = self.resolution // (self.resolution_factor(ours))
-        if "flops" not in self._network:
+        side = next(ours.run.source.batches()).latents.shape[-1]
+        if side not in self._network:
             meta = counts.meta_unet(dict(unet.config), rank)
-            self._network = {
+            self._network[side] = {
                 "flops": counts.flops_of(meta, side),
                 "kept": counts.kept_bytes(meta, counts.unet_inputs(meta, 1, side)),
             }
+        network = self._network[side]
         rows = counts.objective_rows(ours.run.objective, transitions=self.a.objective == "spo")
+        if ours.run.config.data.cache_reference_errors:
+            rows = replace(rows, reference=0, reference_calls=0)
         micro = training.gradient_accumulation_steps
         pairs = training.train_batch_size * micro
         calls = (2 * rows.policy_calls + rows.reference_calls) * micro
@@ -201,15 +227,12 @@ class Benchmark:
             pairs=pairs,
             **timed.summary(),
             peak_bytes=timed.peak,
-            useful_flops=counts.useful_flops(rows, self._network["flops"]),
-            floor_bytes=counts.least_bytes(unet, rows, self._network["kept"], pairs, calls),
+            useful_flops=counts.useful_flops(rows, network["flops"]),
+            floor_bytes=counts.least_bytes(unet, rows, network["kept"], pairs, calls),
+            before_seconds=self.before.get(name, 0.0),
             largest_part="{}, {:.0%}".format(*parts(step, self.device)[0]),
             kernels=kernels(step, self.device, ATTENTION),
         )
-
-    def resolution_factor(self, ours: Ours) -> int:
-        """Pixels to a latent's place, from the batch itself."""
-        return self.resolution // next(ours.run.source.batches()).latents.shape[-1]
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -236,7 +259,9 @@ def parser() -> argparse.ArgumentParser:
                    help="a setting of our config, e.g. a lever")  # fmt: skip
     p.add_argument("--peer", type=Path, help="diffusers' train_diffusion_dpo_sdxl.py; default: the replica")
     p.add_argument("--ladder", action="store_true", help="our levers, one more at a time")
-    p.add_argument("--growth", action="store_true", help="ours at growing batches")
+    p.add_argument("--growth", action="store_true", help="ours at growing batches, pictures and caches")
+    p.add_argument("--records", type=int, nargs="*", default=[100, 1000, 10000],
+                   help="of --growth: pairs in the cache; each is made and encoded first")  # fmt: skip
     p.add_argument("--warmup", type=int, default=5, help="untimed steps of each contender")
     p.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
     p.add_argument("--rounds", type=int, default=4, help="turns of each contender")

@@ -16,6 +16,7 @@ outside any context a training step could open, uses the same kernel as the forw
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,16 +83,27 @@ def set_attention(unet: nn.Module, backend: str, device: torch.device | str) -> 
     device = torch.device(device)
     _check(backend, device)
     if backend == "xformers":
-        unet.set_attn_processor(XFormersAttnProcessor())
+        processor, chosen = XFormersAttnProcessor(), backend
     elif backend != "auto":
-        unet.set_attn_processor(PinnedAttention(AttnProcessor2_0(), backend, _KERNELS[backend]))
+        processor, chosen = PinnedAttention(AttnProcessor2_0(), backend, _KERNELS[backend]), backend
     elif _prefers_cudnn(device):
-        unet.set_attn_processor(PinnedAttention(AttnProcessor2_0(), "auto", _PREFER_CUDNN))
-        return "auto: cudnn first"
+        processor, chosen = PinnedAttention(AttnProcessor2_0(), "auto", _PREFER_CUDNN), "auto: cudnn first"
     else:
-        unet.set_attn_processor(AttnProcessor2_0())
-        return "auto: PyTorch's choice"
-    return backend
+        processor, chosen = AttnProcessor2_0(), "auto: PyTorch's choice"
+    unet.set_attn_processor(_signed(processor))
+    return chosen
+
+
+def _signed(processor: Any) -> Any:
+    """The processor with its signature at hand: every call of a diffusers attention layer asks for it, and working it
+    out anew takes longer than a small layer's arithmetic. A call itself goes to the class and never sees this."""
+
+    def call(*args: Any) -> Tensor:
+        return processor(*args)  # type: ignore[no-any-return]
+
+    call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
+    processor.__call__ = call
+    return processor
 
 
 def _check(backend: str, device: torch.device) -> None:

@@ -24,7 +24,12 @@ from torch.autograd.function import once_differentiable
 
 
 class LoraLinear(Linear):
-    """A peft LoRA layer with another forward; `fuse` makes them out of peft's."""
+    """A peft LoRA layer with another forward; `fuse` makes them out of peft's.
+
+    in_place: add the update to the base's answer where that lies. Selective checkpointing keeps that answer as it was.
+    """
+
+    in_place: bool = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's answer "... out" for x "... in"; further arguments are peft's."""
@@ -48,7 +53,7 @@ class LoraLinear(Linear):
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         elif a.dtype != dtype:
             return super().forward(x)
-        return _LoraLinear.apply(x, base["weight"], base["bias"], a, b, own["scaling"][name])
+        return _LoraLinear.apply(x, base["weight"], base["bias"], a, b, own["scaling"][name], own.get("in_place", True))
 
     def _drops(self, name: str) -> bool:
         dropout = self._modules["lora_dropout"]._modules[name]
@@ -81,11 +86,16 @@ class _LoraLinear(torch.autograd.Function):
     """W x + b + s · B (A x) for a frozen W and b. All tensors have one dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, in_place: bool
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
         down = rows.mm(a.t())
-        out.addmm_(down, b.t(), alpha=scale)
+        if in_place:
+            out.addmm_(down, b.t(), alpha=scale)
+        else:
+            out = out.addmm(down, b.t(), alpha=scale)
         ctx.save_for_backward(rows, weight, a, b, down)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], -1)
@@ -95,10 +105,11 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, down = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        up = grad.mm(b).mul_(ctx.scale)
+        up, grad_b = grad.mm(b), grad.t().mm(down)
+        if ctx.scale != 1.0:  # alpha = rank, the default
+            up, grad_b = up.mul_(ctx.scale), grad_b.mul_(ctx.scale)
         grad_a = up.t().mm(rows)
-        grad_b = grad.t().mm(down).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.mm(weight).addmm_(up, a).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_x, None, None, grad_a, grad_b, None, None

@@ -45,6 +45,9 @@ def set_checkpointing(unet: nn.Module, which: Checkpointing) -> None:
 
     Loss and gradient stay the same.
     """
+    for layer in unet.modules():
+        if hasattr(type(layer), "in_place"):  # a LoRA layer: no kept output may be written to
+            layer.in_place = which != "selective"
     if which == "none":
         unet.disable_gradient_checkpointing()
     elif which == "full":

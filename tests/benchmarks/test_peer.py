@@ -17,6 +17,7 @@ from diffalign.engine.measure import measure_and_backward
 from diffalign.models.base import load_base
 from diffalign.models.encoder import Encoder
 from diffalign.models.lora import lora_parameters
+from diffalign.objectives.base import ask
 from diffalign.records import PairBatch, Probe
 from diffalign.training.setup import Run, build, make_accelerator
 
@@ -45,8 +46,11 @@ def as_the_peer_has_it(batch: PairBatch, probe: Probe) -> PeerBatch:
     )
 
 
-def cached_run(make_config: Callable[..., Config], folder: Path, tmp_path: Path, rank: int = 4) -> Run:
+def cached_run(
+    make_config: Callable[..., Config], folder: Path, tmp_path: Path, rank: int = 4, kept: bool = False
+) -> Run:
     settings = {
+        **({"data.draws_per_pair": 2, "data.cache_reference_errors": True} if kept else {}),
         "tuning.rank": rank,
         "tuning.alpha": rank,
         "objective": {"name": "dpo", "beta": BETA},
@@ -61,12 +65,15 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("moved", [0.0, 0.05])
 def test_loss_and_lora_gradients_are_the_peers(
-    moved: float, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
+    moved: float, kept: bool, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
 ) -> None:
-    """At the start, and with adapters that have moved, so that policy and reference differ."""
-    run = cached_run(make_config, tiny_sdxl, tmp_path)
+    """At the start, and with adapters that have moved, so that policy and reference differ; with the reference's
+    errors read from the cache, too, where the reference is gone and cannot be asked."""
+    run = cached_run(make_config, tiny_sdxl, tmp_path, kept=kept)
+    assert (run.networks._reference is None) == kept
     ours = lora_parameters(run.unet)
     unet, scheduler, _ = peer_on(tiny_sdxl, rank=4)
     theirs = lora_parameters(unet)
@@ -77,8 +84,8 @@ def test_loss_and_lora_gradients_are_the_peers(
             other.copy_(own)
 
     batch = next(run.source.batches())
-    with torch.no_grad():
-        probe = run.objective.probe(batch, run.networks)
+    probe = ask(run.objective, batch, run.networks)
+    assert (probe.reference is not None) == kept
     _, score = measure_and_backward(run.networks, probe, run.objective.score)
     loss = peer_loss(unet, scheduler, as_the_peer_has_it(batch, probe), BETA)["loss"]
     loss.backward()

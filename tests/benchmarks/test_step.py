@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ladder import GROWTH, LADDER, rungs
+from benchmarks.ladder import growing, ladder, rungs
 from benchmarks.live import LiveScript
 from benchmarks.ours import make_config
 from benchmarks.peer import PeerSettings
-from benchmarks.step import main
+from benchmarks.step import Benchmark, main, parser
 from benchmarks.timing import Timed, ratio
 
 SCRIPT = """
@@ -37,25 +37,60 @@ def test_the_command_on_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFix
     short = ["--warmup", "1", "--steps", "2", "--rounds", "1", "--pairs", "1", "--data-pairs", "4"]
     main(["--device", "cpu", "--model", "tiny", *short, "--work", str(tmp_path), "--out", str(tmp_path / "result")])
     result = json.loads((tmp_path / "result.json").read_text())
-    published, tuned, ours = result["rows"]
+    published, tuned, ours, kept = result["rows"]
+    assert kept["name"] == "ours, reference errors kept"
+    assert 0 < kept["useful_flops"] < ours["useful_flops"]  # its steps ask no reference
+    assert kept["before_seconds"] > 0
     assert ours["useful_flops"] == published["useful_flops"] == tuned["useful_flops"] > 1e9
     assert {row["steps"] for row in result["rows"]} == {2}
     assert all(row["floor_ms"] > 0 and row["largest_part"] for row in result["rows"])
     assert result["ratios"]["ours against peer as published"]["median"] > 0
+    assert result["ratios"]["ours, reference errors kept against peer as published"]["median"] > 0
     text = (tmp_path / "result.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| ours | 1 |" in text
 
 
 def test_every_lever_is_a_config(tmp_path: Path) -> None:
+    climbed = set()
     for device in ("cpu", "cuda"):
-        assert rungs(device)
-        for _, settings in rungs(device):
-            make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, settings)
-    for key, values in GROWTH.values():
+        for tuning in ("lora", "full"):
+            for precision in ("no", "bf16"):
+                base = {"tuning.method": tuning, "training.mixed_precision": precision, "training.train_batch_size": 3}
+                for lever, settings in rungs(device, 3, tuning, precision):
+                    make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, {**base, **settings})
+                    climbed.add(lever.name)
+    assert {lever.name for lever in ladder(3) if lever.package is None} <= climbed
+    assert len({lever.name for lever in ladder(3)}) == len(ladder(3))
+    for key, values in growing(64).values():
         for value in values:
             make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, {key: value})
-    assert len({lever.name for lever in LADDER}) == len(LADDER)
+
+
+def test_a_cache_that_grows(tmp_path: Path) -> None:
+    """Rows say how many pairs; the second opening encodes nothing."""
+    short = [
+        "--warmup",
+        "1",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--pairs",
+        "1",
+        "--data-pairs",
+        "2",
+        "--work",
+        str(tmp_path),
+    ]
+    benchmark = Benchmark(parser().parse_args(["--device", "cpu", "--model", "tiny", *short]), tmp_path)
+    row = benchmark.stored(3)
+    assert row.name == "pairs in the cache: 3"
+    (cache,) = tmp_path.glob("cache-*")
+    shards = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    assert shards
+    benchmark.alone(row.name, row.settings)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == shards
 
 
 def test_a_ratio_is_taken_turn_by_turn() -> None:

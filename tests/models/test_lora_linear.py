@@ -127,3 +127,25 @@ def test_fewer_operators_than_pefts() -> None:
     (fused_forward, fused_backward), (peft_forward, peft_backward) = counts
     assert fused_forward <= 9 < peft_forward, counts
     assert fused_backward < peft_backward, counts
+
+
+def test_selective_checkpointing_changes_no_gradient(model: Model) -> None:
+    """It keeps the outputs of matmuls, so the update must not be added to them where they lie."""
+    from diffalign.models.lora import lora_parameters
+    from diffalign.models.memory import set_checkpointing
+    from diffalign.models.networks import Networks
+
+    unet = model.unet()
+    add_lora(unet, rank=4, seed=1)
+    fuse_lora(unet)
+    move_lora(unet)
+    networks = Networks(unet, family=model.base.family, schedule=model.base.schedule)
+    found = []
+    for which in ("none", "selective", "none"):
+        set_checkpointing(unet, which)
+        networks.policy(model.xt, model.t, model.cond).square().mean().backward()
+        found.append([p.grad for p in lora_parameters(unet)])
+        unet.zero_grad(set_to_none=True)
+    for gradients in found[1:]:
+        for one, other in zip(found[0], gradients, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)
