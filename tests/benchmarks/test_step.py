@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.ladder import growing, ladder, rungs
 from benchmarks.live import LiveScript
-from benchmarks.ours import make_config
+from benchmarks.ours import Ours, make_config
 from benchmarks.peer import PeerSettings
 from benchmarks.step import Benchmark, main, parser
 from benchmarks.timing import Timed, ratio
@@ -67,30 +68,24 @@ def test_every_lever_is_a_config(tmp_path: Path) -> None:
             make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, {key: value})
 
 
-def test_a_cache_that_grows(tmp_path: Path) -> None:
+def test_a_cache_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows say how many pairs; the second opening encodes nothing."""
-    short = [
-        "--warmup",
-        "1",
-        "--steps",
-        "2",
-        "--rounds",
-        "1",
-        "--pairs",
-        "1",
-        "--data-pairs",
-        "2",
-        "--work",
-        str(tmp_path),
-    ]
-    benchmark = Benchmark(parser().parse_args(["--device", "cpu", "--model", "tiny", *short]), tmp_path)
-    row = benchmark.stored(3)
-    assert row.name == "pairs in the cache: 3"
-    (cache,) = tmp_path.glob("cache-*")
-    shards = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
-    assert shards
-    benchmark.alone(row.name, row.settings)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == shards
+    short = ["--warmup", "1", "--steps", "2", "--rounds", "1", "--pairs", "1", "--data-pairs", "2"]
+    arguments = ["--device", "cpu", "--model", "tiny", *short]
+    benchmark = Benchmark(parser().parse_args(arguments), tmp_path)
+    opened, built = benchmark.ours, []
+
+    def watched(name: str, settings: dict[str, Any]) -> Ours:
+        ours = opened(name, settings)
+        built.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("cache-*/*.safetensors")})
+        assert len(ours.run.source.table) == 3
+        return ours
+
+    monkeypatch.setattr(benchmark, "ours", watched)
+    assert benchmark.stored(3).name == "pairs in the cache: 3"
+    first, second = built
+    assert first
+    assert first == second
 
 
 def test_a_ratio_is_taken_turn_by_turn() -> None:
