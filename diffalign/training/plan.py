@@ -98,9 +98,12 @@ def trial(run: Run) -> str:
     values = meter.means()
     scale = config.training.train_batch_size * batch.latents[0, 0, 0].numel() / small.latents[0, 0, 0].numel()
     shape = "x".join(map(str, small.latents.shape[2:]))
+    if "grad_norm" in values:
+        gradient = f"gradient norm {values['grad_norm']:.4g}"
+    else:  # fp16's scaler begins high, skips such a step and goes down
+        gradient = "gradients past fp16's range at the scaler's first scale; a run skips such steps and goes lower"
     lines = [
-        f"{'trial step':>14}  1 pair, latents {shape}: loss {values['loss']:.6f}, "
-        f"gradient norm {values['grad_norm']:.4g}",
+        f"{'trial step':>14}  1 pair, latents {shape}: loss {values['loss']:.6f}, {gradient}",
         f"{'memory':>14}  {_memory(run, kept.bytes * scale, kept.casts)}",
     ]
     return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""Every packaged config is built and takes its trial step: small models of its family, pictures and pairs of the world.
+
+What a test cannot have is replaced, and nothing else: weights, pairs, prompts, scorers, and an optimiser that CUDA has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffalign.cli import main
+from diffalign.config import PreferenceModelConfig, load_config
+from tests.test_training_configs import CONFIGS, PACKAGED
+
+ROOT = Path(__file__).parent.parent
+WORLD = ROOT / "assets" / "world"
+JUDGE = "tests.sources.judges:Brightness"
+
+
+def replaced(name: str, folder: Path, request: pytest.FixtureRequest) -> list[str]:
+    """The overrides of a config for a run without downloads."""
+    config = load_config(CONFIGS[name])
+    source = None if isinstance(config, PreferenceModelConfig) else config.source
+    changes = [f"output_dir={folder}", "data.max_pairs=8"]
+    if name.startswith("world/"):
+        return changes
+    base = request.getfixturevalue("tiny_sd" if name.startswith("sd15/") else "tiny_sdxl")
+    prompts = source is not None and source.data == "prompts"
+    changes += [
+        f"model.pretrained_model_name_or_path={base}",
+        "model.pretrained_vae_model_name_or_path=null",
+        "model.variant=null",
+        f"data.path={WORLD / ('train.txt' if prompts else 'pairs/renders.parquet')}",
+        "data.resolution=32",
+    ]
+    if config.training.optimizer == "adamw_8bit":
+        changes.append("training.optimizer=adamw")
+    if hasattr(source, "scorer"):
+        changes.append(f"source.scorer={JUDGE}")
+    if isinstance(config, PreferenceModelConfig):
+        clip = WORLD / "judge" / "clip"
+        changes += [f"preference_model.pretrained_model_name_or_path={clip}", f"preference_model.tokenizer={clip}"]
+        if config.preference_model.relabel_with is not None:
+            changes.append(f"preference_model.relabel_with={JUDGE}")
+    return changes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_builds_and_takes_a_step(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["check", str(CONFIGS[name]), *replaced(name, tmp_path / "out", request)])
+    said = capsys.readouterr().out
+    assert "trial step" in said
+    assert "gradient norm" in said or "past fp16's range" in said
+    assert not (tmp_path / "out").exists()  # a look leaves nothing behind
+
+
+def test_none_is_left_out() -> None:
+    assert len(CONFIGS) == PACKAGED == 45
