@@ -126,7 +126,7 @@ def tables(found: dict[str, Any]) -> str:
 
 def _write(folder: Path, found: dict[str, Any], pictures: dict[str, str]) -> None:
     first = found["views"][0]
-    (folder / "result.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "result.json").write_text(json.dumps(found) + "\n")  # indented, curves take a line a number
     (folder / "leaderboard.md").write_text(tables(found))
     (folder / "arena.html").write_text(page(found, pictures), encoding="utf-8")
     leaderboard(first["rows"], first["preference"], first["budget"], folder / "leaderboard.png")
