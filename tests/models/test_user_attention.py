@@ -10,9 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed import destroy_process_group, init_process_group
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.models.attention import set_attention
 from diffalign.models.family import ModelError
@@ -159,21 +157,6 @@ def test_checkpointing_changes_no_gradient(model: Model) -> None:
     for plain, *recomputed in zip(*grads, strict=True):
         for other in recomputed:
             torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-7)
-
-
-def test_through_ddp_every_weight_gets_its_gradient(model: Model, tmp_path: Path) -> None:
-    init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        cond, grads = with_users(model.cond, ANNA, BEN), []
-        for wrap in (False, True):
-            unet = tuned(model)
-            nets = networks(model, unet, module=DistributedDataParallel(unet) if wrap else None)
-            nets.policy(model.xt, model.t, cond).square().mean().backward()
-            grads.append([p.grad for p in user_parameters(unet).values()])
-        for plain, wrapped in zip(*grads, strict=True):
-            assert torch.equal(plain, wrapped)
-    finally:
-        destroy_process_group()
 
 
 def test_users_and_networks_that_do_not_belong_together(model: Model) -> None:
