@@ -17,10 +17,16 @@ from tests.training.test_run import metrics, weights
 
 
 def launch(config: Config, processes: int, where: Path) -> None:
-    """Trains a config under torchrun in processes of its own."""
+    """Trains a config to its end under torchrun in processes of its own."""
+    done = started(config, processes, where)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def started(config: Config, processes: int, where: Path) -> subprocess.CompletedProcess[str]:
+    """How training under torchrun ended, well or not."""
     save_config(config, where)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "diffalign", "train", str(where)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         cwd=ROOT,
@@ -29,7 +35,6 @@ def launch(config: Config, processes: int, where: Path) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 OBJECTIVES = {

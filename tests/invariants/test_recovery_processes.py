@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from diffalign.config import Config, save_config
-from tests.conftest import ROOT
+from diffalign.config import Config
+from tests.invariants.test_processes import started
 from tests.training.test_recovery import events
 from tests.training.test_run import metrics
 
@@ -30,17 +27,7 @@ def test_two_processes_go_back_as_one_does(make_config: Callable[..., Config], t
                 "output_dir": str(tmp_path / str(processes)),
             },
         )
-        save_config(config, tmp_path / "run.yaml")
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-        done = subprocess.run(
-            [*command, "-m", "diffalign", "train", str(tmp_path / "run.yaml")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = started(config, processes, tmp_path / "run.yaml")
         assert done.returncode != 0
         assert done.stderr.count("stopped at step 3 after 2 roll backs") == processes  # in all of them
         told[processes] = [(e["step"], e["rule"], e["action"], e.get("lr_factor")) for e in events(config.output_dir)]
