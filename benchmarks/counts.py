@@ -1,7 +1,8 @@
 """What a step must compute, counted on the meta device: nothing runs, and SDXL in its real size takes seconds.
 
 Useful FLOPs per pair = rows asked of the policy with grad · (forward + backward) + rows asked without grad · forward,
-where a row is one sample in a network's batch. Work done twice to save memory (gradient checkpointing, the second pass
+where a row is one sample in a network's batch. Where both sides of a pair are rows, the keys and values of their common
+prompt are counted once. Work done twice to save memory (gradient checkpointing, the second pass
 of a chunked objective) is not counted: it is cost, not use. Multiplications and additions are counted apart, as in
 every published figure; attention as its two products forward and four backward; everything that is no matmul,
 convolution or attention is left out.
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import addmm_flop, flop_registry
 
 from diffalign.engine.measure import measure_and_backward
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.models.attention import set_attention
 from diffalign.models.lora import add_lora, fuse_lora, lora_layers
 from diffalign.objectives.draws import pair_key
 from diffalign.records import Conditioning, PairBatch, Transitions
@@ -44,6 +46,7 @@ class Rows:
     reference: int
     policy_calls: int
     reference_calls: int
+    shared_text: bool  # every forward with grad, and the reference's, had both sides of a pair and their one prompt
 
 
 # LoRA's update is added in place, which torch's own table has no entry for.
@@ -72,6 +75,7 @@ def meta_unet(config: dict[str, Any], lora_rank: int | None) -> nn.Module:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
+    set_attention(unet, "auto", "cpu")
     if lora_rank is None:
         return unet.requires_grad_(True).train()
     add_lora(unet, lora_rank)
@@ -79,8 +83,10 @@ def meta_unet(config: dict[str, Any], lora_rank: int | None) -> nn.Module:
     return unet.train()
 
 
-def unet_inputs(unet: nn.Module, rows: int, side: int, device: str = "meta") -> dict[str, Any]:
-    """Random arguments of a forward over rows of latents with `side` x `side` places."""
+def unet_inputs(
+    unet: nn.Module, rows: int, side: int, device: str = "meta", prompts: int | None = None
+) -> dict[str, Any]:
+    """Random arguments of a forward over rows of latents with `side` x `side` places; by default each has a prompt."""
     config = unet.config
 
     def normal(*shape: int) -> Tensor:
@@ -89,7 +95,7 @@ def unet_inputs(unet: nn.Module, rows: int, side: int, device: str = "meta") -> 
     told: dict[str, Any] = {
         "sample": normal(rows, config.in_channels, side, side),
         "timestep": torch.full((rows,), 500, device=device),
-        "encoder_hidden_states": normal(rows, 77, config.cross_attention_dim),
+        "encoder_hidden_states": normal(prompts or rows, 77, config.cross_attention_dim),
         "return_dict": False,
     }
     if config.addition_embed_type == "text_time":
@@ -99,14 +105,9 @@ def unet_inputs(unet: nn.Module, rows: int, side: int, device: str = "meta") -> 
     return told
 
 
-def network_flops(config: dict[str, Any], side: int, lora_rank: int | None = None) -> NetworkFlops:
-    """Counts one row of a UNet, for full tuning or with a LoRA."""
-    return flops_of(meta_unet(config, lora_rank), side)
-
-
-def flops_of(unet: nn.Module, side: int) -> NetworkFlops:
-    """Counts one row of a UNet on the meta device, at latents of `side` x `side`."""
-    inputs, layers = unet_inputs(unet, 1, side), lora_layers(unet)
+def flops_of(unet: nn.Module, side: int, sharing: int = 1) -> NetworkFlops:
+    """Counts one row of a UNet on the meta device, at latents of `side` x `side`; so many rows share a prompt."""
+    inputs, layers = unet_inputs(unet, sharing, side, prompts=1), lora_layers(unet)
     with Flops() as policy:
         out = unet(**inputs)[0]
     with Flops() as backward:
@@ -119,7 +120,7 @@ def flops_of(unet: nn.Module, side: int) -> NetworkFlops:
             unet(**inputs)
         for layer in layers:
             layer._disable_adapters = False
-    return NetworkFlops(forward.total, policy.total, backward.total)
+    return NetworkFlops(*(counted.total // sharing for counted in (forward, policy, backward)))
 
 
 class _Asked(nn.Module):
@@ -131,13 +132,17 @@ class _Asked(nn.Module):
         self.schedule = NoiseSchedule.from_config(SDXL_SCHEDULER)
         self.rows = dict.fromkeys(("policy", "policy_no_grad", "reference"), 0)
         self.calls = dict.fromkeys(("policy", "reference"), 0)
+        self.shared_text = True
 
     def policy(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        if torch.is_grad_enabled():
+            self.shared_text &= cond.distinct_prompts is not None
         self.rows["policy" if torch.is_grad_enabled() else "policy_no_grad"] += len(xt)
         self.calls["policy"] += 1
         return xt * 0.5 + self.shift
 
     def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self.shared_text &= cond.distinct_prompts is not None
         self.rows["reference"] += len(xt)
         self.calls["reference"] += 1
         return xt * 0.5
@@ -180,7 +185,12 @@ def objective_rows(objective: Any, *, recompute: bool = False, transitions: bool
         probe = objective.probe(batch, asked)
     measure_and_backward(asked, probe, objective.score)
     per_pair = {name: rows // pairs for name, rows in asked.rows.items()}
-    return Rows(**per_pair, policy_calls=asked.calls["policy"], reference_calls=asked.calls["reference"])
+    return Rows(
+        **per_pair,
+        policy_calls=asked.calls["policy"],
+        reference_calls=asked.calls["reference"],
+        shared_text=asked.shared_text,
+    )
 
 
 def useful_flops(rows: Rows, network: NetworkFlops) -> int:

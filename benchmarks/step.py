@@ -209,14 +209,14 @@ class Benchmark:
         unet, training = ours.run.unet, ours.run.config.training
         rank = self.a.rank if lora_layers(unet) else None
         side = next(ours.run.source.batches()).latents.shape[-1]
+        rows = counts.objective_rows(ours.run.objective, transitions=self.a.objective == "spo")
         if side not in self._network:
             meta = counts.meta_unet(dict(unet.config), rank)
             self._network[side] = {
-                "flops": counts.flops_of(meta, side),
+                "flops": counts.flops_of(meta, side, 2 if rows.shared_text else 1),
                 "kept": counts.kept_bytes(meta, counts.unet_inputs(meta, 1, side)),
             }
         network = self._network[side]
-        rows = counts.objective_rows(ours.run.objective, transitions=self.a.objective == "spo")
         if ours.run.config.data.cache_reference_errors:
             rows = replace(rows, reference=0, reference_calls=0)
         micro = training.gradient_accumulation_steps

@@ -93,7 +93,8 @@ def can_keep_errors(config: Any) -> None:
     if not isinstance(config.objective, Drawn) or not config.objective.needs_reference:
         raise ValueError(
             f"data.cache_reference_errors: {config.objective.name} has no reference, or its points come from a "
-            "network; only errors at points that are drawn can be kept (dpo, cdpo, robust_dpo, ipo)"
+            "network; only errors at points that are drawn can be kept (dpo, cdpo, robust_dpo, ipo, f_dpo, kto, "
+            "dso_dro)"
         )
     if config.data.draws_per_pair is None:
         raise ValueError(

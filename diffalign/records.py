@@ -40,14 +40,20 @@ class Conditioning:
     pooled: Tensor | None = None  # "side pair dim", SDXL's pooled text embedding
     time_ids: Tensor | None = None  # "side pair 6", SDXL: original h w, crop top left, target h w (pixels)
     user: Tensor | None = None  # "side pair dim", the embedding of whoever preferred, for user attention
+    distinct_prompts: Tensor | None = None  # of a flat batch whose sides share prompts: one side's, "pair tokens dim"
 
     def select(self, sides: slice, pairs: slice) -> Conditioning:
         """The same conditioning for some sides and pairs."""
         return self.map(lambda x: x[sides, pairs])
 
     def flatten(self) -> Conditioning:
-        """Side and pair axes merged into one batch axis, side-major: "(side pair) ..."."""
-        return self.map(lambda x: x.flatten(0, 1))
+        """Side and pair axes merged into one batch axis, side-major: "(side pair) ...".
+
+        Prompts that the sides share come along once as well, for networks that need not work them out twice.
+        """
+        shared = len(self.prompt_embeds) > 1 and self.prompt_embeds.stride(0) == 0
+        flat = self.map(lambda x: x.flatten(0, 1))
+        return replace(flat, distinct_prompts=self.prompt_embeds[0]) if shared else flat
 
     def to(self, device: torch.device | str) -> Conditioning:
         """A copy on `device`; dtypes stay, and what the sides share is copied once."""
@@ -67,7 +73,7 @@ class Conditioning:
         )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
-        """A copy with `fn` applied to every tensor."""
+        """A copy with `fn` applied to every tensor; without `distinct_prompts`, which hold for a whole batch."""
         return Conditioning(
             prompt_embeds=fn(self.prompt_embeds),
             pooled=None if self.pooled is None else fn(self.pooled),

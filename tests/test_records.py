@@ -36,6 +36,22 @@ def test_select_and_flatten_are_side_major() -> None:
     assert cond.select(slice(1, 2), slice(2, 3)).pooled.flatten().tolist() == [5.0]
     assert cond.flatten().pooled.flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert cond.flatten().prompt_embeds.shape == (6, 2, 1)
+    assert cond.flatten().distinct_prompts is None
+
+
+def test_prompts_that_sides_share_come_along_once() -> None:
+    """Row i of the flat batch has prompt i mod pairs; a choice of rows, or two batches in one, say nothing of that."""
+    prompts = torch.arange(6.0).view(3, 2, 1)
+    cond = Conditioning(prompts.expand(2, -1, -1, -1))
+    flat = cond.flatten()
+    assert flat.distinct_prompts is not None
+    assert torch.equal(flat.distinct_prompts, prompts)
+    assert torch.equal(flat.prompt_embeds, flat.distinct_prompts.repeat(2, 1, 1))
+    assert flat.map(lambda x: x[1:]).distinct_prompts is None
+    assert flat.followed_by(flat).distinct_prompts is None
+    assert (
+        Conditioning(prompts.expand(2, -1, -1, -1)).select(slice(0, 1), slice(None)).flatten().distinct_prompts is None
+    )
 
 
 def test_transitions_follow_their_pairs() -> None:

@@ -11,6 +11,8 @@ outside any context a training step could open, uses the same kernel as the forw
     efficient   memory-efficient attention          CUDA
     xformers    xformers' memory-efficient kernels  CUDA, package xformers
     math        plain matmuls and softmax           everywhere; slow, for checking
+
+All but xformers also take text for several images at once (`SharedText`): the two sides of a pair have one prompt.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models.family import ModelError
@@ -42,8 +45,68 @@ _PREFER_CUDNN = [
 _CPU_BACKENDS = ("auto", "flash", "math")
 
 
+class SharedText:
+    """diffusers' SDPA processor, which may be given fewer rows of text than of images: "m tokens dim" for "k·m ...".
+
+    Then row i of the images reads row i mod m of the text, whose keys and values are made once: what to_k and to_v of a
+    cross-attention cost, and keep for the backward, is divided by k.
+    """
+
+    shares_text = True
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attention as the processor computes it, each row of text repeated."""
+        text = encoder_hidden_states
+        if text is not None and attention_mask is not None:
+            text = text.repeat(len(hidden_states) // len(text), 1, 1)
+        if text is None or len(text) == len(hidden_states):
+            return self.processor(attn, hidden_states, text, attention_mask, temb)  # type: ignore[no-any-return]
+        q, k, v = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        )
+        copies = len(q) // len(k), 1, 1, 1
+        out = functional.scaled_dot_product_attention(q, k.repeat(copies), v.repeat(copies))
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        return attn.to_out[1](out)  # type: ignore[no-any-return]
+
+
+def shares_text(unet: nn.Module) -> bool:
+    """Whether all cross-attentions of a UNet take fewer rows of text than of images."""
+    layers = cross_attentions(unet)
+    return bool(layers) and all(
+        is_plain(layer) and getattr(layer.processor, "shares_text", False) is True for layer in layers
+    )
+
+
+def cross_attentions(unet: nn.Module) -> list[Any]:
+    """A UNet's cross-attention layers, in module order."""
+    from diffusers.models.attention_processor import Attention
+
+    return [layer for layer in unet.modules() if isinstance(layer, Attention) and layer.is_cross_attention]
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a cross-attention does what SD's and SDXL's do: project, attend, project."""
+    bare = layer.norm_q is None and layer.norm_k is None and layer.group_norm is None and not layer.norm_cross
+    plain = not layer.residual_connection and layer.rescale_output_factor == 1.0 and layer.spatial_norm is None
+    return bool(bare and plain and layer.to_k is not None and layer.added_kv_proj_dim is None)
+
+
 class PinnedAttention:
-    """diffusers' SDPA processor with the kernels it may use fixed, in order of preference (about 16 µs a call)."""
+    """An SDPA processor with the kernels it may use fixed, in order of preference (about 16 µs a call)."""
+
+    shares_text = True
 
     def __init__(self, processor: Any, backend: str, kernels: list[SDPBackend]) -> None:
         self.processor = processor
@@ -82,14 +145,16 @@ def set_attention(unet: nn.Module, backend: str, device: torch.device | str) -> 
 
     device = torch.device(device)
     _check(backend, device)
+    plain = SharedText(AttnProcessor2_0())
+    processor: Any
     if backend == "xformers":
         processor, chosen = XFormersAttnProcessor(), backend
     elif backend != "auto":
-        processor, chosen = PinnedAttention(AttnProcessor2_0(), backend, _KERNELS[backend]), backend
+        processor, chosen = PinnedAttention(plain, backend, _KERNELS[backend]), backend
     elif _prefers_cudnn(device):
-        processor, chosen = PinnedAttention(AttnProcessor2_0(), "auto", _PREFER_CUDNN), "auto: cudnn first"
+        processor, chosen = PinnedAttention(plain, "auto", _PREFER_CUDNN), "auto: cudnn first"
     else:
-        processor, chosen = AttnProcessor2_0(), "auto: PyTorch's choice"
+        processor, chosen = plain, "auto: PyTorch's choice"
     unet.set_attn_processor(_signed(processor))
     return chosen
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.models.attention import shares_text
 from diffalign.models.base import check_unet
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import leave_casts_to_autocast
@@ -48,6 +49,7 @@ class Networks:
             leave_casts_to_autocast(unet)
         self._reference = reference
         self._takes_users = user_branch(unet) is not None
+        self.shares_text = shares_text(unet)  # keys and values of a prompt that both sides have are made once
         self._memory_format = memory_format(unet)
         self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
         self.reference_forwards = 0  # what a run pays for having one
@@ -94,8 +96,9 @@ class Networks:
         Time ids are pixel counts: bfloat16 has no 1023.
         """
         dtype = self._input_dtype
+        once = cond.distinct_prompts if self.shares_text else None
         return xt.to(dtype).contiguous(memory_format=self._memory_format), Conditioning(
-            prompt_embeds=cond.prompt_embeds.to(dtype),
+            prompt_embeds=(cond.prompt_embeds if once is None else once).to(dtype),
             pooled=None if cond.pooled is None else cond.pooled.to(dtype),
             time_ids=cond.time_ids,
             user=None if cond.user is None else cond.user.to(dtype),

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffalign.models.attention import cross_attentions, is_plain
 from diffalign.models.family import ModelError
 
 USER_FILE = "user_attention.safetensors"
@@ -211,10 +212,9 @@ def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.
 
 def _fits(file: Path, unet: nn.Module, state: dict[str, Tensor]) -> None:
     """Raise ModelError for a base with other cross-attention layers, before anything is added to it."""
+    cross = set(cross_attentions(unet))
     own = {
-        f"{name}.to_k_user.weight": module.to_k.weight.shape
-        for name, module in unet.named_modules()
-        if _is_cross_attention(module)
+        f"{name}.to_k_user.weight": module.to_k.weight.shape for name, module in unet.named_modules() if module in cross
     }
     theirs = {name: value.shape for name, value in state.items() if name.endswith(".to_k_user.weight")}
     if own != theirs:
@@ -245,18 +245,11 @@ def _join_user(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return args, {**kwargs, "encoder_hidden_states": (kwargs["encoder_hidden_states"], tokens)}
 
 
-def _is_cross_attention(module: nn.Module) -> bool:
-    from diffusers.models.attention_processor import Attention
-
-    return isinstance(module, Attention) and bool(module.is_cross_attention)
-
-
 def _cross_attentions(unet: nn.Module) -> list[Any]:
-    layers: list[Any] = [module for module in unet.modules() if _is_cross_attention(module)]
+    layers = cross_attentions(unet)
     if not layers:
         raise ModelError("this UNet has no cross-attention layers, and user attention goes beside them")
     for layer in layers:
-        plain = layer.norm_q is None and not layer.residual_connection and layer.rescale_output_factor == 1.0
-        if not plain or layer.to_k is None or layer.added_kv_proj_dim is not None:
+        if not is_plain(layer):
             raise ModelError("the cross-attention of this UNet is not that of SD and SDXL; no user attention for it")
     return layers

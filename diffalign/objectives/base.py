@@ -111,6 +111,11 @@ def shared_noise(
     )
 
 
+def shared_noise_facts(timesteps: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """`Drawn.drawn` of an objective that asks at `shared_noise`."""
+    return {"points": "shared_noise", "timesteps": None if timesteps is None else list(timesteps)}
+
+
 def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
     """The objective's probe, without grad, with what the data say of each pair: weight, margin and mask,
     and the reference's errors where they were kept.

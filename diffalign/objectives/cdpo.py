@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise
+from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise, shared_noise_facts
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
 
@@ -41,8 +41,8 @@ class ConservativeDPO:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`: one shared (t, ε) for each pair."""
-        return {"points": "shared_noise", "timesteps": None}
+        """See `objectives.base.Drawn`."""
+        return shared_noise_facts()
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """As Diffusion-DPO."""

@@ -20,7 +20,14 @@ from typing import Any, ClassVar
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, less_margin, positive, shared_noise, timesteps_valid
+from diffalign.objectives.base import (
+    dpo_logit,
+    less_margin,
+    positive,
+    shared_noise,
+    shared_noise_facts,
+    timesteps_valid,
+)
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
 
@@ -44,8 +51,8 @@ class DiffusionDPO:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`: one shared (t, ε) for each pair."""
-        return {"points": "shared_noise", "timesteps": None if self.timesteps is None else list(self.timesteps)}
+        """See `objectives.base.Drawn`."""
+        return shared_noise_facts(self.timesteps)
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

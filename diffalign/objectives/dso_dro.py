@@ -20,12 +20,12 @@ With m = .05: L = .4 − min(.6, .55) = −.15, slopes (1, 0).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.nn.functional import relu
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive, shared_noise
+from diffalign.objectives.base import dpo_logit, positive, shared_noise, shared_noise_facts
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
@@ -44,6 +44,11 @@ class DSODRO:
 
     def __post_init__(self) -> None:
         positive("margin", self.margin)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """See `objectives.base.Drawn`."""
+        return shared_noise_facts()
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
+from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise, shared_noise_facts
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 LINKS = ("reverse_kl", "forward_kl", "js", "alpha")
@@ -69,6 +69,11 @@ class FDPO:
             raise ValueError(
                 f"alpha = {self.alpha}: link alpha needs it in (0, 1); its ends are the links reverse_kl and forward_kl"
             )
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """See `objectives.base.Drawn`."""
+        return shared_noise_facts()
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

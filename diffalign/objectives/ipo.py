@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive, shared_noise
+from diffalign.objectives.base import dpo_logit, positive, shared_noise, shared_noise_facts
 from diffalign.records import Evidence, PairBatch, Probe, Score
 
 
@@ -37,8 +37,8 @@ class IPO:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`: one shared (t, ε) for each pair."""
-        return {"points": "shared_noise", "timesteps": None}
+        """See `objectives.base.Drawn`."""
+        return shared_noise_facts()
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """As Diffusion-DPO."""

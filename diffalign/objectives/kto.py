@@ -22,13 +22,13 @@ loss = 1 − σ(1) = .2689. E_policy = (.3, .5): g = (.2, 0), kl = .1, the argum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from diffalign.engine.measure import Models
-from diffalign.objectives.base import positive, reward_metrics, shared_noise
+from diffalign.objectives.base import positive, reward_metrics, shared_noise, shared_noise_facts
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 REFERENCE_POINTS = ("pair", "zero")
@@ -56,6 +56,11 @@ class KTO:
         positive("lambda_undesirable", self.lambda_undesirable)
         if self.reference_point not in REFERENCE_POINTS:
             raise ValueError(f"reference_point = {self.reference_point!r}; allowed: {', '.join(REFERENCE_POINTS)}")
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """See `objectives.base.Drawn`."""
+        return shared_noise_facts()
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

@@ -4,10 +4,11 @@ import importlib.util
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffalign.models.attention import PinnedAttention, set_attention
+from diffalign.models.attention import PinnedAttention, cross_attentions, set_attention, shares_text
 from diffalign.models.family import ModelError
 from diffalign.models.lora import add_lora, lora_parameters
 from diffalign.models.memory import set_checkpointing
@@ -90,6 +91,83 @@ def test_nothing_outside_the_unet_is_changed(model: Model):
         step(model, unet)
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert calls.flash == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash", "math"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_prompt_of_both_sides_is_projected_once(model: Model, backend, checkpointing):
+    """Keys and values of half the rows; prediction and gradients are those of the prompts given twice."""
+    found = []
+    for sharing in (False, True):
+        unet = lora_unet(model)
+        set_attention(unet, backend, "cpu")
+        set_checkpointing(unet, checkpointing)
+        networks = Networks(unet, family=model.base.family, schedule=model.base.schedule)
+        assert networks.shares_text
+        networks.shares_text = sharing
+        pairs = len(model.xt)
+        cond = model.cond.map(lambda x: x.expand(2, *x.shape)).flatten()
+        xt = torch.cat([model.xt, model.xt.flip(0) * 0.5])
+        with Rows(unet) as rows:
+            out = networks.policy(xt, model.t.repeat(2), cond)
+            out.square().mean().backward()
+        assert rows.seen == {pairs if sharing else 2 * pairs}
+        found.append((out.detach(), [p.grad for p in lora_parameters(unet)]))
+    (out, gradients), (once, gradients_once) = found
+    torch.testing.assert_close(once, out, rtol=1e-5, atol=1e-5)
+    for g, g_once in zip(gradients, gradients_once, strict=True):
+        torch.testing.assert_close(g_once, g, rtol=1e-3, atol=1e-6)
+
+
+class Rows:
+    """How many rows of text the keys of cross-attention are made of."""
+
+    def __init__(self, unet):
+        self.seen = set()
+        self.layers = [layer.to_k for layer in cross_attentions(unet)]
+
+    def __enter__(self):
+        def see(module, args):
+            self.seen.add(len(args[0]))
+
+        self.hooks = [layer.register_forward_pre_hook(see) for layer in self.layers]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def test_only_what_both_sides_have_is_projected_once(model: Model):
+    unet = lora_unet(model)
+    set_attention(unet, "auto", "cpu")
+    networks = Networks(unet, family=model.base.family, schedule=model.base.schedule)
+    pairs = len(model.xt)
+    own = model.cond.map(lambda x: torch.stack([x, x * 0.5])).flatten()
+    shared = model.cond.map(lambda x: x.expand(2, *x.shape)).flatten()
+    some = shared.map(lambda x: x[:-1])
+    for cond, expected in ((own, 2 * pairs), (some, 2 * pairs - 1), (shared.followed_by(shared), 4 * pairs)):
+        n = len(cond.prompt_embeds)
+        with Rows(unet) as rows, torch.no_grad():
+            networks.policy(model.xt.repeat(4, 1, 1, 1)[:n], model.t.repeat(4)[:n], cond)
+        assert rows.seen == {expected}
+
+
+def test_other_processors_are_given_every_row(model: Model):
+    """diffusers' own takes as many rows of text as of images; so does a cross-attention that is not plain."""
+    unet = model.unet()
+    set_attention(unet, "auto", "cpu")
+    assert shares_text(unet)
+    cross_attentions(unet)[0].rescale_output_factor = 2.0
+    assert not shares_text(unet)
+    unet = model.unet()
+    unet.set_attn_processor(AttnProcessor2_0())
+    assert not shares_text(unet)
+    networks = Networks(unet, family=model.base.family, schedule=model.base.schedule)
+    cond = model.cond.map(lambda x: x.expand(2, *x.shape)).flatten()
+    with Rows(unet) as rows, torch.no_grad():
+        networks.policy(model.xt.repeat(2, 1, 1, 1), model.t.repeat(2), cond)
+    assert rows.seen == {2 * len(model.xt)}
 
 
 def test_set_attention_says_what_it_chose(model: Model, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 from diffalign.engine.measure import measure
 from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO, SePPO
+from diffalign.objectives.base import Drawn
 from diffalign.objectives.mapo import bounded_likelihood
 from diffalign.records import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
@@ -242,3 +243,20 @@ def test_objectives_are_frozen_and_every_field_has_a_default() -> None:
 def test_faulty_settings_are_named(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_points_are_drawn_where_an_objective_says_so(name: str) -> None:
+    """Kept errors rest on this: the points of a batch are the same whatever the networks are, and none is asked."""
+    objective = OBJECTIVES[name]()
+    assert isinstance(objective, Drawn) == (name not in (*FOUND, "sft", "mapo", "seppo", "diffusion_dro"))
+    if not isinstance(objective, Drawn):
+        return
+    one, other = toy_models(), toy_models(apart=0.5)
+    first, second = objective.probe(toy_batch(3), one), objective.probe(toy_batch(3), other)
+    for field in ("xt", "t", "target"):
+        assert torch.equal(getattr(first, field), getattr(second, field))
+    assert one.policy_calls == one.reference_calls == 0
+    plain = DiffusionDPO().probe(toy_batch(3), one)
+    assert objective.drawn == DiffusionDPO().drawn  # so what was kept for the one serves the other
+    assert torch.equal(first.xt, plain.xt)

@@ -112,6 +112,7 @@ def test_what_they_depend_on_is_in_the_key(
     for change in (
         {},
         {"objective": {"name": "ipo"}},  # asks at the same points
+        {"objective": {"name": "kto"}},
         {"data.draws_per_pair": 2},  # the first draw is there
         {"objective": {"name": "dpo", "timesteps": [10, 20]}},
         {"seed": 1},
@@ -121,7 +122,7 @@ def test_what_they_depend_on_is_in_the_key(
     ):
         run_training(make_config(tiny_sd, {**shared, **change}))
         asked.append(forwards[-1].reference_forwards)
-    assert asked == [2, 0, 2, 2, 2, 2, 1, 2]
+    assert asked == [2, 0, 0, 2, 2, 2, 2, 1, 2]
 
 
 def test_a_folder_of_something_else_is_refused(
