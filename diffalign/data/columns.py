@@ -16,6 +16,7 @@ class Columns(Protocol):
     storage: str  # for people: "3 parquet files", "pairs.jsonl"
     names: tuple[str, ...]
     in_memory: bool  # image cells are paths or references that are here already; False: looking at one reads storage
+    files: Sequence[Path]  # what the rows are stored in; empty where that is not known
 
     def __len__(self) -> int: ...
 
@@ -48,8 +49,10 @@ class ListColumns:
         storage: str,
         base: Path | None,
         faults: Mapping[int, str] | None = None,
+        files: Sequence[Path] = (),
     ) -> None:
         self.rows, self.wheres, self.storage, self._base = rows, wheres, storage, base
+        self.files = files
         self.faults = dict(faults or {})
         self.names = tuple(dict.fromkeys(name for row in rows for name in row))
 

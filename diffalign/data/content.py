@@ -39,19 +39,15 @@ class Files:
     def add(self, paths: Sequence[str], stats: Sequence[os.stat_result]) -> None:
         """Note the two files of the next pair."""
         self.pairs += 1
-        facts = [self.state]
-        for path, stat in zip(paths, stats):
-            facts += [path, str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ctime_ns)]
-            newest = max(stat.st_mtime_ns, stat.st_ctime_ns)
-            self.settled = self.settled and time.time_ns() - newest > SETTLED * 1e9
-        self.state = hashlib.blake2b(os.fsencode("\0".join(facts)), digest_size=16).hexdigest()
+        self.state, settled = _next_state(self.state, paths, stats)
+        self.settled = self.settled and settled
 
     def contents(self, pairs: Iterable[tuple[ImageRef, ImageRef]]) -> str:
         """Hash of the contents of the noted files, `pairs` in order; nothing is read where it is remembered.
 
         Raises ImageError for a file that has gone since.
         """
-        note = _folder() / self.state
+        note = remembered("contents") / self.state
         try:
             found = note.read_text()
         except OSError:
@@ -62,6 +58,22 @@ class Files:
         if self.settled:
             _remember(note, made)
         return made
+
+
+def files_state(files: Sequence[Path]) -> str | None:
+    """Hash of paths, sizes and times of some files; None where one may yet change without showing it."""
+    state, settled = _next_state("", [str(file) for file in files], [file.stat() for file in files])
+    return state if settled else None
+
+
+def _next_state(state: str, paths: Sequence[str], stats: Sequence[os.stat_result]) -> tuple[str, bool]:
+    """The hash with these files added, and whether all of them are settled."""
+    facts, settled = [state], True
+    for path, stat in zip(paths, stats):
+        facts += [path, str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ctime_ns)]
+        newest = max(stat.st_mtime_ns, stat.st_ctime_ns)
+        settled = settled and time.time_ns() - newest > SETTLED * 1e9
+    return hashlib.blake2b(os.fsencode("\0".join(facts)), digest_size=16).hexdigest(), settled
 
 
 def file_stat(ref: ImageRef) -> os.stat_result:
@@ -97,8 +109,9 @@ def _hash_file(ref: ImageRef) -> bytes:
     return hashlib.blake2b(ref.read(), digest_size=16).digest()
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diffalign", "contents")
+def remembered(kind: str) -> Path:
+    """The user's cache folder for notes of one kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diffalign", kind)
 
 
 def _remember(note: Path, made: str) -> None:

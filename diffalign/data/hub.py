@@ -27,6 +27,8 @@ class ArrowColumns:
             if isinstance(feature, Image):
                 dataset = dataset.cast_column(name, Image(decode=False))
         self.dataset, self.storage, self.where = dataset, storage, where
+        chosen = dataset._indices is not None  # rows picked from the files, which these do not tell
+        self.files = [] if chosen else [Path(file["filename"]) for file in dataset.cache_files]
         self.names = tuple(dataset.column_names)
         self._views: dict[tuple[str, ...], Dataset] = {}
 

@@ -7,6 +7,7 @@ are found separately, so every layout works in every storage.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ from diffalign.data.hpdv2 import open_json
 from diffalign.data.listing import SUFFIXES, open_listing
 from diffalign.data.parquet import open_parquet
 from diffalign.data.pickapic import Layout
+from diffalign.data.remembered import recall, remember, remembered_at
 from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable, Verify
 from diffalign.data.webdataset import open_shards
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("auto", "pickapic", "preference", two_prompts.FORMAT)
 _LAYOUTS = {"pickapic": pickapic, "preference": preference}
@@ -60,7 +64,15 @@ def open_pairs(
     stored = open_columns(path, split)
     stored, layout = find_layout(stored, format, columns or {})
     table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
-    table.examine(verify, max_pairs)
+    note = remembered_at(stored, {"layout": repr(layout), "flags": [keep_ties, invert_preference, verify, max_pairs]})
+    found = None if note is None else recall(note)
+    if found is None:
+        table.examine(verify, max_pairs)
+        if note is not None and not table.names_files:
+            remember(note, table.index())
+    else:
+        table.take_index(found)
+        log.info("%s: rows examined earlier, as noted in %s", stored.storage, note)
     return table
 
 

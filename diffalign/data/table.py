@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 from array import array
 from collections import Counter
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from diffalign.data.columns import Columns, image_ref
 from diffalign.data.content import Files, file_stat
-from diffalign.data.pickapic import Layout, judge
+from diffalign.data.pickapic import Layout
 from diffalign.data.rows import (
     BAD_ROW,
     DUPLICATE,
@@ -35,13 +34,18 @@ from diffalign.data.rows import (
     Problem,
     check_size,
 )
-from diffalign.data.terms import NEUTRAL, read_mask, read_number
+from diffalign.data.small_columns import SmallColumns
+from diffalign.data.terms import NEUTRAL, read_mask
 
 log = logging.getLogger(__name__)
 
 Verify = Literal["none", "header", "full"]
 MANY_ROWS = 100_000  # above it, looking at every image takes long enough to say how to do without
 Size = tuple[int, int]
+_INDEX = (
+    *("examined_rows", "problems", "ids", "prompts", "names_files", "negative_masks"),
+    *("_sizes", "_rows", "_first", "_ties", "_scores"),
+)
 
 
 class PairTable:
@@ -61,6 +65,7 @@ class PairTable:
         self._rows, self._first, self._ties = array("q"), bytearray(), bytearray()
         self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
         self._numbers = {part: array("d") for part in layout.terms if part in NEUTRAL}  # weight, margin
+        self.names_files = False  # whether an image looked at was a file of its own, beside the stored rows
         self.negative_masks = False  # whether one below 0 was seen; with verify="none" masks are not looked at
         self._users: tuple[Tensor, array[int]] | None = None  # embeddings [user dim], and each pair's row of them
 
@@ -226,7 +231,7 @@ class PairTable:
 
     def examine(self, verify: Verify, max_pairs: int | None) -> None:
         """Fill the index and `problems` by one pass over the rows; stop after `max_pairs` usable ones."""
-        light = _Light(self.columns, self.layout)
+        light = SmallColumns(self.columns, self.layout)
         seen: Counter[str] = Counter()
         kept_prompts: dict[str, str] = {}
         if verify != "none" and self.total_rows >= MANY_ROWS and max_pairs is None:
@@ -285,6 +290,16 @@ class PairTable:
             if sizes is not None:
                 self._sizes.extend((*sizes[first], *sizes[1 - first]))
 
+    def index(self) -> dict[str, Any]:
+        """All that `examine` found, as plain lists, arrays and numbers by name."""
+        return {name: getattr(self, name) for name in _INDEX} | {"numbers": self._numbers}
+
+    def take_index(self, found: dict[str, Any]) -> None:
+        """Takes what `index` gave for the same rows and settings, in place of examining them."""
+        self._numbers = found["numbers"]
+        for name in _INDEX:
+            setattr(self, name, found[name])
+
     def _report(self, row: int, kind: str, reason: str) -> None:
         self.problems.append(Problem(self.columns.where(row), kind, reason))
 
@@ -301,6 +316,7 @@ class PairTable:
         if uids and verify == "none" and not self.columns.in_memory:  # the cells are not even fetched
             return ":".join(uids), None, None
         refs, files = self.refs(row), None
+        self.names_files |= any(ref.path is not None and ref.span is None for ref in refs)
         by_path = base is not None and all(ref.path is not None and ref.span is None for ref in refs)
         if by_path:
             paths, stats = [str(ref.path) for ref in refs], [file_stat(ref) for ref in refs]
@@ -326,56 +342,6 @@ class PairTable:
             sizes.append(ref.open().size if verify == "full" else ref.size())
             check_size(sizes[-1], ref.where)
         return name, (sizes[0], sizes[1]), files
-
-
-class _Light:
-    """The small columns, read whole."""
-
-    def __init__(self, columns: Columns, layout: Layout) -> None:
-        def read(name: str | None) -> Any:
-            return None if name is None else columns.column(name)
-
-        self._prompts = columns.column(layout.prompt)
-        self._labels = [read(name) for name in layout.labels]
-        self._has_label = read(layout.has_label)
-        self._uids = [columns.column(name) for name in layout.uids]
-        self._scores = [columns.column(name) for name in layout.scores or ()]
-        self._numbers = {part: read(name) for part, name in layout.terms.items() if part in NEUTRAL}
-        self._where = columns.where
-
-    def prompt(self, row: int) -> str:
-        value = self._prompts[row]
-        return value if isinstance(value, str) else ""
-
-    def preferred(self, row: int) -> int | tuple[str, str]:
-        one, two = self._labels
-        if one is None:
-            return 0
-        # an absent second column means 1 - label_0; an empty cell in a present one is a bad label
-        second = None if two is None else (math.nan if two[row] is None else two[row])
-        return judge(one[row], second, True if self._has_label is None else self._has_label[row])
-
-    def uids(self, row: int) -> tuple[str, ...]:
-        values = tuple(str(column[row] if column[row] is not None else "") for column in self._uids)
-        return values if all(values) else ()
-
-    def scores(self, row: int) -> tuple[float, float] | None:
-        """Scores in stored order; nan where one is missing; None where the data have no score columns."""
-        if not self._scores:
-            return None
-        one, two = (_score(column[row]) for column in self._scores)
-        return one, two
-
-    def numbers(self, row: int) -> dict[str, float]:
-        """Weight and margin, those of them that the data have. Raises ImageError."""
-        return {part: read_number(column[row], part, self._where(row)) for part, column in self._numbers.items()}
-
-
-def _score(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _digest(prompt: str, *parts: str | bytes) -> str:

@@ -39,7 +39,7 @@ class TwoPrompts:
     names: tuple[str, ...] = ("prompt", *_SIDES, *_UIDS, *TERMS)
 
     def __init__(self, stored: Columns, found: Mapping[str, str]) -> None:
-        self.stored, self.in_memory = stored, stored.in_memory
+        self.stored, self.in_memory, self.files = stored, stored.in_memory, stored.files
         self.storage = f"{stored.storage}, two pairs a row"
         self._images = (found["image_0"], found["image_1"])
         self._prompts = tuple(stored.column(found[part]) for part in ("prompt_0", "prompt_1"))

@@ -33,7 +33,7 @@ def open_shards(files: Sequence[Path]) -> ListColumns:
         raise DataError(f"{[str(file) for file in files]} hold no files")
     wheres = [f"{shard} sample {name}" for shard, name in rows]
     storage = f"{len(files)} tar shard" + "s" * (len(files) > 1)
-    return ListColumns(list(rows.values()), wheres, storage=storage, base=files[0].parent)
+    return ListColumns(list(rows.values()), wheres, storage=storage, base=files[0].parent, files=files)
 
 
 def _add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,25 @@ def write_jsonl(file: Path, n: int, **extra: Any) -> Path:
         row = {"prompt": f"prompt {i % 3}", "chosen": f"images/{i}c.png", "rejected": f"images/{i}r.png"}
         lines.append(json.dumps(row | extra))
     file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def write_tar(file: Path, n: int, extra: tuple[tarfile.TarInfo, bytes] | None = None) -> Path:
+    """Pick-a-Pic rows as a webdataset shard, and one more member."""
+    with tarfile.open(file, "w") as tar:
+        for i in range(n):
+            parts = {
+                "original_prompt.txt": f"prompt {i % 3}".encode(),
+                "jpg_0.jpg": png(2 * i),
+                "jpg_1.jpg": png(2 * i + 1),
+                "label_0.txt": b"1",
+            }
+            for name, data in parts.items():
+                member = tarfile.TarInfo(f"{i:06d}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        if extra is not None:  # last, where it would replace a field of the same name
+            tar.addfile(extra[0], io.BytesIO(extra[1]))
     return file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import pickle
 import tarfile
@@ -16,7 +15,7 @@ from PIL import Image
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError, PairRow
 from diffalign.data.table import PairTable
-from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parquet
+from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parquet, write_tar
 
 
 def colours(table: PairTable) -> list[tuple[str, bytes, bytes]]:
@@ -112,24 +111,6 @@ def test_hpdv2_train_and_ranked_json(tmp_path: Path) -> None:
         (Path(str(row.chosen.path)).stem, Path(str(row.rejected.path)).stem) for row in map(table.__getitem__, range(4))
     ]
     assert names == [("1", "0"), ("0", "1"), ("2", "0"), ("2", "1")]
-
-
-def write_tar(file: Path, n: int, extra: tuple[tarfile.TarInfo, bytes] | None = None) -> Path:
-    with tarfile.open(file, "w") as tar:
-        for i in range(n):
-            parts = {
-                "original_prompt.txt": f"prompt {i % 3}".encode(),
-                "jpg_0.jpg": png(2 * i),
-                "jpg_1.jpg": png(2 * i + 1),
-                "label_0.txt": b"1",
-            }
-            for name, data in parts.items():
-                member = tarfile.TarInfo(f"{i:06d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-        if extra is not None:  # last, where it would replace a field of the same name
-            tar.addfile(extra[0], io.BytesIO(extra[1]))
-    return file
 
 
 def test_webdataset_shards(tmp_path: Path) -> None:

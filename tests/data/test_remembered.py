@@ -1,0 +1,153 @@
+"""A large data set is examined once: what was found is remembered, and looked for anew after any change."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from diffalign.data import content, remembered
+from diffalign.data.readers import open_pairs
+from diffalign.data.rows import ImageRef
+from diffalign.data.table import PairTable
+from tests.data.helpers import pick_rows, png, write_jsonl, write_parquet, write_tar
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own; small data count as large, and files written this moment as settled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(remembered, "FROM_ROWS", 2)
+    monkeypatch.setattr(content, "SETTLED", -60.0)
+    return tmp_path / "home" / "diffalign" / "tables"
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Images whose headers were read."""
+    seen: list[str] = []
+    real = ImageRef.size
+    monkeypatch.setattr(ImageRef, "size", lambda ref: seen.append(ref.where) or real(ref))
+    return seen
+
+
+def rows(n: int = 7) -> list[dict[str, Any]]:
+    """Pairs with scores, weights and prompts in common; one without an image, one twice, one tie."""
+    made = [{**row, "score_0": 0.25 * i, "score_1": 1.0, "weight": 1.0 + i} for i, row in enumerate(pick_rows(n))]
+    made[2]["jpg_0"] = b""
+    made[4] |= {"image_0_uid": "a0", "image_1_uid": "b0"}
+    made[5] |= {"label_0": 0.5, "label_1": 0.5}
+    return made
+
+
+def facts(table: PairTable) -> list[Any]:
+    """Everything a table says without an image."""
+    pairs = range(len(table))
+    return [
+        *(table.total_rows, table.examined_rows, table.problems, table.ids, table.prompts, table.sizes, table.ties),
+        *(table.identity, table.terms, table.negative_masks),
+        [(table.where(i), table.scores(i), table.tie(i), table.number("weight", i)) for i in pairs],
+        [(table[i].chosen.read(), table[i].rejected.read()) for i in pairs],
+    ]
+
+
+def stored(kind: str, folder: Path) -> Path:
+    """The rows in a storage that holds its images."""
+    if kind == "parquet":
+        return write_parquet(folder / "pairs.parquet", rows())
+    if kind == "tar":
+        return write_tar(folder / "pairs.tar", 5)
+    Dataset.from_list(rows()).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "saved"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_second_start_looks_at_no_image(
+    kind: str, ties: bool, tmp_path: Path, looks: list[str], home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = stored(kind, tmp_path)
+    first = open_pairs(data, keep_ties=ties)
+    assert len(looks) >= 2 * len(first) > 0
+    looks.clear()
+    caplog.set_level(logging.INFO)
+    second = open_pairs(data, keep_ties=ties)
+    assert looks == []
+    assert facts(second) == facts(first)
+    assert facts(pickle.loads(pickle.dumps(second))) == facts(first)
+    assert "examined earlier" in caplog.text
+    assert len(list(home.iterdir())) == 1
+    first.leave_out("test", {0: "why not"})
+    second.leave_out("test", {0: "why not"})
+    assert facts(second) == facts(first)
+
+
+def test_other_settings_and_changed_files_are_looked_at(tmp_path: Path, looks: list[str]) -> None:
+    data = stored("parquet", tmp_path)
+    settings: list[dict[str, Any]] = [
+        {},
+        {"invert_preference": True},
+        {"max_pairs": 3},
+        {"keep_ties": True},
+        {"columns": {"weight": ""}},
+    ]
+    for each in settings:
+        looks.clear()
+        table = open_pairs(data, **each)
+        assert len(looks) >= 2 * len(table) > 0, each
+    looks.clear()
+    os.utime(data, ns=(1, 1))
+    open_pairs(data)
+    assert looks
+    changed = rows()
+    changed[0]["caption"] = "another"
+    write_parquet(data, changed)
+    assert open_pairs(data).prompts[0] == "another"
+
+
+def test_rows_that_name_files_are_looked_at_every_time(tmp_path: Path, looks: list[str], home: Path) -> None:
+    """Nothing of the storage changes when such a file does."""
+    listing = write_jsonl(tmp_path / "pairs.jsonl", 3)
+    named = [json.loads(line) for line in listing.read_text().splitlines()]
+    for data in (listing, write_parquet(tmp_path / "pairs.parquet", named)):
+        for _ in range(2):
+            looks.clear()
+            open_pairs(data)
+            assert len(looks) == 6
+    assert not home.exists()
+
+
+def test_a_damaged_note_is_made_anew(tmp_path: Path, looks: list[str], home: Path) -> None:
+    data = stored("parquet", tmp_path)
+    expected = facts(open_pairs(data))
+    (note,) = home.iterdir()
+    whole = note.read_bytes()
+    for damaged in (b"", whole[:-40], png(1)):
+        note.write_bytes(damaged)
+        looks.clear()
+        assert facts(open_pairs(data)) == expected
+        assert looks
+        assert note.read_bytes() == whole
+
+
+def test_small_data_and_young_files_have_no_note(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored("parquet", tmp_path)
+    monkeypatch.setattr(content, "SETTLED", 60.0)
+    open_pairs(data)
+    monkeypatch.setattr(content, "SETTLED", -60.0)
+    monkeypatch.setattr(remembered, "FROM_ROWS", 100)
+    open_pairs(data)
+    assert not home.exists()
+
+
+def test_no_place_to_remember(tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home.parent.parent.write_text("not a folder")
+    data = stored("parquet", tmp_path)
+    assert facts(open_pairs(data)) == facts(open_pairs(data))
+    assert "every start looks again" in caplog.text
