@@ -23,6 +23,7 @@ from diffalign.evaluation.grid import comparison_grid
 from diffalign.evaluation.report import BASE, Result
 from diffalign.evaluation.scoring import write_rows
 from diffalign.rewards import Scorer, load_scorer
+from diffalign.rewards.base import check_prompts
 
 
 def evaluate(
@@ -77,6 +78,7 @@ def evaluate(
         "prediction_type": prediction_type,
     }
     folder = Path(out_dir)
+    check_prompts([*loaded, *([] if faithful is None else [faithful])], prompts)
     prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     paths = {BASE: [(None, None)], **models}
     settings = {

@@ -6,6 +6,7 @@ A scorer may also have
 
     tie              float: two scores closer than this count as equal (default 0.01, see `tie_of`)
     embed_images     images -> unit vectors "n d": lets the diversity guard measure in feature space
+    check_prompts    prompts -> None: raises for one that it cannot judge by, before any picture is made
 """
 
 from __future__ import annotations
@@ -82,6 +83,14 @@ class _AtStep:
 def tie_of(scorer: Any) -> float:
     """The difference below which two scores of this scorer count as equal, in its own unit."""
     return float(getattr(scorer, "tie", DEFAULT_TIE))
+
+
+def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:
+    """Lets each scorer that says so refuse prompts before pictures are made of them; raises what it raises."""
+    for scorer in scorers:
+        check = getattr(scorer, "check_prompts", None)
+        if check is not None:
+            check(prompts)
 
 
 def check_lengths(name: str, images: Sequence[Image], prompts: Sequence[str]) -> None:

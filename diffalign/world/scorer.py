@@ -15,7 +15,16 @@ from diffalign.world.captions import Combination, parse
 from diffalign.world.render import SIZE
 
 
-class WorldReward:
+class OfCaptions:
+    """A scorer by the oracle: prompts are the world's captions."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError for a prompt that is no caption of the world."""
+        for prompt in prompts:
+            parse(prompt)
+
+
+class WorldReward(OfCaptions):
     """Faithfulness + vividness - 4 x excess grain: the reward that pairs of the world are labelled by."""
 
     name = "world"
@@ -25,7 +34,7 @@ class WorldReward:
         return oracle.reward(*read_images(images, prompts))
 
 
-class WorldSize:
+class WorldSize(OfCaptions):
     """Faithfulness + size of the shape: a second taste that nothing in the package is tuned on."""
 
     name = "world-size"
@@ -35,7 +44,7 @@ class WorldSize:
         return oracle.size_reward(*read_images(images, prompts))
 
 
-class WorldBold:
+class WorldBold(OfCaptions):
     """Faithfulness + taste for the large and vivid - 4 x excess grain: what the world's user `bold` prefers by."""
 
     name = "world-bold"
@@ -54,7 +63,7 @@ class WorldQuiet(WorldBold):
     taste = -1.0
 
 
-class WorldAccuracy:
+class WorldAccuracy(OfCaptions):
     """1 where shape, colour and background are all as captioned, else 0."""
 
     name = "world-accuracy"

@@ -166,6 +166,9 @@ def test_evaluate_refuses_what_it_cannot_name(tiny, tuned, tmp_path):
         evaluate(tiny["sd"], {"a": str(tmp_path)}, PROMPTS, SEEDS, scorers=[Brightness()], **arguments)
     with pytest.raises(ValueError, match="two runs of 'a' have the same weights"):
         evaluate(tiny["sdxl"], {"a": [tuned, f"{tuned}/unet"]}, PROMPTS, SEEDS, scorers=[Brightness()], **arguments)
+    for scorers in ({"scorers": ["world"]}, {"scorers": [Brightness()], "faithfulness": "world-accuracy"}):
+        with pytest.raises(ValueError, match="'a small photo' is not a caption of"):
+            evaluate(tiny["sd"], {"a": tuned}, PROMPTS[2:], SEEDS, **scorers, **arguments)
     assert not list(tmp_path.iterdir())
 
 
