@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[Done]:
     if waiting:
         os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin)
         try:
             for future in as_completed({pool.submit(_do, job) for job in waiting}):
                 future.result()
@@ -85,6 +86,19 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[Done]:
             pool.shutdown(cancel_futures=True)
     bar.close()
     return [_read(job) for job in jobs]
+
+
+def _begin() -> None:
+    """Of each worker: one thread, and no work for an arena that was killed."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _finished(job: Job) -> bool:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from diffalign.arena import jobs as module
@@ -120,3 +126,38 @@ def test_kept_trajectories_lie_in_the_runs_folder_and_are_counted(here: None, tm
     assert done.forwards == 4 * 2 * 2 + 2 * 2 * 2 * 2 * 2
     assert not (tmp_path / "cache").exists()
     assert json.loads((tmp_path / "job.json").read_text())["job"]["config"]["data"]["cache_dir"] is None
+
+
+ARENA = """
+from pathlib import Path
+from diffalign.arena.jobs import run_jobs
+from tests.arena.test_jobs import job
+if __name__ == "__main__":
+    run_jobs([job(Path({folder!r}), tuned={{"training.max_train_steps": 100000}})], 1, "test")
+"""
+
+
+def test_workers_end_with_an_arena_that_was_killed(tmp_path: Path) -> None:
+    """Nobody is left to train a run that nobody waits for."""
+    script = tmp_path / "arena.py"
+    script.write_text(ARENA.format(folder=str(tmp_path / "run")))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arena = subprocess.Popen([sys.executable, str(script)], env=env, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for((tmp_path / "run" / "log.txt").is_file)
+        workers = psutil.Process(arena.pid).children(recursive=True)
+    finally:
+        arena.kill()
+        arena.wait()
+    assert workers
+    left = psutil.wait_procs(workers, timeout=30)[1]
+    for worker in left:
+        worker.kill()
+    assert left == []
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "nothing was ever written"
+        time.sleep(0.1)
