@@ -3,6 +3,7 @@
 # make test       install, then lint, types and the whole test suite
 # make lint       formatting, lint and types alone
 # make gpu-test   the tests that need a CUDA device
+# make gpu-bench  speed and memory of a step on one, PEER=train_diffusion_dpo_sdxl.py beside it
 # make clean      remove caches and runs/, keep .venv
 #
 # PYTHON=python3.12 make install     another interpreter (3.11 or later)
@@ -21,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint gpu-test clean
+.PHONY: install demo test lint gpu-test gpu-bench clean
 
 install: $(STAMP)
 
@@ -44,6 +45,17 @@ lint: install
 
 gpu-test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+# SDXL in its real size on random weights, in the order of docs/performance.md; results under benchmarks/results
+RESULTS := benchmarks/results
+STEP := HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.step --device cuda --model sdxl --mixed-precision bf16 --pairs 4
+gpu-bench: install
+	$(STEP) $(if $(PEER),--peer $(PEER)) --out $(RESULTS)/step_cuda_lora_1024
+	$(STEP) --resolution 512 --pairs 8 $(if $(PEER),--peer $(PEER)) --out $(RESULTS)/step_cuda_lora_512
+	$(STEP) --tuning full --ladder --out $(RESULTS)/ladder_cuda_full_1024
+	$(STEP) --ladder --out $(RESULTS)/ladder_cuda_lora_1024
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.launches --device cuda --model sdxl --out $(RESULTS)/launches_cuda
+	$(STEP) --growth --out $(RESULTS)/growth_cuda
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

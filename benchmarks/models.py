@@ -150,7 +150,7 @@ def _text(sizes: Text) -> torch.nn.Module:
 
 
 def pairs_file(file: Path, pairs: int, resolution: int, seed: int = 0) -> Path:
-    """A parquet file of noise pictures as JPEG in Pick-a-Pic's columns, every pair with its own prompt."""
+    """A parquet file of noise pictures as JPEG in Pick-a-Pic's columns with scores, every pair with its own prompt."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -171,6 +171,8 @@ def pairs_file(file: Path, pairs: int, resolution: int, seed: int = 0) -> Path:
         "jpg_1": [jpeg() for _ in range(pairs)],
         "label_0": labels,
         "label_1": [1.0 - x for x in labels],
+        "score_0": labels,
+        "score_1": [1.0 - x for x in labels],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), file)
