@@ -38,8 +38,7 @@ def load_script(path: Path) -> types.ModuleType:
         stub = types.ModuleType("wandb")
         stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         sys.modules["wandb"] = stub
-    if not torch.cuda.is_available() and importlib.util.find_spec("torchvision") is not None:
-        _declare_operators()
+    let_torchvision_in()
     spec = importlib.util.spec_from_file_location("peer_script", path)
     assert spec is not None
     assert spec.loader is not None
@@ -54,8 +53,13 @@ def load_script(path: Path) -> types.ModuleType:
 _LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as the library that declared it
 
 
-def _declare_operators() -> None:
-    """The two operators that torchvision's import asks for and a CPU-only torch does not have."""
+def let_torchvision_in() -> None:
+    """Declares the two operators that torchvision's import asks for and a CPU-only torch does not have.
+
+    To be called before anything imports torchvision; transformers and diffusers do where it is there.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("torchvision") is None:
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name, arguments in (
         ("nms", "Tensor dets, Tensor scores, float iou"),

@@ -32,6 +32,7 @@ import yaml
 
 from benchmarks import counts
 from benchmarks.ladder import KEPT_ERRORS, growing, rungs
+from benchmarks.live import LiveScript, let_torchvision_in
 from benchmarks.models import MODELS, model_folder, pairs_file
 from benchmarks.ours import Ours, make_config
 from benchmarks.peer import Peer, PeerSettings
@@ -42,6 +43,7 @@ from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import Drawn
 
 PUBLISHED = "peer as published"
+REPLICA = "replica of the peer"
 TUNED = "peer without checkpointing"
 OURS = "ours"
 KEPT = "ours, reference errors kept"
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser().parse_args(arguments)
     if a.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if a.peer is not None:
+        let_torchvision_in()
     with tempfile.TemporaryDirectory() as temporary:
         Benchmark(a, a.work or Path(temporary)).run()
 
@@ -114,11 +118,9 @@ class Benchmark:
         steps: dict[str, Callable[[], None]] = {}
         closing = []
         if self.has_peer:
-            for name, checkpointing in ((PUBLISHED, True), (TUNED, False)):
-                if self.a.peer and name != PUBLISHED:
-                    continue  # the script keeps global state; its tuned form is a run of its own
+            for name in self.peers():
                 begun = time.perf_counter()
-                contender = self.peer(checkpointing)
+                contender = self.peer(name)
                 self.before[name] = time.perf_counter() - begun
                 closing.append(getattr(contender, "close", lambda: None))
                 steps[name] = contender.step
@@ -134,6 +136,12 @@ class Benchmark:
                 if self.device.type == "cpu":
                     ratios[f"{own} against {name}, in CPU time"] = processor_ratio(timed[name], timed[own])
         return rows, ratios
+
+    def peers(self) -> tuple[str, ...]:
+        """The peer's rows. The script keeps global state, so it has one; its replica can be tuned beside it."""
+        if self.a.peer is None:
+            return PUBLISHED, TUNED
+        return (PUBLISHED, REPLICA, TUNED) if self.a.replica else (PUBLISHED,)
 
     @property
     def has_peer(self) -> bool:
@@ -187,21 +195,19 @@ class Benchmark:
             )
         return ours
 
-    def peer(self, checkpointing: bool) -> Any:
-        """The peer's script or its replica."""
+    def peer(self, name: str) -> Any:
+        """The peer's script or its replica, for a row of this name."""
         a = self.a
         settings = PeerSettings(
             resolution=self.resolution,
             train_batch_size=a.pairs,
             rank=a.rank,
             learning_rate=1e-5,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=name != TUNED,
             mixed_precision=a.mixed_precision,
         )
-        if a.peer is None:
+        if a.peer is None or name != PUBLISHED:
             return Peer(self.folder, self.data, settings, self.device)
-        from benchmarks.live import LiveScript
-
         return LiveScript(a.peer, self.folder, self.data, self.work / "peer", settings)
 
     def row(self, name: str, timed: Timed, step: Callable[[], None], ours: Ours) -> Row:
@@ -230,9 +236,14 @@ class Benchmark:
             useful_flops=counts.useful_flops(rows, network["flops"]),
             floor_bytes=counts.least_bytes(unet, rows, network["kept"], pairs, calls),
             before_seconds=self.before.get(name, 0.0),
-            largest_part="{}, {:.0%}".format(*parts(step, self.device)[0]),
+            largest_part=_largest(parts(step, self.device)),
             kernels=kernels(step, self.device, ATTENTION),
         )
+
+
+def _largest(found: list[tuple[str, float]]) -> str:
+    """The largest kind of operator; a script's thread is not seen by the profiler of a CPU."""
+    return "{}, {:.0%}".format(*found[0]) if found else "-"
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -258,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", dest="settings", type=setting, action="append", default=[], metavar="section.key=value",
                    help="a setting of our config, e.g. a lever")  # fmt: skip
     p.add_argument("--peer", type=Path, help="diffusers' train_diffusion_dpo_sdxl.py; default: the replica")
+    p.add_argument("--replica", action="store_true", help="with --peer: its replica too, as published and tuned")
     p.add_argument("--ladder", action="store_true", help="our levers, one more at a time")
     p.add_argument("--growth", action="store_true", help="ours at growing batches, pictures and caches")
     p.add_argument("--records", type=int, nargs="*", default=[100, 1000, 10000],
