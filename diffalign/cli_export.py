@@ -8,7 +8,9 @@ from pathlib import Path
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Run, target, file and base."""
-    parser.add_argument("run", help="output_dir of a run, a checkpoint in it, a LoRA file or a unet folder")
+    parser.add_argument(
+        "tuned", metavar="RUN", help="output_dir of a run, a checkpoint in it, a LoRA file or a unet folder"
+    )
     parser.add_argument(
         "--to", required=True, choices=("kohya", "single-file"), help="a LoRA in kohya's layout, or a full checkpoint"
     )
@@ -27,6 +29,6 @@ def export(args: argparse.Namespace) -> None:
 
     write, dtype = (export_kohya, "fp32") if args.to == "kohya" else (export_single_file, "fp16")
     dtype = args.dtype or dtype
-    written = write(args.run, args.out, base=args.base, dtype=dtype, overwrite=args.overwrite)
+    written = write(args.tuned, args.out, base=args.base, dtype=dtype, overwrite=args.overwrite)
     what = "a LoRA in kohya's layout" if args.to == "kohya" else "UNet, VAE and text encoders in one file"
     print(f"{written}: {what}, {dtype}, {written.stat().st_size / 2**20:.1f} MiB")

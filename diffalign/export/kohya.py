@@ -4,7 +4,7 @@
     lora_unet_<module, dots as underscores>.lora_up.weight      B
     lora_unet_<module, dots as underscores>.alpha               a number; the update is (alpha / rank) · B A
 
-sd-scripts trains SDXL on the original UNet and SD on diffusers', so that modules have the names of the one or the other.
+sd-scripts trains SDXL on the original UNet and SD on diffusers', so modules have the names of the one or the other.
 """
 
 from __future__ import annotations

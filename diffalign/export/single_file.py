@@ -65,7 +65,9 @@ def check_released(base: Base) -> None:
             f"the VAE of {base.source!r} is an {type(vae).__name__}; a single file holds the AutoencoderKL of SD and "
             "SDXL and no other. This model stays a diffusers folder with its tuned weights beside it"
         )
-    different = {key: vae.config.get(key) for key, value in _RELEASED_VAE.items() if vae.config.get(key, value) != value}
+    different = {
+        key: vae.config.get(key) for key, value in _RELEASED_VAE.items() if vae.config.get(key, value) != value
+    }
     if vae.config.scaling_factor != _SCALING[name]:
         different["scaling_factor"] = vae.config.scaling_factor
     if different:
