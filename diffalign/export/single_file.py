@@ -71,9 +71,10 @@ def check_released(base: Base) -> None:
     if vae.config.scaling_factor != _SCALING[name]:
         different["scaling_factor"] = vae.config.scaling_factor
     if different:
+        found = ", ".join(f"{key} = {value}" for key, value in different.items())
         raise ExportError(
-            f"the VAE of {base.source!r} has {', '.join(f'{k} = {v}' for k, v in different.items())}; who reads a single "
-            f"file takes it for {name.upper()}'s ({_SCALING[name]}, {_RELEASED_VAE}), and would decode wrongly"
+            f"the VAE of {base.source!r} has {found}; who reads a single file takes it for {name.upper()}'s "
+            f"(scaling_factor = {_SCALING[name]}, {_RELEASED_VAE}), and would decode wrongly"
         )
     terminal = bool(base.scheduler_config.get("rescale_betas_zero_snr"))
     released = NoiseSchedule.from_config(_SCHEDULE | {"rescale_betas_zero_snr": terminal})

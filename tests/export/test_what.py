@@ -50,7 +50,7 @@ def test_a_unet_folder_finds_the_settings_beside_it(model: Model, tmp_path: Path
 
 
 def test_without_settings_a_merge_says_its_base_and_else_the_user_must(run: Path) -> None:
-    with pytest.raises(ModelError, match="says which base .* give it with --base"):
+    with pytest.raises(ModelError, match=r"says which base .* give it with --base"):
         find_what(run)
     assert find_what(run, "the/base").base.pretrained_model_name_or_path == "the/base"
     (run / "merge.json").write_text(json.dumps({"base": "merged/base", "parts": []}))
