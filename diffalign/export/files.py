@@ -29,6 +29,7 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    dtype: torch.dtype | None = None  # None: the file's
 
 
 def check_out(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
@@ -37,14 +38,15 @@ def check_out(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
         raise ExportError(f"--out {out}: give a file that ends in .safetensors; nothing is pickled here")
     if out.is_dir():
         raise ExportError(f"--out {out} is a folder; give a file in it, e.g. {out / 'tuned.safetensors'}")
-    if any(out.resolve() == source.resolve() for source in sources):
+    target = out.resolve()
+    if target.exists() and {path.resolve() for path in sources} & {target, *target.parents}:
         raise ExportError(f"--out {out} is one of the files that would be read; give another name")
     if out.exists() and not overwrite:
         raise ExportError(f"--out {out} exists; give another name, or --overwrite to replace it")
 
 
 def write_entries(out: Path, entries: Sequence[Entry], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    """Write the entries in `dtype` to `out`, each made, cast, written and let go before the next is made.
+    """Write the entries to `out`, in `dtype` unless they have their own, each let go before the next is made.
 
     Raises ExportError for values that are not finite in that dtype and for two tensors of one name; then, as after
     any other error, `out` is as it was.
@@ -53,25 +55,27 @@ def write_entries(out: Path, entries: Sequence[Entry], dtype: torch.dtype, metad
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ExportError(f"{len(twice)} names would be given twice, e.g. {twice[0]}")
+    # the wider first: readers take a tensor's bytes where they lie, and must find them aligned
+    placed = sorted(((e, e.dtype or dtype) for e in entries), key=lambda pair: -pair[1].itemsize)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
         with open(partial, "wb") as file:
-            header = json.dumps(_header(entries, dtype, metadata), ensure_ascii=False).encode()
+            header = json.dumps(_header(placed, metadata), ensure_ascii=False).encode()
             header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8, as the format's own writer has it
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
-            for entry in entries:
-                file.write(_bytes(entry, dtype))
+            for entry, own in placed:
+                file.write(_bytes(entry, own))
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _header(entries: Sequence[Entry], dtype: torch.dtype, metadata: Mapping[str, str]) -> dict[str, object]:
+def _header(placed: Sequence[tuple[Entry, torch.dtype]], metadata: Mapping[str, str]) -> dict[str, object]:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for entry in entries:
+    for entry, dtype in placed:
         start, end = end, end + prod(entry.shape) * dtype.itemsize
         header[entry.name] = {"dtype": _CODES[dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     return header

@@ -56,7 +56,7 @@ def export_kohya(
     entries = []
     for name, down, up, alpha in modules:
         entries += [_entry(f"{name}.lora_down.weight", down), _entry(f"{name}.lora_up.weight", up)]
-        entries.append(_entry(f"{name}.alpha", torch.tensor(alpha)))
+        entries.append(Entry(f"{name}.alpha", (), lambda alpha=alpha: torch.tensor(alpha), torch.float32))
     ranks = {down.shape[0] for _, down, _, _ in modules}
     alphas = {alpha for _, _, _, alpha in modules}
     write_entries(out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | what.provenance())

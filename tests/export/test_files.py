@@ -31,8 +31,11 @@ def test_safetensors_reads_what_was_written(tmp_path: Path, dtype: torch.dtype) 
         "naïve.weight": torch.ones(1),
     }
     file = tmp_path / "new folder" / "x.safetensors"
-    write_entries(file, [entry(name, value) for name, value in values.items()], dtype, {"said": "ü"})
+    entries = [entry(name, value) for name, value in values.items()]
+    entries.append(Entry("wide", (1,), lambda: torch.tensor([1e-30]), torch.float32))
+    write_entries(file, entries, dtype, {"said": "ü"})
     found = load_file(file)
+    assert found.pop("wide").item() == torch.tensor(1e-30).item()
     assert found.keys() == values.keys()
     assert all(torch.equal(found[name], value.to(dtype)) for name, value in values.items())
     with safe_open(file, framework="pt") as opened:
@@ -89,6 +92,9 @@ def test_where_a_file_may_go(tmp_path: Path) -> None:
         check_out(tmp_path / "x.ckpt", overwrite=False)
     with pytest.raises(ExportError, match="one of the files that would be read"):
         check_out(tmp_path / "x" / ".." / "source.safetensors", overwrite=True, sources=[source])
+    with pytest.raises(ExportError, match="one of the files that would be read"):
+        check_out(there, overwrite=True, sources=[tmp_path])
+    check_out(tmp_path / "new.safetensors", overwrite=True, sources=[tmp_path])
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         check_out(tmp_path / "folder.safetensors", overwrite=True)
