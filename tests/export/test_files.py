@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_safetensors_reads_what_was_written(tmp_path: Path, dtype: torch.dtype) 
         "double": torch.randn(2, 1, 3, 3, generator=generator, dtype=torch.float64),
         "number": torch.tensor(2.5),
         "mark": torch.zeros(0),
-        "naïve.weight": torch.ones(1),
+        "naïve.weight": torch.ones(2),
     }
     file = tmp_path / "new folder" / "x.safetensors"
     entries = [entry(name, value) for name, value in values.items()]
@@ -41,6 +42,12 @@ def test_safetensors_reads_what_was_written(tmp_path: Path, dtype: torch.dtype) 
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "said": "ü"}
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    widths = {"F32": 4, "F16": 2, "BF16": 2}
+    tensors = [(start + t["data_offsets"][0], widths[t["dtype"]]) for k, t in header.items() if k != "__metadata__"]
+    assert all(place % width == 0 for place, width in tensors)
 
 
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def test_a_model_of_the_released_depth_comes_back_whole(tmp_path: Path, family: 
         assert infer_diffusers_model_type(state) == kind
     expected = len(weights(ours)) - 4 * (0 if family == "sd" else 32 if family == "sdxl" else 23)  # qkv are joined
     assert len(state) == expected
+    attention = [
+        v.shape[2:] for k, v in state.items() if ".mid.attn_1." in k and k.endswith("weight") and ".norm." not in k
+    ]
+    assert attention == [(1, 1)] * 8  # of encoder and decoder: 1x1 convolutions in the released files
     prefixes = {"sdxl": "conditioner.embedders.1.model", "sd": "cond_stage_model.transformer"}
     assert any(key.startswith(prefixes.get(family, "cond_stage_model.model")) for key in state)
 
