@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign import __version__
 from diffalign.cli_arena import arena, arena_arguments
 from diffalign.cli_data import data, data_arguments
+from diffalign.cli_export import export, export_arguments
 from diffalign.cli_list import list_all, list_arguments
 from diffalign.cli_merge import merge, merge_arguments
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
     arena_arguments(command("arena", arena, "every objective on the embedded world: the leaderboard"))
     merge_arguments(command("merge", merge, "sum tuned weights: average, extrapolate, mix"))
+    export_arguments(command("export", export, "tuned weights as files for ComfyUI, A1111 and kohya's scripts"))
     data_arguments(command("data", data, "look at pairs, or write the embedded world's"))
 
     list_arguments(command("list", list_all, "objectives, sources, configs and scorers that come with the package"))

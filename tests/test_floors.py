@@ -39,6 +39,7 @@ SAME_ROOM = {
     "__main__": "cli",
     "cli_arena": "cli",
     "cli_data": "cli",
+    "cli_export": "cli",
     "cli_list": "cli",
     "cli_merge": "cli",
     "demo": "cli",

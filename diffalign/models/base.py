@@ -20,6 +20,7 @@ from diffalign.models.components import (
     load_text,
     load_unet,
     load_vae,
+    outline_unet,
     read_index,
 )
 from diffalign.models.family import Family, ModelError, TextEncoders
@@ -80,6 +81,35 @@ def load_base(
     if base.vae is not None:
         base.family = replace(base.family, default_resolution=_resolution(base))
     return base
+
+
+def outline_base(
+    pretrained_model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    single_file_config: str | None = None,
+) -> Base:
+    """What `load_base` gives without VAE and text encoders, and with a UNet of shapes alone (on the meta device).
+
+    Only configs are read, but for a single file, whose shapes are its weights'. Raises ModelError.
+    """
+    name = str(pretrained_model_name_or_path)
+    if is_single_file(name):
+        base = load_base(
+            name, prediction_type=prediction_type, vae_and_text=False, single_file_config=single_file_config
+        )
+        base.unet.to("meta")
+        return base
+    read_index(name, revision)
+    unet = outline_unet(name, Where(revision, variant, torch.float32))
+    scheduler_config = load_scheduler_config(name, revision)
+    if prediction_type is not None:
+        scheduler_config = scheduler_config | {"prediction_type": prediction_type}
+    check_unet(unet, name)
+    schedule = NoiseSchedule.from_config(scheduler_config)
+    return Base(_family(unet, name), unet, schedule, scheduler_config, None, None, name)
 
 
 def hide_loading_bars() -> None:

@@ -58,6 +58,18 @@ def load_unet(source: str, where: Where) -> nn.Module:
     return where.load(UNet2DConditionModel, source, "unet", torch_dtype=where.dtype)
 
 
+def outline_unet(source: str, where: Where) -> nn.Module:
+    """The UNet of a pipeline as its config describes it, without weights, on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    try:
+        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=where.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(_why_no_weights(source, "unet", where.variant, error)) from error
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
 def load_vae(source: str, subfolder: str | None, where: Where) -> nn.Module:
     """The autoencoder in `source[/subfolder]`, of the class its config names."""
     return where.load(_vae_class(source, subfolder, where), source, subfolder, torch_dtype=where.dtype)

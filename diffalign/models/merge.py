@@ -65,6 +65,21 @@ def merge_into(unet: nn.Module, parts: Parts) -> None:
     _merge_into(unet, _found(parts))
 
 
+def lora_updates(unet: nn.Module, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
+    from peft.utils.other import get_pattern_key
+
+    check_lora_fits(file, unet)
+    config, state = read_lora(file, unet)
+    patterns = config.alpha_pattern or {}
+    for key, down in state.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removesuffix(".lora_A.weight")
+        alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
+        yield name, down, state[f"{name}.lora_B.weight"], alpha / down.shape[0]
+
+
 def _found(parts: Parts) -> list[tuple[Tuned, float]]:
     if not parts:
         raise ModelError("nothing to merge: give at least one PATH=WEIGHT")
@@ -82,7 +97,7 @@ def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple
 
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for tuned, weight in found:
-        for name, down, up, scale in _updates(unet, tuned.path):
+        for name, down, up, scale in lora_updates(unet, tuned.path):
             parts.setdefault(name, []).append((down, (weight * scale * up.double()).float()))
     state = {}
     for name, sides in parts.items():
@@ -104,7 +119,7 @@ def _merge_into(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> None:
     total = {name: (1.0 - full) * p.double() for name, p in unet.named_parameters()}
     for tuned, weight in found:
         if tuned.kind == "lora":
-            for name, down, up, scale in _updates(unet, tuned.path):
+            for name, down, up, scale in lora_updates(unet, tuned.path):
                 place = total[f"{name}.weight"]
                 place += weight * scale * (up.double().flatten(1) @ down.double().flatten(1)).view_as(place)
         else:
@@ -113,18 +128,3 @@ def _merge_into(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> None:
                 total[name] += weight * p.double()
     for name, p in unet.named_parameters():
         p.copy_(total[name])
-
-
-def _updates(unet: nn.Module, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
-    from peft.utils.other import get_pattern_key
-
-    check_lora_fits(file, unet)
-    config, state = read_lora(file, unet)
-    patterns = config.alpha_pattern or {}
-    for key, down in state.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removesuffix(".lora_A.weight")
-        alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
-        yield name, down, state[f"{name}.lora_B.weight"], alpha / down.shape[0]

@@ -9,11 +9,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from diffalign.export.layout import model_entries
 from diffalign.models.base import load_base
 from diffalign.models.family import ModelError
-from diffalign.models.saving import load_pipeline
 from tests.models.conftest import Model
-from tests.models.ldm import single_file_state
 from tests.tiny import make_tiny
 
 
@@ -29,6 +28,12 @@ def edit(path: Path, **changes) -> None:
 def same_weights(a, b) -> bool:
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def single_file_state(base) -> dict[str, torch.Tensor]:
+    """A base's weights under the names of single-file checkpoints; tests/export has their own tests."""
+    entries = model_entries(base, base.unet.state_dict().__getitem__)
+    return {entry.name: entry.make().contiguous() for entry in entries}
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ def test_force_zeros_for_empty_prompt_is_read(folder: Path, forces: bool):
 
 def test_single_file_holds_the_same_model(model: Model, tmp_path: Path):
     file = tmp_path / "model.safetensors"
-    save_file(single_file_state(load_pipeline(str(model.folder))), file)
+    save_file(single_file_state(model.base), file)
     base = load_base(str(file), single_file_config=str(model.folder))
     assert base.family == model.base.family
     assert base.scheduler_config == model.base.scheduler_config
@@ -120,7 +125,7 @@ def test_single_file_holds_the_same_model(model: Model, tmp_path: Path):
 def test_v_prediction_markers_of_a_single_file_are_believed(models, tmp_path: Path):
     model, file = models["sdxl"], tmp_path / "model.safetensors"
     markers = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
-    save_file(single_file_state(load_pipeline(str(model.folder))) | markers, file)
+    save_file(single_file_state(model.base) | markers, file)
     base = load_base(str(file), single_file_config=str(model.folder), vae_and_text=False)
     assert base.schedule.prediction_type == "v_prediction"
     assert base.schedule.alphas_cumprod[-1] == 0

@@ -1,0 +1,97 @@
+"""A LoRA in the layout of kohya's sd-scripts, which ComfyUI, A1111 and diffusers read.
+
+    lora_unet_<module, dots as underscores>.lora_down.weight    A
+    lora_unet_<module, dots as underscores>.lora_up.weight      B
+    lora_unet_<module, dots as underscores>.alpha               a number; the update is (alpha / rank) · B A
+
+sd-scripts trains SDXL on the original UNet and SD on diffusers', so modules have the names of the one or the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.export.files import DTYPES, Entry, check_out, write_entries
+from diffalign.export.names import ExportError, unet_module
+from diffalign.export.what import find_what
+from diffalign.models.base import Base, outline_base
+from diffalign.models.merge import lora_updates
+
+_SAI = "https://github.com/Stability-AI/generative-models"
+_COMPVIS = "https://github.com/CompVis/stable-diffusion"
+# cross-attention width -> what kohya calls the released base, and modelspec its architecture and implementation
+_RELEASED = {
+    ("sdxl", 2048): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _SAI),
+    ("sd", 768): ("sd_v1", "stable-diffusion-v1/lora", _COMPVIS),
+    ("sd", 1024): ("sd_v2", "stable-diffusion-v2/lora", "https://github.com/Stability-AI/stablediffusion"),
+}
+_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def export_kohya(
+    run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "fp32", overwrite: bool = False
+) -> Path:
+    """Write the LoRA at `run` to the file `out` in kohya's layout; returns `out`.
+
+    `base`: `find_what`. Only the base's configs are read, not its weights, unless it is a single file. `dtype` is fp32,
+    in which LoRA weights are trained and which loses nothing, fp16 or bf16. Raises ExportError, ModelError and, for
+    settings that this release cannot read, ConfigError; all are ValueErrors.
+    """
+    out = Path(out)
+    what = find_what(run, base)
+    if what.tuned.kind != "lora":
+        raise ExportError(
+            f"{what.tuned.path} is a full UNet, which is no LoRA; export it with --to single-file, or train with "
+            "tuning.method=lora"
+        )
+    check_out(out, overwrite, [what.tuned.path])
+    outline = outline_base(**what.base_arguments())
+    modules = [
+        (kohya_module(name, outline), down, up, scale * down.shape[0])
+        for name, down, up, scale in lora_updates(outline.unet, what.tuned.path)
+    ]
+    entries = []
+    for name, down, up, alpha in modules:
+        entries += [_entry(f"{name}.lora_down.weight", down), _entry(f"{name}.lora_up.weight", up)]
+        entries.append(Entry(f"{name}.alpha", (), lambda alpha=alpha: torch.tensor(alpha), torch.float32))
+    ranks = {down.shape[0] for _, down, _, _ in modules}
+    alphas = {alpha for _, _, _, alpha in modules}
+    write_entries(out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | what.provenance())
+    return out
+
+
+def kohya_module(name: str, base: Base) -> str:
+    """sd-scripts' name of a module of the base's UNet, by diffusers' name; raises ExportError where it has none."""
+    original = unet_module(name, base.unet.config) if base.family.name == "sdxl" else name
+    return f"lora_unet_{original.replace('.', '_')}"
+
+
+def kohya_metadata(base: Base, ranks: set[int], alphas: set[float], title: str) -> dict[str, str]:
+    """What sd-scripts writes of a network, as far as it is known here; `Dynamic` where modules differ, as in its own.
+
+    The base's version and the modelspec block are for bases of a released architecture only: A1111 sorts LoRA files
+    by them. A field that would be a guess (of data, hashes, thumbnails) is left out.
+    """
+    said = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": f"{min(ranks)}" if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic",
+        "ss_output_name": title,
+    }
+    released = _RELEASED.get((base.family.name, base.unet.config.cross_attention_dim))
+    if released is None:
+        return said
+    version, architecture, implementation = released
+    said |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+    said |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
+    said |= {"modelspec.implementation": implementation, "modelspec.title": title}
+    if base.schedule.prediction_type in _PREDICTION:
+        said["modelspec.prediction_type"] = _PREDICTION[base.schedule.prediction_type]
+    return said
+
+
+def _entry(name: str, value: Tensor) -> Entry:
+    return Entry(name, tuple(value.shape), lambda: value)

@@ -1,0 +1,129 @@
+"""A tuned model in one file: the UNet with its LoRA merged or as it was tuned, the base's VAE and text encoders.
+
+Who reads such a file takes everything that is no weight for what the released models have. A base that has it
+otherwise (another noise schedule, another scaling of latents, predictions of x0) is refused: the file would open, and
+its pictures would be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.export.files import DTYPES, check_out, write_entries
+from diffalign.export.layout import model_entries
+from diffalign.export.names import ExportError
+from diffalign.export.what import find_what
+from diffalign.models.base import Base, load_base
+from diffalign.models.merge import lora_updates
+from diffalign.models.saving import Tuned
+
+_SCALING = {"sd": 0.18215, "sdxl": 0.13025}  # latents are multiplied by it; a constant in every reader
+_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_RELEASED_VAE: dict[str, Any] = {
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def export_single_file(
+    run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "fp16", overwrite: bool = False
+) -> Path:
+    """Write the model tuned by `run` to the file `out` in the original layout of SD or SDXL; returns `out`.
+
+    `base`: `find_what`. A LoRA is merged in float64 and rounded once, to `dtype`: fp16, bf16 or fp32. In memory are
+    the base in float32 and one tensor. Raises ExportError, ModelError and, for settings that this release cannot read,
+    ConfigError; all are ValueErrors.
+    """
+    out = Path(out)
+    what = find_what(run, base)
+    name = what.base.pretrained_model_name_or_path
+    check_out(out, overwrite, [what.tuned.path, Path(name)])
+    vae = what.base.pretrained_vae_model_name_or_path
+    loaded = load_base(**what.base_arguments(), pretrained_vae_model_name_or_path=vae)
+    check_released(loaded)
+    entries = model_entries(loaded, tuned_weights(loaded.unet, what.tuned))
+    write_entries(out, entries, DTYPES[dtype], what.provenance())
+    return out
+
+
+def check_released(base: Base) -> None:
+    """Raises ExportError for a base with something a single file cannot say: VAE, its scaling, noise, prediction."""
+    vae, name = base.vae, base.family.name
+    if type(vae).__name__ != "AutoencoderKL":
+        raise ExportError(
+            f"the VAE of {base.source!r} is an {type(vae).__name__}; a single file holds the AutoencoderKL of SD and "
+            "SDXL and no other. This model stays a diffusers folder with its tuned weights beside it"
+        )
+    different = {
+        key: vae.config.get(key) for key, value in _RELEASED_VAE.items() if vae.config.get(key, value) != value
+    }
+    if vae.config.scaling_factor != _SCALING[name]:
+        different["scaling_factor"] = vae.config.scaling_factor
+    if different:
+        found = ", ".join(f"{key} = {value}" for key, value in different.items())
+        raise ExportError(
+            f"the VAE of {base.source!r} has {found}; who reads a single file takes it for {name.upper()}'s "
+            f"(scaling_factor = {_SCALING[name]}, {_RELEASED_VAE}), and would decode wrongly"
+        )
+    terminal = bool(base.scheduler_config.get("rescale_betas_zero_snr"))
+    released = NoiseSchedule.from_config(_SCHEDULE | {"rescale_betas_zero_snr": terminal})
+    ours = base.schedule.alphas_cumprod
+    if ours.shape != released.alphas_cumprod.shape or not torch.allclose(ours, released.alphas_cumprod, rtol=1e-6):
+        raise ExportError(
+            f"{base.source!r} was trained on another noise schedule than SD and SDXL ({_SCHEDULE}), and a single file "
+            "cannot say so: its pictures would be wrong"
+        )
+    if base.schedule.prediction_type == "sample":
+        raise ExportError(f"{base.source!r} predicts x0 (prediction_type: sample), for which a single file has no mark")
+
+
+def tuned_weights(unet: nn.Module, tuned: Tuned) -> Callable[[str], Tensor]:
+    """The tuned UNet's weights by name, each read or merged when it is asked for; `unet` is the base's, unchanged.
+
+    Raises ModelError or ExportError for tuned weights that do not fit the base.
+    """
+    own = unet.state_dict()
+    if tuned.kind == "unet":
+        return _stored(tuned.path, own)
+    updates = {f"{name}.weight": update for name, *update in lora_updates(unet, tuned.path)}
+
+    def merged(name: str) -> Tensor:
+        if name not in updates:
+            return own[name]
+        down, up, scale = updates[name]
+        change = up.double().flatten(1) @ down.double().flatten(1)
+        return own[name].double() + scale * change.view_as(own[name])
+
+    return merged
+
+
+def _stored(folder: Path, own: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    """Weights of a UNet's folder, one file or several; loading them all would be a second UNet in memory."""
+    stored: dict[str, Any] = {}  # name -> the open file that has it
+    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        opened = safe_open(file, framework="pt")
+        for name in opened.keys():  # noqa: SIM118  not a dict, and no iterator
+            if name in stored:
+                raise ExportError(f"{folder} holds {name} twice, once in {file.name}; leave one set of files there")
+            shape = tuple(opened.get_slice(name).get_shape())
+            if name in own and shape != tuple(own[name].shape):
+                raise _unfit(folder, f"{name} is {shape} there, {tuple(own[name].shape)} in the base")
+            stored[name] = opened
+    if different := sorted(stored.keys() ^ own.keys()):
+        raise _unfit(folder, f"{different[0]} is on one side only")
+    return lambda name: stored[name].get_tensor(name)
+
+
+def _unfit(folder: Path, why: str) -> ExportError:
+    return ExportError(f"the tuned UNet in {folder} does not fit this base: {why}. Give the base it was tuned from")

@@ -1,0 +1,93 @@
+"""What is exported: the tuned weights at a path, and the base that they were tuned from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffalign
+from diffalign.config import Config, ModelSection, PreferenceModelConfig, load_config
+from diffalign.export.names import ExportError
+from diffalign.models.family import ModelError
+from diffalign.models.merge import MERGE_FILE
+from diffalign.models.saving import Tuned, find_tuned
+
+_CONFIG = "config.yaml"  # the settings that a run, and each of its checkpoints, keeps beside its weights
+
+
+@dataclass(frozen=True)
+class What:
+    """Tuned weights and the settings that load their base."""
+
+    tuned: Tuned
+    base: ModelSection
+    objective: str | None  # None where no config.yaml says what was trained
+
+    def base_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `load_base` and `outline_base`, besides the VAE's."""
+        names = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "single_file_config")
+        return {name: getattr(self.base, name) for name in names}
+
+    def provenance(self) -> dict[str, str]:
+        """Where the weights came from, for a file's metadata: keys of our own."""
+        said = {
+            "diffalign.version": diffalign.__version__,
+            "diffalign.tuned": str(self.tuned.path),
+            "diffalign.base": self.base.pretrained_model_name_or_path,
+        }
+        return said | ({"diffalign.objective": self.objective} if self.objective else {})
+
+
+def find_what(run: str | Path, base: str | None = None) -> What:
+    """The tuned weights at `run`, as `find_tuned` takes them, and their base: `base`, or the one that the run names.
+
+    A `base` stands for the run's own at another place: of the run's settings, VAE, prediction type and single-file
+    config stay, revision and variant go. Raises ExportError for weights no other program can use, for a checkpoint's
+    raw weights where the run keeps an average of them, and where nobody names the base.
+    """
+    config = _config(run)
+    if isinstance(config, PreferenceModelConfig):
+        raise ExportError(f"{run} trained a preference model, a judge and not a generator: there is nothing to export")
+    tuned = find_tuned(run)
+    if tuned.kind == "user":
+        raise ExportError(
+            f"{tuned.path} is user attention, a layer that no other program has; export covers LoRA and full tuning. "
+            "Pictures for a user: diffalign generate --users FILE --user ID"
+        )
+    named = tuned.path.samefile(run)  # the file or folder itself, not where a run has put it
+    if config is not None and config.training.ema_decay is not None and not named and _is_checkpoint(Path(run)):
+        raise ExportError(
+            f"{run} is a checkpoint of a run with EMA: its weights are the raw ones, and their average is only in the "
+            "state that resuming needs. Export the finished run, whose weights are the average; or the raw ones by "
+            f"naming them: {tuned.path}"
+        )
+    return What(tuned, _base(run, tuned, config, base), None if config is None else config.objective.name)
+
+
+def _config(run: str | Path) -> Config | PreferenceModelConfig | None:
+    path = Path(run)
+    for folder in (path, path.parent) if path.is_file() or (path / "config.json").is_file() else (path,):
+        if (folder / _CONFIG).is_file():
+            return load_config(folder / _CONFIG)
+    return None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "training_state.pt").is_file()
+
+
+def _base(run: str | Path, tuned: Tuned, config: Config | None, base: str | None) -> ModelSection:
+    merged = tuned.path.parent / MERGE_FILE
+    if config is not None:
+        moved = {} if base is None else {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
+        return config.model.model_copy(update=moved)
+    if base is None and merged.is_file():
+        base = json.loads(merged.read_text())["base"]
+    if base is None:
+        raise ModelError(
+            f"nothing at {run} says which base the weights were tuned from (no {_CONFIG} or {MERGE_FILE} beside "
+            f"{tuned.path}); give it with --base: a diffusers folder, a Hub id or one .safetensors file"
+        )
+    return ModelSection(pretrained_model_name_or_path=base)
