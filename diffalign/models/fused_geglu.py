@@ -42,7 +42,8 @@ class _Geglu(torch.autograd.Function):
         if projected.device.type != "meta":
             from diffalign.models import triton_geglu
 
-            triton_geglu.forward(projected, out)
+            with torch.cuda.device_of(projected):  # Triton launches on the current device
+                triton_geglu.forward(projected, out)
         ctx.save_for_backward(projected)
         return out
 
@@ -54,5 +55,6 @@ class _Geglu(torch.autograd.Function):
         if projected.device.type != "meta":
             from diffalign.models import triton_geglu
 
-            triton_geglu.backward(grad.contiguous(), projected, out)
+            with torch.cuda.device_of(projected):  # Triton launches on the current device
+                triton_geglu.backward(grad.contiguous(), projected, out)
         return out

@@ -54,7 +54,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         if x.device.type != "meta":
             from diffalign.models import triton_norm
 
-            triton_norm.forward(x, weight, bias, out, mean, rstd, eps, silu)
+            with torch.cuda.device_of(x):  # Triton launches on the current device
+                triton_norm.forward(x, weight, bias, out, mean, rstd, eps, silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.silu = silu
         return out
@@ -69,7 +70,8 @@ class _GroupNormSiLU(torch.autograd.Function):
             from diffalign.models import triton_norm
 
             grad = grad.contiguous(memory_format=NHWC)
-            triton_norm.backward(grad, x, weight, bias, mean, rstd, out, sums, ctx.silu)
+            with torch.cuda.device_of(x):  # Triton launches on the current device
+                triton_norm.backward(grad, x, weight, bias, mean, rstd, out, sums, ctx.silu)
         grad_weight = sums[:, 1].sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = sums[:, 0].sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
         return out, grad_weight, grad_bias, None, None, None, None

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS = 64  # of a tile: 128 bytes of bfloat16, and a divisor of all of SDXL's channels
+FORWARD_VALUES, BACKWARD_VALUES = 32, 16  # of a tensor in a thread's registers; the backward holds two tensors
 GROUP_VALUES, GROUP_WARPS = 1024, 4  # of tiles and channels that a group's kernel puts together at once
 
 
@@ -190,9 +191,9 @@ def rows_of(places: int) -> int:
     return 32 if places <= 1024 else 64 if places <= 4096 else 128
 
 
-def warps_of(rows: int, block: int) -> int:
-    """Warps of a tile: 32 values a thread."""
-    return max(rows * block // 1024, 1)
+def warps_of(rows: int, block: int, values: int) -> int:
+    """Warps of a tile with so many values of each tensor a thread."""
+    return max(rows * block // (32 * values), 1)
 
 
 def tiles_of(lanes: int) -> int:
@@ -200,12 +201,14 @@ def tiles_of(lanes: int) -> int:
     return max(GROUP_VALUES // lanes, 1)
 
 
-def _grid(x: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, int], dict[str, int]]:
+def _grid(
+    x: Tensor, groups: int, values: int
+) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, int], dict[str, int]]:
     """(grid over tiles, grid over groups, options of kernels over tiles, of kernels over groups)."""
     images, channels, height, width = x.shape
     rows, block = rows_of(height * width), min(CHANNELS, triton.next_power_of_2(channels))
     tiles = triton.cdiv(height * width, rows)
-    over_tiles = {"ROWS": rows, "BLOCK": block, "num_warps": warps_of(rows, block)}
+    over_tiles = {"ROWS": rows, "BLOCK": block, "num_warps": warps_of(rows, block, values)}
     lanes = triton.next_power_of_2(channels // groups)
     over_groups = {"COUNT": tiles, "TILES": tiles_of(lanes), "WIDTH": lanes, "num_warps": GROUP_WARPS}
     return (tiles, triton.cdiv(channels, block), images), (groups, images), over_tiles, over_groups
@@ -216,7 +219,7 @@ def forward(
 ) -> None:
     """Fills `out` "n c h w", `mean` and `rstd` "n g" float32. x and out are NHWC in memory."""
     channels, places, groups = x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]
-    tiles, over_groups, tile_options, group_options = _grid(x, groups)
+    tiles, over_groups, tile_options, group_options = _grid(x, groups, FORWARD_VALUES)
     partial = torch.empty((x.shape[0], tiles[0], 2, channels), dtype=torch.float32, device=x.device)
     width = channels // groups
     moments[tiles](x, partial, places, channels, **tile_options)
@@ -238,7 +241,7 @@ def backward(
 ) -> None:
     """Fills `out` "n c h w" with dL/dx and `sums` "n 2 c" float32 with each image's part of dL/dβ and dL/dγ."""
     channels, places, groups = x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]
-    tiles, over_groups, tile_options, group_options = _grid(x, groups)
+    tiles, over_groups, tile_options, group_options = _grid(x, groups, BACKWARD_VALUES)
     partial = torch.empty((x.shape[0], tiles[0], 2, channels), dtype=torch.float32, device=x.device)
     terms = torch.empty((x.shape[0], groups, 2), dtype=torch.float32, device=x.device)
     width = channels // groups

@@ -44,11 +44,13 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
         return {name: kind(name) for name in kernel.arg_names}
 
     for kernel in (triton_norm.moments, triton_norm.apply, triton_norm.slopes, triton_norm.input_slope):
+        two = "grad" in kernel.arg_names
+        values = triton_norm.BACKWARD_VALUES if two else triton_norm.FORWARD_VALUES
         for rows in TILE_ROWS:
             constants = {"ROWS": rows, "BLOCK": triton_norm.CHANNELS}
             if "SILU" in kernel.arg_names:
                 constants["SILU"] = True
-            yield kernel, types(kernel, constants), constants, triton_norm.warps_of(rows, triton_norm.CHANNELS)
+            yield kernel, types(kernel, constants), constants, triton_norm.warps_of(rows, triton_norm.CHANNELS, values)
     for kernel in (triton_norm.statistics, triton_norm.group_slopes):
         for width in WIDTHS:
             constants = {"COUNT": 128, "TILES": triton_norm.tiles_of(width), "WIDTH": width}
