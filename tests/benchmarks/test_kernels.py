@@ -38,8 +38,8 @@ def test_what_is_not_kept_is_what_the_layers_say(tiny_sdxl: Path, method: str) -
     """Under bfloat16 autocast, to the byte, from the sizes of the layers' answers.
 
     A norm with SiLU: torch keeps x and its own answer in float32, the kernels x in bfloat16: 6 bytes a value, or 8
-    where a convolution (the shortcut) keeps that x anyway. A transformer's norm: float32 x before, bfloat16 x now. gelu(g): 2
-    bytes. With LoRA only what comes after the first LoRA layer needs a slope at all.
+    where a convolution (the shortcut) keeps that x anyway. A transformer's norm: x in float32 before, in bfloat16 now.
+    gelu(g): 2 bytes. With LoRA only what comes after the first LoRA layer needs a slope at all.
     """
     from diffusers import UNet2DConditionModel
 
