@@ -132,15 +132,15 @@ def slopes(
     x, grad, mean, rstd, weight, bias, partial, places, channels, width, groups,
     SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a tile's places of dL/dy and of dL/dy · z, for each channel."""
+    """Sums over a tile's places of dL/dy and of dL/dy · z, for each channel; outside the image the slope is 0."""
     offsets, inside, channel, exists, image = _places(places, channels, ROWS, BLOCK)
     centre, scale, gamma, beta = _group(mean, rstd, weight, bias, channel, exists, width, groups)
     values = tl.load(x + image + offsets, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(grad + image + offsets, mask=inside, other=0.0).to(tl.float32)
     z, dy = _slope(values, dy, centre, scale, gamma, beta, SILU)
     tile = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 2 * channels
-    tl.store(partial + tile + channel, tl.sum(tl.where(inside, dy, 0.0), 0), mask=exists)
-    tl.store(partial + tile + channels + channel, tl.sum(tl.where(inside, dy * z, 0.0), 0), mask=exists)
+    tl.store(partial + tile + channel, tl.sum(dy, 0), mask=exists)
+    tl.store(partial + tile + channels + channel, tl.sum(dy * z, 0), mask=exists)
 
 
 @triton.jit
