@@ -7,9 +7,9 @@ Channels are neighbours in memory, and a group has 10 to 80 of them in SDXL: no 
 itself. So a program takes a tile of places and 64 channels, whatever their groups; what goes over places is summed per
 channel within the tile, tiles are put together per group by a second kernel, and a third goes over the tensor again.
 
-Deterministic: no atomics, every sum in one order, which depends on the image's size alone and neither on the batch nor
-on the device. Sums, statistics and SiLU are float32 whatever the tensors are. Variances are of differences from the
-tile's own mean, put together as in Chan et al. (1979): a large mean cancels nothing.
+Deterministic: no atomics, and an image's sums in one order, which depends on its size alone and not on the batch. Sums,
+statistics and SiLU are float32 whatever the tensors are. Variances are of differences from the tile's own mean, put
+together as in Chan et al. (1979): a large mean cancels nothing.
 
 Imports triton; `fused_norm.py` imports this module when a kernel is launched.
 """
