@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from diffalign.config_checks import (
+    can_fuse_kernels,
     can_have_a_reference,
     can_keep_errors,
     can_keep_trajectories,
@@ -39,7 +40,7 @@ Positive = Annotated[float, Field(gt=0)]
 # overriding one of these drops the file's other settings of the section
 # Settings that only a run with an objective has.
 OBJECTIVE_ONLY = {
-    "model": ("gradient_checkpointing", "compile", "channels_last"),
+    "model": ("gradient_checkpointing", "compile", "channels_last", "fused_kernels"),
     "data": (
         "cache_dir",
         "cache_variants",
@@ -78,6 +79,7 @@ class ModelSection(_Section):
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"  # true means full, false none
     compile: bool = False  # torch.compile of each transformer and resnet block
     channels_last: bool = False  # convolutions in NHWC
+    fused_kernels: bool = False  # Triton kernels for GroupNorm with SiLU, and GEGLU; needs channels_last
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -225,6 +227,8 @@ class Config(_Section):
                 "model.compile: a compiled block already makes its cheap activations again; use gradient_checkpointing "
                 "none, or full"
             )
+        if self.model.fused_kernels:
+            can_fuse_kernels(self.model)
         if training.optimizer == "adamw_bf16":
             can_train_in_bf16(self)
         if self.data.cache_variants > 1 and self.data.cache_dir is None:

@@ -44,6 +44,18 @@ def check_users(config: Any) -> None:
         raise ValueError("validation.user: is an id in data.users, and there is no such file")
 
 
+def can_fuse_kernels(model: Any) -> None:
+    """Raises ValueError for layouts that the kernels do not read, and for a compiler that fuses the same layers."""
+    if model.compile:
+        raise ValueError(
+            "model.fused_kernels: model.compile makes kernels of the same layers by itself; set one of the two to false"
+        )
+    if not model.channels_last:
+        raise ValueError(
+            "model.fused_kernels: the kernels read channels-last activations; set model.channels_last: true"
+        )
+
+
 def reference_batch_fits(config: Any) -> None:
     """A larger batch for the reference needs micro-batches to put together, and a reference that is asked."""
     training, size = config.training, config.training.reference_batch_size

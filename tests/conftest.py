@@ -21,6 +21,9 @@ from PIL import Image
 
 from diffalign.config import Config, parse_config
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; read when triton is imported, so before that
+
 torch.set_num_threads(1)  # small tensors: threads cost more than they give, and the tests run side by side
 
 ROOT = Path(__file__).parent.parent

@@ -55,6 +55,7 @@ ONLY_IN = {
     "transformers": {"models", "world", "evaluation", "rewards", "training/optim.py"},
     "peft": {"models"},
     "torchao": {"training/optim.py"},
+    "triton": {"models/triton_norm.py", "models/triton_geglu.py"},
     "accelerate": {"training", "cli.py"},
     "datasets": {"data"},
     "pyarrow": {"data", "world"},

@@ -10,7 +10,18 @@ import time
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
-HEAVY = ("diffusers", "transformers", "peft", "PIL", "pydantic", "datasets", "accelerate", "torchao", "pyarrow")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "peft",
+    "PIL",
+    "pydantic",
+    "datasets",
+    "accelerate",
+    "torchao",
+    "pyarrow",
+    "triton",
+)
 HELP_SECONDS = 60.0  # measured: 2 s, nearly all of it torch; far above, so that a busy machine does not fail it
 
 

@@ -29,6 +29,7 @@ from diffalign.models.base import vae_factor
 from diffalign.models.encoder import Encoder
 from diffalign.models.fingerprint import network_fingerprint
 from diffalign.models.former import Former
+from diffalign.models.fusing import kernels_by
 from diffalign.models.networks import Networks
 from diffalign.objectives.base import ask
 from diffalign.records import PairBatch
@@ -250,6 +251,7 @@ def _reference_errors(
 
 def _kernels(config: Config, device: torch.device) -> dict[str, Any]:
     """What decides how a forward rounds: kept errors must be those that the reference would give now."""
+    fused = kernels_by(device) if config.model.fused_kernels else None
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
@@ -259,4 +261,5 @@ def _kernels(config: Config, device: torch.device) -> dict[str, Any]:
         "attention": config.model.attention,
         "compile": config.model.compile,
         "channels_last": config.model.channels_last,
+        **({} if fused is None else {"fused_kernels": fused}),
     }

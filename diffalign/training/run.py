@@ -165,6 +165,7 @@ _FREE = {
     "model.attention",
     "model.compile",
     "model.channels_last",
+    "model.fused_kernels",
     "training.max_train_steps",
     "training.max_unet_forwards",
     "training.train_batch_size",

@@ -30,6 +30,7 @@ from diffalign.models.compiling import compile_blocks
 from diffalign.models.encoder import Encoder
 from diffalign.models.family import ModelError
 from diffalign.models.former import FormerCopy, make_former
+from diffalign.models.fusing import fuse_kernels
 from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, fuse_lora, load_lora, lora_layers
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
@@ -311,6 +312,8 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
         store_for_autocast(unet, autocast)
     if config.model.channels_last:
         unet.to(memory_format=torch.channels_last)
+    if config.model.fused_kernels:
+        fuse_kernels(unet, device)
     set_checkpointing(unet, config.model.gradient_checkpointing)
     return unet
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 EXACT = [
     {"model.gradient_checkpointing": "selective"},
     {"model.channels_last": True},
+    {"model.channels_last": True, "model.fused_kernels": True},
     {"training.optimizer": "adamw_bf16"},
     {"data.draws_per_pair": 2, "data.cache_reference_errors": True},
 ]
