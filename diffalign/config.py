@@ -355,7 +355,7 @@ def configs_by_objective() -> dict[str, list[str]]:
     for path, _ in packaged_configs():
         node = yaml.safe_load(path.read_text()).get("objective")
         if node is not None:
-            found.setdefault(node["name"], []).append(f"{path.parent.name}/{path.name}")
+            found.setdefault(node["name"], []).append(path.as_posix().rpartition("training_configs/")[2])
     return found
 
 
