@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peak import Peak
 from diffalign.config import Config
 from diffalign.training import eight_bit
 from diffalign.training.eight_bit import BLOCK, SMALL, EightBitAdamW, decode, dynamic_map, encode
@@ -167,6 +168,21 @@ def test_the_bytes_of_the_state() -> None:
     optimizer.step()
     assert size(optimizer.state[large]) == 64 * (2 * BLOCK + 2 * 4) == OPTIMIZER_BYTES["adamw_8bit_bf16"] * 64 * BLOCK
     assert size(optimizer.state[small]) == 8 * (SMALL - 1)
+
+
+def test_a_step_holds_a_few_copies_of_a_piece_however_large_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = 32 * BLOCK
+    monkeypatch.setattr(eight_bit, "PIECE", piece)
+    peaks = []
+    for pieces in (2, 16):
+        p = torch.nn.Parameter(torch.ones(pieces * piece, dtype=torch.bfloat16))
+        p.grad = torch.ones_like(p)
+        optimizer = EightBitAdamW([p], lr=1e-3)
+        optimizer.step()
+        with Peak() as peak:
+            optimizer.step()
+        peaks.append(peak.bytes)
+    assert peaks[0] == peaks[1] < 10 * 4 * piece
 
 
 def test_small_weights_are_updated_as_with_float32_moments() -> None:
