@@ -6,7 +6,7 @@
 Weights, gradients and optimiser states follow from the parameters. Activations are what the policy's forward of a
 micro-batch leaves for its backward (`diffalign.training.kept`); "backward" is what its peak holds beyond that, a
 checkpoint's second forward included (`benchmarks.peak`). The UNet computes as under CUDA's autocast to bfloat16: norms
-in float32, with their inputs' copies; attention is one fused kernel.
+in float32, with their inputs' copies; attention is one fused kernel; each picture has keys and values of its own.
 Not in these sums: CUDA's context, the allocator's fragments, kernels' workspaces, the second copy of one gradient where
 weights are float32. So a card needs more; `python -m benchmarks.memory_run` measures how much on one.
 """
