@@ -1,7 +1,7 @@
 """What the presets' steps take on a device, beside what is counted: random weights, a few steps of each.
 
-    python -m benchmarks.memory_run --model sdxl --out runs/memory_run               # on CUDA, of 80 GB for all rows
-    python -m benchmarks.memory_run --model tiny --device cpu --out runs/memory_run  # the same without figures
+    python -m benchmarks.memory_run --model sdxl                  # on CUDA, of 80 GB for all rows
+    python -m benchmarks.memory_run --model tiny --device cpu     # the same without figures
 
 Each preset runs as it is, but for weights, pairs and two micro-steps in a step: its encode cache is filled, kept errors
 are made, then steps are taken. On CUDA the allocator may take no more than the preset's card has, less what a CUDA
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--model", choices=("tiny", "small", "sdxl"), default="tiny")
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--work", type=Path, help="folder for models, pairs and caches, kept; default: a temporary one")
-    p.add_argument("--out", type=Path, required=True, help="folder of memory_run.json and memory_run.md")
+    p.add_argument("--out", type=Path, default=Path("runs/memory_run"), help="OUT.json and OUT.md")
     a = p.parse_args(arguments)
     device, resolution, rows = torch.device(a.device), MODELS[a.model], []
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,12 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 torch.cuda.empty_cache()
     named = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     facts = {"device": named, "model": a.model, "resolution": resolution, "steps": a.steps}
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "memory_run.json").write_text(
-        json.dumps({**facts, "rows": rows, "environment": environment()}, indent=2) + "\n"
-    )
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {**facts, "rows": rows, "environment": environment()}
+    a.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     text = f"{a.model} at {resolution} px on {named}, GB of 10^9 bytes\n\n" + table(HEAD, [_cells(row) for row in rows])
-    (a.out / "memory_run.md").write_text(text)
+    a.out.with_suffix(".md").write_text(text)
     print(text)
 
 

@@ -148,7 +148,7 @@ def test_what_is_not_counted_is_refused(tmp_path: Path) -> None:
 def test_the_command_on_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = [str(PRESETS["dpo_full_24gb"]), "--model", "tiny", "--device", "cpu", "--steps", "1"]
     main([*short, "--out", str(tmp_path / "out")])
-    (row,) = json.loads((tmp_path / "out/memory_run.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (row["preset"], row["allocated"], row["fits"]) == ("dpo_full_24gb", None, None)
     assert row["counted"]["sum"] > 0
     assert row["seconds"] > 0
