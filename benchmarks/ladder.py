@@ -55,6 +55,12 @@ def ladder(pairs: int) -> tuple[Lever, ...]:
             tunings=("full",),
             precisions=("bf16",),
         ),
+        Lever(
+            "the same, moments of 8 bits",
+            {"training.optimizer": "adamw_8bit_bf16"},
+            tunings=("full",),
+            precisions=("bf16",),
+        ),
     )
 
 

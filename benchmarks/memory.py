@@ -1,11 +1,14 @@
-"""What SDXL tuning keeps in memory, counted on `meta` tensors: no GPU, no weights, no figure that is a guess.
+"""What a run keeps in memory, counted from its config on `meta` tensors: no GPU, no weights, no figure that is a guess.
 
-    python benchmarks/memory.py --out runs/memory            # minutes on one core; writes memory.json and memory.md
+    python -m benchmarks.memory --out runs/memory                # the presets of training_configs/sdxl/memory; a minute
+    python -m benchmarks.memory my.yaml --out runs/memory        # any config with cached latents, SDXL's sizes
 
-Weights, gradients and optimiser states follow from the number of parameters; activations are the storages alive after
-the policy's forward of one picture (`diffalign.training.kept`), in bfloat16, with attention in one fused kernel.
-Not in these sums: the allocator's fragments, kernels' workspaces, the backward's own temporaries, CUDA's context. So a
-card needs more than this; how much more is to be measured on one.
+Weights, gradients and optimiser states follow from the parameters. Activations are what the policy's forward of a
+micro-batch leaves for its backward (`diffalign.training.kept`); "backward" is what its peak holds beyond that, a
+checkpoint's second forward included (`benchmarks.peak`). The UNet computes as under CUDA's autocast to bfloat16: norms
+in float32, with their inputs' copies; attention is one fused kernel; each picture has keys and values of its own.
+Not in these sums: CUDA's context, the allocator's fragments, kernels' workspaces, the second copy of one gradient where
+weights are float32. So a card needs more; `python -m benchmarks.memory_run` measures how much on one.
 """
 
 from __future__ import annotations
@@ -19,39 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.models.lora import add_lora
-from diffalign.models.memory import set_checkpointing
+from benchmarks.counts import meta_unet, unet_inputs
+from benchmarks.peak import Peak
+from diffalign.config import Config, ConfigError, load_config
+from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.training.kept import Kept
 from diffalign.training.plan import OPTIMIZER_BYTES
 from diffalign.training.run import environment
+from tests.gpu_models import SDXL_UNET
 
 GB = 1e9
-SDXL_UNET: dict[str, Any] = {  # as stabilityai published it
-    "sample_size": 128,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": (5, 10, 20),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "projection_class_embeddings_input_dim": 2816,
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-}
-# Name -> tuning, optimizer, checkpointing, kept reference errors.
-PRESETS: dict[str, tuple[str, str, str, bool]] = {
-    "LoRA, full checkpointing": ("lora", "adamw", "full", False),
-    "LoRA, no checkpointing": ("lora", "adamw", "none", False),
-    "all weights, adafactor, full checkpointing": ("full", "adafactor", "full", False),
-    "all weights, adamw_8bit, full checkpointing": ("full", "adamw_8bit", "full", False),
-    "all weights, adamw_bf16, kept reference errors, full checkpointing": ("full", "adamw_bf16", "full", True),
-    "all weights, adamw_bf16, full checkpointing": ("full", "adamw_bf16", "full", False),
-    "all weights, adamw, full checkpointing": ("full", "adamw", "full", False),
-    "all weights, adamw, kept reference errors, selective checkpointing": ("full", "adamw", "selective", True),
-    "all weights, adamw, selective checkpointing": ("full", "adamw", "selective", False),
-    "all weights, adamw, no checkpointing": ("full", "adamw", "none", False),
-}
+GIB = 2**30
+PRESETS = Path(__file__).parent.parent / "training_configs" / "sdxl" / "memory"
+VAE_FACTOR = 8  # pixels to a latent's place
 
 
 class FusedAttention:
@@ -74,76 +57,156 @@ class FusedAttention:
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(-2)))
 
 
-def sdxl(method: str, rank: int) -> nn.Module:
-    """SDXL's UNet without weights, bfloat16, trainable as the method says."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET)
-    if method == "lora":
-        unet.requires_grad_(False)
-        add_lora(unet, rank)
+def autocast_unet(unet_config: dict[str, Any], lora_rank: int | None) -> nn.Module:
+    """A UNet without weights that casts as CUDA's autocast to bfloat16 does: `meta` has none."""
+    unet = meta_unet(unet_config, lora_rank)
     unet.set_attn_processor(FusedAttention())
-    return unet.to(torch.bfloat16).train()
+    trained = [p.requires_grad for p in unet.parameters()]
+    store_for_autocast(unet.requires_grad_(False), torch.bfloat16)
+    for p, was in zip(unet.parameters(), trained, strict=True):
+        p.requires_grad_(was)
+    for layer in unet.modules():
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            layer.register_forward_pre_hook(_cast_to(torch.float32))
+        elif isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "base_layer"):
+            layer.register_forward_pre_hook(_cast_to(torch.bfloat16))
+    return unet
 
 
-def activations(unet: nn.Module, checkpointing: str, resolution: int) -> int:
-    """Bytes kept for the backward pass of one picture."""
-    side = resolution // 8
+def _cast_to(dtype: torch.dtype) -> Any:
+    return lambda layer, inputs: (inputs[0].to(dtype), *inputs[1:])
 
-    def blank(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    added = {"text_embeds": blank(1, 1280), "time_ids": blank(1, 6)}
-    t = torch.empty(1, dtype=torch.int64, device="meta")
+def activations(unet: nn.Module, checkpointing: str, pictures: int, side: int) -> tuple[int, int]:
+    """Bytes left for the backward pass of so many pictures, and at the peak of forward and backward.
+
+    Gradients are there before, as in every micro-step but the first.
+    """
     set_checkpointing(unet, checkpointing)  # type: ignore[arg-type]
-    with Kept() as kept:
-        out = unet(blank(1, 4, side, side), t, blank(1, 77, 2048), added_cond_kwargs=added, return_dict=False)[0]
-    del out
-    return kept.bytes
-
-
-def line(name: str, kept: dict[str, int], trained: int, frozen: int) -> dict[str, Any]:
-    """Bytes of a preset on one device; a pair is two pictures."""
-    method, optimizer, checkpointing, errors_kept = PRESETS[name]
-    weight = 2 if optimizer == "adamw_bf16" else 4
-    reference = 2 * trained if method == "full" and not errors_kept else 0
-    parts = {
-        "weights": weight * trained + 2 * frozen,
-        "casts": 2 * trained if method == "full" and weight == 4 else 0,
-        "reference": reference,
-        "gradients": weight * trained,
-        "optimizer": int(OPTIMIZER_BYTES[optimizer] * trained),
-        "activations of a pair": 2 * kept[f"{method} {checkpointing}"],
+    inputs = {
+        name: x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in unet_inputs(unet, pictures, side).items()
     }
-    return {"preset": name, **parts, "sum": sum(parts.values())}
+    for p in unet.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    with Kept() as kept:
+        out = unet(**inputs)[0]
+    del out
+    with Peak() as peak:
+        out = unet(**inputs)[0].float()
+        loss = out.square().mean()
+        del out
+        loss.backward()
+    return kept.bytes, peak.bytes
+
+
+def _sizes(unet: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: trained and frozen, those that autocast computes in half precision and others."""
+    sizes = dict.fromkeys(("trained half", "trained other", "frozen half", "frozen other"), 0)
+    for p in unet.parameters():
+        kind = "half" if p.dtype == torch.bfloat16 else "other"
+        sizes[f"{'trained' if p.requires_grad else 'frozen'} {kind}"] += p.numel()
+    return sizes
+
+
+def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a run on one device by what they are for. Raises ConfigError for what is not counted here."""
+    training, method = config.training, config.tuning.method
+    if config.data.cache_dir is None or config.validation.prompts:
+        raise ConfigError("counted are runs without VAE and text encoders: data.cache_dir and no validation.prompts")
+    if method == "user_attention" or training.mixed_precision != "bf16" or training.ema_decay or config.source:
+        raise ConfigError("counted are bf16 runs of LoRA or of all weights, without EMA and without a source")
+    unet = autocast_unet(unet_config, config.tuning.rank if method == "lora" else None)
+    n = _sizes(unet)
+    half = 2 if training.bf16_weights else 4  # of a trained weight that autocast computes in half precision
+    trained = half * n["trained half"] + 4 * n["trained other"]
+    asked = config.objective.needs_reference and not config.data.cache_reference_errors
+    pictures, side = 2 * training.train_batch_size, (config.data.resolution or 1024) // VAE_FACTOR
+    kept, peak = activations(unet, config.model.gradient_checkpointing, pictures, side)
+    parts = {
+        "weights": trained + 2 * n["frozen half"] + 4 * n["frozen other"],
+        "casts": 0 if training.bf16_weights else 2 * n["trained half"],
+        "reference": 2 * n["trained half"] + 4 * n["trained other"] if asked and method == "full" else 0,
+        "gradients": trained,
+        "states": int(OPTIMIZER_BYTES[training.optimizer] * (n["trained half"] + n["trained other"])),
+        "activations": kept,
+        "backward": peak - kept,
+    }
+    return {**parts, "sum": sum(parts.values())}
+
+
+def card_of(name: str) -> int | None:
+    """GB of the card that a preset's name ends in."""
+    last = name.rpartition("_")[2]
+    return int(last.removesuffix("gb")) if last.endswith("gb") and last[:-2].isdigit() else None
+
+
+def presets(paths: Sequence[Path] = ()) -> dict[str, Path]:
+    """Name -> file of the packaged presets, smallest card first; or of the files given."""
+    found = list(paths) or sorted(PRESETS.glob("*.yaml"), key=lambda path: card_of(path.stem) or 0)
+    return {path.stem: path for path in found}
+
+
+def line(name: str, config: Config, unet_config: dict[str, Any]) -> dict[str, Any]:
+    """A preset's row: its settings, its bytes ("states" are the optimiser's), the share of its card that is left."""
+    parts, card = count(config, unet_config), card_of(name)
+    return {
+        "preset": name,
+        "optimizer": config.training.optimizer,
+        "checkpointing": config.model.gradient_checkpointing,
+        "pairs": config.training.train_batch_size,
+        **parts,
+        "room": None if card is None else 1 - parts["sum"] / (card * GIB),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of this script."""
+    """Command line of this module."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("configs", nargs="*", type=Path, help="default: the presets of training_configs/sdxl/memory")
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--resolution", type=int, default=1024)
-    p.add_argument("--rank", type=int, default=16)
     a = p.parse_args(arguments)
-    kept: dict[str, int] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for method in ("lora", "full"):
-        unet = sdxl(method, a.rank)
-        numbers = [(x.numel(), x.requires_grad) for x in unet.parameters()]
-        sizes[method] = sum(n for n, t in numbers if t), sum(n for n, t in numbers if not t)
-        for checkpointing in ("none", "selective", "full"):
-            kept[f"{method} {checkpointing}"] = activations(unet, checkpointing, a.resolution)
-    lines = [line(name, kept, *sizes[preset[0]]) for name, preset in PRESETS.items()]
+    lines = [line(name, _run_config(path), SDXL_UNET) for name, path in presets(a.configs).items()]
+    pictures = {
+        f"{method} {checkpointing}": activations(autocast_unet(SDXL_UNET, rank), checkpointing, 1, 128)
+        for method, rank in (("lora", 8), ("full", None))
+        for checkpointing in ("none", "selective", "full")
+    }
     a.out.mkdir(parents=True, exist_ok=True)
-    found = {"resolution": a.resolution, "rank": a.rank, "activations of a picture": kept, "presets": lines}
+    found = {"activations of a picture of 1024 px, kept and at the peak": pictures, "presets": lines}
     (a.out / "memory.json").write_text(json.dumps({**found, "environment": environment()}, indent=2) + "\n")
-    head = list(lines[0])
-    rows = [[each["preset"], *(f"{each[key] / GB:.2f}" for key in head[1:])] for each in lines]
-    pictures = [[name, f"{size / GB:.2f}"] for name, size in kept.items()]
-    text = table(["activations of one picture", "GB"], pictures) + "\n" + table([*head[:-1], "sum, GB"], rows)
+    text = (
+        table(
+            ["one picture of 1024 px", "kept for the backward, GB", "at the peak, GB"],
+            [[name, *(f"{size / GB:.2f}" for size in sizes)] for name, sizes in pictures.items()],
+        )
+        + "\n"
+        + preset_table(lines)
+    )
     (a.out / "memory.md").write_text(text)
     print(text)
+
+
+def _run_config(path: Path) -> Config:
+    config = load_config(path)
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: a preference model's run is not counted here")
+    return config
+
+
+def preset_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Rows of presets, bytes in GB of 10^9, the room left on the card in percent of its GiB."""
+    head = list(lines[0])
+
+    def cell(key: str, value: Any) -> str:
+        if value is None:
+            return ""
+        if key == "room":
+            return f"{value:.0%}"
+        return str(value) if key in ("preset", "optimizer", "checkpointing", "pairs") else f"{value / GB:.2f}"
+
+    rows = [[cell(key, each[key]) for key in head] for each in lines]
+    return table([{"sum": "sum, GB", "room": "left of the card"}.get(key, key) for key in head], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -155,7 +155,7 @@ class TrainingSection(_Section):
     scale_lr: bool = False  # learning_rate × processes × accumulation × batch
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "adamw_8bit_bf16", "adafactor"] = "adamw"
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-2
@@ -174,6 +174,11 @@ class TrainingSection(_Section):
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
+
+    @property
+    def bf16_weights(self) -> bool:
+        """Whether the trained weights are bfloat16 themselves, without a float32 master."""
+        return self.optimizer in ("adamw_bf16", "adamw_8bit_bf16")
 
 
 class ValidationSection(_Section):
@@ -229,7 +234,7 @@ class Config(_Section):
             )
         if self.model.fused_kernels:
             can_fuse_kernels(self.model)
-        if training.optimizer == "adamw_bf16":
+        if training.bf16_weights:
             can_train_in_bf16(self)
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
             raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
@@ -287,8 +292,9 @@ class PreferenceModelConfig(_Section):
             idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
             if idle:
                 raise ValueError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
-        if self.training.optimizer == "adamw_bf16":
-            raise ValueError("training.optimizer: adamw_bf16 is for a base's UNet; use adamw for a preference model")
+        if self.training.bf16_weights:
+            name = self.training.optimizer
+            raise ValueError(f"training.optimizer: {name} is for a base's UNet; use adamw for a preference model")
         if self.training.mixed_precision == "fp16":
             raise ValueError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
         return self
@@ -353,7 +359,7 @@ def configs_by_objective() -> dict[str, list[str]]:
     for path, _ in packaged_configs():
         node = yaml.safe_load(path.read_text()).get("objective")
         if node is not None:
-            found.setdefault(node["name"], []).append(f"{path.parent.name}/{path.name}")
+            found.setdefault(node["name"], []).append(path.as_posix().rpartition("training_configs/")[2])
     return found
 
 

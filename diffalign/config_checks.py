@@ -118,14 +118,15 @@ def can_keep_errors(config: Any) -> None:
 
 def can_train_in_bf16(config: Any) -> None:
     """Weights without a float32 master: what they do not go with."""
+    name = config.training.optimizer
     if config.tuning.method != "full":
-        raise ValueError("training.optimizer: adamw_bf16 is for tuning.method: full; LoRA's weights are few, use adamw")
+        raise ValueError(f"training.optimizer: {name} is for tuning.method: full; LoRA's weights are few, use adamw")
     if config.training.mixed_precision != "bf16":
-        raise ValueError("training.optimizer: adamw_bf16 keeps weights in bfloat16; set mixed_precision: bf16")
+        raise ValueError(f"training.optimizer: {name} keeps weights in bfloat16; set mixed_precision: bf16")
     if config.training.ema_decay is not None:
         raise ValueError("training.ema_decay: an average in bfloat16 would stand still; use adamw, or no EMA")
     if config.source is not None and config.source.own_reference:
-        raise ValueError("training.optimizer: adamw_bf16 does not go with a source that keeps former policies")
+        raise ValueError(f"training.optimizer: {name} does not go with a source that keeps former policies")
 
 
 def usable_together(config: Any) -> None:

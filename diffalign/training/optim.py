@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import TrainingSection
+from diffalign.training.eight_bit import EightBitAdamW
 from diffalign.training.stochastic import StochasticAdamW
 
 FUSED = ("cuda", "cpu")  # devices with one kernel for the whole of Adam's update
@@ -20,10 +21,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The configured optimiser at learning rate `lr`.
 
-    adamw        torch's, fused where the parameters' device has it
-    adamw_8bit   torchao's AdamW with 8-bit state (extra `8bit`, CUDA)
-    adamw_bf16   AdamW with stochastic rounding, for weights that are bfloat16 (`stochastic.py`, seeded by `seed`)
-    adafactor    without scaled parameters or relative steps, as Diffusion-DPO's SDXL launcher uses it
+    adamw             torch's, fused where the parameters' device has it
+    adamw_8bit        torchao's AdamW with 8-bit state (extra `8bit`, CUDA)
+    adamw_bf16        AdamW with stochastic rounding, for weights that are bfloat16 (`stochastic.py`, seeded by `seed`)
+    adamw_8bit_bf16   the same with moments of 8 bits (`eight_bit.py`)
+    adafactor         without scaled parameters or relative steps, as Diffusion-DPO's SDXL launcher uses it
 
     Raises ImportError saying what to install, and ValueError where the device cannot run it.
     """
@@ -32,8 +34,9 @@ def make_optimizer(
     shared: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": training.adam_weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(params, **shared, eps=training.adam_epsilon, fused=params[0].device.type in FUSED)
-    if training.optimizer == "adamw_bf16":
-        return StochasticAdamW(params, **shared, eps=training.adam_epsilon, seed=seed)
+    if training.bf16_weights:
+        make = StochasticAdamW if training.optimizer == "adamw_bf16" else EightBitAdamW
+        return make(params, **shared, eps=training.adam_epsilon, seed=seed)
     if training.optimizer == "adamw_8bit":
         if not params[0].is_cuda:
             raise ValueError("training.optimizer: adamw_8bit needs a CUDA device; use adamw or adafactor here")

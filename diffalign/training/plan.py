@@ -21,6 +21,7 @@ OPTIMIZER_BYTES = {
     "adamw": 8.0,
     "adamw_8bit": 2.0,
     "adamw_bf16": 8.0,
+    "adamw_8bit_bf16": 2.0 + 2 * 4 / 256,  # two codes, and a share of two scales
     "adafactor": 4.0,
 }  # state per trained parameter, at most
 

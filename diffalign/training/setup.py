@@ -305,7 +305,7 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
     else:
         if tuning.reference is not None:
             merge_into(unet, [(tuning.reference, 1.0)])
-        if config.training.optimizer == "adamw_bf16":
+        if config.training.bf16_weights:
             store_for_autocast(unet, torch.bfloat16)  # while it is frozen: those become the trained weights
         unet.requires_grad_(True)
     if tuning.method != "full" and autocast is not None:

@@ -28,6 +28,24 @@ def round_stochastically(x: Tensor, generator: torch.Generator | None = None) ->
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
 
 
+def adamw_(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict[str, Any], generator: torch.Generator
+) -> None:
+    """AdamW's update number `step`, from 1, of p and of its float32 moments m and v, all in place.
+
+    group: lr, betas, eps and weight_decay. generator: rounds where p is bfloat16.
+    """
+    (beta1, beta2), g = group["betas"], grad.float()
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    scale = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
+    new = p.float() if p.dtype != torch.float32 else p
+    new.mul_(1 - group["lr"] * group["weight_decay"])
+    new.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**step))
+    if new is not p:
+        p.copy_(round_stochastically(new, generator))
+
+
 class StochasticAdamW(torch.optim.Optimizer):
     """torch's AdamW (decoupled decay, bias correction) for weights of which some are bfloat16."""
 
@@ -64,24 +82,18 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         state["step"] += 1
-        step, (beta1, beta2), g = state["step"], group["betas"], grad.float()
-        state["exp_avg"].lerp_(g, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        scale = (state["exp_avg_sq"].sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        new = p.float() if p.dtype != torch.float32 else p
-        new.mul_(1 - group["lr"] * group["weight_decay"])
-        new.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**step))
-        if new is not p:
-            p.copy_(round_stochastically(new, self._generator(p.device, step, place)))
+        generator = self._generator(p.device, state["step"], place)
+        adamw_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group, generator)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments stay float32 beside bfloat16 weights."""
+        """As torch's, but a state keeps its own dtype: torch's would make it that of the weights."""
         super().load_state_dict(state_dict)
         ordered = [p for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                p = ordered[int(i)]
-                self.state[p][name] = saved[name].to(p.device, torch.float32, copy=True)
+            p = ordered[int(i)]
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)
 
     def _generator(self, device: torch.device, step: int, place: int) -> torch.Generator:
         generator = self._generators.setdefault(device, torch.Generator(device))

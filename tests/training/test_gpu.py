@@ -138,7 +138,13 @@ def test_first_step_tiny(method: str, tiny_base: Base, build_run: BuildRun) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("method", "optimizer", "checkpointing"),
-    [("lora", "adamw", False), ("full", "adamw", True), ("full", "adamw_8bit", True), ("full", "adafactor", True)],
+    [
+        ("lora", "adamw", False),
+        ("full", "adamw", True),
+        ("full", "adamw_8bit", True),
+        ("full", "adamw_8bit_bf16", True),
+        ("full", "adafactor", True),
+    ],
 )
 def test_first_step_sdxl_1024(
     method: str, optimizer: str, checkpointing: bool, build_run: BuildRun, capsys: pytest.CaptureFixture[str]

@@ -20,6 +20,7 @@ EXACT = [
     {"model.channels_last": True},
     {"model.channels_last": True, "model.fused_kernels": True},
     {"training.optimizer": "adamw_bf16"},
+    {"training.optimizer": "adamw_8bit_bf16"},
     {"data.draws_per_pair": 2, "data.cache_reference_errors": True},
 ]
 ROUNDED = [{"model.compile": True}, {"training.reference_batch_size": 4}]
