@@ -19,20 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.counts import unet_inputs
-from benchmarks.memory import SDXL_UNET, FusedAttention, table
+from benchmarks.memory import autocast_unet, table
 from benchmarks.timing import copy_rate, take_turns
 from diffalign.models.fused_geglu import geglu, geglu_eager
 from diffalign.models.fused_norm import NHWC, group_norm_silu, group_norm_silu_eager
 from diffalign.models.fusing import fuse_kernels
-from diffalign.models.lora import add_lora, fuse_lora
 from diffalign.models.memory import Checkpointing, set_checkpointing
 from diffalign.training.kept import Kept
 from diffalign.training.run import environment
+from tests.gpu_models import SDXL_UNET
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEYOND_CACHES = 256e6  # bytes; an H100 has 50 MB of L2
@@ -116,43 +114,12 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, steps: int, ro
     return lines
 
 
-class CudaAutocast(TorchFunctionMode):
-    """What CUDA's autocast to bfloat16 casts in a UNet, for `meta`, which has none: norms to float32, products back."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.group_norm, F.layer_norm):
-            out = func(args[0].float(), *args[1:], **kwargs)
-            return out.to(torch.bfloat16) if func is F.layer_norm else out  # for three projections one cast, not three
-        if func in (F.conv2d, F.linear):
-            return func(args[0].to(torch.bfloat16), *args[1:], **kwargs)
-        return func(*args, **kwargs)
-
-
-def autocast_unet(config: dict[str, Any], method: str, rank: int = 16) -> nn.Module:
-    """A UNet without weights, in the dtypes that bfloat16 autocast computes in, channels last."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).to(torch.bfloat16)
-    for layer in unet.modules():
-        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            layer.float()
-    if method == "lora":
-        unet.requires_grad_(False)
-        add_lora(unet, rank)
-        unet.to(torch.bfloat16)  # as autocast computes with them; the norms' parameters are nothing here
-        fuse_lora(unet)
-    unet.set_attn_processor(FusedAttention())
-    return unet.train().to(memory_format=NHWC)
-
-
 def kept(unet: nn.Module, side: int) -> int:
-    """Bytes that such a UNet keeps for the backward, of one image with latents of `side` x `side`."""
+    """Bytes that a UNet keeps for the backward, of one image with latents of `side` x `side`."""
     inputs = unet_inputs(unet, 1, side)
     inputs["sample"] = inputs["sample"].to(torch.bfloat16).contiguous(memory_format=NHWC)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to(torch.bfloat16)
-    with Kept() as found, CudaAutocast():
+    with Kept() as found:
         out = unet(**inputs)[0]
     del out
     return found.bytes
@@ -163,7 +130,8 @@ def count(resolution: int) -> list[dict[str, Any]]:
     modes: tuple[Checkpointing, ...] = ("none", "selective", "full")
     lines: list[dict[str, Any]] = []
     for method in ("full", "lora"):
-        unet, found = autocast_unet(SDXL_UNET, method), {}
+        unet = autocast_unet(SDXL_UNET, 16 if method == "lora" else None).to(memory_format=NHWC)
+        found: dict[tuple[str, str], int] = {}
         for form in ("torch", "kernels"):
             if form == "kernels":
                 fuse_kernels(unet, "meta")

@@ -67,14 +67,15 @@ def autocast_unet(unet_config: dict[str, Any], lora_rank: int | None) -> nn.Modu
         p.requires_grad_(was)
     for layer in unet.modules():
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            layer.register_forward_pre_hook(_cast_to(torch.float32))
+            layer.register_forward_pre_hook(_norm_casts)
         elif isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "base_layer"):
-            layer.register_forward_pre_hook(_cast_to(torch.bfloat16))
+            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
     return unet
 
 
-def _cast_to(dtype: torch.dtype) -> Any:
-    return lambda layer, inputs: (inputs[0].to(dtype), *inputs[1:])
+def _norm_casts(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Autocast computes torch's norms in float32; one whose class was swapped (fused kernels) casts as it likes."""
+    return (inputs[0].to(torch.float32), *inputs[1:]) if type(layer) in (nn.GroupNorm, nn.LayerNorm) else None
 
 
 def activations(unet: nn.Module, checkpointing: str, pictures: int, side: int) -> tuple[int, int]:

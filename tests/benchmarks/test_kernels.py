@@ -9,8 +9,9 @@ import pytest
 from torch import Tensor, nn
 
 import benchmarks.kernels as module
-from benchmarks.kernels import autocast_unet, kept, main
+from benchmarks.kernels import NHWC, kept, main
 from benchmarks.ladder import rungs
+from benchmarks.memory import autocast_unet
 from diffalign.models.fusing import fuse_kernels, kernels_by
 
 
@@ -43,7 +44,8 @@ def test_what_is_not_kept_is_what_the_layers_say(tiny_sdxl: Path, method: str) -
     """
     from diffusers import UNet2DConditionModel
 
-    unet = autocast_unet(dict(UNet2DConditionModel.load_config(tiny_sdxl / "unet")), method)
+    config = dict(UNet2DConditionModel.load_config(tiny_sdxl / "unet"))
+    unet = autocast_unet(config, 16 if method == "lora" else None).to(memory_format=NHWC)
     expected: list[int] = []
 
     def counts(layer: nn.Module, bytes_: int) -> None:
