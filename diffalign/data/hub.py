@@ -20,15 +20,19 @@ class ArrowColumns:
 
     in_memory = False
 
-    def __init__(self, dataset: Dataset, *, storage: str, where: Callable[[int], str]) -> None:
+    def __init__(
+        self, dataset: Dataset, *, storage: str, where: Callable[[int], str], files: Sequence[Path] | None = None
+    ) -> None:
+        """files: what the data set was made of, where it is a copy; None: the data set's own."""
         from datasets import Image
 
         for name, feature in dataset.features.items():
             if isinstance(feature, Image):
                 dataset = dataset.cast_column(name, Image(decode=False))
         self.dataset, self.storage, self.where = dataset, storage, where
-        chosen = dataset._indices is not None  # rows picked from the files, which these do not tell
-        self.files = [] if chosen else [Path(file["filename"]) for file in dataset.cache_files]
+        picked = dataset._indices is not None  # rows of the files, which these do not tell
+        own = [] if picked else [Path(file["filename"]) for file in dataset.cache_files]
+        self.files = own if files is None else files
         self.names = tuple(dataset.column_names)
         self._views: dict[tuple[str, ...], Dataset] = {}
 

@@ -135,7 +135,7 @@ def open_parquet(files: Sequence[Path]) -> Columns:
             "%s: laying the rows out once as Arrow files in %s (%.1f GB; HF_DATASETS_CACHE moves it; %s)",
             *(each, builder.cache_dir, direct.bytes / 2**30, hint),
         )
-    return ArrowColumns(lay_out(builder), storage=direct.storage, where=direct.where)
+    return ArrowColumns(lay_out(builder), storage=direct.storage, where=direct.where, files=direct.files)
 
 
 def _metadata(file: Path) -> pq.FileMetaData:

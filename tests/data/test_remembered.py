@@ -88,6 +88,23 @@ def test_the_second_start_looks_at_no_image(
     assert facts(second) == facts(first)
 
 
+@pytest.mark.usefixtures("arrow")
+def test_a_copy_is_known_by_what_it_was_made_of(
+    tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parquet laid out as Arrow files this very moment: it is the parquet file that has been there for a while."""
+    data = stored("parquet", tmp_path)
+    os.utime(data, ns=(1, 1))
+    monkeypatch.setattr(content, "SETTLED", 2.0)
+    monkeypatch.setattr(content.time, "time_ns", lambda: data.stat().st_ctime_ns + 2_001_000_000)
+    first = open_pairs(data)
+    assert type(first.columns).__name__ == "ArrowColumns"
+    assert looks
+    looks.clear()
+    assert facts(open_pairs(data)) == facts(first)
+    assert looks == []
+
+
 def test_other_settings_and_changed_files_are_looked_at(tmp_path: Path, looks: list[str]) -> None:
     data = stored("parquet", tmp_path)
     settings: list[dict[str, Any]] = [
