@@ -38,6 +38,7 @@ from benchmarks.ours import Ours, make_config
 from benchmarks.peer import Peer, PeerSettings
 from benchmarks.report import Machine, Row, write
 from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, processor_ratio, ratio, take_turns
+from diffalign.data.content import SETTLED
 from diffalign.models.lora import lora_layers
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import Drawn
@@ -167,6 +168,7 @@ class Benchmark:
         self.data = self.work / f"pairs-{pictures}-{pairs}" / "train.parquet"
         if not self.data.is_file():
             pairs_file(self.data, pairs, pictures)
+            time.sleep(SETTLED)  # what was found in younger files is not remembered
         name, cache = f"pairs in the cache: {pairs}", {"data.cache_dir": str(self.work / f"cache-{time.time_ns()}")}
         self.ours(name, cache)
         row = self.alone(name, cache)
