@@ -61,6 +61,8 @@ def overrides(config: Config, base: Path, data: dict[str, Path], resolution: int
         "training.logging_steps=1",
         "training.report_to=none",
     ]
+    if config.data.cache_dir is not None:
+        changes.append(f"data.cache_dir={out / 'cache'}")
     if a.device == "cpu":
         changes += ["training.mixed_precision=no", "data.dataloader_num_workers=0"]
         if config.training.optimizer.startswith("adamw"):
