@@ -172,6 +172,7 @@ class Benchmark:
         name, cache = f"pairs in the cache: {pairs}", {"data.cache_dir": str(self.work / f"cache-{time.time_ns()}")}
         self.ours(name, cache)
         row = self.alone(name, cache)
+        row.settings = {}  # a temporary folder is none
         self.data = kept
         return row
 
