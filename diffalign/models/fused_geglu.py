@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffalign.models.fusing import unavailable
+from diffalign.models.kernels import unavailable
 
 
 def geglu(projected: Tensor) -> Tensor:

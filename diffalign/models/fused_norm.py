@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffalign.models.fusing import computed_in, unavailable
+from diffalign.models.kernels import computed_in, unavailable
 
 NHWC = torch.channels_last
 

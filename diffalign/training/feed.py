@@ -29,7 +29,7 @@ from diffalign.models.base import vae_factor
 from diffalign.models.encoder import Encoder
 from diffalign.models.fingerprint import network_fingerprint
 from diffalign.models.former import Former
-from diffalign.models.fusing import kernels_by
+from diffalign.models.kernels import kernels_by
 from diffalign.models.networks import Networks
 from diffalign.objectives.base import ask
 from diffalign.records import PairBatch

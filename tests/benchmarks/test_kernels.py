@@ -12,7 +12,8 @@ import benchmarks.kernels as module
 from benchmarks.kernels import NHWC, kept, main
 from benchmarks.ladder import rungs
 from benchmarks.memory import autocast_unet
-from diffalign.models.fusing import fuse_kernels, kernels_by
+from diffalign.models.fusing import fuse_kernels
+from diffalign.models.kernels import kernels_by
 
 
 @pytest.mark.skipif(kernels_by("cpu") is None, reason="the kernels need triton, on the CPU with its interpreter")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from benchmarks.counts import kept_bytes, meta_unet, unet_inputs
 from diffalign.config import Config, ConfigError
 from diffalign.models.fused_norm import NHWC
-from diffalign.models.fusing import fuse_kernels, kernels_by
+from diffalign.models.fusing import fuse_kernels
+from diffalign.models.kernels import kernels_by
 from diffalign.models.lora import add_lora, fuse_lora
 from diffalign.models.memory import set_checkpointing
 from diffalign.models.networks import Networks
