@@ -37,7 +37,8 @@ def computed_in(x: Tensor) -> torch.dtype:
 def missing(kind: str) -> str | None:
     """Why no kernel runs on this kind of device; None where they do.
 
-    `meta` launches nothing; Triton's interpreter (TRITON_INTERPRET=1) runs kernels on the CPU, for tests."""
+    `meta` launches nothing; Triton's interpreter (TRITON_INTERPRET=1) runs kernels on the CPU, for tests.
+    """
     if kind == "meta":
         return None
     if not _has_triton():

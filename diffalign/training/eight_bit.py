@@ -22,7 +22,6 @@ Left out: a fused kernel; bitsandbytes' percentile clipping and its stable embed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -87,17 +86,10 @@ def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
 class EightBitAdamW(StochasticAdamW):
     """`StochasticAdamW` with moments of 8 bits; of a large weight the state holds codes and scales of each."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, seed)
-        for device in {p.device for group in self.param_groups for p in group["params"]}:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, which calls it for each group that it is made with."""
+        super().add_param_group(param_group)
+        for device in {p.device for p in self.param_groups[-1]["params"]}:
             _midpoints(device), dynamic_map(False, device)  # here, because a copy to a device waits for it
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], place: int) -> None:
