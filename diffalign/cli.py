@@ -22,6 +22,7 @@ from diffalign.cli_data import data, data_arguments
 from diffalign.cli_export import export, export_arguments
 from diffalign.cli_list import list_all, list_arguments
 from diffalign.cli_merge import merge, merge_arguments
+from diffalign.cli_pictures import compare, compare_arguments, label, label_arguments, named, score, score_arguments
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -81,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
     _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
+    compare_arguments(command("compare", compare, "the same comparison for pictures that are there"))
+    score_arguments(command("score", score, "score pictures that are there"))
+    label_arguments(command("label", label, "make preference pairs of pictures: each prompt's best over its worst"))
     arena_arguments(command("arena", arena, "every objective on the embedded world: the leaderboard"))
     merge_arguments(command("merge", merge, "sum tuned weights: average, extrapolate, mix"))
     export_arguments(command("export", export, "tuned weights as files for ComfyUI, A1111 and kohya's scripts"))
@@ -345,28 +349,17 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
     result = evaluate(
         args.base,
-        _named(args.tuned, "--tuned"),
+        named(args.tuned, "--tuned"),
         read_prompts(args.prompts, limit=args.limit),
         parse_seeds(args.seeds),
         scorers=args.scorer,
         faithfulness=args.faithfulness,
         tie=args.tie,
-        negative_tuned=_named(args.negative_tuned, "--negative-tuned"),
+        negative_tuned=named(args.negative_tuned, "--negative-tuned"),
         **_sampling(args),
     )
     print(result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
-
-
-def _named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
-    """NAME=PATH words as names with their paths; raises ValueError for a word of another form."""
-    found: dict[str, list[str]] = {}
-    for text in texts:
-        name, sign, path = text.partition("=")
-        if not sign:
-            raise ValueError(f"{option} {text}: write NAME=PATH, e.g. {option} dpo={text}")
-        found.setdefault(name, []).append(path)
-    return found
 
 
 def parse_seeds(text: str) -> list[int]:

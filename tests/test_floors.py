@@ -42,6 +42,7 @@ SAME_ROOM = {
     "cli_export": "cli",
     "cli_list": "cli",
     "cli_merge": "cli",
+    "cli_pictures": "cli",
     "demo": "cli",
     "config_checks": "config",
     "config_text": "config",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from diffalign.data.pickapic import PROMPT, USER, Layout
 from diffalign.data.terms import TERMS
@@ -17,6 +20,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     **{part: (part,) for part in TERMS},
     **USER,
 }
+PAIRS_PER_GROUP = 16  # rows of a parquet row group, which is what reading one row costs
 OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *TERMS, *USER})
 
 
@@ -33,3 +37,24 @@ def layout(found: Mapping[str, str]) -> Layout:
         user=found.get("user"),
         user_embed=found.get("user_embed"),
     )
+
+
+def write_preferences(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows of prompt, chosen and rejected (encoded images) and chosen_score and rejected_score as parquet.
+
+    A few rows are in memory at a time; the file appears whole or not at all.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"prompt": pa.string(), "chosen": pa.binary(), "rejected": pa.binary()}
+    schema = pa.schema({**columns, "chosen_score": pa.float64(), "rejected_score": pa.float64()})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial, rest = file.with_name(f".{file.name}.partial"), iter(rows)
+    try:
+        with pq.ParquetWriter(partial, schema) as writer:
+            while group := list(islice(rest, PAIRS_PER_GROUP)):
+                writer.write_table(pa.Table.from_pylist([dict(row) for row in group], schema))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -109,14 +109,31 @@ def evaluate(
     }
     runs = {name: pictures[name] for name in models}
     result, rows = compare(pictures[BASE][0], runs, loaded, faithful, tie=tie, settings=settings, progress=progress)
+    write_result(folder, result, rows, {name: some[0] for name, some in pictures.items()}, grid_rows)
+    return result
+
+
+def write_result(
+    folder: Path,
+    result: Result,
+    rows: Sequence[dict[str, object]],
+    pictures: Mapping[str, Sequence[Picture]],
+    grid_rows: int = 8,
+) -> None:
+    """Writes a comparison: scores.jsonl, result.json, table.txt and, of some of the prompts, grid.png.
+
+    pictures: by name what a column of the grid shows, the base first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "scores.jsonl", rows)
     result.write(folder / "result.json")
     (folder / "table.txt").write_text(result.table() + "\n", encoding="utf-8")
+    prompts = result.prompts
     shown = prompts[:: max(1, -(-len(prompts) // grid_rows))] if grid_rows else []  # evenly over the list
     if shown:
-        columns = {name: _first_seed(some[0], shown) for name, some in pictures.items()}
-        comparison_grid(shown, columns).save(folder / "grid.png")
-    return result
+        comparison_grid(shown, {name: _first_seed(some, shown) for name, some in pictures.items()}).save(
+            folder / "grid.png"
+        )
 
 
 def _models(

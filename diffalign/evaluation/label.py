@@ -1,0 +1,79 @@
+"""Preference pairs out of pictures and a scorer: of each prompt the best picture over the worst.
+
+What comes out is a parquet file in preference columns with the images' own bytes in it, which `open_pairs` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffalign.data.preference import write_preferences
+from diffalign.evaluation.generate import Picture, read_manifest
+from diffalign.evaluation.scoring import score_pictures
+from diffalign.rewards import Scorer, tie_of
+from diffalign.rewards.base import check_prompts
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What became of the prompts."""
+
+    pairs: int
+    ties: int  # prompts whose best and worst picture differ by less than the tie threshold
+    single: int  # prompts with one picture
+
+
+def label_pictures(
+    folders: Sequence[str | Path], scorer: Scorer, out: str | Path, *, tie: float | None = None, progress: bool = False
+) -> Labelled:
+    """Writes `out` (.parquet): prompt, chosen, rejected, chosen_score, rejected_score; one pair for each prompt.
+
+    folders: of pictures with a manifest; pictures of one prompt in several folders are compared with each other, as
+    those of a base and a tuned model. tie: replaces the scorer's own threshold.
+
+    Raises ValueError for another suffix or where no pair is left, FileExistsError for a file that is there, and what
+    the scorer raises.
+    """
+    file = Path(out)
+    if file.suffix != ".parquet":
+        raise ValueError(f"{out}: pairs are written to a .parquet file")
+    if file.exists():
+        raise FileExistsError(f"{out} is there; name a new file")
+    pictures = [picture for folder in folders for picture in read_manifest(folder)]
+    check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
+    scores = score_pictures(pictures, [scorer], progress=progress)[scorer.name]
+    by_prompt: dict[str, list[tuple[float, Picture]]] = {}
+    for score, picture in zip(scores.tolist(), pictures, strict=True):
+        by_prompt.setdefault(picture.prompt, []).append((score, picture))
+    threshold = tie_of(scorer) if tie is None else tie
+    pairs: list[tuple[str, tuple[float, Picture], tuple[float, Picture]]] = []
+    ties = single = 0
+    for prompt, some in by_prompt.items():
+        best, worst = max(some, key=lambda x: x[0]), min(some, key=lambda x: x[0])
+        if len(some) == 1:
+            single += 1
+        elif best[0] - worst[0] < threshold or best[0] == worst[0]:
+            ties += 1
+        else:
+            pairs.append((prompt, best, worst))
+    if not pairs:
+        raise ValueError(
+            f"no pair is left of {len(by_prompt)} prompts: {single} have one picture, and of {ties} all scores lie "
+            f"within {threshold:g}; make several pictures of a prompt (`diffalign generate --seeds 0-3`)"
+        )
+    write_preferences(
+        file,
+        (
+            {
+                "prompt": prompt,
+                "chosen": best.file.read_bytes(),
+                "rejected": worst.file.read_bytes(),
+                "chosen_score": high,
+                "rejected_score": low,
+            }
+            for prompt, (high, best), (low, worst) in pairs
+        ),
+    )
+    return Labelled(len(pairs), ties, single)
