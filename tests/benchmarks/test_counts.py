@@ -75,6 +75,7 @@ def test_flops_of_sdxl() -> None:
     """SDXL's real config, full tuning and LoRA of rank 16, at 1024 and 512 px, to the FLOP."""
     unets = {rank: meta_unet(SDXL_UNET, rank) for rank in (None, 16)}
     counted = {(rank, side): flops_of(unet, side) for rank, unet in unets.items() for side in (128, 64)}
+    of_pairs = {(rank, side): flops_of(unets[rank], side, sharing=2) for rank, side in counted}
     full, lora = counted[None, 128], counted[16, 128]
     assert full == NetworkFlops(6761236398080, 6761236398080, 13469606051840)
     assert lora == NetworkFlops(6761236398080, 6802618204160, 7385305088000)
@@ -83,7 +84,7 @@ def test_flops_of_sdxl() -> None:
 
     def pair(name: str, rank: int | None, side: int) -> float:
         rows = objective_rows(OBJECTIVES[name](), transitions=name == "spo")
-        return useful_flops(rows, flops_of(unets[rank], side, 2 if rows.shared_text else 1)) / TERA
+        return useful_flops(rows, (of_pairs if rows.shared_text else counted)[rank, side]) / TERA
 
     assert pair("dpo", None, 128) == pytest.approx(53.83, abs=0.01)
     assert pair("dpo", 16, 128) == pytest.approx(41.79, abs=0.01)
