@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.counts import meta_unet, unet_inputs
 from benchmarks.peak import Peak
 from diffalign.config import Config, ConfigError, load_config
+from diffalign.models.fusing import fuse_kernels
 from diffalign.models.memory import set_checkpointing, store_for_autocast
 from diffalign.training.kept import Kept
 from diffalign.training.plan import OPTIMIZER_BYTES
@@ -117,7 +118,11 @@ def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
         raise ConfigError("counted are runs without VAE and text encoders: data.cache_dir and no validation.prompts")
     if method == "user_attention" or training.mixed_precision != "bf16" or training.ema_decay or config.source:
         raise ConfigError("counted are bf16 runs of LoRA or of all weights, without EMA and without a source")
+    if getattr(config.objective, "points_per_forward", 1) != 1:
+        raise ConfigError("objective.points_per_forward: one point of a pair in a forward is counted here, set it to 1")
     unet = autocast_unet(unet_config, config.tuning.rank if method == "lora" else None)
+    if config.model.fused_kernels:
+        fuse_kernels(unet.to(memory_format=torch.channels_last), "meta")
     n = _sizes(unet)
     half = 2 if training.bf16_weights else 4  # of a trained weight that autocast computes in half precision
     trained = half * n["trained half"] + 4 * n["trained other"]

@@ -46,7 +46,7 @@ def preset_config(path: Path, folder: Path, data: Path, work: Path, resolution: 
             "model.pretrained_vae_model_name_or_path=null",
             f"data.path={data}",
             f"data.resolution={resolution}",
-            f"data.cache_dir={work / 'cache'}",
+            f"data.cache_dir={work / path.stem / 'cache'}",
             "data.dataloader_num_workers=0",
             "training.gradient_accumulation_steps=2",
             "training.report_to=none",

@@ -40,8 +40,9 @@ def compare(args: argparse.Namespace) -> None:
 
     judges = _judges(args.scorer, args.device)
     (faithful,) = _judges([args.faithfulness], args.device) if args.faithfulness else (None,)
-    base = read_manifest(args.base)
-    runs = {name: [read_manifest(path) for path in paths] for name, paths in named(args.others, "").items()}
+    base = read_manifest(args.base, whole=True)
+    others = named(args.others, "")
+    runs = {name: [read_manifest(path, whole=True) for path in paths] for name, paths in others.items()}
     if BASE in runs:
         raise ValueError(f"{BASE}=…: that is the first folder's name; give another")
     result, rows = compare_pictures(base, runs, judges, faithful, tie=args.tie, progress=True)

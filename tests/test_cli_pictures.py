@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffalign.cli import main
 from diffalign.data.readers import open_pairs
+from diffalign.evaluation.grid import comparison_grid
 from tests.test_cli import fails
 
 JUDGE = "tests.sources.judges:Brightness"  # the mean of all pixels
@@ -51,6 +52,36 @@ def test_compare_prints_the_table_and_writes_it(
     assert {file.name for file in out.iterdir()} == {"result.json", "table.txt", "scores.jsonl", "grid.png"}
     assert (out / "table.txt").read_text().strip() in said
     assert len((out / "scores.jsonl").read_text().splitlines()) == 18
+
+
+def test_the_grid_shows_one_seed_in_a_row(
+    base: Path, better: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of the manifests: the base's first seed of each prompt."""
+    manifest = better / "manifest.jsonl"
+    manifest.write_text("".join(reversed(manifest.read_text().splitlines(keepends=True))))
+    shown = {}
+
+    def watched(prompts: list[str], columns: dict[str, list[Image.Image]]) -> Image.Image:
+        shown.update({name: [image.getpixel((0, 0))[0] for image in images] for name, images in columns.items()})
+        return comparison_grid(prompts, columns)
+
+    monkeypatch.setattr("diffalign.evaluation.evaluate.comparison_grid", watched)
+    main(["compare", str(base), f"dpo={better}", "--scorer", JUDGE, "--out", str(tmp_path / "out")])
+    assert shown == {"base": [10, 30, 50], "dpo": [20, 40, 50]}
+
+
+def test_pictures_that_are_gone_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.dumps("what was there")
+    (base / "scores.jsonl").write_text(before)
+    (base / "1_0.png").unlink()
+    said = "names 6 pictures, and 1 of them are not there (first: 1_0.png)"
+    out = str(tmp_path / "pairs.parquet")
+    for command in (["score", str(base)], ["label", str(base), "--out", out], ["compare", str(base), f"a={base}"]):
+        assert said in fails(capsys, *command, "--scorer", JUDGE)
+    (base / "manifest.jsonl").write_text("")
+    assert "nothing to look at" in fails(capsys, "score", str(base), "--scorer", JUDGE)
+    assert (base / "scores.jsonl").read_text() == before
 
 
 def test_compare_refuses_what_does_not_match(

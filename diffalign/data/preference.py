@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,7 @@ def write_preferences(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     columns = {"prompt": pa.string(), "chosen": pa.binary(), "rejected": pa.binary()}
     schema = pa.schema({**columns, "chosen_score": pa.float64(), "rejected_score": pa.float64()})
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial, rest = file.with_name(f".{file.name}.partial"), iter(rows)
+    partial, rest = file.with_name(f".{file.name}.{uuid.uuid4().hex}"), iter(rows)
     try:
         with pq.ParquetWriter(partial, schema) as writer:
             while group := list(islice(rest, PAIRS_PER_GROUP)):

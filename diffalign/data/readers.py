@@ -64,7 +64,9 @@ def open_pairs(
     stored = open_columns(path, split)
     stored, layout = find_layout(stored, format, columns or {})
     table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
-    note = remembered_at(stored, {"layout": repr(layout), "flags": [keep_ties, invert_preference, verify, max_pairs]})
+    flags = [keep_ties, invert_preference, verify, max_pairs]
+    names = [format, split, sorted((columns or {}).items()), repr(layout)]
+    note = remembered_at(stored, {"flags": flags, "names": names})
     found = None if note is None else recall(note)
     if found is None:
         table.examine(verify, max_pairs)

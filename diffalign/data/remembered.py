@@ -1,8 +1,8 @@
 """What examining a large data set found, remembered: rows are looked at once, not at every start.
 
-A note lies in the user's cache folder under the storage's paths, sizes and times of change and the settings that the
-data were opened with. When any of these is another, the rows are examined anew. Only storages that hold their images
-themselves have notes (parquet, Arrow, tar): files that rows name could change without it.
+A note lies in the user's cache folder under the storage's paths, sizes and times of change, the settings that the data
+were opened with, and this version. When any of these is another, the rows are examined anew. Only storages that hold
+their images themselves have notes (parquet, Arrow, tar): files that rows name could change without it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import uuid
 from array import array
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign import __version__
 from diffalign.data.columns import Columns
 from diffalign.data.content import files_state, remembered
 from diffalign.data.rows import Problem
@@ -41,7 +43,7 @@ def remembered_at(stored: Columns, settings: dict[str, Any]) -> Path | None:
     state = files_state(stored.files)
     if state is None:
         return None
-    facts = json.dumps([FORMAT_VERSION, state, len(stored), settings], sort_keys=True)
+    facts = json.dumps([FORMAT_VERSION, __version__, state, len(stored), settings], sort_keys=True)
     return remembered("tables") / f"{hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
@@ -69,6 +71,8 @@ def remember(note: Path, index: dict[str, Any]) -> None:
         os.replace(partial, note)
     except (OSError, SafetensorError) as error:
         log.warning("what was found in the data cannot be remembered, so every start looks again (%s)", error)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def recall(note: Path) -> dict[str, Any] | None:
@@ -92,7 +96,7 @@ def recall(note: Path) -> dict[str, Any] | None:
                 name.partition(".")[2]: _array("d", x) for name, x in tensors.items() if name.startswith("numbers.")
             },
         }
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError):
         return None
 
 

@@ -140,7 +140,7 @@ def _joined(probes: list[Probe]) -> Probe:
             return None if values[0] is None else join(values)
 
         embeds = join([part.prompt_embeds for part in parts])
-        return Conditioning(prompt_embeds=embeds, pooled=field("pooled"), time_ids=field("time_ids"))
+        return Conditioning(embeds, pooled=field("pooled"), time_ids=field("time_ids"), user=field("user"))
 
     return replace(
         first,

@@ -131,9 +131,7 @@ def write_result(
     prompts = result.prompts
     shown = prompts[:: max(1, -(-len(prompts) // grid_rows))] if grid_rows else []  # evenly over the list
     if shown:
-        comparison_grid(shown, {name: _first_seed(some, shown) for name, some in pictures.items()}).save(
-            folder / "grid.png"
-        )
+        comparison_grid(shown, _cells(pictures, shown)).save(folder / "grid.png")
 
 
 def _models(
@@ -167,8 +165,10 @@ def _scorer(scorer: str | Scorer, device: str) -> Scorer:
     return load_scorer(scorer, device) if isinstance(scorer, str) else scorer
 
 
-def _first_seed(pictures: Sequence[Picture], prompts: Sequence[str]) -> list[Image.Image]:
-    first: dict[str, Picture] = {}
-    for picture in pictures:
-        first.setdefault(picture.prompt, picture)
-    return [first[prompt].open() for prompt in prompts]
+def _cells(pictures: Mapping[str, Sequence[Picture]], prompts: Sequence[str]) -> dict[str, list[Image.Image]]:
+    """Of each prompt the first column's first seed, in every column."""
+    first: dict[str, int] = {}
+    for picture in next(iter(pictures.values())):
+        first.setdefault(picture.prompt, picture.seed)
+    columns = {name: {(p.prompt, p.seed): p for p in some} for name, some in pictures.items()}
+    return {name: [found[prompt, first[prompt]].open() for prompt in prompts] for name, found in columns.items()}

@@ -189,8 +189,11 @@ def generate(
     return [done[key] for key in wanted]
 
 
-def read_manifest(folder: str | Path) -> list[Picture]:
-    """The finished pictures of a folder, in the order they were made. Raises FileNotFoundError without a manifest."""
+def read_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
+    """The finished pictures of a folder, in the order they were made. Raises FileNotFoundError without a manifest.
+
+    whole: raise as well where the manifest names no picture, or one that is not there.
+    """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
@@ -198,7 +201,14 @@ def read_manifest(folder: str | Path) -> list[Picture]:
             '{"file": "a.png", "prompt": "...", "seed": 0}'
         )
     found = {(row["prompt"], row["seed"]): folder / row["file"] for row in _rows(folder)}
-    return [Picture(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
+    there = [Picture(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
+    if whole and len(there) < max(1, len(found)):
+        gone = next((file for file in found.values() if not file.is_file()), None)
+        raise FileNotFoundError(
+            f"{folder / MANIFEST} names {len(found)} pictures, and {len(found) - len(there)} of them are not there"
+            + (f" (first: {gone.name}); restore them or take their lines out" if gone else ": nothing to look at")
+        )
+    return there
 
 
 def _user_hash(user: Sequence[float]) -> str:

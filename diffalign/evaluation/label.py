@@ -41,7 +41,7 @@ def label_pictures(
         raise ValueError(f"{out}: pairs are written to a .parquet file")
     if file.exists():
         raise FileExistsError(f"{out} is there; name a new file")
-    pictures = [picture for folder in folders for picture in read_manifest(folder)]
+    pictures = [picture for folder in folders for picture in read_manifest(folder, whole=True)]
     check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
     scores = score_pictures(pictures, [scorer], progress=progress)[scorer.name]
     by_prompt: dict[str, list[tuple[float, Picture]]] = {}

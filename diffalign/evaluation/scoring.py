@@ -50,7 +50,7 @@ def score_folder(folder: str | Path, scorers: Sequence[Scorer], *, progress: boo
 
     The rows are also written to `scores.jsonl` in the folder.
     """
-    pictures = read_manifest(folder)
+    pictures = read_manifest(folder, whole=True)
     scores = score_pictures(pictures, scorers, progress=progress)
     rows = [
         {

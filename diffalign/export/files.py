@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -58,7 +59,7 @@ def write_entries(out: Path, entries: Sequence[Entry], dtype: torch.dtype, metad
     # the wider first: readers take a tensor's bytes where they lie, and must find them aligned
     placed = sorted(((e, e.dtype or dtype) for e in entries), key=lambda pair: -pair[1].itemsize)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         with open(partial, "wb") as file:
             header = json.dumps(_header(placed, metadata), ensure_ascii=False).encode()

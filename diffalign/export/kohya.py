@@ -21,12 +21,14 @@ from diffalign.models.base import Base, outline_base
 from diffalign.models.merge import lora_updates
 
 _SAI = "https://github.com/Stability-AI/generative-models"
-_COMPVIS = "https://github.com/CompVis/stable-diffusion"
-# cross-attention width -> what kohya calls the released base, and modelspec its architecture and implementation
+# family, cross-attention width, predicts v -> sd-scripts' name of the base, modelspec's architecture and implementation
 _RELEASED = {
-    ("sdxl", 2048): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _SAI),
-    ("sd", 768): ("sd_v1", "stable-diffusion-v1/lora", _COMPVIS),
-    ("sd", 1024): ("sd_v2", "stable-diffusion-v2/lora", "https://github.com/Stability-AI/stablediffusion"),
+    ("sdxl", 2048, False): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _SAI),
+    ("sdxl", 2048, True): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _SAI),
+    ("sd", 768, False): ("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
+    ("sd", 768, True): ("sd_v1_v", "stable-diffusion-v1/lora", "diffusers"),
+    ("sd", 1024, False): ("sd_v2", "stable-diffusion-v2-512/lora", "diffusers"),
+    ("sd", 1024, True): ("sd_v2_v", "stable-diffusion-v2-768-v/lora", "diffusers"),
 }
 _PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -81,11 +83,12 @@ def kohya_metadata(base: Base, ranks: set[int], alphas: set[float], title: str) 
         "ss_network_alpha": f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic",
         "ss_output_name": title,
     }
-    released = _RELEASED.get((base.family.name, base.unet.config.cross_attention_dim))
+    v = base.schedule.prediction_type == "v_prediction"
+    released = _RELEASED.get((base.family.name, base.unet.config.cross_attention_dim, v))
     if released is None:
         return said
     version, architecture, implementation = released
-    said |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+    said |= {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
     said |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
     said |= {"modelspec.implementation": implementation, "modelspec.title": title}
     if base.schedule.prediction_type in _PREDICTION:

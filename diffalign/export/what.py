@@ -34,10 +34,16 @@ class What:
         """Where the weights came from, for a file's metadata: keys of our own."""
         said = {
             "diffalign.version": diffalign.__version__,
-            "diffalign.tuned": str(self.tuned.path),
-            "diffalign.base": self.base.pretrained_model_name_or_path,
+            "diffalign.tuned": _shown(str(self.tuned.path)),
+            "diffalign.base": _shown(self.base.pretrained_model_name_or_path),
         }
         return said | ({"diffalign.objective": self.objective} if self.objective else {})
+
+
+def _shown(place: str) -> str:
+    """A Hub id as it is; of a place on this machine its last two names, which say nothing of whose it is."""
+    path = Path(place)
+    return "/".join(path.absolute().parts[-2:]) if path.exists() else place
 
 
 def find_what(run: str | Path, base: str | None = None) -> What:

@@ -261,5 +261,6 @@ def _kernels(config: Config, device: torch.device) -> dict[str, Any]:
         "attention": config.model.attention,
         "compile": config.model.compile,
         "channels_last": config.model.channels_last,
+        "text": "once for both sides",  # matmuls of other sizes may round otherwise
         **({} if fused is None else {"fused_kernels": fused}),
     }

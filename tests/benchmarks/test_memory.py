@@ -143,6 +143,27 @@ def test_what_is_not_counted_is_refused(tmp_path: Path) -> None:
         assert isinstance(config, Config)
         with pytest.raises(ConfigError, match="counted are"):
             count(config, SDXL_UNET)
+    points = ["objective={name: inversion_dpo, points_per_forward: 2}", "data.proportion_empty_prompts=0"]
+    config = load_config(PRESETS["dpo_lora_8gb"], points)
+    assert isinstance(config, Config)
+    with pytest.raises(ConfigError, match="one point of a pair"):
+        count(config, SDXL_UNET)
+
+
+def test_fused_kernels_count(tiny_sdxl: Path) -> None:
+    """They keep less, and nothing else changes."""
+    from diffusers import UNet2DConditionModel
+
+    unet = dict(UNet2DConditionModel.load_config(tiny_sdxl / "unet"))
+    lever = ["model.channels_last=true", "model.fused_kernels=true"]
+    base = ["data.resolution=64", "model.gradient_checkpointing=none"]
+    plain, fused = (load_config(PRESETS["dpo_full_24gb"], [*base, *more]) for more in ([], lever))
+    assert isinstance(plain, Config)
+    assert isinstance(fused, Config)
+    without, found = count(plain, unet), count(fused, unet)
+    assert found["activations"] < 0.95 * without["activations"]
+    for part in ("weights", "gradients", "states", "reference"):
+        assert found[part] == without[part]
 
 
 def test_the_command_on_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

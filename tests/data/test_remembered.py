@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from diffalign.data import content, remembered
 from diffalign.data.readers import open_pairs
@@ -128,6 +128,40 @@ def test_other_settings_and_changed_files_are_looked_at(tmp_path: Path, looks: l
     assert open_pairs(data).prompts[0] == "another"
 
 
+def test_names_are_settings_too(tmp_path: Path) -> None:
+    """Rows with two prompts always look the same from outside; which columns they come from is all the difference."""
+    made = [
+        {**{f"image_{side}": png(2 * i + side) for side in (0, 1)}, "short_0": "cat", "short_1": "dog"}
+        | {"long_0": f"a cat, number {i}", "long_1": f"a dog, number {i}"}
+        for i in range(3)
+    ]
+    data = write_parquet(tmp_path / "pairs.parquet", made)
+    for words, expected in (("short", "cat"), ("long", "a cat, number 0")):
+        columns = {f"prompt_{side}": f"{words}_{side}" for side in (0, 1)}
+        for _ in range(2):
+            assert open_pairs(data, format="two_prompts", columns=columns).prompts[0] == expected
+
+
+def test_a_slice_of_a_hub_data_set_has_its_own_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves lie in the same files and have the same number of rows."""
+    Dataset.from_list(pick_rows(6, prompts=6)).save_to_disk(str(tmp_path / "saved"))
+    whole = load_from_disk(str(tmp_path / "saved"))
+    halves = {"train[:50%]": whole.select(range(3)), "train[50%:]": whole.select(range(3, 6))}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: halves[split])
+    for _ in range(2):
+        assert open_pairs("someone/pairs", split="train[:50%]").prompts == ["prompt 0", "prompt 1", "prompt 2"]
+        assert open_pairs("someone/pairs", split="train[50%:]").prompts == ["prompt 3", "prompt 4", "prompt 5"]
+
+
+def test_another_version_looks_for_itself(tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored("parquet", tmp_path)
+    open_pairs(data)
+    monkeypatch.setattr(remembered, "__version__", "another")
+    looks.clear()
+    open_pairs(data)
+    assert looks
+
+
 def test_rows_that_name_files_are_looked_at_every_time(tmp_path: Path, looks: list[str], home: Path) -> None:
     """Nothing of the storage changes when such a file does."""
     listing = write_jsonl(tmp_path / "pairs.jsonl", 3)
@@ -168,3 +202,14 @@ def test_no_place_to_remember(tmp_path: Path, home: Path, caplog: pytest.LogCapt
     data = stored("parquet", tmp_path)
     assert facts(open_pairs(data)) == facts(open_pairs(data))
     assert "every start looks again" in caplog.text
+
+
+def test_a_note_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(remembered.os, "replace", full)
+    open_pairs(stored("parquet", tmp_path))
+    assert list(home.iterdir()) == []

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffalign.engine.measure import errors, measure, measure_and_backward
+from diffalign.engine.measure import ask_reference, errors, measure, measure_and_backward
 from diffalign.objectives import DiffusionDPO
 from diffalign.objectives.base import shared_noise
-from diffalign.records import Evidence, Probe, Score
+from diffalign.records import Conditioning, Evidence, Probe, Score
 from tests.toy import ToyModels, toy_batch, toy_models
 
 
@@ -212,3 +212,30 @@ def test_v_prediction_is_measured_in_its_own_space() -> None:
     noise = models.schedule.implied_noise(batch.latents, probe.xt, probe.t.expand(2, 2))
     t = probe.t.expand(2, 2)
     torch.testing.assert_close(probe.target, models.schedule.v_from_eps(noise, probe.xt, t), rtol=0, atol=1e-9)
+
+
+def test_a_reference_asked_for_several_micro_batches_is_told_all_that_each_would_be() -> None:
+    """Prompts, pooled text, time ids and users come along; the errors are those of each micro-batch by itself."""
+    models = toy_models()
+    told: list[Conditioning] = []
+    inner = models.frozen.forward
+
+    def listen(xt: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        told.append(cond)
+        return inner(xt, t, cond) + cond.user.mean(1)[:, None, None, None]
+
+    models.frozen.forward = listen  # type: ignore[method-assign]
+    probes = []
+    for seed in (0, 1):
+        batch = toy_batch(2, seed=seed)
+        g = torch.Generator().manual_seed(seed)
+        extra = {name: torch.randn(1, 2, 3, generator=g).expand(2, -1, -1) for name in ("pooled", "time_ids", "user")}
+        probes.append(shared_noise(replace(batch, cond=replace(batch.cond, **extra)), models.schedule))
+    alone = [errors(models.reference, probe) for probe in probes]
+    told.clear()
+    together = ask_reference(models, probes)
+    assert len(told) == 1
+    for name in ("prompt_embeds", "pooled", "time_ids", "user"):
+        assert getattr(told[0], name).shape[0] == 8
+    for probe, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(probe.reference, expected)

@@ -14,6 +14,7 @@ from diffusers.loaders.lora_conversion_utils import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.export.kohya import export_kohya, kohya_metadata, kohya_module
 from diffalign.export.names import ExportError
 from diffalign.models.base import Base
@@ -110,24 +111,31 @@ def test_metadata_says_what_is_known_and_no_more(model: Model, tmp_path: Path) -
     said = metadata(file)
     assert said["ss_network_module"] == "networks.lora"
     assert (said["ss_network_dim"], said["ss_network_alpha"], said["ss_output_name"]) == ("4", "10", "mine")
-    assert said["diffalign.tuned"] == f"{run}/{LORA_FILE}"
-    assert said["diffalign.base"] == str(model.folder)
+    assert said["diffalign.tuned"] == f"{Path(run).name}/{LORA_FILE}"  # and nothing of whose machine it was
+    assert said["diffalign.base"] == "/".join(model.folder.parts[-2:])
     assert not [key for key in said if key.startswith("modelspec.") or key == "ss_base_model_version"]  # no release
 
 
 @pytest.mark.parametrize(
-    ("structure", "version", "v2"),
-    [("sdxl", "sdxl_base_v1-0", "False"), ("sd15", "sd_v1", "False"), ("sd2", "sd_v2", "True")],
+    ("structure", "prediction", "version", "v2", "architecture"),
+    [
+        ("sdxl", "epsilon", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+        ("sd15", "epsilon", "sd_v1", "False", "stable-diffusion-v1/lora"),
+        ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
+        ("sd2", "v_prediction", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+    ],
 )
 def test_a_base_of_a_released_architecture_is_named_as_kohya_names_it(
-    models, structure: str, version: str, v2: str
+    models, structure: str, prediction: str, version: str, v2: str, architecture: str
 ) -> None:
     tiny = models["sdxl" if structure == "sdxl" else "sd"].base
-    base = Base(tiny.family, outline(structure), tiny.schedule, tiny.scheduler_config, None, None, structure)
+    schedule = NoiseSchedule.from_config({**tiny.scheduler_config, "prediction_type": prediction})
+    base = Base(tiny.family, outline(structure), schedule, tiny.scheduler_config, None, None, structure)
     said = kohya_metadata(base, {8}, {4.0}, "mine")
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, v2)
-    assert said["modelspec.architecture"].endswith("/lora")
-    assert said["modelspec.prediction_type"] == "epsilon"
+    assert said["modelspec.architecture"] == architecture
+    assert (said["modelspec.implementation"] == "diffusers") == (structure != "sdxl")
+    assert said["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

@@ -185,5 +185,5 @@ def test_the_file_says_where_it_came_from(model: Model, tmp_path: Path) -> None:
     run = write_full(model, tmp_path / "run", 1)
     with safe_open(export_single_file(run, tmp_path / "a.safetensors", base=str(model.folder)), "pt") as opened:
         said = opened.metadata()
-    assert said["diffalign.tuned"] == f"{run}/unet"
-    assert said["diffalign.base"] == str(model.folder)
+    assert said["diffalign.tuned"] == f"{Path(run).name}/unet"
+    assert said["diffalign.base"] == "/".join(model.folder.parts[-2:])
