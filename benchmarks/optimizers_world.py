@@ -4,7 +4,7 @@
     python benchmarks/optimizers_world.py --out runs/optimizers --table        # the table of what is there
 
 A line is training_configs/world/dpo.yaml in bf16 with another optimiser, trained once for each seed and compared with
-the base on held-out prompts (the committed table: `--seeds 0`). Seconds are a CPU's, which has no arithmetic of its own
+the base on held-out prompts. Seconds are a CPU's, which has no arithmetic of its own
 for bfloat16.
 """
 
