@@ -37,7 +37,7 @@ def load_script(path: Path) -> types.ModuleType:
     if importlib.util.find_spec("wandb") is None:
         stub = types.ModuleType("wandb")
         stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        sys.modules["wandb"] = stub
+        sys.modules["wandb"] = _STUBS["wandb"] = stub
     let_torchvision_in()
     spec = importlib.util.spec_from_file_location("peer_script", path)
     assert spec is not None
@@ -50,6 +50,7 @@ def load_script(path: Path) -> types.ModuleType:
     return module
 
 
+_STUBS: dict[str, types.ModuleType] = {}  # modules that stand in for what is not installed, while a script runs
 _LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as the library that declared it
 
 
@@ -105,7 +106,8 @@ class LiveScript:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._stopping, self._error = False, None
         self.logged: list[dict[str, float]] = []
-        original: Callable[..., Any] = Accelerator.log
+        self._log: Callable[..., Any] = Accelerator.log
+        original = self._log
 
         def log(accelerator: Any, values: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             result = original(accelerator, values, *args, **kwargs)
@@ -139,7 +141,13 @@ class LiveScript:
             raise self._error
 
     def close(self) -> None:
-        """Ends the script where it stands."""
+        """Ends the script where it stands, and gives back what it needed of this process."""
+        from accelerate import Accelerator
+
         self._stopping = True
         self._go.release()
         self._thread.join()
+        Accelerator.log = self._log
+        for name, stub in _STUBS.items():
+            if sys.modules.get(name) is stub:
+                del sys.modules[name]

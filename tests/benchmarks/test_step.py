@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from benchmarks.ladder import growing, ladder, rungs
 from benchmarks.live import LiveScript
@@ -98,7 +100,7 @@ def test_a_script_is_taken_step_by_step(tmp_path: Path) -> None:
     """Unmodified, with its own errors, and ended where it stands."""
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    settings = PeerSettings(train_batch_size=7)
+    settings, log, has_wandb = PeerSettings(train_batch_size=7), Accelerator.log, "wandb" in sys.modules
     live = LiveScript(path, tmp_path, tmp_path / "data" / "pairs.parquet", tmp_path, settings)
     live.step()
     live.step()
@@ -109,5 +111,8 @@ def test_a_script_is_taken_step_by_step(tmp_path: Path) -> None:
         failing.step()
     with pytest.raises(ValueError, match="no more pairs"):
         failing.step()
+    failing.close()
+    assert ("wandb" in sys.modules) == has_wandb  # the script leaves this process as it was
+    assert Accelerator.log is log
     with pytest.raises(FileNotFoundError, match="train_diffusion_dpo_sdxl"):
         LiveScript(tmp_path / "none.py", tmp_path, tmp_path, tmp_path, settings)
