@@ -32,7 +32,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from benchmarks.memory import table
 from benchmarks.models import MODELS, model_folder, pairs_file
+from benchmarks.ours import on_random_weights
 from diffalign.config import Config, load_config
 from diffalign.training.loop import has_final_weights
 from diffalign.training.run import environment
@@ -49,18 +51,9 @@ SMALL = {"images_per_iteration": 4, "prompts_per_round": 2, "generation_batch_si
 def overrides(config: Config, base: Path, data: dict[str, Path], resolution: int, out: Path, a: Any) -> list[str]:
     """What a launch changes of a config."""
     source = config.source
-    changes = [
-        f"output_dir={out}",
-        f"model.pretrained_model_name_or_path={base}",
-        "model.pretrained_vae_model_name_or_path=null",
-        "model.variant=null",
-        f"data.path={data['prompts' if source is not None and source.data == 'prompts' else 'pairs']}",
-        f"data.resolution={resolution}",
-        f"training.max_train_steps={a.steps}",
-        "training.gradient_accumulation_steps=2",
-        "training.logging_steps=1",
-        "training.report_to=none",
-    ]
+    given = data["prompts" if source is not None and source.data == "prompts" else "pairs"]
+    changes = on_random_weights(base, given, resolution, out)
+    changes += [f"training.max_train_steps={a.steps}", "training.logging_steps=1"]
     if config.data.cache_dir is not None:
         changes.append(f"data.cache_dir={out / 'cache'}")
     if a.device == "cpu":
@@ -126,7 +119,7 @@ class DeviceMemory:
             self.bytes = max([self.bytes, *(int(x) * 2**20 for x in found if x.isdigit())])
 
 
-def row(name: str, config: Config, found: dict[str, Any]) -> str:
+def row(name: str, config: Config, found: dict[str, Any]) -> list[str]:
     """A line of the table."""
     losses, start = found["losses"], "-"
     if losses and config.objective.name in STARTS_AT_LOG_2:
@@ -134,11 +127,10 @@ def row(name: str, config: Config, found: dict[str, Any]) -> str:
     memory = f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else "-"
     shown = " ".join(f"{loss:.4f}" for loss in losses)
     run, wall = "ended" if found["ok"] else "failed", f"{found['wall_seconds']:.0f}"
-    cells = (name, config.objective.name, run, str(found["steps"]), shown, start, wall, memory)
-    return f"| {' | '.join(cells)} |"
+    return [name, config.objective.name, run, str(found["steps"]), shown, start, wall, memory]
 
 
-HEAD = ("config", "objective", "run", "steps", "losses", "starts at log 2", "wall, s", "device GiB")
+HEAD = ["config", "objective", "run", "steps", "losses", "starts at log 2", "wall, s", "device GiB"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in configs or name in LEFT_OUT]:
         p.error(f"--only {' '.join(unknown)}: there are {', '.join(name for name in configs if name not in LEFT_OUT)}")
     found: dict[str, dict[str, Any]] = {}
-    rows = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
         base = model_folder(a.model, work / a.model)
@@ -170,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             assert isinstance(config, Config)
             found[name] = launch(configs[name], overrides(config, base, data, resolution, out, a), out, a)
             rows.append(row(name, config, found[name]))
-            print(rows[-1], flush=True)
+            print(f"| {' | '.join(rows[-1])} |", flush=True)
             if found[name]["said"]:
                 print(found[name]["said"], flush=True)
     device = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
@@ -179,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {**facts, "runs": found, "environment": environment()}
     a.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     title = f"# Packaged {FAMILY[a.model]} configs on random weights: {a.model} at {resolution} px, {device}"
-    a.out.with_suffix(".md").write_text("\n".join([title, "", *rows]) + "\n")
+    a.out.with_suffix(".md").write_text(f"{title}\n\n{table(HEAD, rows)}")
     sys.exit(0 if all(each["ok"] for each in found.values()) else 1)
 
 

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.memory import GB, GIB, card_of, count, presets, table
 from benchmarks.models import MODELS, model_folder, pairs_file
-from benchmarks.ours import Ours
+from benchmarks.ours import Ours, on_random_weights
 from diffalign.config import Config, load_config
 from diffalign.training.run import environment
 
@@ -41,15 +41,9 @@ def preset_config(path: Path, folder: Path, data: Path, work: Path, resolution: 
     config = load_config(
         path,
         [
-            f"output_dir={work / path.stem}",
-            f"model.pretrained_model_name_or_path={folder}",
-            "model.pretrained_vae_model_name_or_path=null",
-            f"data.path={data}",
-            f"data.resolution={resolution}",
+            *on_random_weights(folder, data, resolution, work / path.stem),
             f"data.cache_dir={work / path.stem / 'cache'}",
             "data.dataloader_num_workers=0",
-            "training.gradient_accumulation_steps=2",
-            "training.report_to=none",
         ],
     )
     assert isinstance(config, Config), "presets tune a base"

@@ -35,6 +35,20 @@ def make_config(folder: Path, parquet: Path, out: Path, overrides: Overrides) ->
     return parse_config(tree, where="benchmark")
 
 
+def on_random_weights(folder: Path, data: Path, resolution: int, out: Path) -> list[str]:
+    """Overrides that give any packaged config a model folder and pairs that are here, and a folder of its own."""
+    return [
+        f"output_dir={out}",
+        f"model.pretrained_model_name_or_path={folder}",
+        "model.pretrained_vae_model_name_or_path=null",
+        "model.variant=null",
+        f"data.path={data}",
+        f"data.resolution={resolution}",
+        "training.gradient_accumulation_steps=2",
+        "training.report_to=none",
+    ]
+
+
 class Ours:
     """A run of the package; `step` is what its loop does for each optimiser step, logging included."""
 

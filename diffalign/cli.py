@@ -22,7 +22,8 @@ from diffalign.cli_data import data, data_arguments
 from diffalign.cli_export import export, export_arguments
 from diffalign.cli_list import list_all, list_arguments
 from diffalign.cli_merge import merge, merge_arguments
-from diffalign.cli_pictures import compare, compare_arguments, label, label_arguments, named, score, score_arguments
+from diffalign.cli_pictures import compare, compare_arguments, label, label_arguments, score, score_arguments
+from diffalign.cli_words import device_of, named
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -272,8 +273,6 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     names = (
         "steps",
         "guidance",
@@ -285,8 +284,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         "vae",
         "prediction_type",
     )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return {"device": device, "out_dir": args.out, "user": _user(args), **{name: getattr(args, name) for name in names}}
+    return {
+        "device": device_of(args.device),
+        "out_dir": args.out,
+        "user": _user(args),
+        **{name: getattr(args, name) for name in names},
+    }
 
 
 def _user(args: argparse.Namespace) -> list[float] | None:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffalign.cli_words import device_of
+
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     """The three actions and their options."""
@@ -49,8 +51,6 @@ def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _score_pairs(args: argparse.Namespace) -> None:
-    import torch
-
     from diffalign.data.readers import open_pairs
     from diffalign.data.scores import score_pairs
     from diffalign.rewards import load_scorer
@@ -59,7 +59,7 @@ def _score_pairs(args: argparse.Namespace) -> None:
         args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
     )
     table.require_usable()
-    scorer = load_scorer(args.scorer, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scorer = load_scorer(args.scorer, device_of(args.device))
     scored, unreadable = score_pairs(table, args.scorer, lambda *of: scorer.score(*of).tolist(), args.out)
     print(f"{args.out}: {len(table)} pairs, {scored} of them scored now, {unreadable} with an image that does not open")
     print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from diffalign.cli_words import device_of, named
 
 if TYPE_CHECKING:
     from diffalign.rewards import Scorer
@@ -66,7 +68,7 @@ def score(args: argparse.Namespace) -> None:
     for folder in args.folders:
         rows = score_folder(folder, judges, progress=True)
         for judge in judges:
-            values = [float(str(row[judge.name])) for row in rows]
+            values = [cast("float", row[judge.name]) for row in rows]
             mean = sum(values) / len(values)
             spread = f"{min(values):.4f} to {max(values):.4f}"
             print(f"{folder}: {judge.name} {mean:.4f} on average of {len(rows)} pictures ({spread})")
@@ -95,27 +97,12 @@ def label(args: argparse.Namespace) -> None:
     print(f"in a config: data.path={args.out}")
 
 
-def named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
-    """NAME=PATH words as names with their paths; raises ValueError for a word of another form."""
-    found: dict[str, list[str]] = {}
-    for text in texts:
-        name, sign, path = text.partition("=")
-        if not sign:
-            words = f"{option} {text}".strip()
-            raise ValueError(f"{words}: write NAME=PATH, e.g. {f'{option} dpo={text}'.strip()}")
-        found.setdefault(name, []).append(path)
-    return found
-
-
 def _scorer_arguments(parser: argparse.ArgumentParser, how_many: str) -> None:
     parser.add_argument("--scorer", action="append", required=True, help=f"`diffalign list scorers`; {how_many}")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
 def _judges(names: Sequence[str], device: str | None) -> list[Scorer]:
-    import torch
-
     from diffalign.rewards import load_scorer
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return [load_scorer(name, where) for name in names]
+    return [load_scorer(name, device_of(device)) for name in names]

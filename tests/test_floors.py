@@ -43,6 +43,7 @@ SAME_ROOM = {
     "cli_list": "cli",
     "cli_merge": "cli",
     "cli_pictures": "cli",
+    "cli_words": "cli",
     "demo": "cli",
     "config_checks": "config",
     "config_text": "config",

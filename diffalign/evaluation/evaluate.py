@@ -78,7 +78,7 @@ def evaluate(
         "prediction_type": prediction_type,
     }
     folder = Path(out_dir)
-    check_prompts([*loaded, *([] if faithful is None else [faithful])], prompts)
+    check_prompts([*loaded, faithful], prompts)
     prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     paths = {BASE: [(None, None)], **models}
     settings = {

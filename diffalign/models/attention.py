@@ -84,9 +84,7 @@ class SharedText:
 def shares_text(unet: nn.Module) -> bool:
     """Whether all cross-attentions of a UNet take fewer rows of text than of images."""
     layers = cross_attentions(unet)
-    return bool(layers) and all(
-        is_plain(layer) and getattr(layer.processor, "shares_text", False) is True for layer in layers
-    )
+    return bool(layers) and all(is_plain(x) and getattr(x.processor, "shares_text", False) for x in layers)
 
 
 def cross_attentions(unet: nn.Module) -> list[Any]:
