@@ -6,10 +6,12 @@ diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diff
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from diffalign.cli_list import list_all, list_arguments
 from diffalign.cli_merge import merge, merge_arguments
 from diffalign.cli_pictures import compare, compare_arguments, label, label_arguments, score, score_arguments
 from diffalign.cli_words import device_of, named
+from diffalign.errors import BUG, DiffalignError, explain, printable
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -34,18 +37,28 @@ OVERRIDES_HELP = "overrides, e.g. training.learning_rate=1e-5 objective.beta=200
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; errors of the user's making end in one message and exit status 2."""
+    """Runs one command. Exit status 2: something the user can mend, in one message. 1: a bug of ours, with its
+    traceback. 130: interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot end a command
     parser = _parser()
     args = parser.parse_args(argv)
     _quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.run(args)
-    except (ValueError, ImportError, OSError) as error:
-        # what a user can mend: our own errors are ValueErrors, and files are not always where or what they should be
-        if os.environ.get("DIFFALIGN_TRACEBACK"):
-            raise
-        print(f"diffalign {args.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"diffalign {args.command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        said = explain(error)
+        if said is None or os.environ.get("DIFFALIGN_TRACEBACK"):
+            traceback.print_exc()
+        if said is None:
+            print(f"\ndiffalign {args.command}: {BUG}", file=sys.stderr)
+            sys.exit(1)
+        print(f"diffalign {args.command}: {printable(said)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -191,10 +204,10 @@ def _diagnose(args: argparse.Namespace) -> None:
     from diffalign.training.setup import build, make_accelerator
 
     if args.batches < 1:
-        raise ValueError(f"--batches {args.batches}: give at least one")
+        raise DiffalignError(f"--batches {args.batches}: give at least one")
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
-        raise ValueError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
+        raise DiffalignError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
     with TemporaryDirectory() as folder:
         found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
@@ -210,7 +223,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, [*args.overrides, "training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
-        raise ValueError("a preference model's run has no objective, and so no beta to calibrate")
+        raise DiffalignError("a preference model's run has no objective, and so no beta to calibrate")
     calibratable(config)  # before a model is loaded
     with TemporaryDirectory() as folder:
         found = calibrate(build(_look(config, folder), make_accelerator(config)), args.steps, args.pairs)
@@ -229,9 +242,9 @@ def _encode(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     if isinstance(config, PreferenceModelConfig):
-        raise ValueError("a preference model's run has no encode cache: it encodes its pairs at every visit")
+        raise DiffalignError("a preference model's run has no encode cache: it encodes its pairs at every visit")
     if config.data.cache_dir is None:
-        raise ValueError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
+        raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = PartialState()
     table = open_table(config)
     base = load_run_base(config)
@@ -297,7 +310,7 @@ def _user(args: argparse.Namespace) -> list[float] | None:
     from diffalign.data.users import open_users, parse_mixture
 
     if bool(args.users) != bool(args.user):
-        raise ValueError("--users FILE and --user ID belong together: a file of embeddings, and who of it")
+        raise DiffalignError("--users FILE and --user ID belong together: a file of embeddings, and who of it")
     return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
 
 
@@ -349,7 +362,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from diffalign.evaluation.evaluate import evaluate
 
     if not args.tuned and not args.negative_tuned:
-        raise ValueError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
+        raise DiffalignError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
     result = evaluate(
         args.base,
         named(args.tuned, "--tuned"),
@@ -371,8 +384,8 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"--seeds {text}: write 7, 0-11 or 0,3,5")
+            raise DiffalignError(f"--seeds {text}: write 7, 0-11 or 0,3,5")
         seeds += range(int(first), int(last if dash else first) + 1)
     if not seeds:
-        raise ValueError(f"--seeds {text}: the range is empty")
+        raise DiffalignError(f"--seeds {text}: the range is empty")
     return seeds

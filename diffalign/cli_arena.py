@@ -7,6 +7,8 @@ import os
 import shlex
 from pathlib import Path
 
+from diffalign.errors import DiffalignError
+
 
 def arena_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -30,13 +32,13 @@ def arena(args: argparse.Namespace) -> None:
     from diffalign.arena.sweep import save, sweep
 
     if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: give at least one")
+        raise DiffalignError(f"--workers {args.workers}: give at least one")
     require_matplotlib()
     taking_part = entries(None if args.only is None else tuple(args.only))
     field, command = Field(args.out, args.workers), _command(args)
     if args.sweep:
         if args.seeds is not None:
-            raise ValueError("--seeds: the sweep has one seed; leave it out")
+            raise DiffalignError("--seeds: the sweep has one seed; leave it out")
         methods = [entry for entry in taking_part if not entry.control]
         save(sweep(field, methods, command), args.out / Path(TUNED).name)
         print(f"{args.out / Path(TUNED).name}: what was tried and chosen; the packaged one is {TUNED}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.cli_words import device_of
+from diffalign.errors import DiffalignError
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,5 +114,5 @@ def _columns(parts: Sequence[str]) -> dict[str, str]:
     """PART=COLUMN words as a mapping; raises ValueError for a word of another form."""
     for part in parts:
         if not part.partition("=")[2]:
-            raise ValueError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
+            raise DiffalignError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
     return dict(part.split("=", 1) for part in parts)

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign.errors import DiffalignError
+
 WHAT = ("objectives", "sources", "configs", "scorers")
 CITED = re.compile(r", (?:arXiv (?P<arxiv>\d{4}\.\d{5})|(?P<url>https://\S+))")
 
@@ -81,7 +83,7 @@ def cited(paper: str) -> tuple[str, str]:
     """An objective's `paper` as authors with title (and what follows), and its citation. Raises ValueError."""
     found = CITED.search(paper)
     if found is None:
-        raise ValueError(f"{paper!r} cites nothing; end it with ', arXiv NNNN.NNNNN' or ', https://...'")
+        raise DiffalignError(f"{paper!r} cites nothing; end it with ', arXiv NNNN.NNNNN' or ', https://...'")
     text = paper[: found.start()] + paper[found.end() :]
     arxiv = found["arxiv"]
     return text, found["url"] if arxiv is None else f"arXiv {arxiv}, https://arxiv.org/abs/{arxiv}"

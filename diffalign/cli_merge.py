@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffalign.errors import DiffalignError
+
 
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Base, output and parts."""
@@ -24,7 +26,7 @@ def merge(args: argparse.Namespace) -> None:
         try:
             parts.append((path, float(weight)))
         except ValueError:
-            raise ValueError(f"{text}: write PATH=WEIGHT, e.g. {text}=0.5") from None
+            raise DiffalignError(f"{text}: write PATH=WEIGHT, e.g. {text}=0.5") from None
     written = merge_tuned(load_base(args.base, vae_and_text=False), parts, args.out)
     total = sum(weight for _, weight in parts)
     print(f"{written}: the base plus {' '.join(args.parts)} of what tuning changed (weights sum to {total:g})")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from diffalign.cli_words import device_of, named
+from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
     from diffalign.rewards import Scorer
@@ -46,7 +47,7 @@ def compare(args: argparse.Namespace) -> None:
     others = named(args.others, "")
     runs = {name: [read_manifest(path, whole=True) for path in paths] for name, paths in others.items()}
     if BASE in runs:
-        raise ValueError(f"{BASE}=…: that is the first folder's name; give another")
+        raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
     result, rows = compare_pictures(base, runs, judges, faithful, tie=args.tie, progress=True)
     print(result.table())
     if args.out is not None:
@@ -88,7 +89,9 @@ def label(args: argparse.Namespace) -> None:
     from diffalign.evaluation.label import label_pictures
 
     if len(args.scorer) > 1:
-        raise ValueError("pairs are labelled by one --scorer; several can be combined later (`diffalign data score`)")
+        raise DiffalignError(
+            "pairs are labelled by one --scorer; several can be combined later (`diffalign data score`)"
+        )
     (judge,) = _judges(args.scorer, args.device)
     found = label_pictures(args.folders, judge, args.out, tie=args.tie, progress=True)
     print(

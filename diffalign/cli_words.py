@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffalign.errors import DiffalignError
+
 
 def named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
     """NAME=PATH words as names with their paths; raises ValueError for a word of another form."""
@@ -12,7 +14,7 @@ def named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
         name, sign, path = text.partition("=")
         if not sign:
             words = f"{option} {text}".strip()
-            raise ValueError(f"{words}: write NAME=PATH, e.g. {f'{option} dpo={text}'.strip()}")
+            raise DiffalignError(f"{words}: write NAME=PATH, e.g. {f'{option} dpo={text}'.strip()}")
         found.setdefault(name, []).append(path)
     return found
 

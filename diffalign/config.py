@@ -29,6 +29,7 @@ from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_sc
 from diffalign.config_health import HealthSection, can_roll_back
 from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
 from diffalign.data.axes import Aggregate, Axis
+from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
@@ -221,14 +222,16 @@ class Config(_Section):
     def _whole(self) -> Config:
         training = self.training
         if training.lr_scheduler == "constant" and training.lr_warmup_steps:
-            raise ValueError("training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup")
+            raise DiffalignError(
+                "training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup"
+            )
         reference_batch_fits(self)
         if training.optimizer == "adafactor":
             idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
             if idle:
-                raise ValueError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
+                raise DiffalignError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
         if self.model.compile and self.model.gradient_checkpointing == "selective":
-            raise ValueError(
+            raise DiffalignError(
                 "model.compile: a compiled block already makes its cheap activations again; use gradient_checkpointing "
                 "none, or full"
             )
@@ -237,11 +240,11 @@ class Config(_Section):
         if training.bf16_weights:
             can_train_in_bf16(self)
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
-            raise ValueError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+            raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
         if self.data.aggregate != "sum" and len(self.data.axes) < 2:
-            raise ValueError(f"data.aggregate: {self.data.aggregate} needs several axes in data.scores")
+            raise DiffalignError(f"data.aggregate: {self.data.aggregate} needs several axes in data.scores")
         if self.data.relabel and self.data.scores is None:
-            raise ValueError("data.relabel needs data.scores, a file that `diffalign data score` writes")
+            raise DiffalignError("data.relabel needs data.scores, a file that `diffalign data score` writes")
         if self.data.cache_trajectories:
             can_keep_trajectories(self)
         if self.data.cache_reference_errors:
@@ -291,12 +294,12 @@ class PreferenceModelConfig(_Section):
             section = getattr(self, name)
             idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
             if idle:
-                raise ValueError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
+                raise DiffalignError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
         if self.training.bf16_weights:
             name = self.training.optimizer
-            raise ValueError(f"training.optimizer: {name} is for a base's UNet; use adamw for a preference model")
+            raise DiffalignError(f"training.optimizer: {name} is for a base's UNet; use adamw for a preference model")
         if self.training.mixed_precision == "fp16":
-            raise ValueError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
+            raise DiffalignError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -376,10 +379,10 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
     if dataclasses.is_dataclass(node) and type(node) in known.values():
         return node
     if not isinstance(node, dict) or "name" not in node:
-        raise ValueError(f"give a mapping with a name, one of: {', '.join(known)}")
+        raise DiffalignError(f"give a mapping with a name, one of: {', '.join(known)}")
     name = node["name"]
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"no {what} is called {name!r}{nearest(str(name), known)}")
+        raise DiffalignError(f"no {what} is called {name!r}{nearest(str(name), known)}")
     cls = known[name]
     allowed = [f.name for f in dataclasses.fields(cls)]
     settings = {k: v for k, v in node.items() if k != "name"}
@@ -389,7 +392,7 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
             return TypeAdapter(cls).validate_python(settings)
         except ValidationError as e:
             faults = [f"{'.'.join(map(str, f['loc'])) or name}: {message(f)}" for f in e.errors()]
-    raise ValueError("; ".join(faults))
+    raise DiffalignError("; ".join(faults))
 
 
 def _plain(settings: Any) -> dict[str, Any]:

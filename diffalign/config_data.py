@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign.data.axes import Axis
+from diffalign.errors import DiffalignError
 
 
 class _Section(BaseModel):
@@ -35,16 +36,18 @@ def checked_scores(node: Any) -> Any:
     """`data.scores` as given. Raises ValueError in words where pydantic would name each form that a value has not."""
     several = isinstance(node, dict | list | tuple)
     if several and not node:
-        raise ValueError("names no file; give one, a list of them, or a mapping axis: file")
+        raise DiffalignError("names no file; give one, a list of them, or a mapping axis: file")
     for value in node.values() if isinstance(node, dict) else node if several else [node]:
         if isinstance(value, str | ScoreAxis) or value is node is None:
             continue
         if not (isinstance(node, dict) and isinstance(value, dict)):
-            raise ValueError(f"{value!r} is no file; give a path, a list of paths, or a mapping axis: path")
+            raise DiffalignError(f"{value!r} is no file; give a path, a list of paths, or a mapping axis: path")
         weight = value.get("weight", 1.0)
         good = isinstance(weight, int | float) and not isinstance(weight, bool) and weight > 0
         if value.keys() - {"file", "weight"} or not isinstance(value.get("file"), str) or not good:
-            raise ValueError(f"{value!r} is no axis; write {{file: PATH, weight: NUMBER ABOVE 0}}, the weight optional")
+            raise DiffalignError(
+                f"{value!r} is no axis; write {{file: PATH, weight: NUMBER ABOVE 0}}, the weight optional"
+            )
     return node
 
 

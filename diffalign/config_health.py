@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from diffalign.errors import DiffalignError
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -36,12 +38,12 @@ def can_roll_back(health: HealthSection, training: Any, source: Any) -> None:
     if health.action != "roll_back":
         return
     if training.checkpointing_steps is None or training.checkpointing_steps % training.logging_steps:
-        raise ValueError(
+        raise DiffalignError(
             "health.action: roll_back needs training.checkpointing_steps, a multiple of training.logging_steps "
             f"({training.logging_steps}), so that nothing is saved unjudged"
         )
     if source is not None:
-        raise ValueError(
+        raise DiffalignError(
             f"health.action: source {source.name} would go on with pairs of the policy that was given up; use "
             "stop instead of roll_back"
         )

@@ -8,11 +8,13 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
+from diffalign.errors import DiffalignError
+
 SWITCHES = ("objective.name", "source.name", "tuning.method")
 SHORT = {"lr": "learning_rate", "batch_size": "train_batch_size", "steps": "max_train_steps"}
 
 
-class ConfigError(ValueError):
+class ConfigError(DiffalignError):
     """Everything that is wrong with a config, one fault a line."""
 
 

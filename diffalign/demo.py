@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.config import packaged_config
+from diffalign.errors import DiffalignError
 from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 
@@ -24,7 +25,7 @@ PAIRS = 1024  # of the control; the same pictures as the packaged pairs
 LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
-class DemoError(ValueError):
+class DemoError(DiffalignError):
     """A command of the demo failed; its output says why."""
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
+
 CHOSEN, REJECTED = 0, 1
 
 
@@ -199,7 +201,7 @@ class Evidence:
     def margin(self) -> Tensor:
         """D = E_policy - E_reference, "side pair [point]"; negative: the policy denoises better."""
         if self.reference is None:
-            raise ValueError(
+            raise DiffalignError(
                 "this evidence has no reference errors, and the objective compares policy with reference; "
                 "measure it with a reference (`Probe.needs_reference`, and `Networks` with a reference)"
             )

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffalign"
 
 FLOORS = {
+    "errors": -1,
     "records": 0,
     "engine": 1,
     "objectives": 2,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import Config, ConfigError, load_config, packaged_asset, packaged_config
+from diffalign.errors import DiffalignError, MissingFileError
 from diffalign.objectives import OBJECTIVES
 
 BASE = "assets/world/base"
@@ -102,7 +103,7 @@ def entries(only: tuple[str, ...] | None = None) -> list[Entry]:
         return every
     known = {entry.name: entry for entry in every}
     if unknown := [name for name in only if name not in known]:
-        raise ValueError(f"no entry is called {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise DiffalignError(f"no entry is called {', '.join(unknown)}; there are: {', '.join(known)}")
     return [known[name] for name in only]
 
 
@@ -151,7 +152,7 @@ def tuned_settings() -> dict[str, dict[str, Any]]:
     """By entry: the settings that the committed sweep chose. Raises FileNotFoundError where it is not installed."""
     file = Path(packaged_asset(TUNED))
     if not file.is_file():
-        raise FileNotFoundError(f"{TUNED} is not there; `diffalign arena --sweep` writes it (about an hour)")
+        raise MissingFileError(f"{TUNED} is not there; `diffalign arena --sweep` writes it (about an hour)")
     return {name: found["chosen"] for name, found in json.loads(file.read_text())["entries"].items()}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.arena.board import Row, ranked
+from diffalign.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("the arena draws with matplotlib: pip install 'diffalign[arena]'") from None
+        raise MissingPackageError("the arena draws with matplotlib: pip install 'diffalign[arena]'") from None
 
 
 def leaderboard(rows: Sequence[Row], preference: str, budget: str, file: Path) -> None:

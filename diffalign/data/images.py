@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.rows import ImageRef, PairRow, check_size
+from diffalign.errors import DiffalignError
 from diffalign.objectives.draws import uniform
 
 
@@ -78,7 +79,7 @@ def pictures(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> li
     broken = (~pixels.isfinite().flatten(1).all(1)).nonzero()
     if len(broken):
         i = int(broken[0])
-        raise ValueError(
+        raise DiffalignError(
             f"the picture of prompt {prompts[i]!r}, seed {seeds[i]} is NaN; half precision overflows in some "
             "VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
         )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
+from diffalign.errors import DiffalignError
+
 MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images carry no picture
 
 # Fault kinds, in the order in which a row is examined: a row is reported once, with its first fault.
@@ -28,11 +30,11 @@ DUPLICATE = "duplicate id"
 DISAGREEMENT = "axes disagree"  # a verdict on a usable pair, made when scores are taken up
 
 
-class DataError(ValueError):
+class DataError(DiffalignError):
     """The file or folder as a whole cannot be read as pairs; the message says why and what to do."""
 
 
-class ImageError(ValueError):
+class ImageError(DiffalignError):
     """One image cannot be used. `kind` is one of the fault kinds; the message names the row."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -135,7 +137,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode == "F":
-        raise ValueError("float images have no known range; save them as 8- or 16-bit")
+        raise DiffalignError("float images have no known range; save them as 8- or 16-bit")
     if image.mode.startswith("I"):  # 16-bit PNG and TIFF; PIL's own convert would clip at 255
         return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
     if image.has_transparency_data:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
 from diffalign.objectives.draws import generator, pair_key
 
 Order = Callable[[int], tuple[int, int]]  # position -> (index of the pair, draw); no two visits of a pair share a draw
@@ -23,7 +24,7 @@ class PairOrder:
 
     def __init__(self, n: int, seed: int) -> None:
         if n < 1:
-            raise ValueError(f"an order needs at least one pair, got n={n}; see `diffalign data check`")
+            raise DiffalignError(f"an order needs at least one pair, got n={n}; see `diffalign data check`")
         self.n, self.seed = n, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
@@ -55,10 +56,12 @@ class CurriculumOrder:
         """
         n = len(gaps)
         if not 1 <= chunks <= n:
-            raise ValueError(f"data.curriculum.chunks = {chunks} for {n} pairs; allowed are 1 to {n}")
+            raise DiffalignError(f"data.curriculum.chunks = {chunks} for {n} pairs; allowed are 1 to {n}")
         known = [gap for gap in gaps if not math.isnan(gap)]
         if chunks > 1 and len(set(known)) < 2:
-            raise ValueError(f"data.curriculum: the scores give all {n} pairs the same gap, so none is easier; drop it")
+            raise DiffalignError(
+                f"data.curriculum: the scores give all {n} pairs the same gap, so none is easier; drop it"
+            )
         easiest = sorted(range(n), key=lambda i: (math.isnan(gaps[i]), -gaps[i] if gaps[i] == gaps[i] else 0.0, i))
         self.seed, self.chunks, self.positions = seed, chunks, positions
         # in stored order within a pool, so that the whole pool is the table
@@ -88,6 +91,6 @@ def positions_for(step: int, batch: int, accumulation: int, process: int, proces
     All processes together take consecutive positions, micro-batch by micro-batch.
     """
     if not 0 <= process < processes:
-        raise ValueError(f"process {process} of {processes}: it counts from 0")
+        raise DiffalignError(f"process {process} of {processes}: it counts from 0")
     line = torch.arange(batch * accumulation * processes) + step * batch * accumulation * processes
     return line.view(accumulation, processes, batch)[:, process]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffalign.engine.inversion import Ascent, EpsFn, invert, noise_between
 from diffalign.engine.schedule import NoiseSchedule, spread
+from diffalign.errors import DiffalignError
 
 __all__ = [
     "EpsFn",
@@ -77,9 +78,9 @@ def step(
     Raises ValueError when η > 0 and t_prev ≥ t: noise can only be added on the way to a cleaner level.
     """
     if eta < 0:
-        raise ValueError(f"eta = {eta} is negative; 0 is deterministic DDIM, 1 has the variance of DDPM")
+        raise DiffalignError(f"eta = {eta} is negative; 0 is deterministic DDIM, 1 has the variance of DDPM")
     if eta > 0 and t.device.type == "cpu" and bool((t_prev >= t).any()):
-        raise ValueError("eta > 0 needs t_prev < t for every sample; inversion steps are deterministic")
+        raise DiffalignError("eta > 0 needs t_prev < t for every sample; inversion steps are deterministic")
     x0 = s.predict_x0(eps, xt, t) if x0 is None else x0
     prev = s.alpha_bar(t_prev)
     sigma2 = variance(s, t, t_prev, eta) if eta else torch.zeros_like(prev)
@@ -109,7 +110,7 @@ def mean_of_prediction(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float =
     if s.prediction_type == "sample":
         return d / sigma, a_prev - a * d / sigma
     if t.device.type == "cpu" and bool((now == 0).any()):
-        raise ValueError("a network that predicts noise says nothing of the image at zero terminal SNR (ᾱ_t = 0)")
+        raise DiffalignError("a network that predicts noise says nothing of the image at zero terminal SNR (ᾱ_t = 0)")
     return a_prev / a, d - a_prev * sigma / a
 
 
@@ -120,7 +121,7 @@ def log_density(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     times larger. Raises ValueError where std = 0: a deterministic step has no density.
     """
     if std.device.type == "cpu" and bool((std <= 0).any()):
-        raise ValueError("log_density needs std > 0: take the step with eta > 0 and t_prev ≥ 0")
+        raise DiffalignError("log_density needs std > 0: take the step with eta > 0 and t_prev ≥ 0")
     sigma = spread(std, sample)
     log_p = -((sample - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return log_p.flatten(std.ndim).mean(-1)
@@ -139,7 +140,7 @@ def sample(
     `noise`, "steps n c h w", is required when η > 0: randomness is the caller's.
     """
     if eta > 0 and noise is None:
-        raise ValueError("sample with eta > 0 needs noise of shape [steps, n, c, h, w]")
+        raise DiffalignError("sample with eta > 0 needs noise of shape [steps, n, c, h, w]")
     grid = s.timesteps(steps)
     following = torch.cat([grid[1:], grid.new_full((1,), -1)])
     for i, (t, t_prev) in enumerate(zip(grid, following, strict=True)):

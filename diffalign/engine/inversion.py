@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.schedule import NoiseSchedule, spread
+from diffalign.errors import DiffalignError
 
 EpsFn = Callable[[Tensor, Tensor], Tensor]  # (x "n c h w", t int64 [n]) -> noise "n c h w"
 # (x "m c h w", t int64 [m], rows int64 [m] of the batch, all on one device)
@@ -46,7 +47,7 @@ def exact_ascent(t: Tensor, steps: Tensor) -> Ascent:
     """
     t, steps = t.cpu(), steps.cpu()
     if bool(((t < 0) | (steps < 1) | (steps > t + 1)).any()):
-        raise ValueError(
+        raise DiffalignError(
             f"inversion needs t >= 0 and between 1 and t + 1 steps for every row, got t = {t.tolist()} with "
             f"{steps.tolist()} steps"
         )
@@ -58,7 +59,7 @@ def exact_ascent(t: Tensor, steps: Tensor) -> Ascent:
 def strided_ascent(t: Tensor, stride: int) -> Ascent:
     """The exact ascent with ⌈(t+1)/stride⌉ steps for each row. Raises ValueError for stride < 1 or a negative t."""
     if stride < 1 or bool((t < 0).any()):
-        raise ValueError(f"inversion needs stride >= 1 and t >= 0, got stride = {stride}, t = {t.tolist()}")
+        raise DiffalignError(f"inversion needs stride >= 1 and t >= 0, got stride = {stride}, t = {t.tolist()}")
     return exact_ascent(t, -(-(t + 1) // stride))
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.errors import DiffalignError
 from diffalign.records import Conditioning, Evidence, Probe, Score
 
 
@@ -225,7 +226,7 @@ def _predict(network: Network, probe: Probe) -> Tensor:
     null = None
     if probe.guidance != 1.0:
         if probe.uncond is None:
-            raise ValueError(f"guidance = {probe.guidance} needs the null prompt's conditioning (Probe.uncond)")
+            raise DiffalignError(f"guidance = {probe.guidance} needs the null prompt's conditioning (Probe.uncond)")
         null = _flat_conditioning(probe.uncond, probe.points)
     prediction = guided(network, xt, t, cond, probe.guidance, null)
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32)).unflatten(0, lead)

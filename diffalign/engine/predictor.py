@@ -10,6 +10,7 @@ from torch import Tensor
 from diffalign.engine.inversion import Predict
 from diffalign.engine.measure import Network, guided
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.errors import DiffalignError
 from diffalign.records import Conditioning
 
 
@@ -21,7 +22,7 @@ def predictor(
     Guidance takes one forward of twice the rows, as in `measure`. Raises ValueError where it has no null prompt.
     """
     if guidance != 1.0 and uncond is None:
-        raise ValueError(
+        raise DiffalignError(
             f"guidance = {guidance} needs the null prompt's conditioning (PairBatch.uncond): build the source with "
             "with_uncond=True, or set guidance: 1.0"
         )

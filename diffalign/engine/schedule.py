@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -37,9 +39,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.dtype != torch.float64 or table.ndim != 1:
-            raise ValueError(f"alphas_cumprod must be float64 [T], got {table.dtype} {tuple(table.shape)}")
+            raise DiffalignError(f"alphas_cumprod must be float64 [T], got {table.dtype} {tuple(table.shape)}")
         if not bool(((table >= 0) & (table < 1)).all()):
-            raise ValueError("alphas_cumprod must lie in [0, 1): 0 is pure noise, 1 a clean image")
+            raise DiffalignError("alphas_cumprod must lie in [0, 1): 0 is pure noise, 1 a clean image")
         _one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
 
@@ -93,7 +95,7 @@ class NoiseSchedule:
                 f"timesteps must be int64, got {t.dtype}; half-precision timesteps hit wrong entries of the table"
             )
         if t.device.type == "cpu" and t.numel() and int(t.max()) >= self.num_train_timesteps:
-            raise ValueError(
+            raise DiffalignError(
                 f"timestep {int(t.max())} is outside this schedule: allowed are 0 … {self.num_train_timesteps - 1}"
             )
         table = self.alphas_cumprod.to(t.device)
@@ -174,7 +176,7 @@ class NoiseSchedule:
         spacing = _one_of("spacing", spacing or self.timestep_spacing, SPACINGS)
         offset = self.steps_offset if steps_offset is None else steps_offset
         if not 1 <= steps <= T:
-            raise ValueError(f"steps = {steps}: a grid on this schedule has between 1 and {T} steps")
+            raise DiffalignError(f"steps = {steps}: a grid on this schedule has between 1 and {T} steps")
         index = torch.arange(steps, dtype=torch.int64).flip(0)
         if spacing == "leading":
             return (index * (T // steps) + offset).clamp(max=T - 1)
@@ -184,7 +186,7 @@ class NoiseSchedule:
 
     def _needs_signal(self, t: Tensor, what: str) -> None:
         if float(self.alphas_cumprod[-1]) == 0.0 and bool((self.alpha_bar(t) == 0).any()):
-            raise ValueError(
+            raise DiffalignError(
                 f"{what} is undefined at zero terminal SNR (ᾱ_t = 0): noise alone says nothing of the image; "
                 "use to_x0 with a v- or sample-prediction, or stop one step earlier"
             )
@@ -197,7 +199,7 @@ def spread(coefficient: Tensor, like: Tensor) -> Tensor:
     """
     n = coefficient.ndim
     if coefficient.shape != like.shape[:n]:
-        raise ValueError(
+        raise DiffalignError(
             f"timesteps of shape {tuple(coefficient.shape)} do not lead latents of shape {tuple(like.shape)}; "
             "give one timestep per sample (expand it over the side axis where sides share it)"
         )
@@ -207,7 +209,7 @@ def spread(coefficient: Tensor, like: Tensor) -> Tensor:
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise ValueError(f"{field} = {value!r} is not supported; allowed: {', '.join(allowed)}")
+        raise DiffalignError(f"{field} = {value!r} is not supported; allowed: {', '.join(allowed)}")
     return value
 
 

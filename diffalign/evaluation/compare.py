@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffalign.data.prompts import unique
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.generate import Picture
 from diffalign.evaluation.guards import Embed, Look, look, pixel_features, spread
 from diffalign.evaluation.report import BASE, ModelResult, Result, versions
@@ -103,7 +104,7 @@ def _in_order(name: str, run: Sequence[Picture], keys: Sequence[tuple[str, int]]
     if odd:
         prompt, seed = min(odd)
         has, lacks = (name, BASE) if (prompt, seed) in found else (BASE, name)
-        raise ValueError(
+        raise DiffalignError(
             f"{len(odd)} pictures have no partner: '{has}' has prompt {prompt!r}, seed {seed}, '{lacks}' has not; "
             "generate both with the same prompts and seeds"
         )

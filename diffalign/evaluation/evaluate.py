@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data.prompts import unique
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.generate import PATHS, Picture, generate, settings_of
 from diffalign.evaluation.grid import comparison_grid
@@ -63,10 +64,10 @@ def evaluate(
     loaded = [_scorer(scorer, device) for scorer in scorers]
     faithful = _scorer(faithfulness, device) if faithfulness is not None else None
     if not loaded:
-        raise ValueError("no scorer is named; give at least one, for example scorers=['pickscore']")
+        raise DiffalignError("no scorer is named; give at least one, for example scorers=['pickscore']")
     models = _models(tuned, negative_tuned or {})
     if not models or BASE in models:
-        raise ValueError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")
+        raise DiffalignError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")
     sampling = {
         "steps": steps,
         "guidance": guidance,
@@ -87,7 +88,7 @@ def evaluate(
     }
     for name, some in settings.items():
         if len({_tag(one) for one in some}) < len(some):
-            raise ValueError(f"two runs of '{name}' have the same weights: {paths[name]}; name each run once")
+            raise DiffalignError(f"two runs of '{name}' have the same weights: {paths[name]}; name each run once")
     pictures = {
         name: [
             generate(
@@ -142,7 +143,7 @@ def _models(
     for name in (*tuned, *(name for name in negative if name not in tuned)):
         ours, away = _listed(tuned.get(name)), _listed(negative.get(name))
         if len(ours) != len(away) and len(ours) > 1 < len(away):
-            raise ValueError(
+            raise DiffalignError(
                 f"'{name}' has {len(ours)} tuned weights and {len(away)} negative ones; give one negative for all "
                 "runs, or one for each"
             )

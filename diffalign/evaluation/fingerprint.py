@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from diffalign.errors import MissingFileError
+
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt")
 BIG = 1 << 30  # bytes; larger files count by size and time of change, because reading them takes seconds
 
@@ -40,5 +42,5 @@ def model_files(path: Path) -> list[Path]:
         files = [path / "model_index.json", *path.glob("*/*")]
     files = sorted(file for file in files if file.is_file() and file.suffix in WEIGHTS)
     if not files:
-        raise FileNotFoundError(f"{path} holds no weights ({', '.join(WEIGHTS)}) and no model_index.json")
+        raise MissingFileError(f"{path} holds no weights ({', '.join(WEIGHTS)}) and no model_index.json")
     return files

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffalign.data.prompts import unique
+from diffalign.errors import DiffalignError, MissingFileError
 from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.evaluation.sampling import SCHEDULERS, default_batch, default_resolution, sample_images
 from diffalign.objectives.draws import noise_seed
@@ -58,13 +59,13 @@ def settings_of(
 ) -> dict[str, Any]:
     """Everything a picture depends on besides prompt and seed, as it is written to the manifest."""
     if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler '{scheduler}' is unknown; allowed: {', '.join(SCHEDULERS)}")
+        raise DiffalignError(f"scheduler '{scheduler}' is unknown; allowed: {', '.join(SCHEDULERS)}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
+        raise DiffalignError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
     if steps < 1:
-        raise ValueError(f"steps is {steps}; at least 1 is needed")
+        raise DiffalignError(f"steps is {steps}; at least 1 is needed")
     if negative_tuned is not None and guidance <= 1:
-        raise ValueError(
+        raise DiffalignError(
             f"negative-tuned {negative_tuned} answers the unconditional branch, and guidance {guidance} has none; give "
             "a guidance above 1"
         )
@@ -196,7 +197,7 @@ def read_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder / MANIFEST} does not exist; `diffalign generate` writes it, or write one line per picture: "
             '{"file": "a.png", "prompt": "...", "seed": 0}'
         )
@@ -204,7 +205,7 @@ def read_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
     there = [Picture(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
     if whole and len(there) < max(1, len(found)):
         gone = next((file for file in found.values() if not file.is_file()), None)
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder / MANIFEST} names {len(found)} pictures, and {len(found) - len(there)} of them are not there"
             + (f" (first: {gone.name}); restore them or take their lines out" if gone else ": nothing to look at")
         )
@@ -223,7 +224,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / MANIFEST}, line {number}: not JSON ({error})") from error
+            raise DiffalignError(f"{folder / MANIFEST}, line {number}: not JSON ({error})") from error
     return rows
 
 
@@ -243,7 +244,7 @@ def _resume(folder: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, int
         differ = [key for key in settings if key not in PATHS and theirs.get(key) != settings[key]]
         if differ:
             what = ", ".join(f"{key} {theirs.get(key)} there, {settings[key]} now" for key in differ)
-            raise ValueError(f"{folder} holds pictures made with other settings ({what}); choose another folder")
+            raise DiffalignError(f"{folder} holds pictures made with other settings ({what}); choose another folder")
         numbers.setdefault(row["prompt"], len(numbers))
         picture = Picture(row["prompt"], row["seed"], folder / row["file"])
         if picture.file.is_file():

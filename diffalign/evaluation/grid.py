@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from diffalign.errors import DiffalignError
+
 CELL = 160  # pixels per side of a picture in the grid, at least
 LARGEST = 384  # larger pictures are shrunk to this
 TEXT = 220  # width of the prompt column
@@ -24,7 +26,7 @@ def comparison_grid(
     """
     for name, images in columns.items():
         if len(images) != len(prompts):
-            raise ValueError(f"column '{name}' has {len(images)} pictures for {len(prompts)} prompts")
+            raise DiffalignError(f"column '{name}' has {len(images)} pictures for {len(prompts)} prompts")
     first = next(iter(columns.values()))[0]
     cell = cell or max(CELL, min(LARGEST, max(first.size)))
     font = ImageFont.load_default(FONT)

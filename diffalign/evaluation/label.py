@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign.data.preference import write_preferences
+from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.evaluation.generate import Picture, read_manifest
 from diffalign.evaluation.scoring import score_pictures
 from diffalign.rewards import Scorer, tie_of
@@ -38,9 +39,9 @@ def label_pictures(
     """
     file = Path(out)
     if file.suffix != ".parquet":
-        raise ValueError(f"{out}: pairs are written to a .parquet file")
+        raise DiffalignError(f"{out}: pairs are written to a .parquet file")
     if file.exists():
-        raise FileExistsError(f"{out} is there; name a new file")
+        raise ExistingFileError(f"{out} is there; name a new file")
     pictures = [picture for folder in folders for picture in read_manifest(folder, whole=True)]
     check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
     scores = score_pictures(pictures, [scorer], progress=progress)[scorer.name]
@@ -59,7 +60,7 @@ def label_pictures(
         else:
             pairs.append((prompt, best, worst))
     if not pairs:
-        raise ValueError(
+        raise DiffalignError(
             f"no pair is left of {len(by_prompt)} prompts: {single} have one picture, and of {ties} all scores lie "
             f"within {threshold:g}; make several pictures of a prompt (`diffalign generate --seeds 0-3`)"
         )

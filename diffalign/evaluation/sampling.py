@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.data.images import pictures
+from diffalign.errors import DiffalignError
 from diffalign.models.negative import negative_branch
 from diffalign.objectives.draws import initial_noise
 
@@ -36,7 +37,7 @@ def make_scheduler(pipe: Any, name: str) -> Any:
     import diffusers
 
     if name not in SCHEDULERS:
-        raise ValueError(f"scheduler '{name}' is unknown; allowed: {', '.join(SCHEDULERS)}")
+        raise DiffalignError(f"scheduler '{name}' is unknown; allowed: {', '.join(SCHEDULERS)}")
     config = dict(pipe.scheduler.config)
     # DDIMScheduler clips x_0 unless told otherwise, which is wrong for latents; configs written by other
     # schedulers do not say.

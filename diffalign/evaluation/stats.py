@@ -15,6 +15,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from diffalign.errors import DiffalignError
+
 CHUNK = 1000  # resamples per matrix product: keeps 10,000 resamples of 5,000 prompts below 100 MB
 
 Floats = NDArray[np.float64]
@@ -69,14 +71,14 @@ def paired(
     base, tuned = np.asarray(base, float), np.asarray(tuned, float)
     for side, scores in (("base", base), ("tuned", tuned)):
         if scores.shape != (len(prompts),) or len(seeds) != len(prompts):
-            raise ValueError(
+            raise DiffalignError(
                 f"{side} has scores of shape {scores.shape} for {len(prompts)} prompts and {len(seeds)} seeds; "
                 "pass one score, prompt and seed per picture"
             )
         for i in np.flatnonzero(~np.isfinite(scores))[:1]:
-            raise ValueError(f"the {side} score of prompt {prompts[i]!r}, seed {seeds[i]} is {scores[i]}")
+            raise DiffalignError(f"the {side} score of prompt {prompts[i]!r}, seed {seeds[i]} is {scores[i]}")
     if not len(base):
-        raise ValueError("there are no pictures to compare")
+        raise DiffalignError("there are no pictures to compare")
     gain = tuned - base
     tied = (np.abs(gain) < tie) | (gain == 0)
     win = np.where(tied, 0.5, gain > 0)
@@ -131,7 +133,7 @@ def cluster_interval(
     np.add.at(sums, (r, p), values)
     np.add.at(counts, (r, p), 1)
     if not counts.all():
-        raise ValueError("not every run has pictures of every prompt; evaluate all runs on the same prompts")
+        raise DiffalignError("not every run has pictures of every prompt; evaluate all runs on the same prompts")
     rng = np.random.default_rng(seed)
     draws = []
     for weights in _prompt_weights(rng, n_prompts, resamples):

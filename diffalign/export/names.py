@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from diffalign.errors import DiffalignError
+
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 
@@ -47,7 +49,7 @@ _UNET_PLACE = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.
 _VAE_PLACE = re.compile(r"(encoder|decoder)\.(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
 
 
-class ExportError(ValueError):
+class ExportError(DiffalignError):
     """What cannot be exported as it was asked; the message says why and what can."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.errors import DiffalignError
 from diffalign.models.base import Base, vae_factor
 from diffalign.models.decoder import SLICE_ABOVE_PIXELS, decode, latent_scaling
 from diffalign.models.family import PromptEmbeds
@@ -35,7 +36,7 @@ class Encoder:
     def __init__(self, base: Base, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Moves the base's own modules to `device` and `dtype`; raises ValueError if it was loaded without them."""
         if base.vae is None or base.text is None:
-            raise ValueError(
+            raise DiffalignError(
                 f"{base.source!r} was loaded without VAE and text encoders; load it with vae_and_text=True"
             )
         self.base = base
@@ -78,7 +79,7 @@ class Encoder:
         factor = vae_factor(vae)
         n, channels, height, width = pixels.shape
         if channels != 3 or height % factor or width % factor:
-            raise ValueError(
+            raise DiffalignError(
                 f"pixels have shape {tuple(pixels.shape)}; needed is [n, 3, H, W] with H and W multiples of {factor}"
             )
         chunk = 1 if height * width > SLICE_ABOVE_PIXELS else n

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from diffalign.errors import DiffalignError
 from diffalign.records import Conditioning
 
 
-class ModelError(ValueError):
+class ModelError(DiffalignError):
     """A model that cannot be loaded or tuned; the message says what was found and what to do."""
 
 

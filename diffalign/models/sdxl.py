@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
 from diffalign.models.family import PromptEmbeds, TextEncoders
 from diffalign.records import Conditioning
 
@@ -44,7 +45,7 @@ class StableDiffusionXL:
     def time_ids(self, geometry: Tensor) -> Tensor:
         """The six numbers as float32: half precision would round 1023 to 1024."""
         if geometry.shape[-1] != 6:
-            raise ValueError(
+            raise DiffalignError(
                 f"geometry has shape {tuple(geometry.shape)}; its last axis must hold six pixel counts: "
                 "original h w, crop top left, target h w"
             )
@@ -54,7 +55,7 @@ class StableDiffusionXL:
         """Cross-attention states, pooled text and time ids."""
         if cond.pooled is None or cond.time_ids is None:
             missing = [name for name in ("pooled", "time_ids") if getattr(cond, name) is None]
-            raise ValueError(
+            raise DiffalignError(
                 f"an SDXL network needs Conditioning.{' and .'.join(missing)}; this batch was encoded without "
                 "(by an SD encoder?): encode it again with this base"
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffalign.engine.measure import Models
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.errors import DiffalignError
 from diffalign.objectives.draws import integers, normal, on_device
 from diffalign.records import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch, Probe, Score
 
@@ -125,7 +126,7 @@ def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
     require_terms(objective, margin=batch.margin is not None, signs=False)
     places = (batch.pairs, *batch.latents.shape[-2:])
     if batch.mask is not None and tuple(batch.mask.shape) != places:
-        raise ValueError(f"a mask of shape {tuple(batch.mask.shape)}: these latents need (pair, h, w) = {places}")
+        raise DiffalignError(f"a mask of shape {tuple(batch.mask.shape)}: these latents need (pair, h, w) = {places}")
     with torch.no_grad():
         probe = objective.probe(batch, models)
     return replace(
@@ -136,12 +137,12 @@ def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
 def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:
     """Raises ValueError where pairs have margins, or masks below 0, and the objective can do nothing with them."""
     if margin and not getattr(objective, "takes_margin", False):
-        raise ValueError(
+        raise DiffalignError(
             f"the data have a margin for each pair, and {objective.name} has no log σ(logit) to subtract it from: "
             "remove or rename the column, or use an objective that has, e.g. dpo"
         )
     if signs and not getattr(objective, "takes_signs", False):
-        raise ValueError(
+        raise DiffalignError(
             f"a mask below 0 swaps the sides of a part of the picture, and {objective.name} does not compare the sides "
             "by a plain difference: use masks in [0, 1], or an objective that does, e.g. dpo"
         )
@@ -178,16 +179,16 @@ def _sides(cond: Conditioning, sides: int) -> Conditioning:
 def positive(name: str, value: float) -> None:
     """Raises ValueError unless a hyper-parameter is a finite number above 0."""
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name} = {value}: must be a finite number above 0")
+        raise DiffalignError(f"{name} = {value}: must be a finite number above 0")
 
 
 def timesteps_valid(timesteps: tuple[int, ...] | None) -> None:
     """Raises ValueError for an empty or negative set of timesteps."""
     if timesteps is not None and (not timesteps or min(timesteps) < 0):
-        raise ValueError(f"timesteps = {timesteps}: give at least one timestep, none below 0, or null for all")
+        raise DiffalignError(f"timesteps = {timesteps}: give at least one timestep, none below 0, or null for all")
 
 
 def noise_rate(e: float) -> None:
     """Raises ValueError unless a share of wrong labels is in [0, 0.5)."""
     if not 0 <= e < 0.5:
-        raise ValueError(f"label_smoothing = {e}: must be in [0, 0.5), the share of labels believed to be wrong")
+        raise DiffalignError(f"label_smoothing = {e}: must be in [0, 0.5), the share of labels believed to be wrong")

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
+
 _MASK = (1 << 63) - 1  # torch seeds and int64 tensors both hold 63 bits
 
 
@@ -77,7 +79,7 @@ def initial_noise(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int
 
 def _listed(keys: Tensor) -> list[int]:
     if keys.dtype != torch.int64 or keys.ndim != 1 or keys.device.type != "cpu" or not len(keys):
-        raise ValueError(
+        raise DiffalignError(
             f"pair keys must be a non-empty int64 [pair] tensor on the CPU, got {keys.dtype} "
             f"{tuple(keys.shape)} on {keys.device}; make them with pair_key()"
         )

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise, shared_noise_facts
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
@@ -62,11 +63,11 @@ class FDPO:
         positive("penalty", self.penalty)
         positive("max_exponent", self.max_exponent)
         if self.link not in LINKS:
-            raise ValueError(f"link = {self.link!r}; allowed: {', '.join(LINKS)}")
+            raise DiffalignError(f"link = {self.link!r}; allowed: {', '.join(LINKS)}")
         if self.link != "alpha" and self.alpha is not None:
-            raise ValueError(f"alpha = {self.alpha}: only link alpha has such a setting, and link is {self.link}")
+            raise DiffalignError(f"alpha = {self.alpha}: only link alpha has such a setting, and link is {self.link}")
         if self.link == "alpha" and (self.alpha is None or not 0 < self.alpha < 1):
-            raise ValueError(
+            raise DiffalignError(
                 f"alpha = {self.alpha}: link alpha needs it in (0, 1); its ends are the links reverse_kl and forward_kl"
             )
 

@@ -37,6 +37,7 @@ from diffalign.engine.inversion import (
 from diffalign.engine.measure import Models
 from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule, spread
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import dpo_logit, less_margin, positive
 from diffalign.objectives.draws import integers, normal
 from diffalign.records import Evidence, PairBatch, Probe, Score
@@ -68,7 +69,9 @@ class InPO:
         positive("beta", self.beta)
         inversion_valid(self.steps, self.grid, self.inverter)
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta = {self.eta}: must be in [0, 1]; 0 is deterministic inversion, the paper has 0.1")
+            raise DiffalignError(
+                f"eta = {self.eta}: must be in [0, 1]; 0 is deterministic inversion, the paper has 0.1"
+            )
 
     @torch.no_grad()
     def probe(self, batch: PairBatch, models: Models) -> Probe:
@@ -126,8 +129,8 @@ def inverted(
 def inversion_valid(steps: int, grid: str, inverter: str) -> None:
     """Raises ValueError for settings that no inversion has."""
     if steps < 1:
-        raise ValueError(f"steps = {steps}: inversion takes at least one step")
+        raise DiffalignError(f"steps = {steps}: inversion takes at least one step")
     if grid not in get_args(Grid):
-        raise ValueError(f"grid = {grid!r}: allowed are {', '.join(get_args(Grid))}")
+        raise DiffalignError(f"grid = {grid!r}: allowed are {', '.join(get_args(Grid))}")
     if inverter not in get_args(Inverter):
-        raise ValueError(f"{inverter!r} is no network to invert with: allowed are policy and reference")
+        raise DiffalignError(f"{inverter!r} is no network to invert with: allowed are policy and reference")

@@ -47,6 +47,7 @@ from diffalign.engine.inversion import (
 from diffalign.engine.measure import Models, predictions
 from diffalign.engine.predictor import predictor
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics
 from diffalign.objectives.draws import normal
 from diffalign.objectives.inpo import Grid, Inverter, inversion_valid
@@ -84,17 +85,19 @@ class InversionDPO:
         positive("beta", self.beta)
         inversion_valid(self.steps, self.grid, self.trajectory)
         if self.form not in ("residual", "released", "released_flipped"):
-            raise ValueError(f"form = {self.form!r}: allowed are residual, released and released_flipped")
+            raise DiffalignError(f"form = {self.form!r}: allowed are residual, released and released_flipped")
         if self.weighting not in ("inverse_alpha", "uniform"):
-            raise ValueError(f"weighting = {self.weighting!r}: allowed are inverse_alpha and uniform")
+            raise DiffalignError(f"weighting = {self.weighting!r}: allowed are inverse_alpha and uniform")
         if self.normalise and self.weighting == "uniform":
-            raise ValueError("normalise = True: with weighting: uniform every w = 1 already; set inverse_alpha")
+            raise DiffalignError("normalise = True: with weighting: uniform every w = 1 already; set inverse_alpha")
         if self.substeps < 1 or (self.substeps > 1 and self.form != "residual"):
-            raise ValueError(f"substeps = {self.substeps}: allowed are 1 and, with form: residual alone, more")
+            raise DiffalignError(f"substeps = {self.substeps}: allowed are 1 and, with form: residual alone, more")
         if self.points_per_step is not None and not 1 <= self.points_per_step <= self.steps:
-            raise ValueError(f"points_per_step = {self.points_per_step}: allowed are 1 … steps = {self.steps}, or null")
+            raise DiffalignError(
+                f"points_per_step = {self.points_per_step}: allowed are 1 … steps = {self.steps}, or null"
+            )
         if self.points_per_forward is not None and self.points_per_forward < 1:
-            raise ValueError(f"points_per_forward = {self.points_per_forward}: must be at least 1, or null for all")
+            raise DiffalignError(f"points_per_forward = {self.points_per_forward}: must be at least 1, or null for all")
 
     @property
     def needs_uncond(self) -> bool:
@@ -236,7 +239,7 @@ def _inverse_alpha(s: NoiseSchedule, t: Tensor) -> Tensor:
     if s.prediction_type == "sample":
         return 1 / (2 * (1 - alpha_bar))
     if bool((alpha_bar == 0).any()):
-        raise ValueError(
+        raise DiffalignError(
             "weighting = inverse_alpha is infinite where ᾱ_t = 0 (zero terminal SNR): set weighting: uniform, or use a "
             "model that predicts v"
         )

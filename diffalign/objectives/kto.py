@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.measure import Models
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import positive, reward_metrics, shared_noise, shared_noise_facts
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
@@ -55,7 +56,7 @@ class KTO:
         positive("lambda_desirable", self.lambda_desirable)
         positive("lambda_undesirable", self.lambda_undesirable)
         if self.reference_point not in REFERENCE_POINTS:
-            raise ValueError(f"reference_point = {self.reference_point!r}; allowed: {', '.join(REFERENCE_POINTS)}")
+            raise DiffalignError(f"reference_point = {self.reference_point!r}; allowed: {', '.join(REFERENCE_POINTS)}")
 
     @property
     def drawn(self) -> dict[str, Any]:

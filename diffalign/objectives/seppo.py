@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
@@ -50,7 +51,7 @@ class SePPO:
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         if self.flip not in FLIPS:
-            raise ValueError(f"flip = {self.flip!r}; allowed: {', '.join(FLIPS)}")
+            raise DiffalignError(f"flip = {self.flip!r}; allowed: {', '.join(FLIPS)}")
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

@@ -27,6 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.engine.inversion import FixedPoint, Refinement, ReNoise
 from diffalign.engine.measure import Models
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import dpo_logit, less_margin, positive
 from diffalign.objectives.draws import integers
 from diffalign.objectives.inpo import Grid, Inverter, ascent_to, inversion_valid, inverted
@@ -59,9 +60,9 @@ class SmPO:
         positive("gamma", self.gamma)
         inversion_valid(self.steps, self.grid, self.inverter)
         if not self.score_low < self.score_high:
-            raise ValueError(f"score_low = {self.score_low} must be below score_high = {self.score_high}")
+            raise DiffalignError(f"score_low = {self.score_low} must be below score_high = {self.score_high}")
         if self.refinements < 0:
-            raise ValueError(f"refinements = {self.refinements}: must not be negative; 0 is plain DDIM inversion")
+            raise DiffalignError(f"refinements = {self.refinements}: must not be negative; 0 is plain DDIM inversion")
         if self.tolerance is not None:
             positive("tolerance", self.tolerance)
 
@@ -80,7 +81,7 @@ class SmPO:
     def score(self, evidence: Evidence) -> Score:
         """−log σ of W times Diffusion-DPO's logit."""
         if evidence.weight is None:
-            raise ValueError("SmPO weighs every pair, and this evidence has no weight; use the probe's")
+            raise DiffalignError("SmPO weighs every pair, and this evidence has no weight; use the probe's")
         logit, metrics = dpo_logit(evidence, self.beta)
         weight = evidence.weight.to(logit, non_blocking=True)
         return Score(
@@ -92,14 +93,16 @@ class SmPO:
     def weight(self, batch: PairBatch) -> Tensor:
         """W of each pair, [pair], between −γ and γ."""
         if batch.scores is None:
-            raise ValueError(
+            raise DiffalignError(
                 "smpo weighs pairs by their images' scores, and the data have none: add columns score_0 and score_1 "
                 "(Pick-a-Pic layout) or chosen_score and rejected_score, made with any scorer, or use inpo"
             )
         gap = batch.scores[CHOSEN] - batch.scores[REJECTED]
         if bool(gap.isnan().any()):
             missing = [batch.ids[i] if batch.ids else str(i) for i in gap.isnan().nonzero().flatten().tolist()]
-            raise ValueError(f"smpo needs the scores of both images, and these pairs lack one: {', '.join(missing)}")
+            raise DiffalignError(
+                f"smpo needs the scores of both images, and these pairs lack one: {', '.join(missing)}"
+            )
         return self.gamma * torch.tanh(gap / (2 * (self.score_high - self.score_low)))
 
     def _refinement(self) -> Refinement | None:

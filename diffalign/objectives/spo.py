@@ -35,6 +35,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.engine import ddim
 from diffalign.engine.measure import Models
 from diffalign.engine.schedule import spread
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
@@ -60,9 +61,9 @@ class SPO:
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         if not 0 < self.clip < 1:
-            raise ValueError(f"clip = {self.clip}: must be in (0, 1); the ratio is kept in [1 − clip, 1 + clip]")
+            raise DiffalignError(f"clip = {self.clip}: must be in (0, 1); the ratio is kept in [1 − clip, 1 + clip]")
         if not 0 < self.eta <= 1:
-            raise ValueError(f"eta = {self.eta}: must be in (0, 1]; a step without noise has no density")
+            raise DiffalignError(f"eta = {self.eta}: must be in (0, 1]; a step without noise has no density")
 
     @property
     def needs_uncond(self) -> bool:
@@ -78,14 +79,16 @@ class SPO:
         moves, s = batch.transitions, models.schedule
         if moves is None or moves.t.ndim != 1:
             found = "are finished images" if moves is None else f"have {moves.t.shape[1]} steps each"
-            raise ValueError(
+            raise DiffalignError(
                 f"spo compares one sampling step of each pair (PairBatch.transitions), and these pairs {found}; use a "
                 "source that samples, `source: {name: rollout}`"
             )
         t, t_prev = moves.t, moves.t_prev
         sigma2 = ddim.variance(s, t, t_prev, self.eta)
         if bool((sigma2 <= 0).any()):
-            raise ValueError(f"no noise is added between t = {t.tolist()} and {t_prev.tolist()}: no density to compare")
+            raise DiffalignError(
+                f"no noise is added between t = {t.tolist()} and {t_prev.tolist()}: no density to compare"
+            )
         p, q = ddim.mean_of_prediction(s, t, t_prev, self.eta)
         p_sides, q_sides = (spread(x.expand(moves.noisy.shape[:2]), moves.noisy) for x in (p, q))
         return Probe(
@@ -101,7 +104,7 @@ class SPO:
     def score(self, evidence: Evidence) -> Score:
         """−log σ of the difference of clipped log-ratios. Raises ValueError for evidence without weights."""
         if evidence.weight is None:
-            raise ValueError("spo's evidence needs the weight w of each transition (Evidence.weight)")
+            raise DiffalignError("spo's evidence needs the weight w of each transition (Evidence.weight)")
         weight = evidence.weight.to(evidence.margin, non_blocking=True)
         log_ratio = -weight * evidence.margin
         low, high = math.log1p(-self.clip), math.log1p(self.clip)

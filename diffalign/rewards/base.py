@@ -19,10 +19,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
+
 DEFAULT_TIE = 0.01
 
 
-class ScorerError(ValueError):
+class ScorerError(DiffalignError):
     """A scorer is unknown, cannot be loaded, or was asked for something it cannot score."""
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import positive
 from diffalign.records import PairBatch
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from diffalign.models.networks import Networks
 
 
-class SourceError(ValueError):
+class SourceError(DiffalignError):
     """A source that cannot go on; the message says what was found and what to do."""
 
 
@@ -137,4 +138,4 @@ def candidates_valid(settings: CandidateSettings) -> None:
 def at_least(name: str, value: int, least: int) -> None:
     """Raises ValueError for a count below what makes sense."""
     if value < least:
-        raise ValueError(f"{name} = {value}: must be at least {least}")
+        raise DiffalignError(f"{name} = {value}: must be at least {least}")

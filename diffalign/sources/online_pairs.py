@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
 from diffalign.sources.base import Context, Settings, Source, candidates_valid
 
 
@@ -40,7 +41,7 @@ class OnlinePairs:
     def __post_init__(self) -> None:
         candidates_valid(self)
         if not 0 <= self.min_gap < float("inf"):
-            raise ValueError(f"min_gap = {self.min_gap}: must be a finite number, at least 0")
+            raise DiffalignError(f"min_gap = {self.min_gap}: must be a finite number, at least 0")
 
     def build(self, context: Context) -> Source:
         """The source of a run, with its scorer loaded."""

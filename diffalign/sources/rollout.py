@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from diffalign.errors import DiffalignError
 from diffalign.sources.base import Context, Settings, Source, at_least
 from diffalign.sources.branching import Rule
 
@@ -50,19 +51,21 @@ class BranchingRollout:
 
     def __post_init__(self) -> None:
         if self.rule not in ("every_step", "inner_steps"):
-            raise ValueError(f"rule = {self.rule!r}: allowed are every_step and inner_steps")
+            raise DiffalignError(f"rule = {self.rule!r}: allowed are every_step and inner_steps")
         if self.inner_steps < 0 or (self.inner_steps and self.rule == "every_step"):
-            raise ValueError(f"inner_steps = {self.inner_steps}: must be 0 with rule every_step, else 0 or more")
+            raise DiffalignError(f"inner_steps = {self.inner_steps}: must be 0 with rule every_step, else 0 or more")
         if not 0 <= self.plain_steps < self.sampling_steps:
-            raise ValueError(
+            raise DiffalignError(
                 f"plain_steps = {self.plain_steps}: must be at least 0 and below sampling_steps = {self.sampling_steps}"
             )
         if not 0 < self.eta <= 1:
-            raise ValueError(f"eta = {self.eta}: must be in (0, 1]; without noise all siblings are equal")
+            raise DiffalignError(f"eta = {self.eta}: must be in (0, 1]; without noise all siblings are equal")
         if not 1 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale = {self.guidance_scale}: must be finite and at least 1, which is none")
+            raise DiffalignError(
+                f"guidance_scale = {self.guidance_scale}: must be finite and at least 1, which is none"
+            )
         if not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold = {self.threshold}: must be in [0, 1), the tanh of half a score gap")
+            raise DiffalignError(f"threshold = {self.threshold}: must be in [0, 1), the tanh of half a score gap")
         at_least("num_candidates", self.num_candidates, 2)
         at_least("prompts_per_round", self.prompts_per_round, 1)
         at_least("generation_batch_size", self.generation_batch_size, 1)

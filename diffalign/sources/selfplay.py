@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from diffalign.errors import DiffalignError
 from diffalign.objectives.base import positive
 from diffalign.objectives.draws import generator, pair_key
 from diffalign.sources.base import Context, Settings, Source, SourceError, at_least
@@ -51,7 +52,7 @@ class SelfPlay:
 
     def __post_init__(self) -> None:
         if self.reference not in CHOICES:
-            raise ValueError(f"reference = {self.reference!r}; allowed: {', '.join(CHOICES)}")
+            raise DiffalignError(f"reference = {self.reference!r}; allowed: {', '.join(CHOICES)}")
         at_least("updates_per_iteration", self.updates_per_iteration, 1)
         at_least("images_per_iteration", self.images_per_iteration, 1)
         at_least("sampling_steps", self.sampling_steps, 1)

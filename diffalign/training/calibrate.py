@@ -30,6 +30,7 @@ from torch import Tensor
 
 from diffalign.config import Config
 from diffalign.engine.measure import measure_and_backward, predictions
+from diffalign.errors import DiffalignError
 from diffalign.objectives import Objective
 from diffalign.objectives.base import ask
 from diffalign.records import Evidence, Probe, Score
@@ -48,7 +49,7 @@ FIELDS = ("beta", "num_train_timesteps")
 WANTED = {"kto": 2.0}  # its arguments are half the difference of rewards
 
 
-class CalibrationError(ValueError):
+class CalibrationError(DiffalignError):
     """A run whose scale cannot be measured; the message says why."""
 
 

@@ -22,13 +22,15 @@ from typing import Any
 
 import torch
 
+from diffalign.errors import DiffalignError
+
 log = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 SOURCE_FILE = "source.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DiffalignError):
     """A checkpoint that is not there or does not fit the run."""
 
 

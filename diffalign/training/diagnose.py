@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.engine.measure import errors, joined_errors, point_chunks, weighed
+from diffalign.errors import DiffalignError
 from diffalign.objectives import DiffusionDPO, Objective
 from diffalign.objectives.base import ask
 from diffalign.objectives.draws import pair_key
@@ -51,7 +52,7 @@ def diagnose(run: Run, batches: int = 8) -> list[Direction]:
     Raises ValueError under several processes: gradients of a wrapped network belong to its backward pass.
     """
     if run.accelerator.num_processes > 1:
-        raise ValueError("diagnose runs in one process; start it without a launcher")
+        raise DiffalignError("diagnose runs in one process; start it without a launcher")
     dpo = DiffusionDPO(beta=getattr(run.objective, "beta", 2000.0))
     own, plain, again = _Sums(run), _Sums(run), _Sums(run)
     source = run.source.batches(0)

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import TrainingSection
+from diffalign.errors import DiffalignError, MissingPackageError
 from diffalign.training.eight_bit import EightBitAdamW
 from diffalign.training.stochastic import StochasticAdamW
 
@@ -39,11 +40,11 @@ def make_optimizer(
         return make(params, **shared, eps=training.adam_epsilon, seed=seed)
     if training.optimizer == "adamw_8bit":
         if not params[0].is_cuda:
-            raise ValueError("training.optimizer: adamw_8bit needs a CUDA device; use adamw or adafactor here")
+            raise DiffalignError("training.optimizer: adamw_8bit needs a CUDA device; use adamw or adafactor here")
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
-            raise ImportError(
+            raise MissingPackageError(
                 "training.optimizer: adamw_8bit needs torchao; install it with pip install 'diffalign[8bit]'"
             ) from None
         return AdamW8bit(params, **shared, eps=training.adam_epsilon)

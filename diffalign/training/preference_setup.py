@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from diffalign.config import PreferenceModelConfig
 from diffalign.data.source import OfflinePairs, Online
 from diffalign.data.table import PairTable
+from diffalign.errors import DiffalignError
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, hide_loading_bars
 from diffalign.models.encoder import Encoder
@@ -107,7 +108,7 @@ def _needs_x0(base: Base) -> None:
     """Raises ValueError for a base whose prediction says nothing of x̂_0 at the last timestep."""
     schedule = base.schedule
     if schedule.prediction_type == "epsilon" and float(schedule.alphas_cumprod[-1]) == 0.0:
-        raise ValueError(
+        raise DiffalignError(
             f"model: {base.source!r} predicts noise at zero terminal SNR, where x̂_0 is undefined; "
             "set model.prediction_type if its scheduler config is wrong, or use another base"
         )

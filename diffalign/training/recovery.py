@@ -21,6 +21,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
 from diffalign.training.checkpoint import checkpoints
 from diffalign.training.health import NOT_FINITE, Finding, Limits, Watch, not_finite
 from diffalign.training.setup import Run
@@ -31,7 +32,7 @@ HEALTH_FILE = "health.jsonl"
 METRICS_FILE = "metrics.jsonl"
 
 
-class TrainingError(ValueError):
+class TrainingError(DiffalignError):
     """A run that cannot go on."""
 
 

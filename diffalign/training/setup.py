@@ -24,6 +24,7 @@ from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable
 from diffalign.data.users import open_users, use_users
 from diffalign.data.winners import open_winners
+from diffalign.errors import DiffalignError, MissingPackageError
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base
 from diffalign.models.compiling import compile_blocks
@@ -174,7 +175,9 @@ def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
     """
     trackers = None if config.training.report_to == "none" else config.training.report_to
     if trackers == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ImportError("training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none")
+        raise MissingPackageError(
+            "training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none"
+        )
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=trackers,
@@ -193,7 +196,7 @@ def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
         )
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")
+        raise DiffalignError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")
     return accelerator
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffalign.errors import MissingFileError
 from diffalign.world.captions import splits
 
 __all__ = ["base_path", "judge_path", "pairs_path", "splits"]
@@ -34,7 +35,7 @@ def _asset(name: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"the embedded world's {name!r} is neither at {places[0]} (a checkout) nor at {places[1]} (an installed "
         "wheel); reinstall diffalign, or write it with `python -m diffalign.world.base_model --out ...` (base) "
         "or `python -m diffalign.world.pairs --out ...` (pairs)"

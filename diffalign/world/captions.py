@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from diffalign.errors import DiffalignError
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 BACKGROUNDS = ("black", "grey", "white", "navy", "brown")  # no word is both a colour and a background
@@ -51,7 +53,7 @@ def parse(text: str) -> Combination:
     for pattern in _PATTERNS:
         if found := pattern.fullmatch(text.strip().lower()):
             return Combination(**found.groupdict())
-    raise ValueError(
+    raise DiffalignError(
         f"{text!r} is not a caption of the embedded world. Its captions look like {caption(COMBINATIONS[0])!r}: "
         f"shape one of {', '.join(SHAPES)}; colour one of {', '.join(COLOURS)}; background one of "
         f"{', '.join(BACKGROUNDS)}; phrasings in diffalign.world.captions.TEMPLATES. Score other prompts with another "
@@ -75,9 +77,9 @@ def splits() -> dict[str, tuple[Combination, ...]]:
 def prompts(split: str, per_combination: int = 1) -> list[str]:
     """Captions of a split, `per_combination` phrasings of each combination, phrasings dealt out evenly."""
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        raise DiffalignError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if not 1 <= per_combination <= len(TEMPLATES):
-        raise ValueError(f"per_combination is {per_combination}; there are 1 to {len(TEMPLATES)} phrasings")
+        raise DiffalignError(f"per_combination is {per_combination}; there are 1 to {len(TEMPLATES)} phrasings")
     return [caption(c, (i + k) % len(TEMPLATES)) for i, c in enumerate(splits()[split]) for k in range(per_combination)]
 
 

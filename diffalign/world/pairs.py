@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, Combination, caption, splits
 from diffalign.world.render import render
@@ -70,13 +71,13 @@ def make_pairs(
     labelled by one of so many, drawn at random; renders are the same pictures with and without.
     """
     if n < 1:
-        raise ValueError(f"n is {n}; make at least one pair")
+        raise DiffalignError(f"n is {n}; make at least one pair")
     if source not in ("renders", "samples"):
-        raise ValueError(f"source is {source!r}; it must be 'renders' or 'samples'")
+        raise DiffalignError(f"source is {source!r}; it must be 'renders' or 'samples'")
     if reward not in _REWARDS:
-        raise ValueError(f"reward is {reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
+        raise DiffalignError(f"reward is {reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
     if users and reward != "world":
-        raise ValueError(f"reward is {reward!r}, and users prefer by their own taste: leave out one of the two")
+        raise DiffalignError(f"reward is {reward!r}, and users prefer by their own taste: leave out one of the two")
     people = world_users(users) if users else ()
     blocks = (_block(seed, k, source, _REWARDS[reward], base, people) for k in range(-(-n // BLOCK)))
     pairs = [pair for block in blocks for pair in block][:n]
@@ -106,11 +107,13 @@ def write_pairs(
     """
     path = Path(path)
     if layout not in ("parquet", "folder"):
-        raise ValueError(f"layout is {layout!r}; it must be 'parquet' or 'folder'")
+        raise DiffalignError(f"layout is {layout!r}; it must be 'parquet' or 'folder'")
     if layout == "folder" and path.exists() and (path.is_file() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is not an empty folder; pairs are not mixed with what is there. Name a new one")
+        raise ExistingFileError(
+            f"{path} is not an empty folder; pairs are not mixed with what is there. Name a new one"
+        )
     if users and layout == "folder":
-        raise ValueError("a folder of pairs has no place for users; write a .parquet file")
+        raise DiffalignError("a folder of pairs has no place for users; write a .parquet file")
     pairs = make_pairs(
         n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base, users=users
     )

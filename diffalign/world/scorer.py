@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.errors import DiffalignError
 from diffalign.rewards.step_aware import StepAware
 from diffalign.world import judge_path, oracle
 from diffalign.world.captions import Combination, parse
@@ -87,11 +88,11 @@ def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[
     caption of the world.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts; give one prompt per image")
+        raise DiffalignError(f"{len(images)} images but {len(prompts)} prompts; give one prompt per image")
     wanted = [parse(prompt) for prompt in prompts]
     for i, image in enumerate(images):
         if image.size != (SIZE, SIZE):
-            raise ValueError(
+            raise DiffalignError(
                 f"image {i} is {image.size[0]}x{image.size[1]}; pictures of the embedded world are {SIZE}x{SIZE}. "
                 f"Generate with resolution {SIZE}; do not resize"
             )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffalign.errors import DiffalignError
+
 DIM = 8  # numbers per user
 BOLD, QUIET = "bold", "quiet"
 
@@ -30,7 +32,7 @@ class User:
 def world_users(n: int = 2) -> tuple[User, ...]:
     """`n` users evenly between `bold` and `quiet`, both ends included. Raises ValueError for fewer than two."""
     if n < 2:
-        raise ValueError(f"{n} users: there are at least two, {BOLD} and {QUIET}; 0 means no users")
+        raise DiffalignError(f"{n} users: there are at least two, {BOLD} and {QUIET}; 0 means no users")
     return tuple(world_user(1 - 2 * k / (n - 1)) for k in range(n))
 
 

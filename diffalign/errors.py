@@ -1,0 +1,79 @@
+"""The errors of this package: what a user brought cannot be used, and the message says what to do.
+
+An error of any other class is a bug of ours, and the command line says so. `DiffalignError` is a ValueError, so code
+that catches ValueError goes on working; a room may derive a class of its own for its callers to tell apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import unicodedata
+
+BUG = (
+    "this is a bug in diffalign, not a mistake of yours. Please report it with the lines above and your config: "
+    "https://github.com/diffalign/diffalign/issues"
+)
+# what the machine says of its files and disks; other OSErrors are bugs
+_MACHINE = {
+    errno.ENOENT: "it is not there; check the path",
+    errno.EACCES: "access is denied; check its permissions",
+    errno.EPERM: "the operation is not permitted; check its permissions",
+    errno.EROFS: "the file system is read-only; name another folder",
+    errno.ENOSPC: "no space is left on the device; free some, or name a folder on another one",
+    errno.EDQUOT: "your disk quota is used up; free some space, or name a folder elsewhere",
+    errno.EIO: "the disk reports an input/output error; check the device",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; check the path",
+    errno.EISDIR: "it is a folder and a file is needed; check the path",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n 4096`",
+}
+
+
+class DiffalignError(ValueError):
+    """An input (config, file, row, weights, command line) that cannot be used as it is.
+
+    The message names the file, row or key, the value, what is allowed and the next thing to do.
+    """
+
+
+class MissingFileError(DiffalignError, FileNotFoundError):
+    """A file or folder that is needed is not there."""
+
+
+class ExistingFileError(DiffalignError, FileExistsError):
+    """A file or folder would be overwritten."""
+
+
+class MissingPackageError(DiffalignError, ImportError):
+    """An optional package is needed and is not installed."""
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell the user of `error`, or None if it is a bug of ours.
+
+    Our own errors speak for themselves; of the operating system's, those that name a file and a state of the machine
+    (no space, no permission, ...) get a remedy; a device out of memory is told with what to change.
+    """
+    if isinstance(error, DiffalignError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MACHINE and (error.filename or error.errno != errno.ENOENT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{_MACHINE[error.errno]} ({error.strerror})"
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"the device is out of memory ({' '.join(str(error).split())[:200]}). In training, lower "
+            "training.train_batch_size or data.resolution, or set model.gradient_checkpointing: true; for pictures, "
+            "lower --batch or --resolution"
+        )
+    return None
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: control and format characters are written as escapes.
+
+    Line ends and tabs stay. Names, prompts and paths of others reach the terminal through this.
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else c.encode("unicode_escape").decode()
+        for c in text
+    )

@@ -1,0 +1,76 @@
+"""One base class for what a user can mend; anything else is a bug, with its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+import diffalign.cli
+from diffalign.errors import DiffalignError, explain, printable
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    def run(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(diffalign.cli, "list_all", run)
+    with pytest.raises(SystemExit) as end:
+        diffalign.cli.main(["list"])
+    return int(str(end.value.code))
+
+
+def test_a_users_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(monkeypatch, DiffalignError("key a: 3; write 4")) == 2
+    assert capsys.readouterr().err == "diffalign list: key a: 3; write 4\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), ImportError("y"), KeyError("z"), OSError("w"), TypeError("v")])
+def test_a_bug_is_a_traceback_and_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert raising(monkeypatch, error) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "this is a bug in diffalign" in said
+    assert "/issues" in said
+
+
+def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "diffalign list: interrupted\n"
+
+
+def test_a_full_disk_is_told_with_its_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x.bin")
+    assert raising(monkeypatch, full) == 2
+    assert capsys.readouterr().err.startswith("diffalign list: runs/a/x.bin: no space is left on the device; free some")
+
+
+def test_a_device_out_of_memory_is_told_with_what_to_change() -> None:
+    said = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert said is not None
+    assert "train_batch_size" in said
+    assert "2.00 GiB" in said
+
+
+def test_control_characters_never_reach_the_terminal() -> None:
+    assert printable("a\x1b[31mred\x07\u202e\udcff\nb\té") == "a\\x1b[31mred\\x07\\u202e\\udcff\nb\té"
+
+
+def test_every_error_of_the_package_is_of_the_one_class() -> None:
+    from diffalign.config_text import ConfigError
+    from diffalign.data.rows import DataError, ImageError
+    from diffalign.export.names import ExportError
+    from diffalign.models.family import ModelError
+    from diffalign.rewards.base import ScorerError
+    from diffalign.sources.base import SourceError
+    from diffalign.training.checkpoint import CheckpointError
+    from diffalign.training.recovery import TrainingError
+
+    for kind in (ConfigError, DataError, ImageError, ExportError, ModelError, ScorerError, SourceError):
+        assert issubclass(kind, DiffalignError)
+    assert issubclass(CheckpointError, DiffalignError)
+    assert issubclass(TrainingError, DiffalignError)
