@@ -12,7 +12,7 @@ g is f' of the paper's table at the ratio e^u, up to a constant that the differe
 that at u = 0 the slopes are DPO's (js: half of them). All links but the reverse KL are bounded above, by 1, log 2 and
 1/α: a chosen image is not rewarded for ever. Below, forward_kl and alpha grow exponentially. Their exponents are
 limited to `max_exponent`, beyond which e^x goes on as its tangent: a plain clamp would take the gradient from just
-those images that the policy has lost most.
+those images that the policy has lost most. Links and slopes are those of the formulas in float32 as well.
 
 Stated for language models; that −(β/2)D/p takes the place of the log-ratio is our reading, as it is Diffusion-DPO's.
 
@@ -29,13 +29,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
 
 from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise, shared_noise_facts
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
+MAX_EXPONENT = 40.0  # e^40 · 1e10 is far from float32's largest number, which is e^88.7
 LINKS = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
@@ -62,6 +63,10 @@ class FDPO:
         positive("beta", self.beta)
         positive("penalty", self.penalty)
         positive("max_exponent", self.max_exponent)
+        if self.max_exponent > MAX_EXPONENT:
+            raise DiffalignError(
+                f"max_exponent = {self.max_exponent}: at most {MAX_EXPONENT:g}; beyond, float32 losses overflow"
+            )
         if self.link not in LINKS:
             raise DiffalignError(f"link = {self.link!r}; allowed: {', '.join(LINKS)}")
         if self.link != "alpha" and self.alpha is not None:
@@ -96,12 +101,26 @@ class FDPO:
         if self.link == "reverse_kl":
             return h
         if self.link == "js":
-            return p * (math.log(2) + logsigmoid(h / p))
+            return p * js_link(h / p)
         alpha = 1.0 if self.alpha is None else self.alpha  # forward_kl is alpha's end
         return -p * tangent_expm1(-alpha * h / p, self.max_exponent) / alpha
 
 
+def js_link(u: Tensor) -> Tensor:
+    """log(2e^u / (1 + e^u)), with all its digits near u = 0, where it is u/2, and no overflow far from it."""
+    above = -torch.log1p(expm1(-u.clamp(min=0)) / 2)
+    below = u - torch.log1p(expm1(u.clamp(max=0)) / 2)
+    return torch.where(u < 0, below, above)
+
+
 def tangent_expm1(x: Tensor, limit: float) -> Tensor:
-    """e^x − 1 up to x = limit, and its tangent there from then on: finite, with a slope that never vanishes."""
-    inside = x.clamp(max=limit)
-    return torch.expm1(inside) + math.exp(limit) * (x - inside)
+    """e^x − 1 up to x = limit, and its tangent there from then on: finite, with a slope that never vanishes.
+
+    Each x has a slope from one of the two terms alone. Two terms of e^limit that cancel would swallow it in float32.
+    """
+    return expm1(x.clamp(max=limit)) + math.exp(limit) * relu(x - limit)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """e^x − 1 whose slope keeps its digits: torch.expm1's is its result + 1, in float32 0 below x = −17."""
+    return torch.where(x < -1, torch.exp(x.clamp(max=0)) - 1, torch.expm1(x))

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
@@ -72,9 +73,9 @@ class KTO:
         g = -evidence.margin
         kl = self._reference_point(g.detach())
         chosen, rejected = self.beta * (g[CHOSEN] - kl), -self.beta * (g[REJECTED] - kl)
-        # 1 − σ(z) = σ(−z), which keeps its digits for large z
-        desirable = self.lambda_desirable * torch.sigmoid(-chosen)
-        undesirable = self.lambda_undesirable * torch.sigmoid(-rejected)
+        # 1 − σ(z) = σ(−z) keeps its digits for large z, and by its logarithm its slope keeps them on both sides
+        desirable = self.lambda_desirable * logsigmoid(-chosen).exp()
+        undesirable = self.lambda_undesirable * logsigmoid(-rejected).exp()
         reward = self.beta * g
         return Score(
             loss=(desirable + undesirable) / 2,
