@@ -36,6 +36,10 @@ class DiffalignError(ValueError):
     """
 
 
+class ModelError(DiffalignError):
+    """A model or a file of weights that cannot be loaded or tuned; the message says what was found and what to do."""
+
+
 class MissingFileError(DiffalignError, FileNotFoundError):
     """A file or folder that is needed is not there."""
 

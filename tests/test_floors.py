@@ -20,6 +20,7 @@ PACKAGE = ROOT / "diffalign"
 FLOORS = {
     "errors": -1,
     "records": 0,
+    "weight_files": 0,
     "engine": 1,
     "objectives": 2,
     "__init__": 2,  # `import diffalign` brings in floors 0 and 1 and nothing else

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable
+from diffalign.errors import DiffalignError
+from diffalign.weight_files import check_weights
 
 NAMED = 3  # pairs without a user that a message names
 SUFFIXES = (".json", ".parquet", ".safetensors")
@@ -61,7 +63,7 @@ def open_users(path: str | Path) -> Users:
         raise DataError(f"there is no file of users {path}; it holds an embedding by id, as {', '.join(SUFFIXES)}")
     try:
         found = _read(path)
-    except DataError:
+    except DiffalignError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise DataError(f"{path} is no file of users ({error!r}): write {{id: [numbers]}} as .json") from error
@@ -143,6 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        check_weights(path)
         return load_file(path)
     raise DataError(f"{path}: users are read from {', '.join(SUFFIXES)} files")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffalign.engine.schedule import NoiseSchedule
@@ -23,6 +22,7 @@ from diffalign.export.what import find_what
 from diffalign.models.base import Base, load_base
 from diffalign.models.merge import lora_updates
 from diffalign.models.saving import Tuned
+from diffalign.models.stored import stored_unet
 
 _SCALING = {"sd": 0.18215, "sdxl": 0.13025}  # latents are multiplied by it; a constant in every reader
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -91,11 +91,11 @@ def check_released(base: Base) -> None:
 def tuned_weights(unet: nn.Module, tuned: Tuned) -> Callable[[str], Tensor]:
     """The tuned UNet's weights by name, each read or merged when it is asked for; `unet` is the base's, unchanged.
 
-    Raises ModelError or ExportError for tuned weights that do not fit the base.
+    Raises ModelError for tuned weights that do not fit the base.
     """
     own = unet.state_dict()
     if tuned.kind == "unet":
-        return _stored(tuned.path, own)
+        return stored_unet(tuned.path, unet)
     updates = {f"{name}.weight": update for name, *update in lora_updates(unet, tuned.path)}
 
     def merged(name: str) -> Tensor:
@@ -106,24 +106,3 @@ def tuned_weights(unet: nn.Module, tuned: Tuned) -> Callable[[str], Tensor]:
         return own[name].double() + scale * change.view_as(own[name])
 
     return merged
-
-
-def _stored(folder: Path, own: dict[str, Tensor]) -> Callable[[str], Tensor]:
-    """Weights of a UNet's folder, one file or several; loading them all would be a second UNet in memory."""
-    stored: dict[str, Any] = {}  # name -> the open file that has it
-    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-        opened = safe_open(file, framework="pt")
-        for name in opened.keys():  # noqa: SIM118  not a dict, and no iterator
-            if name in stored:
-                raise ExportError(f"{folder} holds {name} twice, once in {file.name}; leave one set of files there")
-            shape = tuple(opened.get_slice(name).get_shape())
-            if name in own and shape != tuple(own[name].shape):
-                raise _unfit(folder, f"{name} is {shape} there, {tuple(own[name].shape)} in the base")
-            stored[name] = opened
-    if different := sorted(stored.keys() ^ own.keys()):
-        raise _unfit(folder, f"{different[0]} is on one side only")
-    return lambda name: stored[name].get_tensor(name)
-
-
-def _unfit(folder: Path, why: str) -> ExportError:
-    return ExportError(f"the tuned UNet in {folder} does not fit this base: {why}. Give the base it was tuned from")

@@ -8,12 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import ModelError as ModelError  # at home here for the rooms above
 from diffalign.records import Conditioning
-
-
-class ModelError(DiffalignError):
-    """A model that cannot be loaded or tuned; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True)

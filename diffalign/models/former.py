@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import adapter_weights, lora_layers, save_lora
 from diffalign.models.reference import FrozenCopy, HeldLora, ReferenceKind
+from diffalign.weight_files import check_weights
 
 DELTA_FILE = "delta.safetensors"
 
@@ -109,6 +110,7 @@ class FormerCopy:
         if folder is not None:
             if not (folder / DELTA_FILE).is_file():
                 raise _gone(folder / DELTA_FILE)
+            check_weights(folder / DELTA_FILE)
             delta = load_file(folder / DELTA_FILE)
             if delta.keys() != self._start.keys():
                 raise ModelError(f"{folder / DELTA_FILE} is of another UNet; use the source folder of this run")

@@ -5,27 +5,23 @@ adapter's config is therefore written into the file, and read back.
 
 Dropout acts in train mode only and on the policy only; the reference never has it. At B = 0 the two still agree
 exactly; once B has moved, dropout adds its own noise to every margin. 0 is the default for that reason.
-Left out: DoRA and other variants, adapters on the text encoders.
+Files of others are read by `lora_file.py`. Left out: DoRA and other variants, adapters on the text encoders.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffalign.models.family import Family, ModelError
+from diffalign.models.lora_file import LORA_FILE, LoraFile, read_lora
 
 ADAPTER = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-_METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON in the file's header
 _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -103,7 +99,7 @@ def save_lora(unet: nn.Module, directory: str | Path, family: Family) -> Path:
 
 
 def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, family: Family) -> Path:
-    """Write what `read_lora` gives, a peft LoraConfig and weights keyed "module.lora_A.weight", as such a file."""
+    """Write a peft LoraConfig and weights keyed "module.lora_A.weight", as such a file."""
     import diffusers
 
     cls = {"sdxl": diffusers.StableDiffusionXLPipeline, "sd": diffusers.StableDiffusionPipeline}[family.name]
@@ -117,21 +113,25 @@ def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, fam
 
 
 def load_lora(unet: nn.Module, path: str | Path) -> None:
-    """Load a LoRA file (or a folder with one) to look at or to train on, exactly: float32, alpha from the file.
+    """Load a LoRA (`read_lora`: a file or a folder with one) to look at or to train on, exactly: float32, its alpha.
 
     A UNet without an adapter gets the file's; one that has an adapter must have the same shape of it.
-    Files in kohya's layout are converted by diffusers. Raises ModelError when the file holds no UNet LoRA, holds more
-    than that, or does not fit.
+    Raises ModelError when the file holds no UNet LoRA, holds more than that, or does not fit.
     """
-    file = lora_file(path)
+    lora = read_lora(path, unet).unet_only()
+    if lora_layers(unet):
+        _check_same(unet, lora)
+    place_lora(unet, lora)
+
+
+def place_lora(unet: nn.Module, lora: LoraFile) -> None:
+    """Put a file's weights onto a UNet that it fits, into the adapter that is there or a new one."""
     if not lora_layers(unet):
-        check_lora_fits(file, unet)
-        _inject(unet, read_lora(file, unet)[0])
-    weights = adapter_weights(unet, file)
+        _inject(unet, lora.config(unet))
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
+            if ".lora_" in name:
+                parameter.copy_(lora.state[name.replace(f".{ADAPTER}.weight", ".weight")])
 
 
 def adapter_weights(unet: nn.Module, path: str | Path) -> dict[str, Tensor]:
@@ -139,98 +139,27 @@ def adapter_weights(unet: nn.Module, path: str | Path) -> dict[str, Tensor]:
 
     Raises ModelError unless the file's adapter has the shape of this one: rank, alpha, modules.
     """
-    file = lora_file(path)
-    check_lora_fits(file, unet)
-    config, state = read_lora(file, unet)
-    present = unet.peft_config[ADAPTER]
+    lora = read_lora(path, unet).unet_only()
+    _check_same(unet, lora)
+    return {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in lora.state.items()}
+
+
+def _check_same(unet: nn.Module, lora: LoraFile) -> None:
+    """Raise ModelError unless the UNet's adapter is of the file's shape."""
+    present, config = unet.peft_config[ADAPTER], lora.config(unet)
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         if getattr(present, field) != getattr(config, field):
             raise ModelError(
-                f"{file} has {field} = {getattr(config, field)!r}, this run's adapter {getattr(present, field)!r}; "
-                "use the file's value in the config, or start from a fresh adapter"
+                f"{lora.file} has {field} = {getattr(config, field)!r}, this run's adapter "
+                f"{getattr(present, field)!r}; use the file's value in the config, or start from a fresh adapter"
             )
-    own = {name for name, _ in unet.named_parameters() if ".lora_" in name}
-    theirs = {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in state.items()}
-    if own != theirs.keys():
+    own = {name.replace(f".{ADAPTER}.weight", ".weight") for name, _ in unet.named_parameters() if ".lora_" in name}
+    if own != lora.state.keys():
         raise ModelError(
-            f"{file} has LoRA weights for {len(theirs) // 2} modules, this run's adapter for {len(own) // 2}; "
-            f"e.g. {sorted(own ^ theirs.keys())[0]} is on one side only. Use the same target_modules"
+            f"{lora.file} has LoRA weights for {len(lora.state) // 2} modules, this run's adapter for "
+            f"{len(own) // 2}; e.g. {sorted(own ^ lora.state.keys())[0]} is on one side only. Use the same "
+            "target_modules"
         )
-    return theirs
-
-
-def lora_file(path: str | Path) -> Path:
-    """The LoRA file at `path`, which may be the folder that holds it."""
-    path = Path(path)
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ModelError(f"no LoRA file at {path}: expected a .safetensors file or a folder with {LORA_FILE}")
-    return file
-
-
-def check_lora_fits(file: Path, unet: nn.Module) -> None:
-    """Raise ModelError unless every UNet weight in the file has a module of its shape here.
-
-    diffusers' own loader only warns, and makes pictures with the part that fits.
-    """
-    for key, value in _unet_weights(_read(file, unet)[0]).items():
-        name, _, side = key.removesuffix(".weight").rpartition(".")
-        try:
-            module = unet.get_submodule(name)
-        except AttributeError as error:
-            raise ModelError(f"{file} does not fit this base: it has a LoRA for {name}, the UNet does not") from error
-        weight = getattr(module, "base_layer", module).weight
-        own, axis = (weight.shape[1], 1) if side == "lora_A" else (weight.shape[0], 0)
-        if value.shape[axis] != own:
-            raise ModelError(
-                f"{file} does not fit this base: its {key} has {value.shape[axis]} where the UNet's module has {own}"
-            )
-
-
-def read_lora(file: Path, unet: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    """(peft LoraConfig, weights keyed "module.lora_A.weight") of a LoRA file for this UNet."""
-    from diffusers.utils import convert_unet_state_dict_to_peft, get_peft_kwargs
-    from peft import LoraConfig
-
-    everything, alphas = _read(file, unet)
-    foreign = sorted({key.split(".")[0] for key in everything} - {"unet"})
-    if foreign or not everything:
-        raise ModelError(
-            f"{file} holds LoRA weights for {', '.join(foreign) or 'nothing'}; only UNet adapters are tuned here, and "
-            "dropping the rest would change the picture. Merge it into the base first if you want to train on it"
-        )
-    state = _unet_weights(everything)
-    with safe_open(file, framework="pt") as opened:
-        written = json.loads((opened.metadata() or {}).get(_METADATA_KEY, "{}"))
-    if written:
-        fields = {key.removeprefix("unet."): value for key, value in written.items()}
-        return LoraConfig(**{key: fields[key] for key in _ADAPTER_FIELDS if key in fields}), state
-    ranks = {f"^{key}": value.shape[1] for key, value in state.items() if "lora_B" in key}
-    # kohya's alphas are keyed by a weight of their module: the same renaming leads them to it
-    alphas = {key.removeprefix("unet.").removesuffix(".alpha"): value for key, value in alphas.items()}
-    alphas = {f"{key}.alpha": value for key, value in convert_unet_state_dict_to_peft(alphas).items()}
-    return LoraConfig(**get_peft_kwargs(ranks, alphas, state)), state
-
-
-def _read(file: Path, unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and alphas in one of diffusers' layouts, whatever layout the file is in."""
-    from diffusers import StableDiffusionXLPipeline
-
-    weights = load_file(file)
-    if not any("lora" in key for key in weights):
-        raise ModelError(
-            f"{file} is no LoRA: none of its {len(weights)} tensors is named so (e.g. {next(iter(weights))})"
-        )
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(weights, unet_config=unet.config)
-    return state, alphas or {}
-
-
-def _unet_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    return convert_unet_state_dict_to_peft(
-        {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
-    )
 
 
 def _inject(unet: nn.Module, config: Any) -> None:

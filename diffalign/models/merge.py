@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 
 from diffalign.models.base import Base
 from diffalign.models.family import ModelError
-from diffalign.models.lora import LORA_FILE, check_lora_fits, read_lora, write_lora
+from diffalign.models.lora import write_lora
+from diffalign.models.lora_file import LORA_FILE, lora_config, read_lora
 from diffalign.models.saving import UNET_FOLDER, Tuned, find_tuned, load_full
 
 MERGE_FILE = "merge.json"
@@ -67,17 +67,10 @@ def merge_into(unet: nn.Module, parts: Parts) -> None:
 
 def lora_updates(unet: nn.Module, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
-    from peft.utils.other import get_pattern_key
-
-    check_lora_fits(file, unet)
-    config, state = read_lora(file, unet)
-    patterns = config.alpha_pattern or {}
-    for key, down in state.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removesuffix(".lora_A.weight")
-        alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
-        yield name, down, state[f"{name}.lora_B.weight"], alpha / down.shape[0]
+    lora = read_lora(file, unet).unet_only()
+    for name, alpha in lora.alphas.items():
+        down = lora.state[f"{name}.lora_A.weight"]
+        yield name, down, lora.state[f"{name}.lora_B.weight"], alpha / len(down)
 
 
 def _found(parts: Parts) -> list[tuple[Tuned, float]]:
@@ -93,8 +86,6 @@ def _found(parts: Parts) -> list[tuple[Tuned, float]]:
 
 def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:
     """peft config and weights of the LoRA whose update is the weighted sum of the files' updates."""
-    from peft import LoraConfig
-
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for tuned, weight in found:
         for name, down, up, scale in lora_updates(unet, tuned.path):
@@ -104,12 +95,7 @@ def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple
         state[f"{name}.lora_A.weight"] = torch.cat([down for down, _ in sides]).contiguous()
         state[f"{name}.lora_B.weight"] = torch.cat([up for _, up in sides], dim=1).contiguous()
     ranks = {name: state[f"{name}.lora_A.weight"].shape[0] for name in parts}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{name}": r for name, r in ranks.items() if r != rank}
-    # alpha = rank everywhere: the scales are in B
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=dict(others)
-    )
+    config = lora_config(ranks, ranks)  # alpha = rank everywhere: the scales are in B
     return config, state
 
 

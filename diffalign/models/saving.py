@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from diffalign.models.base import Base, load_base
 from diffalign.models.family import Family, ModelError
-from diffalign.models.lora import LORA_FILE, check_lora_fits, load_lora, lora_layers, save_lora
+from diffalign.models.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
+from diffalign.models.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
+from diffalign.models.stored import stored_unet
 from diffalign.models.user_attention import (
     USER_FILE,
     holds_user_attention,
@@ -28,6 +30,7 @@ from diffalign.models.user_attention import (
     set_user,
     user_branch,
 )
+from diffalign.weight_files import refuse_pickle
 
 UNET_FOLDER = "unet"
 
@@ -58,12 +61,12 @@ def find_tuned(path: str | Path) -> Tuned:
     """
     path = Path(path)
     if path.is_file():
+        refuse_pickle(path)
         if path.suffix != ".safetensors":
-            raise ModelError(f"{path} is not a .safetensors file; tuned weights are never unpickled")
+            raise ModelError(f"{path} is not a .safetensors file; give one, or a run's output folder")
         return Tuned("user" if holds_user_attention(path) else "lora", path)
     found = [Tuned("unet", p.parent) for p in (path / "config.json", path / UNET_FOLDER / "config.json") if p.is_file()]
-    if (path / LORA_FILE).is_file():
-        found.append(Tuned("lora", path / LORA_FILE))
+    found += [Tuned("lora", path / name) for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
     if (path / USER_FILE).is_file():
         found.append(Tuned("user", path / USER_FILE))
     if len(found) == 1:
@@ -110,11 +113,39 @@ def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] 
         load_user_attention(pipeline.unet, tuned.path, pipeline.unet.dtype)
         set_user(pipeline.unet, user)
     elif tuned.kind == "lora":
-        check_lora_fits(tuned.path, pipeline.unet)
-        pipeline.load_lora_weights(str(tuned.path.parent), weight_name=tuned.path.name)
+        _apply_lora(pipeline, read_lora(tuned.path, pipeline.unet))
     else:
         load_full(pipeline.unet, tuned.path)
     return tuned
+
+
+def _apply_lora(pipeline: Any, lora: LoraFile) -> None:
+    """A LoRA on the UNet and, where the file says so, the text encoders. Raises ModelError unless all of it acts."""
+    if lora.state:
+        place_lora(pipeline.unet, lora)
+        for parameter in lora_parameters(pipeline.unet):
+            parameter.data = parameter.data.to(pipeline.unet.dtype)
+    for prefix in sorted({name.split(".")[0] for name in lora.text}):
+        encoder = getattr(pipeline, prefix, None)
+        if encoder is None:
+            raise ModelError(f"{lora.file} has LoRA weights for {prefix}, which this base has not: give its own base")
+        part = {name: value for name, value in lora.text.items() if name.startswith(f"{prefix}.")}
+        alphas = {name: alpha for name, alpha in lora.text_alphas.items() if name.startswith(f"{prefix}.")}
+        fields = None if alphas or not any(k.startswith(f"{prefix}.") for k in lora.metadata) else lora.metadata
+        try:
+            type(pipeline).load_lora_into_text_encoder(
+                part, network_alphas=alphas or None, text_encoder=encoder, prefix=prefix, metadata=fields
+            )
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{lora.file} does not fit this base's {prefix}: {' '.join(str(error).split())}"
+            ) from error
+        placed = sum(".lora_" in name for name, _ in encoder.named_parameters())
+        if placed != len(part):
+            raise ModelError(
+                f"{lora.file} does not fit this base: {placed} of its {len(part)} tensors for {prefix} have a layer; "
+                "give the base that it was made for"
+            )
 
 
 def load_pipeline(
@@ -180,18 +211,13 @@ def make_pipeline(base: Base) -> Any:
 
 def load_full(unet: nn.Module, folder: Path) -> None:
     """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
-    from diffusers import UNet2DConditionModel
-
-    dtype = torch.float32  # weights may be of several dtypes; each takes its value in its own
-    try:
-        loaded = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise ModelError(f"cannot read the tuned UNet in {folder}: {error}") from error
-    try:
-        unet.load_state_dict(loaded.state_dict())
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise ModelError(
-            f"the tuned UNet in {folder} does not fit this base: {' '.join(lines[1:2]).strip()}. Give the base it was "
-            "tuned from"
-        ) from error
+    read = stored_unet(folder, unet)
+    with torch.no_grad():
+        for name, own in unet.state_dict().items():
+            value = read(name)
+            if not bool(value.float().isfinite().all()):
+                raise ModelError(
+                    f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that wrote it had "
+                    "broken down; give an earlier checkpoint"
+                )
+            own.copy_(value)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffalign.models.components import complete_scheduler_config
 from diffalign.models.family import ModelError
+from diffalign.weight_files import check_weights, refuse_pickle
 
 _FAMILY_KEYS = {"sdxl": "conditioner.embedders.", "sd": "cond_stage_model."}
 
 
 def is_single_file(name: str) -> bool:
     """Whether a base is given as one weights file. Raises ModelError for pickled checkpoints."""
-    if name.endswith((".ckpt", ".pt", ".bin", ".pth")):
-        raise ModelError(
-            f"{name!r} is a pickled checkpoint, which can run code when opened; convert it to .safetensors first"
-        )
+    refuse_pickle(name)
     return name.endswith(".safetensors")
 
 
@@ -34,7 +30,7 @@ def load_single_file(
     """
     import diffusers
 
-    keys = _keys(path)
+    keys = check_weights(path).shapes.keys()
     family = next((name for name, key in _FAMILY_KEYS.items() if any(k.startswith(key) for k in keys)), None)
     if family is None:
         raise ModelError(
@@ -59,15 +55,3 @@ def load_single_file(
     if "ztsnr" in keys:
         scheduler["rescale_betas_zero_snr"] = True
     return pipeline, complete_scheduler_config(scheduler | {"_class_name": type(pipeline.scheduler).__name__})
-
-
-def _keys(path: str) -> set[str]:
-    """Names of the tensors in a safetensors file: its header is a JSON object behind an 8-byte length."""
-    if not Path(path).is_file():
-        raise ModelError(f"{path!r} does not exist")
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            return set(json.loads(file.read(length)))
-        except ValueError as error:
-            raise ModelError(f"{path!r} is not a safetensors file: its header is no JSON ({error})") from error

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffalign.models.attention import cross_attentions, is_plain
 from diffalign.models.family import ModelError
+from diffalign.weight_files import check_weights
 
 USER_FILE = "user_attention.safetensors"
 _BRANCH = "user_attention"  # the UNet's submodule
@@ -174,8 +174,7 @@ def save_user_attention(unet: nn.Module, directory: str | Path) -> Path:
 
 def holds_user_attention(file: Path) -> bool:
     """Whether a .safetensors file says of itself that it is user attention."""
-    with safe_open(file, framework="pt") as opened:
-        return _METADATA_KEY in (opened.metadata() or {})
+    return _METADATA_KEY in check_weights(file).metadata
 
 
 def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -183,11 +182,15 @@ def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.
 
     Raises ModelError when the file is none, or does not fit.
     """
-    with safe_open(file, framework="pt") as opened:
-        written = (opened.metadata() or {}).get(_METADATA_KEY)
+    written = check_weights(file).metadata.get(_METADATA_KEY)
     if written is None:
         raise ModelError(f"{file} is no user attention: its header does not say so")
-    facts = {name: json.loads(written)[name] for name in _FACTS}
+    try:
+        facts = {name: json.loads(written)[name] for name in _FACTS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file}: its header does not give {', '.join(_FACTS)} ({written!r:.80}); save it again"
+        ) from (error)
     branch = user_branch(unet)
     if branch is None:
         _fits(file, unet, load_file(file))
@@ -196,6 +199,8 @@ def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.
         if (own := getattr(branch, name)) != theirs:
             raise ModelError(f"{file} has user attention of {name} = {theirs}, this run of {own}; use the file's value")
     state, own_state = load_file(file), user_parameters(unet)
+    if bad := [name for name, value in state.items() if not bool(value.float().isfinite().all())]:
+        raise ModelError(f"{file} has NaN or infinite values in {bad[0]}; give an earlier checkpoint")
     if state.keys() != own_state.keys():
         raise ModelError(
             f"{file} does not fit this base: {sorted(state.keys() ^ own_state.keys())[0]} is on one side only"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.rewards.base import ScorerError
 from diffalign.rewards.preprocess import Fit, clip_pixels, crop
+from diffalign.weight_files import check_weights
 
 T = TypeVar("T")
 BATCH = 32  # pictures or prompts per forward: ViT-H in float32 stays below 3 GiB
@@ -110,9 +111,20 @@ def load_state(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        check_weights(file)
         return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint, or holds code
+        reason = " ".join(str(error).split())[:200]
+        raise ScorerError(
+            f"{file} cannot be read as weights ({type(error).__name__}: {reason}); download it again, or give a "
+            ".safetensors file"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ScorerError(f"{file} holds no state dict (names and tensors); download it again")
+    return state
 
 
 def load_or_explain(source: str, load: Callable[[], T], filename: str = "") -> T:

@@ -174,7 +174,7 @@ def test_the_embedded_worlds_autoencoder_has_no_place_in_a_single_file(tmp_path:
 def test_weights_that_do_not_fit_the_base_are_refused(model: Model, models, tmp_path: Path) -> None:
     other = models["sd" if model.base.family.name == "sdxl" else "sdxl"]
     args = {"base": str(other.folder)}
-    with pytest.raises(ExportError, match="does not fit this base: "):
+    with pytest.raises(ModelError, match="does not fit this base: "):
         export_single_file(write_full(model, tmp_path / "full", 1), tmp_path / "tuned.safetensors", **args)
     lora = write_lora(model, tmp_path / "lora", 1, rank=4, alpha=4)
     with pytest.raises(ModelError, match="does not fit this base"):
