@@ -1,8 +1,74 @@
-"""diffalign: preference tuning of text-to-image diffusion models, with evidence."""
+"""diffalign: preference tuning of text-to-image diffusion models, with evidence.
 
-from diffalign.engine.schedule import NoiseSchedule
-from diffalign.records import Conditioning, Evidence, PairBatch, Probe, Score
+    from diffalign import DiffusionDPO, LoRA, Trainer, TrainingArguments
+
+Every public name is imported when it is first used: `import diffalign` imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Conditioning", "Evidence", "NoiseSchedule", "PairBatch", "Probe", "Score", "__version__"]
+if TYPE_CHECKING:
+    from diffalign.engine.schedule import NoiseSchedule as NoiseSchedule
+    from diffalign.errors import DiffalignError as DiffalignError
+    from diffalign.evaluation.compare import compare as compare
+    from diffalign.evaluation.evaluate import evaluate as evaluate
+    from diffalign.evaluation.generate import generate as generate
+    from diffalign.objectives import DSODRO as DSODRO
+    from diffalign.objectives import FDPO as FDPO
+    from diffalign.objectives import IPO as IPO
+    from diffalign.objectives import KTO as KTO
+    from diffalign.objectives import SFT as SFT
+    from diffalign.objectives import SPO as SPO
+    from diffalign.objectives import ConservativeDPO as ConservativeDPO
+    from diffalign.objectives import DiffusionDPO as DiffusionDPO
+    from diffalign.objectives import DiffusionDRO as DiffusionDRO
+    from diffalign.objectives import InPO as InPO
+    from diffalign.objectives import InversionDPO as InversionDPO
+    from diffalign.objectives import MaPO as MaPO
+    from diffalign.objectives import RobustDPO as RobustDPO
+    from diffalign.objectives import SePPO as SePPO
+    from diffalign.objectives import SmPO as SmPO
+    from diffalign.records import Conditioning as Conditioning
+    from diffalign.records import Evidence as Evidence
+    from diffalign.records import PairBatch as PairBatch
+    from diffalign.records import Probe as Probe
+    from diffalign.records import Score as Score
+    from diffalign.training.trainer import FullFineTuning as FullFineTuning
+    from diffalign.training.trainer import LoRA as LoRA
+    from diffalign.training.trainer import Trainer as Trainer
+    from diffalign.training.trainer import TrainingArguments as TrainingArguments
+    from diffalign.training.trainer import load_pairs as load_pairs
+
+_OBJECTIVES = (
+    "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO MaPO RobustDPO SePPO SFT SmPO SPO"
+)
+_HOME = {
+    "NoiseSchedule": "diffalign.engine.schedule",
+    "DiffalignError": "diffalign.errors",
+    "compare": "diffalign.evaluation.compare",
+    "evaluate": "diffalign.evaluation.evaluate",
+    "generate": "diffalign.evaluation.generate",
+    **dict.fromkeys(_OBJECTIVES.split(), "diffalign.objectives"),
+    **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.records"),
+    **dict.fromkeys(
+        ("FullFineTuning", "LoRA", "Trainer", "TrainingArguments", "load_pairs"), "diffalign.training.trainer"
+    ),
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffalign' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -27,12 +27,14 @@ from diffalign.config_checks import (
 )
 from diffalign.config_data import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
 from diffalign.config_health import HealthSection, can_roll_back
-from diffalign.config_text import SWITCHES, ConfigError, describe, message, nearest, override
+from diffalign.config_text import SWITCHES, ConfigError, describe, message, override
 from diffalign.data.axes import Aggregate, Axis
 from diffalign.errors import DiffalignError
 from diffalign.objectives import OBJECTIVES
+from diffalign.plugins import name_of, nearest, resolve
 from diffalign.sources import SOURCES
 
+_Settings = TypeVar("_Settings", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -341,6 +343,14 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
         raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
 
 
+def settings_of(section: type[_Settings], values: Mapping[str, Any], where: str) -> _Settings:
+    """A section of a config from values by name. Raises ConfigError naming every fault at once."""
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as e:
+        raise ConfigError(f"{where}: " + "; ".join(describe(fault, section) for fault in e.errors())) from None
+
+
 def save_config(config: AnyConfig, path: Path) -> None:
     """Writes the resolved config; loading it gives the same config back."""
     path.write_text(yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
@@ -376,14 +386,17 @@ def packaged_config(name: str) -> Path:
 
 def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
     """The dataclass called `name` in a table, made from the node's other keys."""
-    if dataclasses.is_dataclass(node) and type(node) in known.values():
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        _complete(node, what)
+        name_of(type(node), known)  # a saved config must find it again
         return node
     if not isinstance(node, dict) or "name" not in node:
         raise DiffalignError(f"give a mapping with a name, one of: {', '.join(known)}")
     name = node["name"]
-    if not isinstance(name, str) or name not in known:
-        raise DiffalignError(f"no {what} is called {name!r}{nearest(str(name), known)}")
-    cls = known[name]
+    cls = resolve(str(name), known, what)
+    if not dataclasses.is_dataclass(cls):
+        raise DiffalignError(f"{what} {name!r} is no dataclass; its fields are its settings")
+    _complete(cls, what)
     allowed = [f.name for f in dataclasses.fields(cls)]
     settings = {k: v for k, v in node.items() if k != "name"}
     faults = [f"{k}: {name} has no such setting{nearest(k, allowed)}" for k in settings if k not in allowed]
@@ -395,7 +408,27 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
     raise DiffalignError("; ".join(faults))
 
 
+def _complete(settings: Any, what: str) -> None:
+    """Raises DiffalignError for a class that lacks what every objective or source has."""
+    missing = [name for name in _NEEDED[what] if not hasattr(settings, name)]
+    if missing:
+        cls = settings if isinstance(settings, type) else type(settings)
+        raise DiffalignError(
+            f"{what} {cls.__qualname__} lacks {', '.join(missing)}; CONTRIBUTING.md shows what one consists of"
+        )
+
+
+_NEEDED = {
+    "objective": ("name", "paper", "needs_reference", "needs_uncond", "probe", "score"),
+    "source": ("name", "paper", "data", "objectives", "own_reference", "build", "small"),
+}
+
+
 def _plain(settings: Any) -> dict[str, Any]:
     """A dataclass of settings with its name, as YAML-ready values."""
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return {"name": settings.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+    known = OBJECTIVES if hasattr(settings, "score") else SOURCES
+    return {
+        "name": name_of(type(settings), known),
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+    }

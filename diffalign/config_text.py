@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
 
 from diffalign.errors import DiffalignError
+from diffalign.plugins import nearest
 
 SWITCHES = ("objective.name", "source.name", "tuning.method")
-SHORT = {"lr": "learning_rate", "batch_size": "train_batch_size", "steps": "max_train_steps"}
 
 
 class ConfigError(DiffalignError):
@@ -61,12 +60,3 @@ def _keys_at(config: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         # a section that may be null
         section = next((each for each in get_args(section) if hasattr(each, "model_fields")), section)
     return list(section.model_fields)
-
-
-def nearest(name: str, known: Any) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
-    if name in SHORT and SHORT[name] in known:
-        return f"; did you mean {SHORT[name]!r}?"
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    allowed = ", ".join(known) or "none"
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {allowed}"

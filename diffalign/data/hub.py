@@ -6,9 +6,11 @@ import difflib
 import shutil
 from collections.abc import Callable, Sequence
 from glob import escape
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.data.columns import Columns, ListColumns
 from diffalign.data.rows import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +58,13 @@ class ArrowColumns:
         return None  # `datasets` itself wrote the paths
 
 
+class DatasetRow:
+    """Names rows as "data set row 7", counted from 0 as `dataset[7]` does."""
+
+    def __call__(self, row: int) -> str:
+        return f"data set row {row}"
+
+
 class SplitRow:
     """Names rows as "split 'train' row 7" (a class, so that a table can be sent to loader workers)."""
 
@@ -90,6 +99,37 @@ def lay_out(builder: DatasetBuilder) -> Dataset:
     """The data set, made if it is not there."""
     builder.download_and_prepare()
     return builder.as_dataset(split="train")
+
+
+def object_columns(rows: Any) -> Columns:
+    """Rows of a `datasets.Dataset`, or of a list of dictionaries; images may be paths, bytes or PIL pictures.
+
+    Raises DataError for anything else, for a DatasetDict without a split, and for a stream.
+    """
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(rows, Dataset):
+        return ArrowColumns(rows, storage="data set", where=DatasetRow())
+    if isinstance(rows, DatasetDict):
+        raise DataError(f"a DatasetDict has several splits; give one of them: dataset[{next(iter(rows), 'train')!r}]")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        encoded = [{name: _encoded(value) for name, value in row.items()} for row in rows]
+        return ListColumns(encoded, [f"row {i}" for i in range(len(rows))], storage="list of rows", base=None)
+    raise DataError(
+        f"pairs cannot be read from {type(rows).__module__}.{type(rows).__name__}; give a path, a Hub id, a "
+        "datasets.Dataset or a list of dictionaries with prompt, chosen and rejected"
+    )
+
+
+def _encoded(value: Any) -> Any:
+    """A PIL picture as PNG bytes; anything else as it is."""
+    from PIL import Image
+
+    if not isinstance(value, Image.Image):
+        return value
+    with BytesIO() as file:
+        value.save(file, format="PNG", compress_level=1)
+        return file.getvalue()
 
 
 def open_saved(folder: Path, split: str) -> ArrowColumns:

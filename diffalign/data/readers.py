@@ -34,7 +34,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def open_pairs(
-    path: str | Path,
+    path: str | Path | Columns,
     *,
     format: str = "auto",
     split: str = "train",
@@ -47,7 +47,7 @@ def open_pairs(
     """The usable pairs of a file, a folder or a Hub data set; `.problems` names every other row.
 
     path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
-        rejected/ images, or written by `save_to_disk`; or a Hub id.
+        rejected/ images, or written by `save_to_disk`; a Hub id; or rows that are open already (`object_columns`).
     format: the column layout, "pickapic", "preference" or "two_prompts"; "auto" takes the one whose columns are there.
     split: for data sets and parquet folders that have splits.
     keep_ties: keep rows labelled 0.5/0.5 (`PairRow.tie`); without score columns the labels become the scores.
@@ -61,7 +61,7 @@ def open_pairs(
     """
     if verify not in ("none", "header", "full"):
         raise DataError(f"verify={verify!r}; allowed are 'none', 'header' and 'full'")
-    stored = open_columns(path, split)
+    stored = open_columns(path, split) if isinstance(path, str | Path) else path
     stored, layout = find_layout(stored, format, columns or {})
     table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
     flags = [keep_ties, invert_preference, verify, max_pairs]

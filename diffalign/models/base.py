@@ -73,7 +73,12 @@ def load_base(
     if prediction_type is not None:
         base.scheduler_config = base.scheduler_config | {"prediction_type": prediction_type}
         base.schedule = NoiseSchedule.from_config(base.scheduler_config)
-    check_unet(base.unet, name)
+    return checked(base)
+
+
+def checked(base: Base) -> Base:
+    """A base whose parts belong together, frozen, in eval mode. Raises ModelError for one that is not tuned here."""
+    check_unet(base.unet, base.source)
     _check_widths(base)
     for module in (base.unet, base.vae, *(base.text.models if base.text else ())):
         if module is not None:
@@ -109,7 +114,7 @@ def outline_base(
         scheduler_config = scheduler_config | {"prediction_type": prediction_type}
     check_unet(unet, name)
     schedule = NoiseSchedule.from_config(scheduler_config)
-    return Base(_family(unet, name), unet, schedule, scheduler_config, None, None, name)
+    return Base(family_of(unet, name), unet, schedule, scheduler_config, None, None, name)
 
 
 def hide_loading_bars() -> None:
@@ -153,7 +158,7 @@ def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool)
     index = read_index(name, where.revision)
     unet = load_unet(name, where)
     scheduler_config = load_scheduler_config(name, where.revision)
-    family = _family(unet, name)
+    family = family_of(unet, name)
     vae = text = None
     if vae_and_text:
         suffixes = ("", "_2") if family.name == "sdxl" else ("",)
@@ -175,7 +180,7 @@ def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool)
 
 def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: Where) -> Base:
     pipeline, scheduler_config = load_single_file(name, config, vae_and_text, where.dtype)
-    family = _family(pipeline.unet, name)
+    family = family_of(pipeline.unet, name)
     text = None
     if vae_and_text:
         suffixes = ("", "_2") if family.name == "sdxl" else ("",)
@@ -188,7 +193,8 @@ def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: 
     return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, name)
 
 
-def _family(unet: nn.Module, source: str) -> StableDiffusion | StableDiffusionXL:
+def family_of(unet: nn.Module, source: str) -> StableDiffusion | StableDiffusionXL:
+    """The family of a UNet, by its conditioning. Raises ModelError for neither SD nor SDXL."""
     kind = unet.config.get("addition_embed_type")
     if kind is None:
         return StableDiffusion()

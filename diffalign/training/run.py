@@ -7,6 +7,7 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import yaml
 from accelerate import Accelerator
 
 from diffalign.config import AnyConfig, Config, ConfigError, save_config
+from diffalign.data.prompts import Table
 from diffalign.data.table import PairTable
+from diffalign.models.base import Base
 from diffalign.training.checkpoint import checkpoints, find_checkpoint
 from diffalign.training.loop import OnStep, TrainingError, clear_output, has_final_weights, resume, train
 from diffalign.training.plan import describe
-from diffalign.training.setup import build, make_accelerator, open_table
+from diffalign.training.setup import Run, build, make_accelerator, open_table, prepared
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +30,30 @@ NAMED = 5  # rows left out that are named at the start of a run
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "torchao", "xformers")
 
 
-def run_training(config: Config, on_validation: OnStep | None = None) -> dict[str, float]:
+def run_training(
+    config: Config,
+    on_validation: OnStep | None = None,
+    *,
+    table: Table | None = None,
+    base: Base | None = None,
+    on_built: Callable[[Run], None] | None = None,
+) -> dict[str, float]:
     """Runs a config to its end and returns the last logged metrics.
+
+    table, base: data and model that are open already, in place of the ones that the config names. `on_built` is
+    called with the run before its first step.
 
     Raises ConfigError when the output folder holds another run, DataError before any model is loaded.
     """
     accelerator = make_accelerator(config)
     output_dir = Path(config.output_dir)
     claim(config, output_dir)
-    table = open_table(config, accelerator)
+    table = open_table(config, accelerator) if table is None else prepared(config, table)
     if accelerator.is_main_process:
         report_rows(table, config.data.path)
-    run = build(config, accelerator, table)
+    run = build(config, accelerator, table, base)
+    if on_built is not None:
+        on_built(run)
     start = resume(run)
     if accelerator.is_main_process:
         if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():

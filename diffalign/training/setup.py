@@ -125,6 +125,12 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
         verify=data.verify,
     )
     table.require_usable()
+    return prepared(config, table)
+
+
+def prepared(config: Config | PreferenceModelConfig, table: PairTable) -> PairTable:
+    """Pairs with what a run's `data` section adds: scores, users, the hash of their images. Raises DataError."""
+    data = config.data
     if data.cache_reference_errors and "mask" in table.terms:
         raise DataError(
             "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
@@ -200,8 +206,8 @@ def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
     return accelerator
 
 
-def build(config: Config, accelerator: Accelerator, table: Table | None = None) -> Run:
-    """Builds every part of the run; afterwards only steps are left to take."""
+def build(config: Config, accelerator: Accelerator, table: Table | None = None, base: Base | None = None) -> Run:
+    """Builds every part of the run; afterwards only steps are left to take. What is given is not loaded again."""
     torch.manual_seed(config.seed)
     table = open_table(config, accelerator) if table is None else table
     objective: Objective = config.objective
@@ -212,7 +218,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None) 
     torch.backends.cudnn.allow_tf32 = training.allow_tf32  # torch's own default is True
 
     _check_reference(config)
-    base = load_run_base(config)
+    base = load_run_base(config) if base is None else base
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     feed = make_feed(config, accelerator, table, encoder, resolution)

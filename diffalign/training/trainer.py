@@ -1,0 +1,274 @@
+"""A run from Python: the same objects and the same path as `diffalign train CONFIG`.
+
+    from diffalign import DiffusionDPO, LoRA, Trainer, TrainingArguments
+
+    trainer = Trainer(
+        model="stabilityai/stable-diffusion-xl-base-1.0",
+        objective=DiffusionDPO(beta=5000.0),
+        train_dataset="my/pairs",
+        tuning=LoRA(rank=16),
+        args=TrainingArguments(output_dir="runs/mine", max_train_steps=500, learning_rate=1e-5),
+    )
+    trainer.train()
+
+Every setting has the name it has in a config, and `Trainer.config` is that config: it is saved with the run, and
+`diffalign train runs/mine/config.yaml` repeats a run whose model and data are given by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffalign.config import (
+    Config,
+    DataSection,
+    ModelSection,
+    TrainingSection,
+    TuningSection,
+    ValidationSection,
+    parse_config,
+    settings_of,
+)
+from diffalign.config_health import HealthSection
+from diffalign.config_text import ConfigError
+from diffalign.data.columns import Columns
+from diffalign.data.hub import object_columns
+from diffalign.data.readers import open_pairs
+from diffalign.data.table import PairTable
+from diffalign.errors import DiffalignError
+from diffalign.models.base import Base
+from diffalign.models.from_pipeline import base_of_pipeline
+from diffalign.models.saving import save_tuned
+from diffalign.objectives import Objective
+from diffalign.training.loop import averaged_weights
+from diffalign.training.run import run_training
+from diffalign.training.setup import Run
+
+if TYPE_CHECKING:
+    from diffalign.evaluation.generate import Picture
+    from diffalign.evaluation.report import Result
+    from diffalign.rewards import Scorer
+
+GIVEN_MODEL = "an open pipeline"  # in place of a path where the model was given as an object
+GIVEN_DATA = "an open data set"
+
+
+class TrainingArguments(TrainingSection):
+    """How long, how fast, how precise and where to: the `training` section of a config with the run's own settings."""
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the attention of the UNet; the reference is the policy with its adapter switched off."""
+
+    rank: int = 16
+    alpha: float | None = None  # None: equal to rank
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    start: str | None = None  # LoRA weights to start from
+    reference: str | None = None  # LoRA weights of the reference, from which the policy starts too
+
+
+@dataclass(frozen=True)
+class FullFineTuning:
+    """All weights of the UNet; the reference is a frozen copy."""
+
+    reference: str | None = None  # tuned weights of the reference, from which the policy starts too
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that `load_pairs` opened, with the settings that a run reads them by."""
+
+    table: PairTable
+    section: DataSection
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def load_pairs(source: Any, **settings: Any) -> Pairs:
+    """Usable preference pairs, with how a run uses them.
+
+    source: a file, folder or Hub id in any layout of docs/data.md, a `datasets.Dataset`, or a list of rows such as
+        `{"prompt": "a cat", "chosen": "a.png", "rejected": "b.png"}` (paths, bytes or PIL images).
+    settings: fields of a config's `data` section: split, columns, max_pairs, resolution, center_crop, random_flip,
+        cache_dir, ...
+
+    `.table.problems` names every row that is left out. Raises DataError where no pair can be used, and ConfigError
+    for a setting that does not exist.
+    """
+    named = isinstance(source, str | Path)
+    section = settings_of(DataSection, {"path": str(source) if named else GIVEN_DATA, **settings}, "load_pairs")
+    stored: str | Path | Columns = source if named else object_columns(source)
+    table = open_pairs(
+        stored,
+        format=section.format,
+        split=section.split,
+        max_pairs=section.max_pairs,
+        invert_preference=section.invert_preference,
+        columns=section.columns,
+        verify=section.verify,
+    )
+    table.require_usable()
+    return Pairs(table, section)
+
+
+class Trainer:
+    """One tuning run.
+
+    model: Hub id, diffusers folder, single-file checkpoint, or an open StableDiffusion(XL)Pipeline, whose UNet is
+        then tuned in place.
+    objective: an objective, its name, or `package.module:Class`.
+    train_dataset: what `load_pairs` takes, or what it returns. With `source`, prompts or winners by path.
+    args: where to, how long, how fast.
+    tuning: `LoRA()` or `FullFineTuning()`.
+    source: settings of a source that makes its pairs while training (`diffalign.sources`); None: the pairs given.
+    resolution: pixels; None: the model family's own, or what `load_pairs` was given.
+    model_settings, validation, health: fields of the config's sections of these names.
+
+    Raises ConfigError with every fault at once, before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective | str,
+        train_dataset: Any,
+        args: TrainingArguments,
+        *,
+        tuning: LoRA | FullFineTuning | None = None,
+        source: Any = None,
+        resolution: int | None = None,
+        model_settings: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
+        health: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.base: Base | None = None
+        if not isinstance(model, str | Path):
+            self.base = base_of_pipeline(model)
+        self.table: PairTable | None = None
+        data = self._data(train_dataset, made_while_training=source is not None)
+        if resolution is not None:
+            data = settings_of(
+                DataSection, {**data.model_dump(exclude_unset=True), "resolution": resolution}, "Trainer"
+            )
+        name = self.base.source if self.base is not None else str(model)
+        own = {"output_dir", "overwrite_output_dir", "seed"}
+        tree = {
+            **args.model_dump(include=own),
+            "model": settings_of(
+                ModelSection, {"pretrained_model_name_or_path": name, **(model_settings or {})}, "model"
+            ),
+            "tuning": _tuning(tuning or LoRA()),
+            "objective": {"name": objective} if isinstance(objective, str) else objective,
+            "source": source,
+            "data": data,
+            "training": TrainingSection(**args.model_dump(exclude=own, exclude_unset=True)),
+            "validation": settings_of(ValidationSection, validation or {}, "validation"),
+            "health": settings_of(HealthSection, health or {}, "health"),
+        }
+        config = parse_config(tree, "Trainer")
+        assert isinstance(config, Config)
+        self.config = config
+        self.run: Run | None = None
+
+    def _data(self, given: Any, *, made_while_training: bool) -> DataSection:
+        if made_while_training:
+            if not isinstance(given, str | Path):
+                raise ConfigError(
+                    "Trainer: a source takes its prompts or winners from a file; give train_dataset a path"
+                )
+            return settings_of(DataSection, {"path": str(given)}, "Trainer")
+        if isinstance(given, str | Path):
+            return settings_of(DataSection, {"path": str(given)}, "Trainer")
+        pairs = given if isinstance(given, Pairs) else load_pairs(given)
+        self.table = pairs.table
+        return pairs.section
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.output_dir)
+
+    def train(self) -> dict[str, float]:
+        """Runs to the end, from the configured checkpoint if there is one; returns the last logged metrics."""
+
+        def built(run: Run) -> None:
+            self.run = run
+
+        return run_training(self.config, table=self.table, base=self.base, on_built=built)
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), **sampling: Any) -> list[Picture]:
+        """Pictures of the tuned model in `output_dir`/pictures; `sampling` as in `diffalign.generate`."""
+        from diffalign.evaluation.generate import generate
+
+        settings = {"out_dir": self.output_dir / "pictures", "device": _device(), **sampling}
+        return generate(self._model_path(), prompts, seeds, tuned=str(self._finished()), **settings)
+
+    def evaluate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] = (0, 1, 2, 3),
+        *,
+        scorers: Sequence[str | Scorer],
+        **settings: Any,
+    ) -> Result:
+        """The tuned model beside its base on the same prompts and seeds, in `output_dir`/evaluation.
+
+        `print(result.table())` shows gains, wins and guards. `settings` as in `diffalign.evaluate`.
+        """
+        from diffalign.evaluation.evaluate import evaluate
+
+        settings = {"out_dir": self.output_dir / "evaluation", "device": _device(), **settings}
+        tuned = {self.config.objective.name: str(self._finished())}
+        return evaluate(self._model_path(), tuned, prompts, seeds, scorers=scorers, **settings)
+
+    def save_model(self, folder: str | Path) -> Path:
+        """Writes the policy's weights as they are (the EMA's where there is one) in diffusers' layout."""
+        if self.run is None:
+            raise DiffalignError("save_model: nothing was trained yet; call train() first")
+        with averaged_weights(self.run):
+            save_tuned(self.run.unet, Path(folder), self.run.base.family)
+        return Path(folder)
+
+    def _model_path(self) -> str:
+        if self.base is not None:
+            raise DiffalignError(
+                "the model was given as an open pipeline, which holds the tuned weights now: draw with the pipeline "
+                "itself, or give Trainer the path of the model"
+            )
+        return str(self.config.model.pretrained_model_name_or_path)
+
+    def _finished(self) -> Path:
+        from diffalign.models.saving import find_tuned
+
+        return find_tuned(self.output_dir).path if self.output_dir.exists() else self._none()
+
+    def _none(self) -> Path:
+        raise DiffalignError(f"{self.output_dir} does not exist: nothing was trained yet; call train() first")
+
+
+def _tuning(tuning: LoRA | FullFineTuning) -> TuningSection:
+    if isinstance(tuning, FullFineTuning):
+        return TuningSection(method="full", reference=tuning.reference)
+    settings = {
+        "rank": tuning.rank,
+        "alpha": tuning.alpha,
+        "target_modules": tuple(tuning.target_modules),
+        "resume_lora": tuning.start,
+        "reference": tuning.reference,
+    }
+    return settings_of(TuningSection, {k: v for k, v in settings.items() if v is not None}, "LoRA")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
