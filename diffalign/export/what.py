@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffalign
+from diffalign import __version__
 from diffalign.config import Config, ModelSection, PreferenceModelConfig, load_config
 from diffalign.export.names import ExportError
 from diffalign.models.family import ModelError
@@ -33,7 +33,7 @@ class What:
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for a file's metadata: keys of our own."""
         said = {
-            "diffalign.version": diffalign.__version__,
+            "diffalign.version": __version__,
             "diffalign.tuned": _shown(str(self.tuned.path)),
             "diffalign.base": _shown(self.base.pretrained_model_name_or_path),
         }
