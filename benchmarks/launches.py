@@ -36,7 +36,7 @@ from benchmarks.memory import table
 from benchmarks.models import MODELS, model_folder, pairs_file
 from benchmarks.ours import on_random_weights
 from diffalign.config import Config, load_config
-from diffalign.training.loop import has_final_weights
+from diffalign.training.final import is_finished
 from diffalign.training.run import environment
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def launch(config: Path, changes: list[str], out: Path, a: Any) -> dict[str, Any
     file = out / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     losses = [line["loss"] for line in lines]
-    ok = done.returncode == 0 and has_final_weights(out) and bool(losses) and all(map(math.isfinite, losses))
+    ok = done.returncode == 0 and is_finished(out) and bool(losses) and all(map(math.isfinite, losses))
     return {
         "ok": ok,
         "wall_seconds": time.perf_counter() - begun,

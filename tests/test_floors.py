@@ -20,6 +20,7 @@ PACKAGE = ROOT / "diffalign"
 FLOORS = {
     "errors": -1,
     "plugins": 0,
+    "files": 0,
     "records": 0,
     "weight_files": 0,
     "engine": 1,

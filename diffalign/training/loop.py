@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,31 +26,26 @@ from tqdm import tqdm
 
 from diffalign.config import save_config
 from diffalign.engine.measure import ask_reference, measure_and_backward
-from diffalign.models.lora import LORA_FILE
-from diffalign.models.saving import UNET_FOLDER, load_tuned, save_tuned
-from diffalign.models.user_attention import USER_FILE
+from diffalign.models.saving import load_tuned, save_tuned
 from diffalign.objectives.base import ask
 from diffalign.records import PairBatch, Probe
-from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.checkpoint import (
     CheckpointError,
-    checkpoints,
     find_checkpoint,
     load_source_state,
     load_state,
     save_checkpoint,
     set_aside,
+    sweep,
+    tensor_bytes,
 )
-from diffalign.training.feed import SOURCE_FOLDER
+from diffalign.training.final import refuse_finished, save_final_weights
 from diffalign.training.metrics import JsonLines, Meter, observe
 from diffalign.training.optim import effective_batch
-from diffalign.training.recovery import HEALTH_FILE, METRICS_FILE, Guard, TrainingError, diverged
+from diffalign.training.recovery import METRICS_FILE, Guard, TrainingError, diverged
 from diffalign.training.setup import Run
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = (UNET_FOLDER, WEIGHTS_FOLDER)  # final weights of any kind of run, as folders
-WEIGHT_FILES = (LORA_FILE, USER_FILE)
 
 OnStep = Callable[[Run, int], None]
 
@@ -211,7 +205,12 @@ def save_final(run: Run, step: int) -> None:
     ensure_finite(run, step)
     if run.accelerator.is_main_process:
         with averaged_weights(run):
-            save_tuned(run.unet, run.output_dir, run.base.family)
+            save_final_weights(
+                run.output_dir,
+                step,
+                lambda folder: save_tuned(run.unet, folder, run.base.family),
+                tensor_bytes(run.parameters),
+            )
     run.accelerator.wait_for_everyone()
 
 
@@ -242,6 +241,7 @@ def checkpoint(run: Run, step: int) -> None:
             },
             run.config.training.checkpoints_total_limit,
             run.source.state_dict(),
+            weights_bytes=tensor_bytes(run.parameters),
         )
     run.accelerator.wait_for_everyone()
 
@@ -255,15 +255,15 @@ def _write(run: Run, folder: Path) -> None:
 def resume(run: Run) -> int:
     """Restores the configured checkpoint, if any, and returns the number of steps already taken."""
     wanted = run.config.training.resume_from_checkpoint
+    if run.accelerator.is_main_process:
+        sweep(run.output_dir)
+    run.accelerator.wait_for_everyone()
     folder = None if wanted is None else find_checkpoint(run.output_dir, wanted)
     if folder is None:
         if wanted is None:
             return 0
-        if has_final_weights(run.output_dir) and not run.config.overwrite_output_dir:
-            raise CheckpointError(
-                f"training.resume_from_checkpoint: {run.output_dir} holds a finished run without checkpoints; set "
-                "overwrite_output_dir=true to run it again, or name another output_dir"
-            )
+        if not run.config.overwrite_output_dir:
+            refuse_finished(run.output_dir)
         log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
         return 0
     return restore(run, folder)
@@ -315,25 +315,6 @@ def averaged_weights(run: Run) -> Iterator[None]:
         yield
     finally:
         run.ema.restore(run.parameters)
-
-
-def has_final_weights(output_dir: Path) -> bool:
-    """Whether a run got to its end there."""
-    folders, files = ((output_dir / name for name in names) for names in (WEIGHTS, WEIGHT_FILES))
-    return any(path.is_dir() for path in folders) or any(path.is_file() for path in files)
-
-
-def clear_output(output_dir: Path) -> None:
-    """Removes what an earlier run left in its folder: checkpoints, metrics, pictures and final weights.
-
-    Only for a folder that holds a run; `training.run.claim` sees to that.
-    """
-    for old in checkpoints(output_dir):
-        shutil.rmtree(old)
-    for name in (*WEIGHTS, "logs", "validation", SOURCE_FOLDER):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in (*WEIGHT_FILES, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
-        (output_dir / name).unlink(missing_ok=True)
 
 
 def _log(run: Run, values: dict[str, float], step: int, lines: JsonLines | None) -> None:

@@ -36,8 +36,11 @@ from diffalign.training.checkpoint import (
     load_state,
     save_checkpoint,
     set_aside,
+    sweep,
+    tensor_bytes,
 )
-from diffalign.training.loop import TrainingError, clear_output, has_final_weights
+from diffalign.training.final import clear_output, refuse_finished, save_final_weights
+from diffalign.training.loop import TrainingError
 from diffalign.training.metrics import QUARTERS, JsonLines, Meter
 from diffalign.training.preference_batch import half_made
 from diffalign.training.preference_setup import PreferenceRun, build_preference_run, describe, with_one_pair
@@ -116,7 +119,12 @@ def train(run: PreferenceRun, start: int = 0) -> dict[str, float]:
                 checkpoint(run, step)
     _ensure_finite(run)
     if accelerator.is_main_process:
-        save_step_aware(run.model, run.tokenizer, run.output_dir / WEIGHTS_FOLDER)
+        save_final_weights(
+            run.output_dir,
+            training.max_train_steps,
+            lambda folder: save_step_aware(run.model, run.tokenizer, folder / WEIGHTS_FOLDER),
+            tensor_bytes(run.parameters),
+        )
     accelerator.wait_for_everyone()
     return values
 
@@ -200,7 +208,14 @@ def checkpoint(run: PreferenceRun, step: int) -> None:
             "lr_scheduler": run.lr_scheduler.state_dict(),
             "pairs_per_step": run.weights.pairs,
         }
-        save_checkpoint(run.output_dir, step, write, state, run.config.training.checkpoints_total_limit)
+        save_checkpoint(
+            run.output_dir,
+            step,
+            write,
+            state,
+            run.config.training.checkpoints_total_limit,
+            weights_bytes=tensor_bytes(run.parameters),
+        )
     run.accelerator.wait_for_everyone()
 
 
@@ -208,13 +223,13 @@ def resume(run: PreferenceRun) -> int:
     """Restores the configured checkpoint, if any, and returns the number of steps already taken."""
     config = run.config
     wanted = config.training.resume_from_checkpoint
+    if run.accelerator.is_main_process:
+        sweep(run.output_dir)
+    run.accelerator.wait_for_everyone()
     folder = None if wanted is None else find_checkpoint(run.output_dir, wanted)
     if folder is None:
-        if wanted is not None and has_final_weights(run.output_dir) and not config.overwrite_output_dir:
-            raise CheckpointError(
-                f"training.resume_from_checkpoint: {run.output_dir} holds a finished run without checkpoints; set "
-                "overwrite_output_dir=true to run it again, or name another output_dir"
-            )
+        if wanted is not None and not config.overwrite_output_dir:
+            refuse_finished(run.output_dir)
         return 0
     state = load_state(folder)
     if state["step"] > config.training.max_train_steps:

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.training.checkpoint import checkpoints
+from diffalign.training.checkpoint import checkpoints, newest_whole
 from diffalign.training.health import NOT_FINITE, Finding, Limits, Watch, not_finite
 from diffalign.training.setup import Run
 
@@ -83,10 +83,11 @@ class Guard:
 
     def _act(self, step: int, line: Mapping[str, float], finding: Finding) -> Path | None:
         """The checkpoint to return to, recorded; raises where there is none to return to."""
-        good = [p for p in checkpoints(self.run.output_dir) if int(p.name.partition("-")[2]) <= finding.since]
+        there = [p for p in checkpoints(self.run.output_dir) if int(p.name.partition("-")[2]) <= finding.since]
+        good = newest_whole(there)
         s = self.settings
-        if s.action == "roll_back" and good and self.roll_backs < s.max_roll_backs:
-            to = int(good[-1].name.partition("-")[2])
+        if s.action == "roll_back" and good is not None and self.roll_backs < s.max_roll_backs:
+            to = int(good.name.partition("-")[2])
             factor = s.lr_factor ** (self.roll_backs + 1)
             self._record(
                 {"step": to, "at": step, "rule": finding.rule, "action": "roll_back", "says": finding.says,
@@ -94,15 +95,15 @@ class Guard:
             )  # fmt: skip
             if self.run.accelerator.is_main_process:
                 back = "step %d: %s. Back to %s with the learning rate times %g"
-                log.warning(back, step, finding.says, good[-1].name, factor)
-            return good[-1]
+                log.warning(back, step, finding.says, good.name, factor)
+            return good
         self._record({"step": step, "rule": finding.rule, "action": "stop", "says": finding.says})
         tried = f" after {self.roll_backs} roll backs" if self.roll_backs else ""
         if finding.rule == NOT_FINITE:
             raise diverged(self.run, f"{finding.says}{tried}")
         resume = (
-            f"{good[-1].name} is the last checkpoint from before it (training.resume_from_checkpoint={good[-1].name})"
-            if good
+            f"{good.name} is the last checkpoint from before it (training.resume_from_checkpoint={good.name})"
+            if good is not None
             else "there is no checkpoint from before it"
         )
         raise TrainingError(f"stopped at step {step}{tried} by health.action: {s.action}: {finding.says}; {resume}")

@@ -20,7 +20,8 @@ from diffalign.data.prompts import Table
 from diffalign.data.table import PairTable
 from diffalign.models.base import Base
 from diffalign.training.checkpoint import checkpoints, find_checkpoint
-from diffalign.training.loop import OnStep, TrainingError, clear_output, has_final_weights, resume, train
+from diffalign.training.final import clear_output, has_final_weights
+from diffalign.training.loop import OnStep, TrainingError, resume, train
 from diffalign.training.plan import describe
 from diffalign.training.setup import Run, build, make_accelerator, open_table, prepared
 

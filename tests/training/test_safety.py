@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-import diffalign.training.loop as loop
 from diffalign.config import Config, ConfigError
 from diffalign.training.checkpoint import CheckpointError
+from diffalign.training.final import clear_output
 from diffalign.training.loop import TrainingError, optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.run import run_training
@@ -223,6 +223,6 @@ def test_the_average_is_the_average(make_config: MakeConfig, tiny_sd: Path) -> N
 def test_clear_output_is_only_for_runs(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl").write_text("{}")
-    loop.clear_output(tmp_path)
+    clear_output(tmp_path)
     assert (tmp_path / "notes.txt").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
