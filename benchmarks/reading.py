@@ -1,0 +1,265 @@
+"""What it costs to read this package: counted from its source, and from what one small run executes.
+
+    python -m benchmarks.reading                      # prints the table
+    python -m benchmarks.reading --out benchmarks/results/reading
+
+A run is followed with a profiler: every function of the package that was entered counts once, with its source lines
+(decorators, docstring and all). Lines of a function inside another count with the outer one. Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "diffalign"
+MANY_PARAMETERS = 6
+FEW_FIELDS = 3
+WHOLE = {"Run", "Config", "Context", "AnyConfig", "PreferenceRun", "PreferenceModelConfig"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules() -> dict[Path, ast.Module]:
+    """Every file of the package, parsed."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    """Functions and methods, nested ones too."""
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def parameters(function: Function) -> list[ast.arg]:
+    """All parameters but `self` and `cls`."""
+    of = function.args
+    found = [*of.posonlyargs, *of.args, *of.kwonlyargs]
+    return [arg for arg in found if arg.arg not in ("self", "cls")]
+
+
+def fields_read(function: Function, name: str) -> set[str] | None:
+    """Attributes of parameter `name` that a function reads; None where it passes the whole object on."""
+    inside = [node for statement in function.body for node in ast.walk(statement)]
+    owners = {id(node.value) for node in inside if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    uses = [node for node in inside if isinstance(node, ast.Name) and node.id == name]
+    if any(id(use) not in owners for use in uses):
+        return None
+    return {
+        node.attr
+        for node in inside
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+    }
+
+
+def takes_more_than_it_reads(function: Function) -> bool:
+    """Whether a whole run, config or context is taken and at most a few of its fields are read."""
+    for arg in parameters(function):
+        names = (
+            {node.id for node in ast.walk(arg.annotation) if isinstance(node, ast.Name)} if arg.annotation else set()
+        )
+        if names & WHOLE:
+            read = fields_read(function, arg.arg)
+            if read is not None and len(read) <= FEW_FIELDS:
+                return True
+    return False
+
+
+def static() -> dict[str, Any]:
+    """Counts that need no run."""
+    trees = modules()
+    every = [(path, function) for path, tree in trees.items() for function in functions(tree)]
+    long = sorted(
+        (
+            (len(parameters(f)), f"{path.relative_to(ROOT)}:{f.name}")
+            for path, f in every
+            if len(parameters(f)) > MANY_PARAMETERS
+        ),
+        reverse=True,
+    )
+    top = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in trees}
+    in_folder = {
+        str(folder.relative_to(PACKAGE)): sum(path.parent == folder and path.name != "__init__.py" for path in trees)
+        for folder in {path.parent for path in trees}
+    }
+    defined: dict[str, set[Path]] = {}
+    for path, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, (*Function.__args__, ast.ClassDef)) and not node.name.startswith("_"):  # type: ignore[attr-defined]
+                defined.setdefault(node.name, set()).add(path)
+    twice = sorted(name for name, paths in defined.items() if len(paths) > 1 and name != "main")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    return {
+        "names at the top of diffalign/": len(top - {"__init__", "__main__"}),
+        "most files in a folder": max(
+            (n, name) for name, n in in_folder.items() if name not in ("objectives", "world")
+        ),
+        "functions with more than 6 parameters": len(long),
+        "the longest of them": long[:3],
+        "functions that take a whole Run, Config or Context and read at most 3 fields": sum(
+            takes_more_than_it_reads(f) for _, f in every
+        ),
+        "public names defined in two or more files": len(twice),
+        "those names": twice,
+        "lines of README": len(readme),
+        "lines of the package": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in trees),
+    }
+
+
+class Followed:
+    """Functions of the package that were entered while it was active."""
+
+    def __init__(self) -> None:
+        self.codes: set[CodeType] = set()
+
+    def __enter__(self) -> Followed:
+        sys.setprofile(self._event)
+        threading.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+
+    def _event(self, frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            self.codes.add(frame.f_code)
+
+    def counts(self) -> dict[str, int]:
+        """Functions, files and lines."""
+        return counted(self.codes)
+
+
+def counted(codes: set[CodeType]) -> dict[str, int]:
+    """Functions, files and source lines of code objects; module bodies, lambdas and comprehensions are left out."""
+    spans: dict[Path, dict[int, tuple[int, int]]] = {}
+    lines: set[tuple[Path, int]] = set()
+    found = 0
+    for code in codes:
+        if code.co_name.startswith("<"):
+            continue
+        path = Path(code.co_filename)
+        if path not in spans:
+            spans[path] = {
+                min([f.lineno, *(d.lineno for d in f.decorator_list)]): (f.lineno, f.end_lineno or f.lineno)
+                for f in functions(ast.parse(path.read_text(encoding="utf-8")))
+            }
+        if code.co_firstlineno in spans[path]:
+            found += 1
+            first, last = spans[path][code.co_firstlineno]
+            lines |= {(path, line) for line in range(min(first, code.co_firstlineno), last + 1)}
+    return {"functions": found, "files": len({path for path, _ in lines}), "lines": len(lines)}
+
+
+def executed() -> dict[str, Any]:
+    """A cached DPO run on the embedded world, one of its steps, its set-up, and one picture of `evaluate`."""
+    from diffalign.config import load_config, packaged_config
+    from diffalign.evaluation.evaluate import evaluate
+    from diffalign.training import loop
+    from diffalign.training.run import run_training
+    from diffalign.world import base_path
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [
+            f"output_dir={folder}/run",
+            f"data.cache_dir={folder}/cache",
+            "data.max_pairs=8",
+            "training.train_batch_size=2",
+            "training.max_train_steps=2",
+            "training.logging_steps=1",
+            "training.checkpointing_steps=2",
+            "training.report_to=none",
+        ]
+        whole, step = Followed(), Followed()
+        _silently(
+            lambda: run_training(
+                load_config(packaged_config("world/dpo.yaml"), [*settings, f"output_dir={folder}/first"])
+            )
+        )
+        original = loop.optimizer_step
+
+        def followed_step(*args: Any) -> None:
+            sys.setprofile(step._event)
+            original(*args)
+            sys.setprofile(whole._event)
+
+        loop.optimizer_step = followed_step
+        try:
+            with whole:
+                _silently(lambda: run_training(load_config(packaged_config("world/dpo.yaml"), settings)))
+        finally:
+            loop.optimizer_step = original
+        picture = Followed()
+        prompts = ["a red circle on a black background"]
+        with picture:
+            _silently(
+                lambda: evaluate(
+                    str(base_path()),
+                    {"dpo": f"{folder}/run"},
+                    prompts,
+                    [0],
+                    scorers=["world"],
+                    out_dir=f"{folder}/eval",
+                    steps=1,
+                )
+            )
+    return {
+        "a cached DPO run": counted(whole.codes | step.codes),
+        "of it: one step": step.counts(),
+        "of it: everything but the step": counted(whole.codes - step.codes),
+        "one picture of evaluate": picture.counts(),
+    }
+
+
+def _silently(run: Callable[[], Any]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run()
+
+
+def mypy_errors() -> int:
+    """Errors of mypy over the whole package with the project's settings."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "diffalign"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    last = done.stdout.strip().splitlines()[-1]
+    return 0 if last.startswith("Success") else int(last.split()[1])
+
+
+def table(found: dict[str, Any]) -> str:
+    """The counts as a Markdown table."""
+    rows = ["| measured | count |", "|---|---|"]
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = f"{value['functions']} functions, {value['files']} files, {value['lines']:,} lines"
+        elif isinstance(value, list):
+            value = ", ".join(" ".join(map(str, each)) if isinstance(each, tuple) else each for each in value) or "none"
+        elif isinstance(value, tuple):
+            value = " ".join(map(str, value))
+        rows.append(f"| {name} | {value} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reading", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md as well")
+    args = parser.parse_args()
+    found = {**static(), **executed(), "errors of mypy, all rooms": mypy_errors()}
+    print(table(found))
+    if args.out is not None:
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(table(found) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
