@@ -33,7 +33,7 @@ from diffalign.models.family import ModelError
 from diffalign.models.former import FormerCopy, make_former
 from diffalign.models.fusing import fuse_kernels
 from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, fuse_lora, load_lora, lora_layers
-from diffalign.models.memory import set_checkpointing, store_for_autocast
+from diffalign.models.memory import place, set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
 from diffalign.models.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
@@ -227,7 +227,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     if objective.needs_reference:
         kind = "lora_off" if lora_layers(unet) else "user_off" if user_branch(unet) is not None else "copy"
     autocast = AUTOCAST[training.mixed_precision]
-    unet.to(device)
+    place(unet, device)
     former = None
     if config.source is not None and config.source.own_reference:
         kind, former = "former", make_former(unet, base.family, autocast)

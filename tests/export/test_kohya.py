@@ -74,7 +74,7 @@ def test_ranks_and_alphas_that_differ_by_module_stay_theirs(model: Model, tmp_pa
     ours, theirs = model.unet(), model.unet()
     load_lora(ours, tmp_path / "soup")
     load_lora(theirs, file)
-    assert_same(fused(theirs), fused(ours), atol=0)
+    assert_same(fused(theirs), fused(ours), atol=1e-12)  # float64 products of weights that lie otherwise
     said = metadata(file)
     assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("Dynamic", "Dynamic")
 

