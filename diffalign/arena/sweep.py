@@ -34,12 +34,16 @@ def sweep(field: Field, entries: Sequence[Entry], command: str, protocol: Protoc
         for value in entry.scales
     ]
     _try(field, protocol, further, trials, "sweep: scales")
+    where = environment()
     return {
         "command": command,
-        "environment": environment(),
+        "environment": where,
         "protocol": {"steps": protocol.steps, "seeds": protocol.seeds, "split": protocol.split,
                      "pictures": protocol.pictures, "preference": PREFERENCE},
-        "entries": {name: {"chosen": best(tried)["settings"], "trials": tried} for name, tried in trials.items()},
+        "entries": {
+            name: {"git_commit": where["git_commit"], "chosen": best(tried)["settings"], "trials": tried}
+            for name, tried in trials.items()
+        },
     }  # fmt: skip
 
 
@@ -49,9 +53,12 @@ def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], file: Path) -> None:
-    """Writes what was found; entries that an earlier sweep found there and this one did not try are kept."""
+    """Writes what was found; entries that were there and were not tried now stay, with their own commit."""
     if file.is_file():
-        found = {**found, "entries": {**json.loads(file.read_text())["entries"], **found["entries"]}}
+        earlier = json.loads(file.read_text())
+        commit = {"git_commit": earlier["environment"]["git_commit"]}
+        kept = {name: commit | entry for name, entry in earlier["entries"].items()}
+        found = {**found, "entries": kept | found["entries"]}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
 

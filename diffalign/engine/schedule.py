@@ -11,7 +11,6 @@ Left out: continuous-time and flow schedules; the models tuned here are trained 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.engine.scheduler_config import (
+    DEFAULTS,
+    PREDICTION_TYPES,
+    SPACINGS,
+    alphas_cumprod,
+    completed,
+    one_of,
+)
 from diffalign.errors import DiffalignError
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,30 +45,34 @@ class NoiseSchedule:
             raise DiffalignError(f"alphas_cumprod must be float64 [T], got {table.dtype} {tuple(table.shape)}")
         if not bool(((table >= 0) & (table < 1)).all()):
             raise DiffalignError("alphas_cumprod must lie in [0, 1): 0 is pure noise, 1 a clean image")
-        _one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
+        one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule described by a diffusers scheduler config, its table computed in float64.
 
-        Missing keys take DDIMScheduler's defaults; keys that do not concern the table, the prediction type or the
-        sampling grid are none of its business.
+        Keys that are missing have the defaults of the class in `_class_name`; without a class, betas must be given.
+        Keys that do not concern the table, the prediction type or the sampling grid are none of its business.
 
-        Raises ValueError for a beta schedule, prediction type or spacing that is not known here.
+        Raises ValueError for a class or keys of noise without such a table (EDM, flow matching, unknown classes),
+        missing betas, and a beta schedule, prediction type or spacing that is not known here.
         """
-        alphas_cumprod = torch.cumprod(1 - _betas(config), dim=0)
-        if config.get("rescale_betas_zero_snr"):
-            alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
-        return cls._with_grid(alphas_cumprod, config)
+        config = completed(config)
+        return cls._with_grid(alphas_cumprod(config), config)
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
         """The schedule of a diffusers scheduler object: its own float32 table, cast to float64.
 
         With zero terminal SNR, Euler-type schedulers keep 2^-24 in its last place; `from_config` has the exact 0.
+
+        Raises ValueError as `from_config` does; a subclass counts as the class it is derived from.
         """
-        return cls._with_grid(scheduler.alphas_cumprod.detach().to("cpu", torch.float64), scheduler.config)
+        names = [base.__name__ for base in type(scheduler).__mro__]
+        name = next((name for name in names if name in DEFAULTS), names[0])
+        config = completed({**scheduler.config, "_class_name": name})
+        return cls._with_grid(scheduler.alphas_cumprod.detach().to("cpu", torch.float64), config)
 
     @classmethod
     def _with_grid(cls, alphas_cumprod: Tensor, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -73,9 +80,9 @@ class NoiseSchedule:
         return cls(
             alphas_cumprod=alphas_cumprod,
             final_alpha_cumprod=1.0 if to_one else float(alphas_cumprod[0]),
-            prediction_type=config.get("prediction_type") or "epsilon",
-            timestep_spacing=config.get("timestep_spacing") or "leading",
-            steps_offset=config.get("steps_offset") or 0,
+            prediction_type=config.get("prediction_type", "epsilon"),
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
         )
 
     @property
@@ -173,7 +180,7 @@ class NoiseSchedule:
         Spacing and offset default to the model's own (Lin et al., arXiv 2305.08891, Table 2).
         """
         T = self.num_train_timesteps
-        spacing = _one_of("spacing", spacing or self.timestep_spacing, SPACINGS)
+        spacing = one_of("spacing", spacing or self.timestep_spacing, SPACINGS)
         offset = self.steps_offset if steps_offset is None else steps_offset
         if not 1 <= steps <= T:
             raise DiffalignError(f"steps = {steps}: a grid on this schedule has between 1 and {T} steps")
@@ -205,31 +212,3 @@ def spread(coefficient: Tensor, like: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(like.dtype, torch.float32)
     return coefficient.to(like.device, dtype, non_blocking=True).reshape(coefficient.shape + (1,) * (like.ndim - n))
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise DiffalignError(f"{field} = {value!r} is not supported; allowed: {', '.join(allowed)}")
-    return value
-
-
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    if config.get("trained_betas") is not None:
-        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    T = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    kind = _one_of("beta_schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES)
-    if kind == "linear":
-        return torch.linspace(start, end, T, dtype=torch.float64)
-    if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
-    # Nichol & Dhariwal (arXiv 2102.09672): ᾱ(u) = cos²(π/2 (u + .008) / 1.008), each β capped at .999
-    u = torch.arange(T + 1, dtype=torch.float64) / T
-    cosine = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
-
-
-def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """√ᾱ shifted and scaled so that its last entry is 0 and its first is kept (arXiv 2305.08891, Algorithm 1)."""
-    root = alphas_cumprod.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.data.images import pictures
+from diffalign.engine.scheduler_config import check_class
 from diffalign.errors import DiffalignError
 from diffalign.models.negative import negative_branch
 from diffalign.objectives.draws import initial_noise
@@ -33,11 +34,15 @@ _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "n
 
 
 def make_scheduler(pipe: Any, name: str) -> Any:
-    """A diffusers scheduler of kind `name` with the betas, spacing and prediction type of the pipeline's own."""
+    """A diffusers scheduler of kind `name` with the betas, spacing and prediction type of the pipeline's own.
+
+    Raises ValueError where those do not say what its noise is (EDM, flow matching).
+    """
     import diffusers
 
     if name not in SCHEDULERS:
         raise DiffalignError(f"scheduler '{name}' is unknown; allowed: {', '.join(SCHEDULERS)}")
+    check_class(type(pipe.scheduler).__name__)
     config = dict(pipe.scheduler.config)
     # DDIMScheduler clips x_0 unless told otherwise, which is wrong for latents; configs written by other
     # schedulers do not say.

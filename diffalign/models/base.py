@@ -22,6 +22,7 @@ from diffalign.models.components import (
     load_vae,
     outline_unet,
     read_index,
+    schedule_of,
 )
 from diffalign.models.family import Family, ModelError, TextEncoders
 from diffalign.models.sd import StableDiffusion
@@ -72,7 +73,7 @@ def load_base(
         base.vae = load_vae(pretrained_vae_model_name_or_path, None, Where(None, None, torch_dtype))
     if prediction_type is not None:
         base.scheduler_config = base.scheduler_config | {"prediction_type": prediction_type}
-        base.schedule = NoiseSchedule.from_config(base.scheduler_config)
+        base.schedule = schedule_of(base.scheduler_config, name)
     return checked(base)
 
 
@@ -108,12 +109,12 @@ def outline_base(
         base.unet.to("meta")
         return base
     read_index(name, revision)
-    unet = outline_unet(name, Where(revision, variant, torch.float32))
     scheduler_config = load_scheduler_config(name, revision)
+    unet = outline_unet(name, Where(revision, variant, torch.float32))
     if prediction_type is not None:
         scheduler_config = scheduler_config | {"prediction_type": prediction_type}
     check_unet(unet, name)
-    schedule = NoiseSchedule.from_config(scheduler_config)
+    schedule = schedule_of(scheduler_config, name)
     return Base(family_of(unet, name), unet, schedule, scheduler_config, None, None, name)
 
 
@@ -156,8 +157,8 @@ def check_unet(unet: nn.Module, source: str) -> None:
 
 def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool) -> Base:
     index = read_index(name, where.revision)
+    scheduler_config = load_scheduler_config(name, where.revision)  # first: it may refuse, and is small
     unet = load_unet(name, where)
-    scheduler_config = load_scheduler_config(name, where.revision)
     family = family_of(unet, name)
     vae = text = None
     if vae_and_text:
@@ -174,7 +175,7 @@ def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool)
         )
         if own_vae:
             vae = load_vae(name, "vae", where)
-    schedule = NoiseSchedule.from_config(scheduler_config)
+    schedule = schedule_of(scheduler_config, name)
     return Base(family, unet, schedule, scheduler_config, vae, text, name)
 
 
@@ -189,7 +190,7 @@ def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: 
             models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
             zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
         )
-    schedule = NoiseSchedule.from_config(scheduler_config)
+    schedule = schedule_of(scheduler_config, name)
     return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, name)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.errors import DiffalignError
 from diffalign.models.family import ModelError
 
 _A_BASE_IS = "a base is a diffusers pipeline folder, a Hub id or one .safetensors file"
@@ -93,25 +95,40 @@ def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[
 
 
 def load_scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
-    """The scheduler's config, completed with the defaults of its own class."""
+    """The scheduler's config, completed with the defaults of its own class. Raises ModelError as `schedule_of` does."""
     from diffusers import DDIMScheduler
 
     try:
         config = dict(DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision))
     except OSError as error:
         raise ModelError(f"no scheduler/scheduler_config.json in {source!r}: {_first_line(error)}") from error
-    return complete_scheduler_config(config)
+    return complete_scheduler_config(config, source)
 
 
-def complete_scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the keys it leaves out, which mean the defaults of the class it names."""
+def complete_scheduler_config(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """`config` with the keys it leaves out, which mean the defaults of the class it names.
+
+    Raises ModelError as `schedule_of` does, and for a class that lacks a package.
+    """
     import diffusers
 
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    full = dict(cls.from_config(config).config) if cls is not None else dict(config)
+    schedule_of(config, source)  # refuses before diffusers makes a DDIM of anything
+    name = config.get("_class_name")
+    try:
+        full = dict(config) if name is None else dict(getattr(diffusers, name).from_config(config).config)
+    except ImportError as error:  # LMSDiscreteScheduler and others want packages of their own
+        raise ModelError(f"the scheduler of {source!r}: {' '.join(str(error).split())}") from error
     return {key: value for key, value in full.items() if not key.startswith("_")} | {
-        "_class_name": config.get("_class_name", "DDIMScheduler")
+        "_class_name": name or "DDIMScheduler"
     }
+
+
+def schedule_of(config: dict[str, Any], source: str) -> NoiseSchedule:
+    """The noise schedule of a scheduler config. Raises ModelError that names the base for noise not tuned here."""
+    try:
+        return NoiseSchedule.from_config(config)
+    except DiffalignError as error:
+        raise ModelError(f"the scheduler of {source!r}: {error}") from error
 
 
 def _vae_class(source: str, subfolder: str | None, where: Where) -> Any:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.base import Base, checked, family_of
-from diffalign.models.components import complete_scheduler_config
+from diffalign.models.components import complete_scheduler_config, schedule_of
 from diffalign.models.family import ModelError, TextEncoders
 
 NEEDED = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -43,10 +42,10 @@ def base_of_pipeline(pipeline: Any) -> Base:
         models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
         zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)) and len(suffixes) == 2,
     )
-    scheduler_config = complete_scheduler_config(
-        {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    )
     source = str(pipeline.config.get("_name_or_path") or f"an open {kind}")
-    schedule = NoiseSchedule.from_config(scheduler_config)
+    scheduler_config = complete_scheduler_config(
+        {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, source
+    )
+    schedule = schedule_of(scheduler_config, source)
     family = family_of(pipeline.unet, source)
     return checked(Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, source))

@@ -37,6 +37,12 @@ def load_single_file(
             f"{path!r} is no full SD or SDXL checkpoint: none of its {len(keys)} tensors starts with "
             f"{' or '.join(_FAMILY_KEYS.values())}. A LoRA or a bare UNet belongs in the tuned weights, not the base"
         )
+    edm = sorted(key for key in keys if key.startswith("edm_"))
+    if edm:
+        raise ModelError(
+            f"{path!r} has the tensor{'s' * (len(edm) > 1)} {', '.join(edm)}: it was trained on continuous EDM noise "
+            "(CosXL, Playground v2.5), and only models with a discrete table of betas are tuned here. Take another base"
+        )
     cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
     without = {} if vae_and_text else dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     if not vae_and_text and family == "sdxl":
@@ -54,4 +60,4 @@ def load_single_file(
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in keys:
         scheduler["rescale_betas_zero_snr"] = True
-    return pipeline, complete_scheduler_config(scheduler | {"_class_name": type(pipeline.scheduler).__name__})
+    return pipeline, complete_scheduler_config(scheduler | {"_class_name": type(pipeline.scheduler).__name__}, path)

@@ -134,9 +134,11 @@ def test_the_best_trial_is_one_whose_guards_are_silent() -> None:
 
 def test_what_another_sweep_found_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
-    save({"entries": {"a": 1, "b": 1}}, file)
-    save({"entries": {"b": 2}}, file)
-    assert json.loads(file.read_text()) == {"entries": {"a": 1, "b": 2}}
+    save({"environment": {"git_commit": "old"}, "entries": {"a": {"chosen": 1}, "b": {"chosen": 1}}}, file)
+    now = {"environment": {"git_commit": "new"}, "entries": {"b": {"git_commit": "new", "chosen": 2}}}
+    save(now, file)
+    kept = {"a": {"git_commit": "old", "chosen": 1}, "b": {"git_commit": "new", "chosen": 2}}
+    assert json.loads(file.read_text()) == now | {"entries": kept}
 
 
 def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

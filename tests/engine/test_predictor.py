@@ -9,6 +9,7 @@ from diffalign.engine.predictor import predict_x0
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.records import Conditioning
 from tests.golden_spo import spo_parts
+from tests.toy import SDXL_CONFIG
 
 
 def test_predicted_x0_is_the_authors() -> None:
@@ -23,7 +24,7 @@ def test_predicted_x0_is_the_authors() -> None:
 
 
 def test_guidance_goes_from_the_null_prompt_past_the_conditional() -> None:
-    schedule = NoiseSchedule.from_config({"num_train_timesteps": 10})
+    schedule = NoiseSchedule.from_config({**SDXL_CONFIG, "num_train_timesteps": 10})
     xt, t = torch.ones(2, 1, 1, 1), torch.tensor([3, 7])
 
     def network(x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import diffusers
 import pytest
 import torch
 
 from diffalign import NoiseSchedule
+from diffalign.engine.scheduler_config import DEFAULTS
+from diffalign.errors import DiffalignError
 from tests.toy import SDXL_CONFIG
 
 CONFIGS = {
@@ -14,7 +18,7 @@ CONFIGS = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "zero-snr": {**SDXL_CONFIG, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-    "short": {"num_train_timesteps": 50, "beta_schedule": "scaled_linear"},
+    "short": {"num_train_timesteps": 50, "beta_schedule": "scaled_linear", "beta_start": 1e-3, "beta_end": 0.1},
     "trained": {"num_train_timesteps": 4, "trained_betas": [0.1, 0.2, 0.3, 0.4]},
 }
 
@@ -106,6 +110,12 @@ def test_snr() -> None:
         (lambda s, x: s.timesteps(5, "karras"), ValueError, "leading, trailing, linspace"),
         (lambda s, x: NoiseSchedule.from_config({"beta_schedule": "sigmoid"}), ValueError, "squaredcos_cap_v2"),
         (lambda s, x: NoiseSchedule.from_config({"prediction_type": "flow"}), ValueError, "v_prediction"),
+        (lambda s, x: NoiseSchedule.from_config({**SDXL_CONFIG, "beta_end": 1.2}), ValueError, "beta_end = 1.2"),
+        (
+            lambda s, x: NoiseSchedule.from_config({**SDXL_CONFIG, "num_train_timesteps": 0}),
+            ValueError,
+            "num_train_timesteps = 0",
+        ),
     ],
 )
 def test_faults_are_named(call: object, error: type[Exception], words: str) -> None:
@@ -120,3 +130,51 @@ def test_pure_noise_has_no_x0() -> None:
         s.predict_x0(x, x, torch.tensor([5, 999]))
     x0, noise, t = torch.randn_like(x), x, torch.tensor([5, 999])
     torch.testing.assert_close(s.to_x0(s.target(x0, noise, t), s.add_noise(x0, noise, t), t), x0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_keys_that_are_missing_are_those_of_the_class(name: str) -> None:
+    cls = getattr(diffusers, name)
+    parameters = inspect.signature(cls.__init__).parameters
+    if "beta_start" not in parameters:
+        pytest.skip(f"{name} wants a package that is not installed")
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "set_alpha_to_one")
+    defaults = {key: parameters[key].default for key in names if key in parameters}
+    assert {"num_train_timesteps": 1000, "set_alpha_to_one": True, **DEFAULTS[name]}.items() >= defaults.items()
+    ours, theirs = NoiseSchedule.from_config({"_class_name": name}), NoiseSchedule.from_diffusers(cls())
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=3e-5, atol=2e-6)
+    assert ours.timestep_spacing == theirs.timestep_spacing
+    assert ours.final_alpha_cumprod == pytest.approx(theirs.final_alpha_cumprod, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}, "EDMEulerScheduler.*continuous EDM noise.*SDXL"),
+        ({**SDXL_CONFIG, "_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching.*SDXL"),
+        ({**SDXL_CONFIG, "_class_name": "MyScheduler"}, "'MyScheduler'.*not known here.*DDIMScheduler"),
+        ({**SDXL_CONFIG, "_class_name": "DDIMScheduler", "sigma_data": 0.5}, "sigma_data = 0.5, which is EDM.*SDXL"),
+        ({**SDXL_CONFIG, "edm_mean": [0.0]}, "edm_mean = .*EDM"),
+        ({**SDXL_CONFIG, "use_flow_sigmas": True}, "use_flow_sigmas = True, which is flow matching"),
+        ({**SDXL_CONFIG, "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
+        ({"num_train_timesteps": 10}, "lacks beta_start, beta_end, beta_schedule.*_class_name"),
+        ({"beta_schedule": "scaled_linear", "beta_start": 1e-3}, "lacks beta_end: defaults differ"),
+    ],
+)
+def test_other_noise_is_refused(config: dict, words: str) -> None:
+    with pytest.raises(DiffalignError, match=words):
+        NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize("cls", [diffusers.EDMEulerScheduler, diffusers.FlowMatchEulerDiscreteScheduler])
+def test_objects_of_other_noise_are_refused(cls: type) -> None:
+    with pytest.raises(DiffalignError, match=cls.__name__):
+        NoiseSchedule.from_diffusers(cls())
+
+
+def test_a_subclass_counts_as_the_class_it_is_derived_from() -> None:
+    class Own(diffusers.DDIMScheduler):
+        pass
+
+    assert NoiseSchedule.from_diffusers(Own(**SDXL_CONFIG)).steps_offset == 1

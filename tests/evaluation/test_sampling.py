@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.sampling import (
     SCHEDULERS,
     default_batch,
@@ -66,6 +69,13 @@ def test_schedulers_keep_the_models_own_settings(pipe, name):
     if name == "ddim":
         assert not scheduler.config.clip_sample
     assert len(sample_images(pipe, PROMPTS[:1], [0], steps=3, scheduler=name)) == 1
+
+
+def test_a_pipeline_of_other_noise_is_refused():
+    """A DDIM made from its config would have a table of its own."""
+    other = SimpleNamespace(scheduler=EDMEulerScheduler())
+    with pytest.raises(DiffalignError, match=r"EDMEulerScheduler.*EDM.*SDXL"):
+        make_scheduler(other, "ddim")
 
 
 def test_training_goes_on_as_if_nothing_had_happened(pipe):

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, PNDM
 from safetensors.torch import load_file, save_file
 
 from diffalign.export.layout import model_entries
-from diffalign.models.base import load_base
+from diffalign.models.base import load_base, outline_base
 from diffalign.models.family import ModelError
 from tests.models.conftest import Model
 from tests.tiny import make_tiny
@@ -89,6 +89,37 @@ def test_keys_missing_from_a_scheduler_config_mean_the_defaults_of_its_class(fol
     base = load_base(str(folder), vae_and_text=False)
     assert base.scheduler_config["timestep_spacing"] == "linspace"  # Euler's default; DDIM's is leading
     assert base.schedule.timestep_spacing == "linspace"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        # Playground v2.5's and CosXL's
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "sigma_max": 80.0}, "EDM"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}, "EDM"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "flow matching"),
+        (
+            {"_class_name": "MyScheduler", "beta_start": 0.1, "beta_end": 0.2},
+            "'MyScheduler'",
+        ),
+        ({"num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}, "lacks beta_start, beta_end"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_base, outline_base])
+def test_other_noise_is_refused_before_weights_are_read(load, config: dict, words: str, folder: Path):
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=f"the scheduler of .*{folder.name}.*{words}"):
+        load(str(folder))
+
+
+def test_a_single_file_with_edm_keys_is_refused(models, tmp_path: Path):
+    """CosXL's mark in ComfyUI's layout; the config folder's scheduler would be taken in its place."""
+    file = tmp_path / "cosxl.safetensors"
+    state = single_file_state(models["sdxl"].base)
+    save_file(state | {"edm_vpred.sigma_max": torch.tensor(120.0)}, file)
+    with pytest.raises(ModelError, match=r"cosxl.safetensors.*edm_vpred.sigma_max.*EDM.*another base"):
+        load_base(str(file), single_file_config=str(models["sdxl"].folder))
 
 
 def test_another_vae_replaces_the_folders_own(models, tmp_path: Path):

@@ -115,9 +115,7 @@ def test_loss_and_slope(
     loss, slope = in_float32(objective, seen)
 
     mp.dps = 60
-    exact = [
-        10 * (mpf(REFERENCE) - mpf(float(x))) for x in policy.detach()
-    ]  # of the float32 errors, which are the input
+    exact = [10 * (mpf(REFERENCE) - mpf(float(x))) for x in policy.detach()]  # the float32 input
     if statement is None:
         kl = max(mpf(0), sum(exact) / 2)
         zero = settings["reference_point"] == "zero"
