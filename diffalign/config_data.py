@@ -5,31 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from diffalign.config_types import LARGEST, Count, PathText, Positive, Section, Text
 from diffalign.data.axes import Axis
 from diffalign.errors import DiffalignError
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ScoreAxis(_Section):
+class ScoreAxis(Section):
     """One of several scorers in `data.scores`."""
 
-    file: str  # of `diffalign data score`
-    weight: Annotated[float, Field(gt=0)] = 1.0  # what a unit of this score is worth
+    file: PathText  # of `diffalign data score`
+    weight: Positive = 1.0  # what a unit of this score is worth
 
 
-class CurriculumSection(_Section):
+class CurriculumSection(Section):
     """Easy pairs first: the pool grows from those with the largest score gaps to all."""
 
-    chunks: Annotated[int, Field(ge=2)]
-    steps: Annotated[int, Field(ge=1)] | None = None  # optimiser steps until its end; null: max_train_steps
+    chunks: Annotated[Count, Field(ge=2)]
+    steps: Count | None = None  # optimiser steps until its end; null: max_train_steps
 
 
-Scores = str | tuple[str, ...] | dict[str, str | ScoreAxis]  # a file, several, or named ones
+Scores = PathText | tuple[PathText, ...] | dict[Text, PathText | ScoreAxis]  # a file, several, or named ones
 
 
 def checked_scores(node: Any) -> Any:
@@ -43,7 +40,7 @@ def checked_scores(node: Any) -> Any:
         if not (isinstance(node, dict) and isinstance(value, dict)):
             raise DiffalignError(f"{value!r} is no file; give a path, a list of paths, or a mapping axis: path")
         weight = value.get("weight", 1.0)
-        good = isinstance(weight, int | float) and not isinstance(weight, bool) and weight > 0
+        good = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= LARGEST
         if value.keys() - {"file", "weight"} or not isinstance(value.get("file"), str) or not good:
             raise DiffalignError(
                 f"{value!r} is no axis; write {{file: PATH, weight: NUMBER ABOVE 0}}, the weight optional"

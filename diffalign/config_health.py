@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from diffalign.config_types import Count, Decay, Fraction, Positive, Section
 from diffalign.errors import DiffalignError
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 
-
-class HealthSection(BaseModel):
+class HealthSection(Section):
     """Rules that watch what a run logs (`training/health.py`), and what happens when one speaks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     action: Literal["none", "warn", "stop", "roll_back"] = "warn"
-    window: Annotated[int, Field(ge=2, le=100)] = 3  # logged lines in a row that must be bad
+    window: Annotated[Count, Field(ge=2, le=100)] = 3  # logged lines in a row that must be bad
     displacement: Fraction = 0.8  # share of chosen images less likely than under the reference
     saturation: Fraction = 0.5  # share of logits beyond ±4
     drift: Positive = 0.5  # growth of the policy's errors over the reference's
@@ -29,7 +24,7 @@ class HealthSection(BaseModel):
     dead_flips: Fraction = 0.02  # distance of SePPO's flip rate from 0 or 1
     valid_pairs: Fraction = 0.02  # share of valid pairs among those that a source makes
     clipped: Fraction = 0.95  # share of SPO's ratios outside the clip
-    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the learning rate at each roll back
+    lr_factor: Decay = 0.5  # of the learning rate at each roll back
     max_roll_backs: Count = 2  # then the run stops
 
 

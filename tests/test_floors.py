@@ -21,6 +21,7 @@ FLOORS = {
     "errors": -1,
     "plugins": 0,
     "files": 0,
+    "paths": 0,
     "records": 0,
     "weight_files": 0,
     "engine": 1,
@@ -53,6 +54,9 @@ SAME_ROOM = {
     "config_text": "config",
     "config_data": "config",
     "config_health": "config",
+    "config_sections": "config",
+    "config_types": "config",
+    "config_yaml": "config",
 }
 
 # Where a package may be imported: a room, or one file of it.
@@ -67,8 +71,15 @@ ONLY_IN = {
     "pyarrow": {"data", "world"},
     "PIL": {"data", "rewards", "evaluation", "world", "demo.py", "arena"},
     "matplotlib": {"arena/plots.py"},
-    "pydantic": {"config.py", "config_text.py", "config_data.py", "config_health.py"},
-    "yaml": {"config.py", "config_text.py", "training", "arena/page.py"},
+    "pydantic": {
+        "config.py",
+        "config_text.py",
+        "config_data.py",
+        "config_health.py",
+        "config_sections.py",
+        "config_types.py",
+    },
+    "yaml": {"config_yaml.py", "training", "arena/page.py"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}
 

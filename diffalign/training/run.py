@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from diffalign.config import AnyConfig, Config, ConfigError, save_config
+from diffalign.config_yaml import read_yaml
 from diffalign.data.prompts import Table
 from diffalign.data.table import PairTable
 from diffalign.models.base import Base
@@ -121,7 +121,7 @@ def claim(config: AnyConfig, output_dir: Path) -> None:
 
 def _same_settings(recorded: Path, config: AnyConfig) -> None:
     """Raises ConfigError naming every setting that must not change on resuming and did."""
-    was, now = yaml.safe_load(recorded.read_text()) or {}, config.resolved()
+    was, now = read_yaml(recorded), config.resolved()
     changed = _changes(was, now)
     if (now["data"].get("curriculum") or {"steps": 0})["steps"] is None:  # as long as the run: its order would change
         length = [tree["training"]["max_train_steps"] for tree in (was, now)]
