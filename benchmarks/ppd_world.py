@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def described(setting: str, changes: Sequence[str]) -> dict[str, Any]:
     """The resolved config of a setting but for its folder and seed."""
     name, own = SETTINGS[setting]
-    tree = load_config(packaged_config(f"world/{name}.yaml"), [*own, *changes, "training.report_to=none"]).resolved()
+    tree = load_config(packaged_config(f"world/{name}.yaml"), own, [*changes, "training.report_to=none"]).resolved()
     return {key: value for key, value in tree.items() if key not in ("output_dir", "overwrite_output_dir", "seed")}
 
 

@@ -59,7 +59,7 @@ def main(
 
 def packaged(name: str, changes: Sequence[str]) -> dict[str, Any]:
     """A packaged world config but for its folder and seed; paths of what is packaged stay relative."""
-    tree = load_config(packaged_config(f"world/{name}.yaml"), [*changes, "training.report_to=none"]).resolved()
+    tree = load_config(packaged_config(f"world/{name}.yaml"), changes, ["training.report_to=none"]).resolved()
     return {key: value for key, value in tree.items() if key not in ("output_dir", "overwrite_output_dir", "seed")}
 
 

@@ -173,7 +173,7 @@ def _check(args: argparse.Namespace) -> None:
     from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
-    config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    config = load_config(args.config, args.overrides, ["training.report_to=none"])
     claim(config, Path(config.output_dir))
     if isinstance(config, PreferenceModelConfig):
         print(check_preference_run(config))
@@ -205,7 +205,7 @@ def _diagnose(args: argparse.Namespace) -> None:
 
     if args.batches < 1:
         raise DiffalignError(f"--batches {args.batches}: give at least one")
-    config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
         raise DiffalignError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
     with TemporaryDirectory() as folder:
@@ -221,7 +221,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from diffalign.training.calibration import plain_values, report
     from diffalign.training.setup import build, make_accelerator
 
-    config = load_config(args.config, [*args.overrides, "training.report_to=none"])
+    config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
         raise DiffalignError("a preference model's run has no objective, and so no beta to calibrate")
     calibratable(config)  # before a model is loaded

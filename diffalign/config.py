@@ -152,8 +152,10 @@ class PreferenceModelConfig(Section):
 AnyConfig = Config | PreferenceModelConfig
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), later: Sequence[str] = ()) -> AnyConfig:
     """Reads a YAML file, applies `key.sub=value` overrides and checks the result.
+
+    A key is overridden once in each of the two lists; `later` wins over `overrides`.
 
     With a section `preference_model` in place of `objective` it is a PreferenceModelConfig.
 
@@ -164,6 +166,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
         raise ConfigError(f"{path}: no such config file; `diffalign list` names the ones that come with the package")
     tree = read_yaml(path)
     override(tree, overrides)
+    override(tree, later)
     return parse_config(tree, where=str(path))
 
 

@@ -133,10 +133,9 @@ def config_of(
     config = load_config(packaged_config(entry.config), changes)
     if not isinstance(config, Config):
         raise ConfigError(f"{entry.config} trains no policy, and cannot take part in the arena")
-    if hasattr(config.source, "scorer"):
-        changes.append(f"source.scorer={preference}")
-    changes += [f"{key}={value}" for key, value in tuned.items()]
-    plain = load_config(packaged_config(entry.config), changes).resolved()
+    own = [f"source.scorer={preference}"] if hasattr(config.source, "scorer") else []
+    own += [f"{key}={value}" for key, value in tuned.items()]
+    plain = load_config(packaged_config(entry.config), changes, own).resolved()
     plain["data"]["cache_dir"] = None
     plain["model"]["pretrained_model_name_or_path"] = BASE  # as written: the same on any machine
     return {key: value for key, value in plain.items() if key not in ("output_dir", "overwrite_output_dir")}

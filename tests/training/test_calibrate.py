@@ -39,7 +39,7 @@ def built(config: Config) -> Run:
 
 def world(tmp_path: Path, *overrides: str, config: str = "dpo") -> Calibration:
     common = ("training.report_to=none", "training.train_batch_size=16", f"output_dir={tmp_path / 'none'}")
-    loaded = load_config(packaged_config(f"world/{config}.yaml"), [*common, *overrides])
+    loaded = load_config(packaged_config(f"world/{config}.yaml"), common, overrides)
     assert isinstance(loaded, Config)
     return calibrate(built(loaded), steps=8, pairs=64)
 

@@ -157,7 +157,7 @@ def test_a_base_without_a_reference_may_prefer_what_it_likes() -> None:
 def world(tmp_path: Path, *overrides: str) -> list[Line]:
     """The metrics of a short run on the embedded world."""
     common = ("training.report_to=none", f"output_dir={tmp_path / 'run'}", "training.checkpointing_steps=null")
-    config = load_config(packaged_config("world/dpo.yaml"), [*common, *overrides])
+    config = load_config(packaged_config("world/dpo.yaml"), common, overrides)
     assert isinstance(config, Config)
     run_training(config)
     return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
