@@ -79,7 +79,7 @@ ONLY_IN = {
         "config_sections.py",
         "config_types.py",
     },
-    "yaml": {"config_yaml.py", "training", "arena/page.py"},
+    "yaml": {"config_yaml.py", "arena/page.py"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}
 
