@@ -71,6 +71,8 @@ def image_ref(cell: Any, base: Path | None, where: str) -> ImageRef:
     if isinstance(data, bytes | bytearray | memoryview) and len(data):
         return ImageRef(bytes(data), None, where)
     given = path if _empty(data) else data
+    if isinstance(given, os.PathLike):  # rows that Python made
+        given = os.fspath(given)
     if _empty(given):
         raise ImageError(MISSING_SIDE, f"{where} is empty; fill it or remove the row")
     if not isinstance(given, str):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffalign.data.hub import object_columns
 from diffalign.data.pickapic import judge
 from diffalign.data.readers import open_pairs
 from diffalign.data.winners import open_winners
@@ -174,6 +175,13 @@ def test_backslashes_are_read_where_only_that_is_there(tmp_path: Path) -> None:
     table = open_pairs(file)
     assert len(table) == 3
     assert table.ids[1] == table.ids[0] + "#2"  # the same pair as with /
+
+
+def test_path_objects_are_paths(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    rows = [{"prompt": "p", "chosen": tmp_path / "0.png", "rejected": tmp_path / "1.png"}]
+    assert len(open_pairs(object_columns(rows))) == 1
 
 
 def test_winners_have_the_same_reasons(tmp_path: Path) -> None:
