@@ -5,8 +5,8 @@
     text-00000.safetensors     prompt_embeds and pooled of consecutive unique prompts; row 0 is the null prompt
 
 Moments (mean and std), not samples, are stored, so every visit draws its own latent. A cache is complete when
-every shard of the manifest is there; shards appear by atomic rename. Reading is by memory map: opening costs
-the manifest and a directory listing, a pair costs its own bytes.
+every shard of the manifest is there; shards appear by atomic rename, with their hash (`shards.py`). Reading is by
+memory map: opening costs the manifest and a directory listing, a pair costs its own bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from diffalign.data.images import flips
 from diffalign.data.loading import sample_latents
 from diffalign.data.rows import DataError, ImageError
-from diffalign.data.shards import MANIFEST, OpenShards
+from diffalign.data.shards import MANIFEST, OpenShards, read_content
+from diffalign.data.shards import manifest_text as hashed_text
 from diffalign.data.table import PairTable
 from diffalign.objectives.draws import pair_key
 
@@ -103,6 +104,8 @@ class Plan:
     pairs_per_shard: int
     prompts: int
     prompts_per_shard: int
+    pair_bytes: int = 0  # of all variants; 0: not known
+    prompt_bytes: int = 0
 
     def moments_shards(self) -> list[str]:
         """Shard files of the pairs, in order."""
@@ -117,24 +120,33 @@ class Plan:
         there = {file.name for file in folder.iterdir()}
         return [name for name in self.text_shards() + self.moments_shards() if name not in there]
 
+    def missing_bytes(self, folder: Path) -> int:
+        """About how many bytes the shards that are not there yet will take; 0 where that is not known."""
+        pairs = min(self.pairs, self.pairs_per_shard) * self.pair_bytes
+        prompts = min(self.prompts, self.prompts_per_shard) * self.prompt_bytes
+        return sum(pairs if name.startswith("moments") else prompts for name in self.missing(folder))
 
-def read_manifest(folder: Path) -> tuple[CacheKey, Plan] | None:
-    """Key and plan of a cache folder, or None when there is no manifest. Raises DataError on a damaged one."""
-    file = folder / MANIFEST
-    if not file.is_file():
+
+def read_manifest(folder: Path) -> tuple[CacheKey, Plan, bool] | None:
+    """Key and plan of a cache folder and whether its shards carry hashes, or None when there is no manifest.
+
+    Raises DataError on a damaged one.
+    """
+    found = read_content(folder)
+    if found is None:
         return None
+    content, hashed = found
     try:
-        content = json.loads(file.read_text())
-        return CacheKey(**content["key"]), Plan(**content["plan"])
-    except (ValueError, TypeError, KeyError) as error:
+        return CacheKey(**content["key"]), Plan(**content["plan"]), hashed
+    except (TypeError, KeyError) as error:
         raise DataError(
-            f"{file} is not a manifest of this version ({error}); delete {folder} and encode again"
+            f"{folder / MANIFEST} is not a manifest of this version ({error}); delete {folder} and encode again"
         ) from error
 
 
 def manifest_text(key: CacheKey, plan: Plan) -> str:
     """The manifest's json; equal for equal caches."""
-    return json.dumps({"key": asdict(key), "plan": asdict(plan)}, indent=2) + "\n"
+    return hashed_text({"key": asdict(key), "plan": asdict(plan)})
 
 
 def differences(found: CacheKey, expected: CacheKey) -> list[str]:
@@ -153,7 +165,7 @@ def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
     found = read_manifest(folder)
     if found is None:
         raise DataError(f"{folder} holds no encode cache (no {MANIFEST}); make it with `diffalign encode`")
-    key, plan = found
+    key, plan, _ = found
     if lines := differences(key, expected):
         raise DataError("\n".join([f"the encode cache {folder} is not the one this run needs:", *lines]))
     if missing := plan.missing(folder):

@@ -25,7 +25,16 @@ from diffalign.data.encoder import Encoder
 from diffalign.data.images import prepare_pair
 from diffalign.data.loading import NULL_PROMPT
 from diffalign.data.rows import DataError, ImageError, Problem
-from diffalign.data.shards import MANIFEST, SHARD_BYTES, in_own_order, sweep, write_manifest, write_shard
+from diffalign.data.shards import (
+    MANIFEST,
+    SHARD_BYTES,
+    in_own_order,
+    not_finite,
+    require_room,
+    sweep,
+    write_manifest,
+    write_shard,
+)
 from diffalign.data.table import PairTable
 from diffalign.objectives.draws import pair_key
 
@@ -65,8 +74,9 @@ def encode_cache(
         at its visit v.
     batch_size: pairs per VAE call. process, processes: this process writes shards process::processes.
 
-    Call it again after an interruption: finished shards are kept. Raises DataError when the folder holds a
-    cache of something else.
+    Call it again after an interruption: finished shards are kept, and damaged ones are made again. Raises DataError
+    when the folder holds a cache of something else, and for a pair or prompt whose values are not finite, by name;
+    NoSpaceError when the disk has no room for what is missing.
     """
     key = cache_key(
         table,
@@ -81,14 +91,15 @@ def encode_cache(
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
-    plan = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
+    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
     sweep(folder)
+    require_room(folder, plan.missing_bytes(folder), "the encode cache")
     problems: dict[int, Problem] = {}  # by index of the pair
     written = 0
 
     names = plan.text_shards()[process::processes]
     with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in in_own_order(folder, names):
+        for name, missing in in_own_order(folder, names, hashed):
             if missing:
                 part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
                 write_shard(folder, name, _encode_text(encoder, part, DTYPES[dtype], batch_size), {})
@@ -99,7 +110,7 @@ def encode_cache(
     names = plan.moments_shards()[process::processes]
     total = sum(len(_range(name, plan)) for name in names)
     with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in in_own_order(folder, names):
+        for name, missing in in_own_order(folder, names, hashed):
             indices = _range(name, plan)
             if not missing:
                 bar.update(len(indices))
@@ -107,7 +118,7 @@ def encode_cache(
             job = _Pixels(table, indices, key, run_seed)
             tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
             tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
-            write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)})
+            write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)} if unreadable else {})
             for row, each in unreadable.items():
                 index = indices[int(row)]
                 problems[index] = Problem(table.where(index), each["kind"], each["reason"])
@@ -117,8 +128,8 @@ def encode_cache(
     return Encoded(folder, key, written, kept, len(plan.missing(folder)), found)
 
 
-def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> Plan:
-    """The plan of the cache that is begun here, or a new one that is then written."""
+def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan, bool]:
+    """The plan of the cache that is begun here, or a new one that is then written; and whether shards have hashes."""
     leftovers = sorted(folder.glob("*.safetensors"))  # looked for first: another run may be just beginning
     if read_manifest(folder) is None:
         if leftovers:
@@ -130,7 +141,7 @@ def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> Plan:
     if lines := differences(found[0], key):
         head = f"{folder} holds an encode cache of something else; delete it or name another folder:"
         raise DataError("\n".join([head, *lines]))
-    return found[1]
+    return found[1], found[2]
 
 
 def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Plan:
@@ -142,7 +153,12 @@ def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Pl
     pair_bytes = 2 * moments.numel() * int(key.variants or 1) * width
     text_bytes = (text.prompt_embeds.numel() + (0 if text.pooled is None else text.pooled.numel())) * width
     return Plan(
-        key.pairs, max(1, shard_bytes // max(1, pair_bytes)), prompts, max(1, shard_bytes // max(1, text_bytes))
+        key.pairs,
+        max(1, shard_bytes // max(1, pair_bytes)),
+        prompts,
+        max(1, shard_bytes // max(1, text_bytes)),
+        pair_bytes,
+        text_bytes,
     )
 
 
@@ -201,7 +217,12 @@ def _encode_pixels(
         if good:
             pixels = torch.stack([batch[i][0] for i in good])  # "pair variant side 3 H W"
             with torch.no_grad():
-                encoded = encoder.moments(pixels.flatten(0, 2)).to("cpu", dtype)
+                exact = encoder.moments(pixels.flatten(0, 2)).to("cpu")
+            encoded = exact.to(dtype)
+            for i in not_finite(encoded.unflatten(0, (len(good), -1)))[:1]:
+                index = job.indices[place + good[i]]
+                name = f"pair {job.table.ids[index]} ({job.table.where(index)})"
+                raise _no_number("latents", name, bool(exact.isfinite().all()), dtype)
             if moments is None:
                 moments = torch.zeros(len(job), variants, 2, *encoded.shape[1:], dtype=dtype)
             at = torch.tensor(good) + place
@@ -220,8 +241,31 @@ def _encode_text(encoder: Encoder, prompts: list[str], dtype: torch.dtype, batch
     for first in range(0, len(prompts), batch_size):
         with torch.no_grad():
             text = encoder.prompts(prompts[first : first + batch_size])
-        embeds.append(text.prompt_embeds.to("cpu", dtype))
-        if text.pooled is not None:
-            pooled.append(text.pooled.to("cpu", dtype))
+        parts = [text.prompt_embeds] if text.pooled is None else [text.prompt_embeds, text.pooled]
+        for part, into in zip(parts, (embeds, pooled)):
+            into.append(part.to("cpu", dtype))
+            for i in not_finite(into[-1])[:1]:
+                raise _no_number(
+                    "embeddings", f"the prompt {prompts[first + i]!r}", bool(part[i].isfinite().all()), dtype
+                )
     tensors = {"prompt_embeds": torch.cat(embeds)}
     return tensors | {"pooled": torch.cat(pooled)} if pooled else tensors
+
+
+def _no_number(what: str, whose: str, fits: bool, dtype: torch.dtype) -> DataError:
+    """The error for values that must not enter the cache; `fits`: they were finite before they became `dtype`."""
+    kind = str(dtype).removeprefix("torch.")
+    if fits:
+        return DataError(
+            f"the {what} of {whose} are beyond the range of cache_dtype {kind}: set data.cache_dtype to bfloat16 or "
+            "float32"
+        )
+    maker = (
+        "VAE: give another (model.pretrained_vae_model_name_or_path)"
+        if what == "latents"
+        else "text encoder: give another base"
+    )
+    return DataError(
+        f"the {what} of {whose} are not finite and do not enter the cache. Remove that row if it is the only one; "
+        f"otherwise it is the {maker}"
+    )

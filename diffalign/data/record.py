@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +15,16 @@ from tqdm import tqdm
 
 from diffalign.data.cache import PairCache
 from diffalign.data.loading import Loaded
-from diffalign.data.rows import DataError, ImageError
-from diffalign.data.shards import MANIFEST, SHARD_BYTES, in_own_order, sweep, write_manifest, write_shard
+from diffalign.data.recorded import Counts, agreed_plan, count_found, no_number, spent
+from diffalign.data.rows import ImageError
+from diffalign.data.shards import SHARD_BYTES, in_own_order, not_finite, require_room, sweep, write_shard
 from diffalign.data.source import OfflinePairs
 from diffalign.data.trajectories import shard_name
 from diffalign.objectives.draws import pair_key
 from diffalign.records import PairBatch
 
 FOLDER = "trajectories"
+ROOM = "free some, lower objective.steps (with more objective.substeps), or set data.cache_trajectories=false"
 SEED = 0  # of the draw from the moments; no run's own, so that runs share trajectories
 
 
@@ -43,13 +44,15 @@ def record_trajectories(
     shard_bytes: int = SHARD_BYTES,
     process: int = 0,
     processes: int = 1,
+    counts: Counts | None = None,
 ) -> tuple[Path, int]:
     """Fills the folder that belongs to `key` as far as it is not there; returns it with its pairs per shard.
 
     source: pairs of `cache`, for their conditioning. record: a batch -> "side pair level c h w" with `levels` levels.
-    This process makes the shards process::processes. Call it again after an interruption: finished shards are kept.
+    This process makes the shards process::processes. Call it again after an interruption: finished shards are kept, and
+    damaged ones are made again. `counts` gets the forwards of the shards that are found as well.
 
-    Raises DataError when the disk has no room for what is missing.
+    Raises NoSpaceError when the disk has no room for what is missing, DataError for a trajectory that is not finite.
     """
     text = json.dumps(key, sort_keys=True)
     folder = cache.folder / FOLDER / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -57,21 +60,24 @@ def record_trajectories(
     shape = cache.latent_shape
     variants = int(cache.key.variants or 1)
     pair_bytes = 4 * variants * 2 * levels * shape.numel()
-    if not (folder / MANIFEST).is_file():
-        plan = {"pairs_per_shard": max(1, shard_bytes // pair_bytes), "pairs": cache.pairs}
-        write_manifest(folder, json.dumps({"key": key, "plan": plan}, indent=2) + "\n")
-    per_shard = int(json.loads((folder / MANIFEST).read_text())["plan"]["pairs_per_shard"])
+    begun = {"pairs_per_shard": max(1, shard_bytes // pair_bytes), "pairs": cache.pairs}
+    plan, hashed = agreed_plan(folder, key, begun)
+    per_shard = int(plan["pairs_per_shard"])
     sweep(folder)
     names = [shard_name(i) for i in range(-(-cache.pairs // per_shard))]
-    _require_room(folder, sum(not (folder / name).exists() for name in names) * per_shard * pair_bytes)
+    missing_bytes = sum(not (folder / name).exists() for name in names) * min(per_shard, cache.pairs) * pair_bytes
+    require_room(folder, missing_bytes, "trajectories", ROOM)
     own = {names[i]: _pairs_of(i, per_shard, cache.pairs) for i in range(process, len(names), processes)}
     with tqdm(total=sum(map(len, own.values())), desc="trajectories", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in in_own_order(folder, list(own)):
-            if missing:
+        for name, missing in in_own_order(folder, list(own), hashed):
+            if not missing:
+                count_found(folder / name, counts)
+            else:
+                before = 0 if counts is None else counts.image_forwards
                 x = torch.zeros(len(own[name]), variants, 2, levels, *shape)
                 for variant in range(variants):
                     _record_shard(source, cache, own[name], variant, record, x[:, variant], batch_size)
-                write_shard(folder, name, {"x": x}, {})
+                write_shard(folder, name, {"x": x, **spent(before, counts)}, {})
             bar.update(len(own[name]))
     return folder, per_shard
 
@@ -98,8 +104,10 @@ def _record_shard(
             rows.append(row)
             loaded.append((key, tensors))
         if rows:
-            made = record(source.assemble(_together(loaded)))
-            out[torch.tensor(rows)] = made.transpose(0, 1).to("cpu", torch.float32)
+            made = record(source.assemble(_together(loaded))).transpose(0, 1).to("cpu", torch.float32)
+            for place in not_finite(made)[:1]:
+                raise no_number("trajectory", source, indices[rows[place]])
+            out[torch.tensor(rows)] = made
 
 
 def _together(loaded: list[tuple[int, dict[str, Tensor]]]) -> Loaded:
@@ -110,15 +118,6 @@ def _together(loaded: list[tuple[int, dict[str, Tensor]]]) -> Loaded:
         problems=(),
         **{name: torch.stack([tensors[name] for _, tensors in loaded]) for name in loaded[0][1]},
     )
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"trajectories need {needed / 2**30:.1f} GiB more in {folder}, and {free / 2**30:.1f} GiB are free: make "
-            "room, lower objective.steps (with more objective.substeps), or set data.cache_trajectories=false"
-        )
 
 
 def _pairs_of(number: int, per_shard: int, pairs: int) -> range:

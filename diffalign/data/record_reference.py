@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from diffalign.data.cache import PairCache
 from diffalign.data.loading import Visit
+from diffalign.data.recorded import Counts, agreed_plan, count_found, no_number, spent
 from diffalign.data.reference_errors import shard_name
-from diffalign.data.rows import DataError, ImageError
-from diffalign.data.shards import MANIFEST, in_own_order, sweep, write_manifest, write_shard
+from diffalign.data.rows import ImageError
+from diffalign.data.shards import in_own_order, not_finite, sweep, write_shard
 from diffalign.data.source import OfflinePairs
 from diffalign.records import PairBatch
 
@@ -46,35 +47,35 @@ def record_reference(
     pairs_per_shard: int = PAIRS_PER_SHARD,
     process: int = 0,
     processes: int = 1,
+    counts: Counts | None = None,
 ) -> tuple[Path, int]:
     """Fills the folder that belongs to `key` as far as it is not there; returns it with its pairs per shard.
 
-    source: pairs of `cache`. errors: a batch -> "side pair [point]". Finished shards are kept, so a call goes on after
-    an interruption, and a run with more draws uses those of one with fewer. This process makes the shards
-    process::processes.
+    source: pairs of `cache`. errors: a batch -> "side pair [point]". Finished shards are kept and damaged ones made
+    again, so a call goes on after an interruption, and a run with more draws uses those of one with fewer. This process
+    makes the shards process::processes. `counts` gets the forwards of the shards that are found as well.
 
-    Raises DataError when the folder's manifest is of another key.
+    Raises DataError when the folder's manifest is of another key or damaged, and for an error that is not finite.
     """
     text = json.dumps(key, sort_keys=True)
     folder = cache.folder / FOLDER / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MANIFEST).is_file():
-        plan = {"pairs_per_shard": pairs_per_shard, "pairs": cache.pairs}
-        write_manifest(folder, json.dumps({"key": key, "plan": plan}, indent=2) + "\n")
-    found = json.loads((folder / MANIFEST).read_text())
-    if found["key"] != json.loads(text):
-        raise DataError(f"{folder} holds reference errors of something else; delete it, and they are made anew")
-    per_shard = int(found["plan"]["pairs_per_shard"])
+    plan, hashed = agreed_plan(folder, key, {"pairs_per_shard": pairs_per_shard, "pairs": cache.pairs})
+    per_shard = int(plan["pairs_per_shard"])
     sweep(folder)
     shards = range(-(-cache.pairs // per_shard))
     jobs = {shard_name(draw, number): (draw, number) for draw in range(draws) for number in shards}
     own = list(jobs)[process::processes]
     with tqdm(total=len(own), desc="reference errors", unit=" shards", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in in_own_order(folder, own):
-            if missing:
+        for name, missing in in_own_order(folder, own, hashed):
+            if not missing:
+                count_found(folder / name, counts)
+            else:
+                before = 0 if counts is None else counts.image_forwards
                 draw, number = jobs[name]
                 pairs = range(number * per_shard, min((number + 1) * per_shard, cache.pairs))
-                write_shard(folder, name, {"e": _errors_of(source, pairs, draw, errors)}, {})
+                tensors = {"e": _errors_of(source, pairs, draw, errors)}
+                write_shard(folder, name, {**tensors, **spent(before, counts)}, {})
             bar.update(1)
     return folder, per_shard
 
@@ -84,12 +85,16 @@ def _errors_of(source: OfflinePairs, pairs: range, draw: int, errors: Callable[[
     readable: list[int] = []
     parts: list[Tensor] = []
     waiting: list[Visit] = []
+    indices: list[int] = []  # of those that wait
 
     def ask() -> None:
         padded = [waiting[i % len(waiting)] for i in range(source.batch)]
         made = errors(source.assemble(source.visits.together(padded)))
         parts.append(made.transpose(0, 1)[: len(waiting)].to("cpu", torch.float32))
+        for place in not_finite(parts[-1])[:1]:
+            raise no_number("reference's error", source, indices[place])
         waiting.clear()
+        indices.clear()
 
     for row, index in enumerate(pairs):
         try:
@@ -97,6 +102,7 @@ def _errors_of(source: OfflinePairs, pairs: range, draw: int, errors: Callable[[
         except ImageError:
             continue  # the encode cache names it, and no visit gets as far as its errors
         readable.append(row)
+        indices.append(index)
         if len(waiting) == source.batch:
             ask()
     if waiting:

@@ -214,6 +214,7 @@ def _trajectories(
         batch_size=config.training.train_batch_size,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        counts=networks,
     )
     accelerator.wait_for_everyone()
     return Trajectories(cache, folder, per_shard, levels, objective.visited)
@@ -243,6 +244,7 @@ def _reference_errors(
         config.data.draws_per_pair,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        counts=networks,
     )
     accelerator.wait_for_everyone()
     networks.forget_reference()

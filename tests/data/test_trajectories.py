@@ -14,10 +14,10 @@ from torch import Tensor
 from diffalign.data.cache import PairCache, open_cache
 from diffalign.data.readers import open_pairs
 from diffalign.data.record import record_trajectories, trajectory_key
-from diffalign.data.rows import DataError
 from diffalign.data.source import OfflinePairs
 from diffalign.data.table import PairTable
 from diffalign.data.trajectories import Trajectories
+from diffalign.files import NoSpaceError
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.records import PairBatch
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
@@ -160,6 +160,8 @@ def test_a_full_disk_is_said_before_anything_is_inverted(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 100, 100))
     inverter = Inverter()
-    with pytest.raises(DataError, match=r"trajectories need .* GiB more in .*cache_trajectories=false"):
+    with pytest.raises(
+        NoSpaceError, match=r"no space for trajectories at .*: about .* needed.*cache_trajectories=false"
+    ):
         made(table, cache, inverter)
     assert inverter.pairs == 0
