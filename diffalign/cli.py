@@ -1,6 +1,7 @@
 """The command line. Each command is a thin door to a room; rooms are imported when their command runs.
 
 diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diffalign train CONFIG ...
+                                                 also: torchrun --nproc-per-node 2 -m diffalign train CONFIG ...
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,19 +30,20 @@ from diffalign.cli_list import list_all, list_arguments
 from diffalign.cli_merge import merge, merge_arguments
 from diffalign.cli_pictures import compare, compare_arguments, label, label_arguments, score, score_arguments
 from diffalign.cli_words import device_of, named
-from diffalign.errors import BUG, DiffalignError, explain, printable
+from diffalign.errors import BUG, DiffalignError, Interrupted, explain, printable
+from diffalign.training.processes import one_process
 
 if TYPE_CHECKING:
     from diffalign.config import Config
-    from diffalign.training.setup import Run
 
 CONFIG_HELP = "YAML file; `diffalign list` names those that come with the package"
+SEVERAL_PROCESSES = ("train", "check", "encode")  # commands that share their work among launched processes
 OVERRIDES_HELP = "overrides, e.g. training.learning_rate=1e-5 objective.beta=2000"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 2: something the user can mend, in one message. 1: a bug of ours, with its
-    traceback. 130: interrupted."""
+    traceback. 128 + n: ended by signal n (130: SIGINT, 143: SIGTERM)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot end a command
@@ -46,11 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     _quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main_thread = threading.current_thread() is threading.main_thread()  # signals are its affair alone
+    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
     try:
+        if args.command not in SEVERAL_PROCESSES:
+            one_process(args.command)
         args.run(args)
-    except KeyboardInterrupt:
-        print(f"diffalign {args.command}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        said, signum = printable(str(stop)) or "interrupted", getattr(stop, "signum", signal.SIGINT)
+        print(f"diffalign {args.command}: {said}", file=sys.stderr)
+        sys.exit(128 + signum)
     except Exception as error:
         said = explain(error)
         if said is None or os.environ.get("DIFFALIGN_TRACEBACK"):
@@ -60,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
         print(f"diffalign {args.command}: {printable(said)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(signum: int, _: object) -> None:
+    """SIGTERM ends a command as SIGINT does: files half written are removed and locks given back."""
+    raise Interrupted(signum, "terminated")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,38 +149,7 @@ def _train(args: argparse.Namespace) -> None:
     if isinstance(config, PreferenceModelConfig):
         run_preference_training(config)
     else:
-        run_training(config, _validate)
-
-
-def _validate(run: Run, step: int) -> None:
-    """Validation pictures of the policy as it stands, to the run's folder and its trackers."""
-    import numpy as np
-    import torch
-
-    from diffalign.evaluation.validation import validation_pictures
-    from diffalign.models.saving import make_pipeline
-
-    if not run.accelerator.is_main_process:
-        return
-    settings = run.config.validation
-    try:
-        images = validation_pictures(
-            make_pipeline(run.base),
-            settings.prompts,
-            step=step,
-            folder=run.output_dir / "validation",
-            steps=settings.steps,
-            guidance=settings.guidance_scale,
-            seed=settings.seed,
-            resolution=run.config.data.resolution,
-            autocast=run.networks.autocast_dtype,
-        )
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        logging.getLogger(__name__).warning("no validation pictures at step %d, training goes on: %s", step, error)
-        return
-    for tracker in run.accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"validation": np.stack([np.asarray(image) for image in images])}, step=step, **layout)
+        run_training(config)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -170,6 +157,8 @@ def _check(args: argparse.Namespace) -> None:
     from diffalign.training.optim import effective_lr
     from diffalign.training.plan import describe, trial
     from diffalign.training.preference_model import check_preference_run
+    from diffalign.training.processes import on_main
+    from diffalign.training.remedies import with_remedies
     from diffalign.training.run import claim
     from diffalign.training.setup import build, make_accelerator
 
@@ -184,12 +173,17 @@ def _check(args: argparse.Namespace) -> None:
         one = {"train_batch_size": 1, "gradient_accumulation_steps": 1}  # a step of one pair, so that one is enough
         changes["training"] = config.training.model_copy(update=one)
     accelerator = make_accelerator(config)
-    with TemporaryDirectory() as folder:
+    with ExitStack() as stack, with_remedies(config):
+        folder = on_main(accelerator, lambda: stack.enter_context(TemporaryDirectory()))
         run = build(_look(config.model_copy(update=changes), folder), accelerator)
         planned = replace(run, config=config, lr=effective_lr(config.training, accelerator.num_processes))
         if accelerator.is_main_process:
             print(describe(planned))
-            print(trial(planned))
+        tried = trial(planned)
+        if accelerator.is_main_process:
+            print(tried)
+        accelerator.wait_for_everyone()  # the folder goes with the main process
+    accelerator.end_training()
 
 
 def _look(config: Config, folder: str) -> Config:
@@ -201,6 +195,7 @@ def _look(config: Config, folder: str) -> Config:
 def _diagnose(args: argparse.Namespace) -> None:
     from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.training.diagnose import diagnose, plain_values, table
+    from diffalign.training.remedies import with_remedies
     from diffalign.training.setup import build, make_accelerator
 
     if args.batches < 1:
@@ -208,7 +203,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
         raise DiffalignError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, with_remedies(config):
         found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
     if args.json is not None:
@@ -219,13 +214,14 @@ def _calibrate(args: argparse.Namespace) -> None:
     from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.training.calibrate import calibratable, calibrate
     from diffalign.training.calibration import plain_values, report
+    from diffalign.training.remedies import with_remedies
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
         raise DiffalignError("a preference model's run has no objective, and so no beta to calibrate")
     calibratable(config)  # before a model is loaded
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, with_remedies(config):
         found = calibrate(build(_look(config, folder), make_accelerator(config)), args.steps, args.pairs)
     print(report(found))
     if args.json is not None:
@@ -233,11 +229,11 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
     from diffalign.config import PreferenceModelConfig, load_config
     from diffalign.models.encoder import Encoder
     from diffalign.training.feed import encode_run
+    from diffalign.training.processes import make_state
+    from diffalign.training.remedies import with_remedies
     from diffalign.training.setup import load_run_base, open_table
 
     config = load_config(args.config, args.overrides)
@@ -245,13 +241,14 @@ def _encode(args: argparse.Namespace) -> None:
         raise DiffalignError("a preference model's run has no encode cache: it encodes its pairs at every visit")
     if config.data.cache_dir is None:
         raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
-    state = PartialState()
-    table = open_table(config)
-    base = load_run_base(config)
-    encoder = Encoder(base, state.device)
-    resolution = config.data.resolution or base.family.default_resolution
-    encode_run(config, table, encoder, resolution, state.process_index, state.num_processes)
-    state.wait_for_everyone()
+    state = make_state()
+    with with_remedies(config):
+        table = open_table(config, state)
+        base = load_run_base(config)
+        encoder = Encoder(base, state.device)
+        resolution = config.data.resolution or base.family.default_resolution
+        encode_run(config, table, encoder, resolution, state.process_index, state.num_processes)
+        state.wait_for_everyone()
     if state.is_main_process:
         print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
 

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from diffalign.errors import DiffalignError
+from diffalign.folder_lock import folder_lock
 
 
 def arena_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +24,23 @@ def arena_arguments(parser: argparse.ArgumentParser) -> None:
 
 def arena(args: argparse.Namespace) -> None:
     """Runs it and prints the tables."""
+    from diffalign.arena.plots import require_matplotlib
+
+    if args.workers < 1:
+        raise DiffalignError(f"--workers {args.workers}: give at least one")
+    require_matplotlib()
+    with folder_lock(args.out, "an arena"):
+        _hold(args)
+
+
+def _hold(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from diffalign.arena.arena import hold, tables
     from diffalign.arena.entries import FULL, QUICK, TUNED, entries, tuned_settings
     from diffalign.arena.field import Field
-    from diffalign.arena.plots import require_matplotlib
     from diffalign.arena.sweep import save, sweep
 
-    if args.workers < 1:
-        raise DiffalignError(f"--workers {args.workers}: give at least one")
-    require_matplotlib()
     taking_part = entries(None if args.only is None else tuple(args.only))
     field, command = Field(args.out, args.workers), _command(args)
     if args.sweep:

@@ -52,6 +52,31 @@ class MissingPackageError(DiffalignError, ImportError):
     """An optional package is needed and is not installed."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that a signal ended, after it did what it had to; `signum` is the signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say first of memory that ran out, on a GPU or a CPU; None for any other error."""
+    text = " ".join(str(error).split())
+    cpu = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text)
+    if type(error).__name__ != "OutOfMemoryError" and not cpu:
+        return None
+    return f"{'the machine' if cpu else 'the device'} is out of memory ({text[:200] or type(error).__name__})"
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What to say first of a loader worker that the system ended; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker (pid"):
+        return None
+    return f"a process that loads data was ended, mostly because memory or shared memory ran out ({text[:200]})"
+
+
 def explain(error: BaseException) -> str | None:
     """What to tell the user of `error`, or None if it is a bug of ours.
 
@@ -63,12 +88,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _MACHINE and (error.filename or error.errno != errno.ENOENT):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{_MACHINE[error.errno]} ({error.strerror})"
-    if type(error).__name__ == "OutOfMemoryError":
+    if (said := out_of_memory(error)) is not None:
         return (
-            f"the device is out of memory ({' '.join(str(error).split())[:200]}). In training, lower "
-            "training.train_batch_size or data.resolution, or set model.gradient_checkpointing: true; for pictures, "
-            "lower --batch or --resolution"
+            f"{said}. In training, lower training.train_batch_size or data.resolution, or set "
+            "model.gradient_checkpointing: true; for pictures, lower --batch or --resolution"
         )
+    if (said := lost_worker(error)) is not None:
+        return f"{said}. Lower data.dataloader_num_workers (0 loads in the main process), or free some memory"
     return None
 
 

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "diffalign"
 
 FLOORS = {
     "errors": -1,
+    "folder_lock": 0,
     "plugins": 0,
     "files": 0,
     "paths": 0,
@@ -33,8 +34,8 @@ FLOORS = {
     "sources": 4,
     "world": 4,
     "config": 5,
-    "training": 6,
     "evaluation": 5,
+    "training": 6,
     "export": 6,
     "arena": 7,
     "cli": 8,

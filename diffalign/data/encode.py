@@ -23,7 +23,7 @@ from diffalign.data.cache import (
 )
 from diffalign.data.encoder import Encoder
 from diffalign.data.images import prepare_pair
-from diffalign.data.loading import NULL_PROMPT
+from diffalign.data.loading import NULL_PROMPT, leave_signals_to_parent
 from diffalign.data.rows import DataError, ImageError, Problem
 from diffalign.data.shards import (
     MANIFEST,
@@ -204,7 +204,14 @@ def _encode_pixels(
     progress: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
     """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors)."""
-    loader = DataLoader(job, batch_size, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
+    loader = DataLoader(
+        job,
+        batch_size,
+        collate_fn=list,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),
+    )
     unreadable: dict[str, dict[str, str]] = {}
     moments: Tensor | None = None
     variants = int(job.key.variants or 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -203,3 +204,15 @@ def sample_latents(moments: Tensor, keys: Tensor) -> Tensor:
     """Latents float32 "pair side c h w": mean + std · normal, drawn per pair, from moments "pair side 2c h w"."""
     mean, std = moments.float().chunk(2, dim=2)
     return mean + std * normal(keys, "vae", mean.shape[1:]).to(mean.device, non_blocking=True)
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """For a loader's worker (`worker_init_fn`): who stops a run signals all its processes, and the parent, which still
+    finishes its step, needs its workers for that. They end with it; a second SIGTERM ends them as well.
+    """
+
+    def first(signum: int, _: object) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, first)

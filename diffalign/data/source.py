@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader
 
 from diffalign.data.cache import PairCache
 from diffalign.data.encoder import Encoder
-from diffalign.data.loading import NULL_PROMPT, Content, Loaded, Pixels, Visits, sample_latents
+from diffalign.data.loading import (
+    NULL_PROMPT,
+    Content,
+    Loaded,
+    Pixels,
+    Visits,
+    leave_signals_to_parent,
+    sample_latents,
+)
 from diffalign.data.reference_errors import ReferenceErrors
 from diffalign.data.rows import DataError, Problem
 from diffalign.data.sampler import Order, positions_for
@@ -124,6 +132,7 @@ class OfflinePairs:
             collate_fn=_same,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
         for loaded in loader:
@@ -185,9 +194,8 @@ class OfflinePairs:
                 log.warning("replaced by another pair, each time: %s", problem)
         if len(self.problems) > self._allowed:
             raise DataError(
-                f"{len(self.problems)} of {len(self.table)} pairs could not be read, and a run goes on with "
-                f"{self._allowed} at most (last: {self.problems[-1]}); `diffalign data check --full` names them all: "
-                "mend or remove them"
+                f"{len(self.problems)} of {len(self.table)} pairs could not be read, more than the {self._allowed} "
+                f"that max_unreadable allows (last: {self.problems[-1]}); run `diffalign data check --full`"
             )
 
 

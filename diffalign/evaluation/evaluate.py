@@ -23,6 +23,7 @@ from diffalign.evaluation.generate import PATHS, Picture, generate, settings_of
 from diffalign.evaluation.grid import comparison_grid
 from diffalign.evaluation.report import BASE, Result
 from diffalign.evaluation.scoring import write_rows
+from diffalign.folder_lock import folder_lock
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.rewards.base import check_prompts
 
@@ -89,28 +90,29 @@ def evaluate(
     for name, some in settings.items():
         if len({_tag(one) for one in some}) < len(some):
             raise DiffalignError(f"two runs of '{name}' have the same weights: {paths[name]}; name each run once")
-    pictures = {
-        name: [
-            generate(
-                base,
-                prompts,
-                seeds,
-                out_dir=folder / "images" / f"{name}-{_tag(settings[name][run])}",
-                tuned=path,
-                negative_tuned=away,
-                user=path and user,
-                batch=batch,
-                device=device,
-                progress=progress,
-                **sampling,
-            )
-            for run, (path, away) in enumerate(some)
-        ]
-        for name, some in paths.items()
-    }
-    runs = {name: pictures[name] for name in models}
-    result, rows = compare(pictures[BASE][0], runs, loaded, faithful, tie=tie, settings=settings, progress=progress)
-    write_result(folder, result, rows, {name: some[0] for name, some in pictures.items()}, grid_rows)
+    with folder_lock(folder, "an evaluation"):
+        pictures = {
+            name: [
+                generate(
+                    base,
+                    prompts,
+                    seeds,
+                    out_dir=folder / "images" / f"{name}-{_tag(settings[name][run])}",
+                    tuned=path,
+                    negative_tuned=away,
+                    user=path and user,
+                    batch=batch,
+                    device=device,
+                    progress=progress,
+                    **sampling,
+                )
+                for run, (path, away) in enumerate(some)
+            ]
+            for name, some in paths.items()
+        }
+        runs = {name: pictures[name] for name in models}
+        result, rows = compare(pictures[BASE][0], runs, loaded, faithful, tie=tie, settings=settings, progress=progress)
+        write_result(folder, result, rows, {name: some[0] for name, some in pictures.items()}, grid_rows)
     return result
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffalign.data.prompts import unique
-from diffalign.errors import DiffalignError, MissingFileError
+from diffalign.errors import DiffalignError, MissingFileError, out_of_memory
 from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.evaluation.sampling import SCHEDULERS, default_batch, default_resolution, sample_images
+from diffalign.folder_lock import folder_lock
 from diffalign.objectives.draws import noise_seed
 
 MANIFEST = "manifest.jsonl"
@@ -117,7 +119,8 @@ def generate(
     otherwise has the weights of the other one (Diffusion-NPO); `user` the embedding of whom the pictures are for, with
     user attention only. `resolution` in pixels (None: what the model was made for). Pictures that the manifest already
     lists with the same settings are not made again, and the model is not even loaded when none is missing. Raises
-    ValueError when `out_dir` holds pictures made with other settings.
+    DiffalignError when `out_dir` holds pictures made with other settings, FolderInUseError while another process makes
+    pictures there.
     """
     settings = settings_of(
         model,
@@ -137,7 +140,11 @@ def generate(
     wanted = [(prompt, int(seed)) for prompt in unique(prompts) for seed in dict.fromkeys(seeds)]
     done, numbers = _resume(folder, settings)
     missing = [key for key in wanted if key not in done]
-    if missing:
+    if not missing:
+        return [done[key] for key in wanted]
+    with folder_lock(folder, "a process that makes pictures"), _with_remedies(batch, resolution, dtype):
+        done, numbers = _resume(folder, settings)  # another process may have made some meanwhile
+        missing = [key for key in wanted if key not in done]
         from diffalign.models.saving import load_pipeline
 
         pipe = load_pipeline(
@@ -188,6 +195,20 @@ def generate(
                 manifest.flush()
                 bar.update(len(keys))
     return [done[key] for key in wanted]
+
+
+@contextmanager
+def _with_remedies(batch: int | None, resolution: int | None, dtype: str) -> Iterator[None]:
+    """Memory that runs out within the block is told with what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (said := out_of_memory(error)) is None:
+            raise
+        raise DiffalignError(
+            f"{said}: lower batch (now {batch or 'by resolution'}; 1 needs the least, and no picture depends on it) or "
+            f"resolution (now {resolution or 'that of the model'}), or take dtype bfloat16 (now {dtype})"
+        ) from error
 
 
 def read_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:

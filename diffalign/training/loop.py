@@ -44,6 +44,7 @@ from diffalign.training.metrics import JsonLines, Meter, observe
 from diffalign.training.optim import effective_batch
 from diffalign.training.recovery import METRICS_FILE, Guard, TrainingError, diverged
 from diffalign.training.setup import Run
+from diffalign.training.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
 
     `on_validation(run, step)` is called with the EMA weights in place (where there is an EMA) every
     `validation.every` steps and at the end. Raises TrainingError when the loss is not finite, and where
-    `health.action` says so; it may also go back to an earlier checkpoint (`training/recovery.py`).
+    `health.action` says so; it may also go back to an earlier checkpoint (`training/recovery.py`). SIGINT and SIGTERM
+    end it with a checkpoint and Interrupted (`training/stopping.py`).
     """
     training, accelerator = run.config.training, run.accelerator
     if start == training.max_train_steps:  # killed between its last checkpoint and its final weights
@@ -73,13 +75,14 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
         disable=not accelerator.is_local_main_process,
     )
     step = start
-    with bar:
+    with bar, Stopping(accelerator) as stopping:
         while step < training.max_train_steps:
             step += 1
             optimizer_step(run, batches, meter)
             meter.add(run.source.take_metrics())
             bar.update()
             last = step == training.max_train_steps or spent()
+            signum = 0 if last else stopping.now()
             if last or step % training.logging_steps == 0:
                 values = meter.means(gather_object if accelerator.num_processes > 1 else None)
                 good = guard.look(step, values)
@@ -94,8 +97,10 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
                 values |= guard.metrics() | {"unet_forwards": unet_forwards(run)}
                 _log(run, values, step, lines)
                 _show(bar, values)
-            if training.checkpointing_steps and step % training.checkpointing_steps == 0:
-                checkpoint(run, step)
+            if signum or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
+                written = checkpoint(run, step)
+                if signum:
+                    raise stopping.stopped(signum, written, step, training.max_train_steps)
             if last:
                 save_final(run, step)
             if on_validation is not None and (last or step % run.config.validation.every == 0):
@@ -222,8 +227,8 @@ def ensure_finite(run: Run, step: int) -> None:
         raise diverged(run, f"the weights are no longer finite at step {step}")
 
 
-def checkpoint(run: Run, step: int) -> None:
-    """Writes checkpoint-`step` from the main process; the others wait."""
+def checkpoint(run: Run, step: int) -> Path:
+    """Writes checkpoint-`step` from the main process; the others wait. Returns its folder."""
     ensure_finite(run, step)
     forwards = unet_forwards(run)
     if run.accelerator.is_main_process:
@@ -244,6 +249,7 @@ def checkpoint(run: Run, step: int) -> None:
             weights_bytes=tensor_bytes(run.parameters),
         )
     run.accelerator.wait_for_everyone()
+    return run.output_dir / f"checkpoint-{step}"
 
 
 def _write(run: Run, folder: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -44,8 +45,10 @@ from diffalign.training.loop import TrainingError
 from diffalign.training.metrics import QUARTERS, JsonLines, Meter
 from diffalign.training.preference_batch import half_made
 from diffalign.training.preference_setup import PreferenceRun, build_preference_run, describe, with_one_pair
-from diffalign.training.run import claim, interrupted, record, report_rows
+from diffalign.training.remedies import with_remedies
+from diffalign.training.run import own_folder, record, report_rows
 from diffalign.training.setup import make_accelerator, open_table
+from diffalign.training.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +56,15 @@ log = logging.getLogger(__name__)
 def run_preference_training(config: PreferenceModelConfig) -> dict[str, float]:
     """Runs a config to its end and returns the last logged metrics.
 
-    Raises ConfigError when the output folder holds another run, DataError before any model is loaded, ScorerError
-    when the CLIP to start from is not there.
+    Raises what `run_training` raises, and ScorerError when the CLIP to start from is not there.
     """
     accelerator = make_accelerator(config)
+    with own_folder(config, accelerator):
+        return _run(config, accelerator)
+
+
+def _run(config: PreferenceModelConfig, accelerator: Accelerator) -> dict[str, float]:
     output_dir = Path(config.output_dir)
-    claim(config, output_dir)
     table = open_table(config, accelerator, keep_ties=True)
     if accelerator.is_main_process:
         report_rows(table, config.data.path)
@@ -71,12 +77,7 @@ def run_preference_training(config: PreferenceModelConfig) -> dict[str, float]:
         print(describe(run, start), flush=True)
     if config.training.report_to != "none":
         accelerator.init_trackers("logs")
-    try:
-        values = train(run, start)
-    except KeyboardInterrupt:
-        raise interrupted(output_dir) from None
-    finally:
-        accelerator.end_training()
+    values = train(run, start)
     if accelerator.is_main_process:
         print(f"weights in {output_dir / WEIGHTS_FOLDER}: the scorer step-aware={output_dir}")
     return values
@@ -84,10 +85,11 @@ def run_preference_training(config: PreferenceModelConfig) -> dict[str, float]:
 
 def check_preference_run(config: PreferenceModelConfig) -> str:
     """Builds a run, takes one optimiser step of one pair, and says what it measured; writes nothing."""
-    run = build_preference_run(config, make_accelerator(config))
-    small, meter = with_one_pair(run), Meter()
-    optimizer_step(small, 1, small.source.batches(0), meter)
-    values = meter.means()
+    with with_remedies(config):
+        run = build_preference_run(config, make_accelerator(config))
+        small, meter = with_one_pair(run), Meter()
+        optimizer_step(small, 1, small.source.batches(0), meter)
+        values = meter.means()
     trial = f"1 pair: loss {values['loss']:.6f}, gradient norm {values['grad_norm']:.4g}"
     return f"{describe(run)}\n{'trial step':>14}  {trial}"
 
@@ -95,7 +97,8 @@ def check_preference_run(config: PreferenceModelConfig) -> str:
 def train(run: PreferenceRun, start: int = 0) -> dict[str, float]:
     """Takes the remaining optimiser steps, writes checkpoints, logs and the final weights; returns the last metrics.
 
-    Raises TrainingError when the loss or a weight is not finite.
+    Raises TrainingError when the loss or a weight is not finite. SIGINT and SIGTERM end it with a checkpoint and
+    Interrupted.
     """
     training, accelerator = run.config.training, run.accelerator
     meter, values = Meter(), {}
@@ -108,15 +111,19 @@ def train(run: PreferenceRun, start: int = 0) -> dict[str, float]:
         unit=" steps",
         disable=not accelerator.is_local_main_process,
     )
-    with bar:
+    with bar, Stopping(accelerator) as stopping:
         for step in range(start + 1, training.max_train_steps + 1):
             optimizer_step(run, step, batches, meter)
             bar.update()
             if step == training.max_train_steps or step % training.logging_steps == 0:
                 values = _log(run, meter, step, lines)
                 bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "accuracy", "lr") if name in values})
-            if training.checkpointing_steps and step % training.checkpointing_steps == 0:
+            signum = 0 if step == training.max_train_steps else stopping.now()
+            if signum or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
                 checkpoint(run, step)
+            if signum:
+                written = run.output_dir / f"checkpoint-{step}"
+                raise stopping.stopped(signum, written, step, training.max_train_steps)
     _ensure_finite(run)
     if accelerator.is_main_process:
         save_final_weights(

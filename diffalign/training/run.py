@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from diffalign.config import AnyConfig, Config, ConfigError, save_config
 from diffalign.config_yaml import read_yaml
 from diffalign.data.prompts import Table
 from diffalign.data.table import PairTable
+from diffalign.folder_lock import folder_lock
 from diffalign.models.base import Base
-from diffalign.training.checkpoint import checkpoints, find_checkpoint
+from diffalign.training.checkpoint import find_checkpoint
 from diffalign.training.final import clear_output, has_final_weights
-from diffalign.training.loop import OnStep, TrainingError, resume, train
+from diffalign.training.loop import resume, train
 from diffalign.training.plan import describe
+from diffalign.training.processes import on_main
+from diffalign.training.remedies import with_remedies
 from diffalign.training.setup import Run, build, make_accelerator, open_table, prepared
+from diffalign.training.validating import validate
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,6 @@ PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "pe
 
 def run_training(
     config: Config,
-    on_validation: OnStep | None = None,
     *,
     table: Table | None = None,
     base: Base | None = None,
@@ -44,11 +48,42 @@ def run_training(
     table, base: data and model that are open already, in place of the ones that the config names. `on_built` is
     called with the run before its first step.
 
-    Raises ConfigError when the output folder holds another run, DataError before any model is loaded.
+    Raises ConfigError when the output folder holds another run, FolderInUseError while another process trains there,
+    DataError before any model is loaded, ResourceError where memory runs out. SIGINT and SIGTERM raise Interrupted once
+    the current step is finished and a checkpoint is written.
     """
     accelerator = make_accelerator(config)
+    with own_folder(config, accelerator):
+        return _run(config, accelerator, table, base, on_built)
+
+
+@contextlib.contextmanager
+def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
+    """The output folder is this run's alone within the block; a machine that is too small is told with what to change.
+
+    All processes of a run share the lock, which the main one takes; in the end trackers and processes are let go.
+    """
     output_dir = Path(config.output_dir)
-    claim(config, output_dir)
+    with contextlib.ExitStack() as stack, with_remedies(config):
+        stack.callback(accelerator.end_training)
+
+        def take() -> None:
+            if not output_dir.is_file():  # claim says so
+                stack.enter_context(folder_lock(output_dir, "a training run"))
+            claim(config, output_dir)
+
+        on_main(accelerator, take)
+        yield
+
+
+def _run(
+    config: Config,
+    accelerator: Accelerator,
+    table: Table | None,
+    base: Base | None,
+    on_built: Callable[[Run], None] | None,
+) -> dict[str, float]:
+    output_dir = Path(config.output_dir)
     table = open_table(config, accelerator) if table is None else prepared(config, table)
     if accelerator.is_main_process:
         report_rows(table, config.data.path)
@@ -63,12 +98,7 @@ def run_training(
         print(describe(run, start), flush=True)
     if config.training.report_to != "none":
         accelerator.init_trackers("logs")
-    try:
-        values = train(run, start, on_validation if config.validation.prompts else None)
-    except KeyboardInterrupt:
-        raise interrupted(output_dir) from None
-    finally:
-        accelerator.end_training()
+    values = train(run, start, validate if config.validation.prompts else None)
     if accelerator.is_main_process:
         print(f"weights in {output_dir}: `diffalign generate` and `diffalign evaluate` take this folder as --tuned")
     return values
@@ -82,13 +112,6 @@ def report_rows(table: PairTable, path: str) -> None:
         log.warning("row left out: %s", problem)
     if len(left_out) > NAMED:
         log.warning("… and %d more rows; `diffalign data check` names them all", len(left_out) - NAMED)
-
-
-def interrupted(output_dir: Path) -> TrainingError:
-    """What to say of a run that its user stopped."""
-    there = checkpoints(output_dir)
-    hint = f"training.resume_from_checkpoint=latest goes on from {there[-1].name}" if there else "nothing was saved yet"
-    return TrainingError(f"interrupted; {hint}")
 
 
 def claim(config: AnyConfig, output_dir: Path) -> None:

@@ -6,13 +6,12 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -44,10 +43,10 @@ from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
 from diffalign.training.feed import make_feed
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
+from diffalign.training.processes import PATIENCE, all_in_use, before_accelerate, on_main
 
 log = logging.getLogger(__name__)
 
-PATIENCE = timedelta(hours=12)  # others wait while one process examines the data or writes a checkpoint
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,18 +83,9 @@ def open_table(
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
-    if accelerator is None or accelerator.num_processes == 1:
+    if accelerator is None:
         return _open_table(config, keep_ties)
-    found: list[Table | DataError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [_open_table(config, keep_ties)]
-        except DataError as error:
-            found = [error]
-    (table,) = broadcast_object_list(found)
-    if isinstance(table, DataError):
-        raise table
-    return table
+    return on_main(accelerator, lambda: _open_table(config, keep_ties))
 
 
 def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Table:
@@ -173,17 +163,18 @@ def load_run_base(config: Config | PreferenceModelConfig) -> Base:
 
 
 def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
-    """Devices and processes as `accelerate launch` set them up.
+    """Devices and processes as the launcher set them up.
 
     Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns
-    accumulation. Raises ValueError for sharded strategies, which checkpoints do not cover, and ImportError for a
-    tracker that is not installed.
+    accumulation. Raises DiffalignError where launched processes are not all in use, for a device that is not there and
+    for sharded strategies, which checkpoints do not cover; MissingPackageError for a tracker that is not installed.
     """
     trackers = None if config.training.report_to == "none" else config.training.report_to
     if trackers == "wandb" and importlib.util.find_spec("wandb") is None:
         raise MissingPackageError(
             "training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none"
         )
+    before_accelerate()
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=trackers,
@@ -193,8 +184,9 @@ def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != config.training.mixed_precision and accelerator.is_main_process:
+    all_in_use(accelerator)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch says "no" when nothing was asked
+    if launched != "no" and launched != config.training.mixed_precision and accelerator.is_main_process:
         log.warning(
             "accelerate was launched with mixed precision %s; in force is the config's training.mixed_precision: %s",
             launched,

@@ -140,9 +140,7 @@ def test_pictures_for_somebody(
                 "validation": {"prompts": ["a red circle"], "user": user, "steps": 2, "every": 3},
             },
         )
-        from diffalign.cli import _validate
-
-        run_training(config, _validate)
+        run_training(config)
     assert same(weights(tmp_path / "anna"), weights(tmp_path / "ben"))
     shown = [np.asarray(Image.open(tmp_path / user / "validation/step-000003.png")) for user in USERS]
     assert not np.array_equal(*shown)

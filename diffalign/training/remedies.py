@@ -1,0 +1,51 @@
+"""What torch says of a machine that is too small for a run, with the run's own settings and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffalign.config import Config, PreferenceModelConfig
+from diffalign.errors import DiffalignError, lost_worker, out_of_memory
+
+
+class ResourceError(DiffalignError):
+    """The machine has too little memory for the settings."""
+
+
+@contextmanager
+def with_remedies(config: Config | PreferenceModelConfig) -> Iterator[None]:
+    """Memory that ran out and loader workers that were killed within the block are told with what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (said := out_of_memory(error)) is not None:
+            raise ResourceError(f"{said}. {_smaller(config)}") from error
+        if (said := lost_worker(error)) is not None:
+            now = config.data.dataloader_num_workers
+            raise ResourceError(
+                f"{said}. Lower data.dataloader_num_workers (now {now}; 0 loads in the main process), or give the "
+                "machine more memory; in a container, more shared memory (docker run --shm-size=8g)"
+            ) from error
+        raise
+
+
+def _smaller(config: Config | PreferenceModelConfig) -> str:
+    """What could be made smaller, with its value."""
+    training, hints = config.training, []
+    if training.train_batch_size > 1:
+        hints.append(
+            f"lower training.train_batch_size (now {training.train_batch_size}; more "
+            "training.gradient_accumulation_steps leave the result as it is)"
+        )
+    if isinstance(config, Config) and config.model.gradient_checkpointing != "full":
+        hints.append(f"set model.gradient_checkpointing: full (now {config.model.gradient_checkpointing})")
+    if training.mixed_precision == "no":
+        hints.append("set training.mixed_precision: bf16 (now no)")
+    if isinstance(config, Config) and config.tuning.method == "full":
+        hints.append(
+            f"set tuning.method: lora (now full), or training.optimizer: adamw_8bit (now {training.optimizer})"
+        )
+    if config.data.resolution is None or config.data.resolution > 512:
+        hints.append(f"lower data.resolution (now {config.data.resolution or 'that of the model'})")
+    return f"In this run: {'; '.join(hints)}" if hints else "All settings are small already: take a larger machine"

@@ -1,0 +1,87 @@
+"""SIGINT and SIGTERM while training: the step is finished, a checkpoint written, and the run ends saying how to go on.
+
+All processes stop after the same step. On a CPU they ask one another after every step; on GPUs the answer of one step
+is read after the next, so that no host waits for its device. A second signal ends the run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from diffalign.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 0.5  # seconds within which a repeated signal is the same one: `timeout` sends to the process and to its group
+
+
+class Stopping:
+    """Takes the signals within its block and tells after which step the run is to stop."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.received, self.at = 0, 0.0
+        self.pid = os.getpid()
+        self.before: dict[signal.Signals, Any] = {}
+        self.asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # the answer of the last step, on its way
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+        self.before = {}
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # a loader's worker: its parent says when it ends
+            return
+        if self.received and time.monotonic() - self.at > SAME:
+            self.__exit__()
+            os.kill(self.pid, signum)  # as if this were not here
+            return
+        if self.received:
+            return
+        self.received, self.at = signum, time.monotonic()
+        if self.accelerator.is_main_process:
+            name = signal.Signals(signum).name
+            text = f"\n{name}: this step is finished and a checkpoint written; a second signal ends the run at once\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # print may be interrupted itself
+
+    def now(self) -> int:
+        """The signal to stop for after this step, the same in all processes; 0 for none. Each calls it every step."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return self.received
+        flag = torch.full((1,), self.received, dtype=torch.int32, device=accelerator.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        if accelerator.device.type != "cuda":
+            return int(flag)
+        before, here = self.asked, torch.empty(1, dtype=torch.int32, pin_memory=True)
+        here.copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.asked = (here, event)
+        if before is None:
+            return 0
+        before[1].synchronize()  # of a step ago
+        return int(before[0])
+
+    @staticmethod
+    def stopped(signum: int, checkpoint: Path, step: int, steps: int) -> Interrupted:
+        """What ends the run, after `checkpoint` is written."""
+        return Interrupted(
+            signum,
+            f"stopped by {signal.Signals(signum).name} after step {step} of {steps}; {checkpoint} is written. To go "
+            "on, give the same command with training.resume_from_checkpoint=latest",
+        )

@@ -1,0 +1,175 @@
+"""The processes that a launcher starts train together, or nothing begins; what a machine lacks is said by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffalign.cli import main
+from diffalign.config import Config
+from diffalign.errors import DiffalignError, explain
+from diffalign.folder_lock import FolderInUseError, folder_lock
+from diffalign.training import processes
+from diffalign.training.processes import all_in_use, before_accelerate
+from diffalign.training.remedies import ResourceError, with_remedies
+from diffalign.training.run import run_training
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's words in the environment, and none left there."""
+    for name in (*processes._SIZES, "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+
+
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+
+
+def test_a_cpu_is_used_by_all_processes_that_were_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0, monkeypatch)
+    before_accelerate()
+    assert os.environ["ACCELERATE_USE_CPU"] == "false"  # one process: nothing to say
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before_accelerate()
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("devices", "environment", "said"),
+    [
+        (0, {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two", "number of processes"]),
+        (
+            0,
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            ["accelerate launch", "0 GPUs", "torchrun --nproc-per-node 2 -m diffalign train", "--num_processes 1"],
+        ),
+        (
+            2,
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"},
+            ["4 processes", "2 CUDA devices", "at most 2", "ACCELERATE_USE_CPU=true"],
+        ),
+        (
+            0,
+            {"CUDA_VISIBLE_DEVICES": "7"},
+            ["CUDA_VISIBLE_DEVICES=7", "nvidia-smi -L", "CUDA_VISIBLE_DEVICES= (empty)"],
+        ),
+        (2, {"ACCELERATE_TORCH_DEVICE": "cuda:5"}, ["ACCELERATE_TORCH_DEVICE=cuda:5", "2 CUDA devices", "cpu"]),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused_before_anything_is_built(
+    devices: int, environment: dict[str, str], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(devices, monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DiffalignError) as refused:
+        before_accelerate()
+    for part in said:
+        assert part in str(refused.value)
+
+
+def test_processes_that_would_train_alone_are_refused(
+    make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process has accelerate's state of one already."""
+    run_state = SimpleNamespace(num_processes=1, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DiffalignError, match=r"WORLD_SIZE=2.*uses 1 on cpu.*Set ACCELERATE_USE_CPU=true"):
+        all_in_use(run_state)
+    from diffalign.training.setup import make_accelerator
+
+    monkeypatch.delenv("WORLD_SIZE")
+    make_accelerator(make_config(tiny_sd))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DiffalignError, match="WORLD_SIZE=2"):
+        run_training(make_config(tiny_sd))
+    assert not Path(make_config(tiny_sd).output_dir).exists()
+
+
+def test_commands_for_one_process_are_refused_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "model", "--prompts", "a cat", "--out", str(tmp_path / "out")])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    for part in ("WORLD_SIZE=2", "`diffalign generate` works in one", "without a launcher"):
+        assert part in said
+
+
+def test_a_folder_in_use_is_refused_before_any_work(make_config: MakeConfig, tiny_sd: Path, tmp_path: Path) -> None:
+    from diffalign.evaluation.generate import generate
+
+    config = make_config(tiny_sd)
+    with folder_lock(tmp_path / "out", "a training run"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffalign.folder_lock._held", {})  # as another process would find it
+        with pytest.raises(FolderInUseError, match=rf"out is in use by a training run \(pid {os.getpid()}"):
+            run_training(config)
+        with pytest.raises(FolderInUseError, match="Name another folder"):
+            generate(str(tiny_sd), ["a cat"], [0], out_dir=tmp_path / "out", steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            ["2.00 GiB", "training.train_batch_size (now 2;", "gradient_checkpointing: full (now none)"],
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+            ["the machine is out of memory", "training.mixed_precision: bf16 (now no)"],
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            ["killed by signal: Killed", "data.dataloader_num_workers (now 0;", "--shm-size"],
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), ["7, 8", "data.dataloader_num_workers"]),
+    ],
+)
+def test_a_machine_that_is_too_small_is_told_with_the_runs_settings(
+    error: RuntimeError, said: list[str], make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    assert explain(error) is not None  # wherever it comes from, it is no bug
+    monkeypatch.setattr("diffalign.training.loop.optimizer_step", fails)
+    with pytest.raises(ResourceError) as told:
+        run_training(make_config(tiny_sd))
+    for part in said:
+        assert part in str(told.value)
+
+
+def test_other_errors_stay_what_they_are(make_config: MakeConfig, tiny_sd: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), with_remedies(make_config(tiny_sd)):
+        raise RuntimeError("a bug")
+    assert explain(RuntimeError("a bug")) is None
+
+
+def test_pictures_that_do_not_fit_are_told_with_their_settings(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffalign.evaluation import generate as module
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(module, "sample_images", fails)
+    with pytest.raises(DiffalignError, match=r"3\.00 GiB.*batch \(now 4;.*resolution \(now 32\).*dtype bfloat16"):
+        module.generate(str(tiny_sd), ["a cat"], [0], out_dir=tmp_path, steps=1, batch=4, resolution=32)

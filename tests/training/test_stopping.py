@@ -1,0 +1,134 @@
+"""A signal while training: the step is finished, one checkpoint written, how to go on said; the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffalign.training.loop as loop
+from diffalign.cli import main
+from diffalign.config import Config, save_config
+from diffalign.data.loading import leave_signals_to_parent
+from diffalign.errors import Interrupted
+from diffalign.folder_lock import LOCK_FILE
+from diffalign.training.run import run_training
+from diffalign.training.stopping import Stopping
+from tests.training.test_run import same, weights
+
+MakeConfig = Callable[..., Config]
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, at: int, *signals: int) -> None:
+    """Has these signals come in the middle of step number `at`."""
+    count, step = 0, loop.optimizer_step
+
+    def noted(*args: object) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            for signum in signals:
+                os.kill(os.getpid(), signum)
+        step(*args)
+
+    monkeypatch.setattr(loop, "optimizer_step", noted)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_once_and_says_how_to_go_on(
+    signum: signal.Signals,
+    make_config: MakeConfig,
+    tiny_sd: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    save_config(make_config(tiny_sd), tmp_path / "config.yaml")
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signalled(patch, 2, signum, signum)  # twice at once is one: `timeout` signals the process and its group
+        with pytest.raises(SystemExit) as end:
+            main(["train", str(tmp_path / "config.yaml")])
+    said = capfd.readouterr().err
+    assert end.value.code == 128 + signum
+    assert f"{signum.name}: this step is finished and a checkpoint written" in said
+    assert f"stopped by {signum.name} after step 2 of 4; {out / 'checkpoint-2'} is written" in said
+    assert "training.resume_from_checkpoint=latest" in said
+    assert "Traceback" not in said
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (out / LOCK_FILE).exists()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+    main(["train", str(tmp_path / "config.yaml"), "training.resume_from_checkpoint=latest"])
+    main(["train", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'whole'}"])
+    assert same(weights(out), weights(tmp_path / "whole"))
+
+
+def test_the_second_signal_ends_at_once(
+    make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffalign.training.stopping.SAME", 0.0)
+    signalled(monkeypatch, 2, signal.SIGINT, signal.SIGINT)
+    config = make_config(tiny_sd)
+    with pytest.raises(KeyboardInterrupt) as end:
+        run_training(config)
+    assert not isinstance(end.value, Interrupted)
+    assert not list(Path(config.output_dir).glob("checkpoint-*"))
+
+
+def test_a_signal_outside_the_loop_is_one_line(
+    make_config: MakeConfig,
+    tiny_sd: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_config(make_config(tiny_sd), tmp_path / "config.yaml")
+    for signum, said in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
+
+        def loading(*_: object, signum: int = signum) -> None:
+            os.kill(os.getpid(), signum)
+
+        monkeypatch.setattr("diffalign.training.run.open_table", loading)
+        with pytest.raises(SystemExit) as end:
+            main(["train", str(tmp_path / "config.yaml")])
+        assert end.value.code == 128 + signum
+        assert capsys.readouterr().err == f"diffalign train: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loaders_worker_outlives_the_first_signals() -> None:
+    """Whoever stops a run signals its workers too, and the last step needs their pairs."""
+    code = (
+        "import os, signal, sys; from diffalign.data.loading import leave_signals_to_parent as leave; leave();"
+        "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True);"
+        "os.kill(os.getpid(), signal.SIGTERM); print('and still')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("alive\n", -signal.SIGTERM)
+    assert leave_signals_to_parent.__module__ == "diffalign.data.loading"
+
+
+class _Two:
+    """An accelerator of two processes, as far as stopping asks for one."""
+
+    num_processes, is_main_process, device = 2, True, torch.device("cpu")
+
+
+def test_all_processes_stop_for_the_signal_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = [0, signal.SIGTERM]
+
+    def all_reduce(flag: torch.Tensor, op: object) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        flag.clamp_(min=other.pop(0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with Stopping(_Two()) as stopping:
+        assert [stopping.now(), stopping.now()] == [0, signal.SIGTERM]
