@@ -13,10 +13,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffalign.data.axes import Aggregate, Axis, use_axes
+from diffalign.data.images import EXTREME
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import ImageError, Problem
 from diffalign.data.table import PairTable, Verify
 from diffalign.data.two_prompts import FORMAT
+from diffalign.errors import printable
 
 NAMED = 5  # rows named per kind of problem in the text; the json has all
 CELL, CAPTION = 256, 48  # pixels of one picture and of the prompt below it on the contact sheet
@@ -37,6 +39,7 @@ class Report:
     problems: tuple[Problem, ...]
     shorter_sides: tuple[int, ...]  # pixels, of each image of a usable pair; empty with verify="none"
     size_range: tuple[str, str, str] | None  # "WxH" of the smallest, median and largest image by area
+    extreme: tuple[tuple[str, str], ...]  # row and "WxH" of pairs with an image more than EXTREME times as long as wide
     resolution: int | None
     prompt_lengths: tuple[int, int, int] | None  # characters: min, median, max
     unique_prompts: int
@@ -70,6 +73,7 @@ class Report:
                 for kind, found in self.by_kind.items()
             },
             "sizes": dict(zip(("smallest", "median", "largest"), self.size_range)) if self.size_range else None,
+            "extreme_aspect_ratios": [{"row": where, "size": size} for where, size in self.extreme],
             "resolution": self.resolution,
             "images_smaller_than_resolution": self.smaller,
             "prompt_characters": dict(zip(("min", "median", "max"), self.prompt_lengths))
@@ -80,8 +84,11 @@ class Report:
 
     def text(self) -> str:
         """A page for the terminal."""
+        layout = self.table.layout
         lines = [
             f"{self.path}: {self.format} columns in {self.storage}",
+            f"columns       prompt: {layout.prompt}; images: {', '.join(layout.images)}"
+            + (f"; label: {layout.labels[0]}" if layout.labels[0] else ""),
             f"rows          {self.total_rows}"
             + (f" = 2 for each of {self.total_rows // 2}" if self.format == FORMAT else "")
             + (f" ({self.examined_rows} examined)" if self.examined_rows < self.total_rows else ""),
@@ -94,6 +101,12 @@ class Report:
         if self.size_range:
             smallest, middle, largest = self.size_range
             lines.append(f"image sizes   {smallest} smallest, {middle} median, {largest} largest")
+        if self.extreme:
+            some = ", ".join(f"{where} ({size})" for where, size in self.extreme[:NAMED])
+            lines.append(
+                f"              {len(self.extreme)} pairs have an image more than {EXTREME} times as long as wide, of "
+                f"which training sees a square: {some}"
+            )
         if self.smaller is not None and self.shorter_sides:
             count = len(self.shorter_sides)
             lines.append(f"              {self.smaller} of {count} images are smaller than {self.resolution} px")
@@ -110,7 +123,7 @@ class Report:
                 f"  {self.table.where(index)}  [{self.table.ids[index][:24]}]  {_short(self.table.prompts[index])}"
                 for index in _spread(self.usable, 3)
             ]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def _problem_lines(self) -> list[str]:
         lines = []
@@ -191,6 +204,7 @@ def check_pairs(
         problems=tuple(table.problems),
         shorter_sides=tuple(min(size) for size in sizes),
         size_range=(_size(sizes[0]), _size(sizes[len(sizes) // 2]), _size(sizes[-1])) if sizes else None,
+        extreme=_extreme(table),
         resolution=resolution,
         prompt_lengths=(lengths[0], int(median(lengths)), lengths[-1]) if lengths else None,
         unique_prompts=len(repeats),
@@ -202,6 +216,13 @@ def check_pairs(
 def _spread(n: int, count: int) -> list[int]:
     """Up to `count` indices spread evenly over n."""
     return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)}) if n else []
+
+
+def _extreme(table: PairTable) -> tuple[tuple[str, str], ...]:
+    sides = table.sizes
+    pairs = ((index, sides[2 * index : 2 * index + 2]) for index in range(len(sides) // 2))
+    longest = ((index, max(both, key=lambda size: max(size) / min(size))) for index, both in pairs)
+    return tuple((table.where(index), _size(size)) for index, size in longest if max(size) > EXTREME * min(size))
 
 
 def _size(size: Sequence[int]) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-
-from diffalign.data.rows import MISSING_SIDE, OUTSIDE, ImageError, ImageRef
 
 
 class Columns(Protocol):
@@ -73,30 +70,3 @@ class ListColumns:
 
     def base(self, row: int) -> Path | None:
         return self._base
-
-
-def image_ref(cell: Any, base: Path | None, where: str) -> ImageRef:
-    """The reference behind an image cell. Raises ImageError: missing side, or a path that leaves `base`."""
-    if isinstance(cell, ImageRef):
-        return cell
-    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
-    if isinstance(data, str):
-        data, path = None, data
-    if data:
-        return ImageRef(bytes(data), None, where)
-    if not path:
-        raise ImageError(MISSING_SIDE, f"{where} is empty; fill it or remove the row")
-    return ImageRef(None, str(path) if base is None else _inside(base, str(path), where), where)
-
-
-def _inside(base: Path, path: str, where: str) -> str:
-    """`path` under `base`, judged by its letters: symlinks that the user made inside the folder are fine."""
-    root = os.path.abspath(base)
-    full = os.path.normpath(os.path.join(root, path))
-    if os.path.commonpath([root, full]) != root:
-        raise ImageError(
-            OUTSIDE,
-            f"{where} is {path!r}, which leaves {base}; paths are relative to that folder and stay in it "
-            "(move the file there, or link the image folder into it)",
-        )
-    return full

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -69,9 +70,9 @@ def files_state(files: Sequence[Path]) -> str | None:
 def _next_state(state: str, paths: Sequence[str], stats: Sequence[os.stat_result]) -> tuple[str, bool]:
     """The hash with these files added, and whether all of them are settled."""
     facts, settled = [state], True
-    for path, stat in zip(paths, stats):
-        facts += [path, str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ctime_ns)]
-        newest = max(stat.st_mtime_ns, stat.st_ctime_ns)
+    for path, found in zip(paths, stats):
+        facts += [path, str(found.st_size), str(found.st_mtime_ns), str(found.st_ctime_ns)]
+        newest = max(found.st_mtime_ns, found.st_ctime_ns)
         settled = settled and time.time_ns() - newest > SETTLED * 1e9
     return hashlib.blake2b(os.fsencode("\0".join(facts)), digest_size=16).hexdigest(), settled
 
@@ -79,11 +80,14 @@ def _next_state(state: str, paths: Sequence[str], stats: Sequence[os.stat_result
 def file_stat(ref: ImageRef) -> os.stat_result:
     """Size and times of an image file. Raises ImageError ("missing side")."""
     try:
-        return os.stat(str(ref.path))
+        found = os.stat(str(ref.path))
     except OSError as error:
         raise ImageError(
             MISSING_SIDE, f"{ref.where}: cannot read {ref.path} ({error.strerror}); restore the file"
         ) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ImageError(MISSING_SIDE, f"{ref.where}: {ref.path} is not a file; write the path of an image")
+    return found
 
 
 def _hash(pairs: Iterable[tuple[ImageRef, ImageRef]], total: int) -> str:

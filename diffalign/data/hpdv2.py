@@ -6,7 +6,8 @@ Image paths are relative to the json file or to the folder beside it that has it
 
 from __future__ import annotations
 
-import json
+import math
+import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,32 @@ from typing import Any
 from diffalign.data.columns import ListColumns
 from diffalign.data.rows import DataError
 from diffalign.data.terms import TERMS
+from diffalign.data.text import odd, parse_json, read_text
 
 IMAGES = ("image_path", "file_path")
 NEEDED = "prompt, image_path, and human_preference (1 = preferred) or rank (1 = best)"
 
 
 def open_json(file: Path) -> ListColumns:
-    """A json list: HPDv2 entries, or plain rows with the columns of any other format."""
+    """A json list: HPDv2 entries, or plain rows with the columns of any other format. Raises DataError."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = parse_json(read_text(file))
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{file} is not JSON ({error}); one object per line belongs into a .jsonl") from error
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+    if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{file} must be a non-empty list of objects ({NEEDED})")
-    if not any(name in entries[0] for name in IMAGES):
-        wheres = [f"{file.name} entry {number}" for number in range(len(entries))]
-        return ListColumns(entries, wheres, storage=file.name, base=file.parent)
+    ranked = any(isinstance(entry.get(name), list) for entry in entries if isinstance(entry, dict) for name in IMAGES)
     rows: list[dict[str, Any]] = []
     wheres, faults = [], {}
     for number, entry in enumerate(entries):
         where = f"{file.name} entry {number}"
-        fault = _fault(entry)
-        if fault:
-            faults[len(rows)] = fault
-            rows.append({})
+        fault = _fault(entry, ranked)
+        if fault or not ranked:
+            if fault:
+                faults[len(rows)] = fault
+            rows.append({} if fault else entry)
             wheres.append(where)
             continue
         for first, second in combinations(range(len(_paths(entry))), 2):
@@ -46,16 +49,22 @@ def open_json(file: Path) -> ListColumns:
     return ListColumns(rows, wheres, storage=file.name, base=file.parent, faults=faults)
 
 
-def _paths(entry: dict[str, Any]) -> list[str]:
+def _paths(entry: dict[str, Any]) -> Any:
     return next((entry[name] for name in IMAGES if name in entry), [])
 
 
-def _fault(entry: dict[str, Any]) -> str | None:
+def _fault(entry: Any, ranked: bool) -> str | None:
+    if not isinstance(entry, dict):
+        return f"a JSON {type(entry).__name__}; write an object"
+    if not ranked:
+        return None
     order = entry.get("human_preference", entry.get("rank"))
     if "prompt" not in entry or not isinstance(order, list):
         return f"has the fields {sorted(entry)}; needed are {NEEDED}"
     paths = _paths(entry)
-    if not isinstance(paths, list) or len(paths) != len(order) or len(paths) < 2:
+    if not isinstance(paths, list):
+        return f"its image paths are {paths!r:.60}; needed are {NEEDED}"
+    if len(paths) != len(order) or len(paths) < 2:
         return f"{len(paths)} image paths for {len(order)} preferences; each image needs one, and two images at least"
     return None
 
@@ -72,12 +81,16 @@ def _row(entry: dict[str, Any], first: int, second: int, file: Path) -> dict[str
         a, b = entry["human_preference"][first], entry["human_preference"][second]
     else:
         a, b = entry["rank"][second], entry["rank"][first]  # rank 1 is the best
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+    if all(isinstance(x, int) or (isinstance(x, float) and math.isfinite(x)) for x in (a, b)):
         label = 0.5 if a == b else float(a > b)
         return row | {"label_0": label, "label_1": 1 - label}
     return row | {"label_0": a, "label_1": b}
 
 
-def _beside(path: str, file: Path) -> str:
+def _beside(path: Any, file: Path) -> Any:
+    """A path as written, or below the folder that has the name of the json where only that is there."""
+    if not isinstance(path, str) or odd(path):
+        return path  # its row is dropped, with the reason
     in_folder = f"{file.stem}/{path}"
-    return in_folder if not (file.parent / path).exists() and (file.parent / in_folder).exists() else path
+    there = [os.path.exists(file.parent / each) for each in (path, in_folder)]
+    return in_folder if there == [False, True] else path

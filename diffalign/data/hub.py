@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.columns import Columns, ListColumns
+from diffalign.data.parquet import plain
 from diffalign.data.rows import DataError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class ArrowColumns:
         return len(self.dataset)
 
     def column(self, name: str) -> list[Any]:
-        return self.dataset.select_columns([name])[:][name]
+        return plain(self.dataset.select_columns([name]).with_format("arrow")[:][name])
 
     def cells(self, row: int, names: Sequence[str]) -> list[Any]:
         key = tuple(dict.fromkeys(names))
@@ -136,11 +137,17 @@ def open_saved(folder: Path, split: str) -> ArrowColumns:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(str(folder))
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # of a state.json or an Arrow file that is damaged
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{folder} is no whole data set of save_to_disk ({reason}); save or copy it again") from error
     if isinstance(found, DatasetDict):
         if split not in found:
             raise missing_split(str(folder), split, list(found))
         found = found[split]
+    elif split not in ("train", str(found.split)):
+        raise DataError(f"{folder} holds one data set without splits, and split {split!r} was asked for; leave it out")
     return ArrowColumns(found, storage=f"saved data set {folder.name}", where=SplitRow(split))
 
 

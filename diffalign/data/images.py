@@ -17,6 +17,8 @@ from diffalign.data.rows import ImageRef, PairRow, check_size
 from diffalign.errors import DiffalignError
 from diffalign.objectives.draws import uniform
 
+EXTREME = 4  # times as long as wide: above it, only what the crop shows is resized, and `diffalign data check` tells
+
 
 def prepare_pair(
     row: PairRow, resolution: int, *, key: int, center_crop: bool, random_flip: bool
@@ -60,10 +62,15 @@ def prepare(
     """One side: pixels float32 [3 h w] and its geometry. `position` in [0, 1] along the longer axis."""
     width, height = image.size
     new_w, new_h = resized(image.size, resolution)
-    if (new_w, new_h) != image.size:
-        image = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
     top, left = round((new_h - resolution) * position), round((new_w - resolution) * position)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    if max(image.size) > EXTREME * min(image.size):  # the same pixels to a rounding, without the rest of the long side
+        x, y = width / new_w, height / new_h
+        box = (left * x, top * y, min((left + resolution) * x, width), min((top + resolution) * y, height))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    else:
+        if (new_w, new_h) != image.size:
+            image = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + resolution, top + resolution))
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         left = new_w - resolution - left

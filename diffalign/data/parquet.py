@@ -72,13 +72,18 @@ class ParquetColumns:
         values: list[Any] = []
         for file in self.files:
             with pq.ParquetFile(file, memory_map=True) as opened:
-                values += opened.read(columns=[name], use_threads=False)[name].to_pylist()
+                try:
+                    table = opened.read(columns=[name], use_threads=False)
+                except (pa.ArrowException, OSError) as error:
+                    raise _damage(opened, file, [name], error) from error
+                values += plain(table[name])
         return values
 
     def cells(self, row: int, names: Sequence[str]) -> list[Any]:
         group = bisect_right(self._starts, row) - 1
         table = self._table(group, tuple(names))
-        return [table[name][row - self._starts[group]].as_py() for name in names]
+        place = row - self._starts[group]
+        return [plain(table[name].slice(place, 1))[0] for name in names]
 
     def _table(self, group: int, names: tuple[str, ...]) -> pa.Table:
         key = (group, names)
@@ -91,12 +96,19 @@ class ParquetColumns:
         # The file is opened anew: open handles do not survive a fork into loader workers, and neither does pyarrow's
         # thread pool. What takes long about it is parsing the footer, and that does survive.
         with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer[1]) as file:
-            table = file.read_row_group(in_file, columns=list(names), use_threads=False)
+            table = _read_group(file, self.files[number], in_file, list(names))
         self._kept[key] = table
         self._kept_bytes += table.nbytes
         while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return table
+
+    def read_all(self) -> None:
+        """Read everything once. Raises DataError for a row group that is damaged."""
+        for file in self.files:
+            with pq.ParquetFile(file, memory_map=True) as opened:
+                for group in range(opened.num_row_groups):
+                    _read_group(opened, file, group, opened.schema_arrow.names)
 
     def where(self, row: int) -> str:
         group = bisect_right(self._starts, row) - 1
@@ -118,6 +130,8 @@ def open_parquet(files: Sequence[Path]) -> Columns:
     direct = ParquetColumns(files)
     if direct.surplus <= SURPLUS:
         return direct
+    from datasets.exceptions import DatasetGenerationError
+
     from diffalign.data.hub import ArrowColumns, arrow_builder, free_bytes, laid_out, lay_out
 
     builder = arrow_builder(files)
@@ -135,7 +149,47 @@ def open_parquet(files: Sequence[Path]) -> Columns:
             "%s: laying the rows out once as Arrow files in %s (%.1f GB; HF_DATASETS_CACHE moves it; %s)",
             *(each, builder.cache_dir, direct.bytes / 2**30, hint),
         )
-    return ArrowColumns(lay_out(builder), storage=direct.storage, where=direct.where, files=direct.files)
+    try:
+        rows = lay_out(builder)
+    except DatasetGenerationError as error:
+        direct.read_all()  # names the file and row group, where one is damaged
+        raise DataError(
+            f"{direct.storage} cannot be laid out as Arrow files in {builder.cache_dir} ({error.__cause__ or error}); "
+            "free some space, or name another place by HF_DATASETS_CACHE"
+        ) from error
+    return ArrowColumns(rows, storage=direct.storage, where=direct.where, files=direct.files)
+
+
+def plain(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column; text that is not UTF-8 (Parquet does not check) has lone surrogates for its bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise
+    raw = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+
+
+def _read_group(opened: pq.ParquetFile, file: Path, group: int, names: list[str]) -> pa.Table:
+    """A row group. Raises DataError for one that is damaged."""
+    try:
+        return opened.read_row_group(group, columns=names, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{file}: row group {group} of {opened.num_row_groups} is damaged ({reason}); download the file again"
+        ) from error
+
+
+def _damage(opened: pq.ParquetFile, file: Path, names: list[str], error: Exception) -> DataError:
+    """The error for a file that does not read, with the row group where it can be found."""
+    try:
+        for group in range(opened.num_row_groups):
+            _read_group(opened, file, group, names)
+    except DataError as found:
+        return found
+    return DataError(f"{file}: {names} cannot be read ({error}); download the file again")
 
 
 def _metadata(file: Path) -> pq.FileMetaData:

@@ -70,7 +70,10 @@ def judge(label_0: Any, label_1: Any, has_label: Any = True) -> int | tuple[str,
 
     `label_1` may be None when the data have one label column; it is then 1 - label_0.
     """
-    if not _truth(has_label):
+    compared = _truth(has_label)
+    if compared is None:
+        return BAD_LABEL, f"has_label is {has_label!r:.80}; write true or false"
+    if not compared:
         return NO_LABEL, "has_label is false: nobody compared these images"
     first = _number(label_0)
     second = _number(label_1) if label_1 is not None or first is None else 1 - first
@@ -78,15 +81,22 @@ def judge(label_0: Any, label_1: Any, has_label: Any = True) -> int | tuple[str,
         return 0 if first == 1 else 1
     if (first, second) == (0.5, 0.5):
         return TIE, "label_0 = label_1 = 0.5"
-    return BAD_LABEL, (f"label_0 = {label_0!r}, label_1 = {label_1!r}; allowed are 1/0, 0/1 and, for a tie, 0.5/0.5")
+    return BAD_LABEL, (
+        f"label_0 = {label_0!r:.80}, label_1 = {label_1!r:.80}; allowed are 1/0, 0/1 and, for a tie, 0.5/0.5"
+    )
 
 
-def _truth(value: Any) -> bool:
-    return str(value).strip().lower() not in ("false", "0", "0.0", "none", "nan", "")
+def _truth(value: Any) -> bool | None:
+    """What a cell says, or None where it says neither; an empty one says no."""
+    word = "" if isinstance(value, list | dict | bytes) else str(value).strip().lower()
+    if word in ("true", "1", "1.0", "yes", "y", "t"):
+        return True
+    no = ("false", "0", "0.0", "no", "n", "f", "none", "null", "nan")
+    return False if word in no or value == "" or str(value).isspace() else None
 
 
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from diffalign.data.rows import DataError, Problem
+from diffalign.data.cells import read_prompt
+from diffalign.data.columns import Columns
+from diffalign.data.listing import open_listing
+from diffalign.data.parquet import ParquetColumns
+from diffalign.data.rows import DataError, ImageError, Problem
+from diffalign.data.text import lines_of, odd, read_text
 
 COLUMNS = ("prompt", "caption")
 LONGEST_NAME = 255  # bytes that file systems allow; a longer text can only be a prompt
@@ -65,7 +68,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     """The prompts in a .txt (one per line), .jsonl, .csv or .parquet file, or `source` itself as one prompt.
 
     Tables need a column `prompt` or `caption`. Blank lines of a .txt file separate nothing and are skipped; an
-    empty cell of a table is an error that names the row (1 = the first). Repeated prompts are kept once, in
+    empty cell of a table is an error that names the row or line. Repeated prompts are kept once, in
     order of first appearance: a picture depends on (prompt, seed) only, so a repeat would only feign data.
     """
     path = Path(source)
@@ -76,9 +79,9 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     elif not path.is_file():
         raise PromptError(f"{source}: no such file")
     elif path.suffix.lower() == ".txt":
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = _lines(path)
     else:
-        prompts = _column(_rows(path), source)
+        prompts = _column(path)
     if not any(prompt.strip() for prompt in prompts):
         raise PromptError(f"{source!r}: no prompt in it")
     return unique(prompts)[:limit]
@@ -89,32 +92,33 @@ def unique(prompts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _rows(path: Path) -> list[dict]:
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+def _lines(path: Path) -> list[str]:
+    found = []
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
+        if fault := odd(line):
+            raise PromptError(f"{path}, line {number}: it {fault}; write a text in UTF-8")
+        if line.strip():
+            found.append(line.strip())
+    return found
+
+
+def _column(path: Path) -> list[str]:
+    """The prompts of a table. Raises PromptError naming the row that has none."""
     if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet as parquet
-
-        names = [name for name in parquet.read_schema(path).names if name in COLUMNS]
-        return parquet.read_table(path, columns=names).to_pylist()
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}, line {number}: not JSON ({error})") from error
-        if row is not None:
-            rows.append(row if isinstance(row, dict) else {"prompt": row})
-    return rows
-
-
-def _column(rows: list[dict], source: str) -> list[str]:
-    names = list(rows[0]) if rows else []
-    column = next((name for name in COLUMNS if name in names), None)
+        stored: Columns = ParquetColumns([path])
+    else:
+        stored = open_listing(path, plain="prompt")
+    column = next((name for name in COLUMNS if name in stored.names), None)
+    faults = {row: fault for row in range(len(stored)) if (fault := stored.fault(row)) is not None}
+    if faults:
+        row, fault = next(iter(faults.items()))
+        raise PromptError(f"{path.parent / stored.where(row)}: {fault}")
     if column is None:
-        raise PromptError(f"{source}: no column {' or '.join(COLUMNS)}; its columns are {names}")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get(column), str) or not row[column].strip():
-            raise PromptError(f"{source}, row {number}: {column} is {row.get(column)!r}; give it a text or delete it")
-    return [row[column].strip() for row in rows]
+        raise PromptError(f"{path}: no column {' or '.join(COLUMNS)}; its columns are {list(stored.names)}")
+    prompts = []
+    for row, cell in enumerate(stored.column(column)):
+        try:
+            prompts.append(read_prompt(cell, column).strip())
+        except ImageError as error:
+            raise PromptError(f"{path.parent / stored.where(row)}: {error}") from error
+    return prompts

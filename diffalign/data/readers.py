@@ -21,6 +21,7 @@ from diffalign.data.parquet import open_parquet
 from diffalign.data.pickapic import Layout
 from diffalign.data.remembered import recall, remember, remembered_at
 from diffalign.data.rows import DataError
+from diffalign.data.splits import has_no_splits, of_split
 from diffalign.data.table import PairTable, Verify
 from diffalign.data.webdataset import open_shards
 
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 FORMATS = ("auto", "pickapic", "preference", two_prompts.FORMAT)
 _LAYOUTS = {"pickapic": pickapic, "preference": preference}
 _PARTS = {**_LAYOUTS, two_prompts.FORMAT: two_prompts}
-_SPLITS = ("train", "validation", "valid", "val", "test", "eval", "dev")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -80,9 +80,12 @@ def open_pairs(
 
 def open_columns(path: str | Path, split: str = "train") -> Columns:
     """The stored rows behind a path or Hub id, whatever their columns. Raises DataError."""
-    place = Path(path).expanduser()
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:  # ~NAME of somebody who is not there
+        raise DataError(f"{path}: {error}; write the folder out") from error
     if place.is_file():
-        _has_no_splits(place, split)
+        has_no_splits(place, split)
         return _open_file(place)
     if place.is_dir():
         return _open_folder(place, split)
@@ -113,6 +116,7 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
         if column not in stored.names:
             raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
     missing: dict[str, list[str]] = {}
+    fitting: dict[str, dict[str, str]] = {}
     for name in wanted:
         parts = _PARTS[name].PARTS
         found = {part: column for part, column in columns.items() if part in parts}
@@ -123,10 +127,16 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
         found = {part: column for part, column in found.items() if column}
         missing[name] = [part for part in parts if part not in found and part not in _PARTS[name].OPTIONAL]
         if not missing[name]:
-            if name == two_prompts.FORMAT:
-                rows = two_prompts.TwoPrompts(stored, found)
-                return rows, rows.layout
-            return stored, _LAYOUTS[name].layout(found)
+            fitting[name] = found
+    meant = {name: found for name, found in fitting.items() if columns.keys() <= _PARTS[name].PARTS.keys()}
+    if len(meant) > 1:
+        raise _several(stored, meant)
+    for name, found in (meant or fitting).items():
+        _say_choices(stored, found, _PARTS[name].PARTS, columns)
+        if name == two_prompts.FORMAT:
+            rows = two_prompts.TwoPrompts(stored, found)
+            return rows, rows.layout
+        return stored, _LAYOUTS[name].layout(found)
     lines = [f"{stored.storage} {_has(stored)}; no known layout fits:"]
     for name in sorted(wanted, key=lambda each: len(missing[each])):
         for part in missing[name]:
@@ -134,6 +144,29 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
             lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
     lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
     raise DataError("\n".join(lines))
+
+
+def _several(stored: Columns, meant: Mapping[str, Mapping[str, str]]) -> DataError:
+    """The error for rows that have the columns of several formats."""
+    lines = [f"{stored.storage} has the columns of several formats:"]
+    for name, found in meant.items():
+        needed = [column for part, column in found.items() if part not in _PARTS[name].OPTIONAL]
+        lines.append(f"  {name}: {', '.join(needed)}")
+    lines.append(f"say which is meant: data.format: {next(iter(meant))} in a config, --format on the command line")
+    return DataError("\n".join(lines))
+
+
+def _say_choices(
+    stored: Columns, found: Mapping[str, str], parts: Mapping[str, Sequence[str]], named: Mapping[str, str]
+) -> None:
+    """Warn where a part could have been another column."""
+    for part, column in found.items():
+        others = [name for name in parts[part] if name in stored.names and name not in found.values()]
+        if others and part not in named:
+            log.warning(
+                "%s: %s is read from the column %s, not from %s; data.columns: {%s: %s} reads that one",
+                *(stored.storage, part, column, " or ".join(others), part, others[0]),
+            )
 
 
 def _has(stored: Columns) -> str:
@@ -146,13 +179,14 @@ def _near(name: str, stored: Columns) -> str:
 
 
 def _open_file(file: Path) -> Columns:
-    if file.suffix == ".parquet":
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         return open_parquet([file])
-    if file.suffix in SUFFIXES:
+    if suffix in SUFFIXES:
         return open_listing(file)
-    if file.suffix == ".json":
+    if suffix == ".json":
         return open_json(file)
-    if file.suffix == ".tar":
+    if suffix == ".tar":
         return open_shards([file])
     known = ", ".join((".parquet", *SUFFIXES, ".json", ".tar"))
     raise DataError(f"{file} ends in {file.suffix or 'nothing'}; pairs are read from {known} files and folders")
@@ -160,17 +194,18 @@ def _open_file(file: Path) -> Columns:
 
 def _open_folder(folder: Path, split: str) -> Columns:
     if is_pair_folder(folder):
-        _has_no_splits(folder, split)
+        has_no_splits(folder, split)
         return open_folder(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         from diffalign.data.hub import open_saved
 
         return open_saved(folder, split)
-    if files := sorted(folder.rglob("*.parquet")):
-        return open_parquet(_of_split(files, folder, split))
-    if files := sorted(folder.rglob("*.tar")):
-        return open_shards(_of_split(files, folder, split))
-    listings = sorted(file for file in folder.iterdir() if file.suffix in (*SUFFIXES, ".json"))
+    below = sorted(file for file in folder.rglob("*") if file.is_file())
+    if files := [file for file in below if file.suffix.lower() == ".parquet"]:
+        return open_parquet(of_split(files, folder, split))
+    if files := [file for file in below if file.suffix.lower() == ".tar"]:
+        return open_shards(of_split(files, folder, split))
+    listings = [file for file in below if file.parent == folder and file.suffix.lower() in (*SUFFIXES, ".json")]
     if listings:
         return _open_file(_of_one_split(listings, folder, split))
     raise DataError(
@@ -180,32 +215,10 @@ def _open_folder(folder: Path, split: str) -> Columns:
 
 
 def _of_one_split(files: Sequence[Path], folder: Path, split: str) -> Path:
-    found = _of_split(files, folder, split)
+    found = of_split(files, folder, split)
     if len(found) > 1:
         raise DataError(f"{folder} holds several listings, {[file.name for file in found]}; name one of them")
     return found[0]
-
-
-def _of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
-    """The files whose name or folder is the split's; all files when none names any split."""
-
-    def splits(file: Path) -> set[str]:
-        return set(re.split(r"[\W_]+", file.relative_to(folder).with_suffix("").as_posix()))
-
-    found = [file for file in files if split in splits(file)]
-    if found:
-        return found
-    named = sorted({part for file in files for part in splits(file)} & set(_SPLITS))
-    if named:
-        raise DataError(f"{folder} has no files of split {split!r}; it has {named}")
-    _has_no_splits(folder, split)
-    return list(files)
-
-
-def _has_no_splits(place: Path, split: str) -> None:
-    """Raise DataError when a split was asked for where there are none; "train", the default, is everything."""
-    if split != "train":
-        raise DataError(f"{place} has no splits, and split {split!r} was asked for; leave split out to read all of it")
 
 
 def _listed(folder: Path) -> list[str]:

@@ -30,7 +30,7 @@ from diffalign.data.rows import Problem
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FROM_ROWS = 10_000  # below, looking takes a second or two
 _TEXTS = ("problems", "ids", "prompts", "names_files", "negative_masks", "examined_rows")
 _TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array codes

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from diffalign.errors import DiffalignError
 
 MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images carry no picture
+MAX_PIXELS = 89_478_485  # of one image: 256 MB of RGB, decoded at every visit; Pillow warns from there on
 
 # Fault kinds, in the order in which a row is examined: a row is reported once, with its first fault.
 BAD_ROW = "bad row"
@@ -20,11 +21,14 @@ NO_LABEL = "no label"
 BAD_LABEL = "bad label"
 TIE = "tie"
 EMPTY_PROMPT = "empty prompt"
+BAD_PROMPT = "bad prompt"
 MISSING_SIDE = "missing side"
+NOT_IMAGE = "not an image"
 OUTSIDE = "path outside the data folder"
 IDENTICAL = "identical images"
 CORRUPT = "corrupt image"
 TINY = "tiny image"
+HUGE = "huge image"
 BAD_TERM = "bad weight, margin or mask"
 DUPLICATE = "duplicate id"
 DISAGREEMENT = "axes disagree"  # a verdict on a usable pair, made when scores are taken up
@@ -97,11 +101,14 @@ class ImageRef:
         whole_file = self.data is None and self.span is None
         try:
             with Image.open(str(self.path) if whole_file else io.BytesIO(self.read())) as image:
+                _check_header(image, self.where)
                 yield image
         except ImageError:
             raise
         except FileNotFoundError as error:
             raise self._missing(error) from error
+        except Image.DecompressionBombError as error:
+            raise ImageError(HUGE, f"{self.where}: {error}; save a smaller copy") from error
         except Exception as error:  # PIL decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             reason = re.sub(r"<_io.BytesIO[^>]*>", "the bytes", " ".join(str(error).split()))[:120]
             raise ImageError(
@@ -131,13 +138,25 @@ def check_size(size: tuple[int, int], where: str) -> None:
         raise ImageError(TINY, f"{where}: {size[0]}x{size[1]} pixels; each side needs at least {MIN_SIDE}")
 
 
+def _check_header(image: Image.Image, where: str) -> None:
+    """Raise ImageError for an image that is too large, or whose numbers have no known range; nothing is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            HUGE,
+            f"{where}: {image.width}x{image.height} is {image.width * image.height} pixels, and MAX_PIXELS = "
+            f"{MAX_PIXELS} are the most that is decoded; save a smaller copy",
+        )
+    # PIL calls some 16-bit PNG and PPM files "I"; in a TIFF that mode is 32-bit, with values of any scale
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "float" if image.mode == "F" else "32-bit integer"
+        raise ImageError(CORRUPT, f"{where}: {kind} images have no known range; save them as 8- or 16-bit")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any PIL image: alpha on white, 16-bit scaled by its own range, the rest by PIL's rules."""
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode == "F":
-        raise DiffalignError("float images have no known range; save them as 8- or 16-bit")
     if image.mode.startswith("I"):  # 16-bit PNG and TIFF; PIL's own convert would clip at 255
         return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
     if image.has_transparency_data:

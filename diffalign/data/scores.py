@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diffalign.data.rows import DataError, ImageError
 from diffalign.data.table import PairTable
+from diffalign.data.text import lines_of, parse_json, read_text
 from diffalign.folder_lock import folder_lock
 
 NAMED = 3  # pairs without scores that a message names
@@ -74,17 +75,17 @@ def read_scores(path: str | Path, scorer: str | None = None) -> Scores:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file of scores {path}; `diffalign data score PAIRS --scorer NAME --out {path}`")
-    lines = path.read_text().splitlines(keepends=True)
+    *lines, unfinished = lines_of(read_text(path))
     try:
-        made_by = json.loads(lines[0])["scorer"]
-        rows = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+        made_by = parse_json(lines[0])["scorer"]
+        rows = [parse_json(line) for line in lines[1:] if line.strip()]
         found = {row["id"]: (_number(row["score_0"]), _number(row["score_1"])) for row in rows}
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is no file of scores ({error!r}); `diffalign data score` writes one") from error
     if scorer is not None and made_by != scorer:
         raise DataError(f"{path} has scores by {made_by}, and {scorer} was asked for; name another file")
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines[:-1]))
+    if unfinished:
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return found
 
 
@@ -118,4 +119,6 @@ def _open(table: PairTable, index: int) -> tuple[Image, Image] | None:
 
 
 def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    """A finite number, or nan."""
+    score = math.nan if value is None else float(value)
+    return score if math.isfinite(score) else math.nan

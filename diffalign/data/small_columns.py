@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from diffalign.data.cells import read_prompt
 from diffalign.data.columns import Columns
 from diffalign.data.pickapic import Layout, judge
+from diffalign.data.rows import BAD_ROW, ImageError
 from diffalign.data.terms import NEUTRAL, read_number
+from diffalign.data.text import odd
 
 
 class SmallColumns:
@@ -17,7 +20,7 @@ class SmallColumns:
         def read(name: str | None) -> Any:
             return None if name is None else columns.column(name)
 
-        self._prompts = columns.column(layout.prompt)
+        self._prompt_column, self._prompts = layout.prompt, columns.column(layout.prompt)
         self._labels = [read(name) for name in layout.labels]
         self._has_label = read(layout.has_label)
         self._uids = [columns.column(name) for name in layout.uids]
@@ -26,8 +29,8 @@ class SmallColumns:
         self._where = columns.where
 
     def prompt(self, row: int) -> str:
-        value = self._prompts[row]
-        return value if isinstance(value, str) else ""
+        """Raises ImageError (empty prompt, bad prompt)."""
+        return read_prompt(self._prompts[row], self._prompt_column)
 
     def preferred(self, row: int) -> int | tuple[str, str]:
         one, two = self._labels
@@ -38,7 +41,11 @@ class SmallColumns:
         return judge(one[row], second, True if self._has_label is None else self._has_label[row])
 
     def uids(self, row: int) -> tuple[str, ...]:
-        values = tuple(str(column[row] if column[row] is not None else "") for column in self._uids)
+        """Raises ImageError (bad row) for one that is not text."""
+        cells = [column[row] for column in self._uids]
+        values = tuple("" if cell is None or cell != cell else str(cell) for cell in cells)
+        if fault := next(filter(None, map(odd, values)), None):
+            raise ImageError(BAD_ROW, f"its uid {fault}: {values!a:.80}; write a text in UTF-8, or leave it empty")
         return values if all(values) else ()
 
     def scores(self, row: int) -> tuple[float, float] | None:
@@ -54,7 +61,9 @@ class SmallColumns:
 
 
 def _score(value: Any) -> float:
+    """A finite number, or nan."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        score = float(value)
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+    return score if math.isfinite(score) else math.nan

@@ -194,8 +194,9 @@ class OfflinePairs:
                 log.warning("replaced by another pair, each time: %s", problem)
         if len(self.problems) > self._allowed:
             raise DataError(
-                f"{len(self.problems)} of {len(self.table)} pairs could not be read, more than the {self._allowed} "
-                f"that max_unreadable allows (last: {self.problems[-1]}); run `diffalign data check --full`"
+                f"{len(self.problems)} of {len(self.table)} pairs could not be read, and a run goes on with "
+                f"{self._allowed} at most (last: {self.problems[-1]}); `diffalign data check --full` names them all: "
+                "mend or remove them"
             )
 
 

@@ -18,13 +18,13 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data.columns import Columns, image_ref
+from diffalign.data.cells import image_ref
+from diffalign.data.columns import Columns
 from diffalign.data.content import Files, file_stat
 from diffalign.data.pickapic import Layout
 from diffalign.data.rows import (
     BAD_ROW,
     DUPLICATE,
-    EMPTY_PROMPT,
     IDENTICAL,
     TIE,
     DataError,
@@ -255,12 +255,8 @@ class PairTable:
                     self._report(row, kind, reason)
                     continue
                 judged, tie = 0, True
-            prompt = light.prompt(row)
-            if not prompt.strip():
-                self._report(row, EMPTY_PROMPT, f"{self.layout.prompt} is empty; write one or remove the row")
-                continue
-            uids = light.uids(row)
             try:
+                prompt, uids = light.prompt(row), light.uids(row)
                 numbers = light.numbers(row)
                 if "mask" in self.layout.terms and verify != "none":
                     self.negative_masks |= bool((self._mask(row) < 0).any())

@@ -10,7 +10,6 @@ not mask images, because 8 bits have no agreed zero for numbers with a sign: a b
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from diffalign.data.images import resized
 from diffalign.data.rows import BAD_TERM, ImageError, ImageRef
+from diffalign.data.text import parse_json
 
 TERMS = ("weight", "margin", "mask")  # the parts of a layout
 NEUTRAL = {"weight": 1.0, "margin": 0.0}
@@ -31,7 +31,7 @@ def read_number(cell: Any, part: str, where: str) -> float:
         return NEUTRAL[part]
     try:
         value = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or value < LEAST[part]:
         allowed = "a finite number, 0 or more" if part == "weight" else "a finite number"
@@ -49,9 +49,11 @@ def read_mask(cell: Any, where: str) -> Tensor:
     if cell is None or (isinstance(cell, str | bytes) and not cell.strip()):
         return torch.ones(1, 1, dtype=torch.float64)
     try:
-        rows = json.loads(cell) if isinstance(cell, str | bytes) else cell
+        rows = parse_json(cell) if isinstance(cell, str | bytes) else cell
+        if isinstance(rows, dict) or any(isinstance(row, str | bytes | dict) for row in rows):
+            raise TypeError("its rows are not lists")
         grid = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _bad_mask(where, f"is no grid of numbers ({error})") from error
     if grid.ndim != 2 or not grid.numel():
         raise _bad_mask(where, f"has the shape {tuple(grid.shape)}")

@@ -10,7 +10,6 @@ vision-language model's reading of a few of the person's pairs.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable
+from diffalign.data.text import parse_json, read_text
 from diffalign.errors import DiffalignError
 from diffalign.weight_files import check_weights
 
@@ -132,9 +132,9 @@ def embedding(values: Any, where: str) -> Tensor:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".json":
-        return dict(json.loads(path.read_text()).items())
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".json":
+        return dict(parse_json(read_text(path)).items())
+    if path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
         rows = pq.read_table(path, columns=["user", "user_embed"]).to_pydict()
@@ -142,7 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
         if len(set(names)) < len(names):
             raise DataError(f"{path} has {len(names)} rows of {len(set(names))} users; give each user one row")
         return dict(zip(names, rows["user_embed"], strict=True))
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors.torch import load_file
 
         check_weights(path)

@@ -13,42 +13,92 @@ from typing import Any
 
 from diffalign.data.columns import ListColumns
 from diffalign.data.rows import DataError, ImageRef
+from diffalign.data.text import odd
 
 TEXT = (".txt", ".cls")
 MAX_TEXT = 1 << 16  # bytes of a prompt or label; anything longer is not one
 
 
 def open_shards(files: Sequence[Path]) -> ListColumns:
-    """The rows of uncompressed tar shards, in file and member order."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    """The rows of uncompressed tar shards, in file and member order. Raises DataError for one that is not whole."""
+    rows: dict[tuple[Path, str], dict[str, Any]] = {}
+    faults: dict[tuple[Path, str], str] = {}
     for file in files:
+        last = None
         try:
             with tarfile.open(file, "r:") as tar:
                 for member in tar:
+                    last = member.name
                     if member.isreg():  # links and devices are passed over
-                        _add(rows, file, tar, member)
+                        _add(rows, faults, file, tar, member)
+                end = tar.offset
         except (tarfile.TarError, EOFError) as error:
-            raise DataError(f"{file} is not a plain tar file ({error}); decompress or download it again") from error
+            after = f" after its member {last!r}" if last is not None else ""
+            raise DataError(
+                f"{file} is not a plain tar file, or is cut short{after} ({error}); decompress or download it again"
+            ) from error
+        _whole(file, end, last)
     if not rows:
         raise DataError(f"{[str(file) for file in files]} hold no files")
-    wheres = [f"{shard} sample {name}" for shard, name in rows]
-    storage = f"{len(files)} tar shard" + "s" * (len(files) > 1)
-    return ListColumns(list(rows.values()), wheres, storage=storage, base=files[0].parent, files=files)
+    places = {key: place for place, key in enumerate(rows)}
+    return ListColumns(
+        list(rows.values()),
+        [f"{shard.name} sample {name}" for shard, name in rows],
+        storage=f"{len(files)} tar shard" + "s" * (len(files) > 1),
+        base=files[0].parent,
+        faults={places[key]: fault for key, fault in faults.items()},
+        files=files,
+    )
+
+
+def _whole(file: Path, end: int, last: str | None) -> None:
+    """Raise DataError unless zeros, tar's mark of the end, follow the last member and nothing else does.
+
+    `tarfile` stops without a word where the file ends between members, and at a header that it cannot read.
+    """
+    with open(file, "rb") as stream:
+        stream.seek(end)
+        rest = stream.read(tarfile.BLOCKSIZE)
+        zeros = len(rest) == tarfile.BLOCKSIZE and not any(rest)
+        while rest and not any(rest):
+            rest = stream.read(1 << 20)
+    if not zeros:
+        what = "is cut short" if len(rest) < tarfile.BLOCKSIZE else "has a damaged member"
+        raise DataError(
+            f"{file} {what} after its member {last!r} (byte {end}); download it again, or repack it with tar"
+        )
+    if rest:
+        raise DataError(
+            f"{file} goes on after the end mark that follows its member {last!r} (byte {end}): archives that were put "
+            "together with cat; name them one by one, or repack them with tar"
+        )
 
 
 def _add(
-    rows: dict[tuple[str, str], dict[str, Any]], file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo
+    rows: dict[tuple[Path, str], dict[str, Any]],
+    faults: dict[tuple[Path, str], str],
+    file: Path,
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
 ) -> None:
     folder, _, base = member.name.rpartition("/")
     stem, _, ending = base.partition(".")
     field = ending.split(".")[0]
     name = f"{folder}/{stem}" if folder else stem
-    row = rows.setdefault((file.name, name), {})
-    if base.endswith(TEXT):
-        stream = tar.extractfile(member)
-        text = stream.read(MAX_TEXT + 1) if stream is not None and member.size <= MAX_TEXT else b""
-        # NAME.txt, the plain caption file of many webdatasets, is the prompt
-        row["prompt" if field == "txt" else field] = text.decode("utf-8", "replace").strip()
-    else:
+    row = rows.setdefault((file, name), {})
+    is_text = base.lower().endswith(TEXT)
+    column = "prompt" if is_text and field.lower() == "txt" else field  # NAME.txt is the caption of many webdatasets
+    fault = f"has two members for {column} (the second is {member.name})" if column in row else odd(member.name)
+    if not is_text:
         where = f"{file.name} sample {name} {field}"
-        row[field] = ImageRef(None, str(file), where, (member.offset_data, member.size))
+        row[column] = ImageRef(None, str(file), where, (member.offset_data, member.size))
+    elif member.size > MAX_TEXT:
+        fault = f"{member.name} has {member.size} bytes; a text has at most {MAX_TEXT}"
+        row[column] = None
+    else:
+        stream = tar.extractfile(member)
+        raw = b"" if stream is None else stream.read()
+        row[column] = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").strip()
+        fault = fault or ((why := odd(row[column])) and f"{member.name} {why}; save it as UTF-8")
+    if fault:
+        faults.setdefault((file, name), fault)

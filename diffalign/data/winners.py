@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data.columns import Columns, image_ref
+from diffalign.data.cells import image_ref, read_prompt
+from diffalign.data.columns import Columns
 from diffalign.data.images import prepare
 from diffalign.data.pickapic import PROMPT
 from diffalign.data.prompts import Table
 from diffalign.data.readers import find_layout, open_columns, open_pairs
-from diffalign.data.rows import BAD_ROW, DUPLICATE, EMPTY_PROMPT, DataError, ImageError, ImageRef, Problem, check_size
+from diffalign.data.rows import BAD_ROW, DUPLICATE, DataError, ImageError, ImageRef, Problem, check_size
 from diffalign.data.table import Verify
 from diffalign.objectives.draws import uniform
 
@@ -57,11 +58,8 @@ class WinnerTable:
             if (fault := columns.fault(row)) is not None:
                 self.problems.append(Problem(columns.where(row), BAD_ROW, fault))
                 continue
-            prompt = prompts[row] if isinstance(prompts[row], str) else ""
-            if not prompt.strip():
-                self.problems.append(Problem(columns.where(row), EMPTY_PROMPT, f"{parts['prompt']} is empty"))
-                continue
             try:
+                prompt = read_prompt(prompts[row], parts["prompt"])
                 name = self._look(row, prompt, verify)
             except ImageError as error:
                 self.problems.append(Problem(columns.where(row), error.kind, str(error)))

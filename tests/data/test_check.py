@@ -12,6 +12,7 @@ from PIL import Image
 from diffalign.data.check import check_pairs
 from diffalign.data.rows import DataError
 from tests.data.helpers import pick_rows, png, write_jsonl, write_parquet
+from tests.data.test_images import bomb
 
 
 @pytest.fixture
@@ -108,3 +109,23 @@ def test_full_verification_decodes(tmp_path: Path) -> None:
     assert check_pairs(file, verify="full").usable == 2
     with pytest.raises(DataError, match="verify='fast'; allowed are 'none', 'header' and 'full'"):
         check_pairs(file, verify="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_long_pictures_huge_ones_and_the_columns_are_said(tmp_path: Path) -> None:
+    rows = pick_rows(3)
+    rows[0]["jpg_0"] = png(1, (100, 10))
+    rows[1]["jpg_1"] = bomb(12000)
+    rows[2]["caption"] = "red\x1b[2J fox"
+    report = check_pairs(write_parquet(tmp_path / "pairs.parquet", rows), verify="full")
+    text = report.text()
+    for line in (
+        "columns       prompt: caption; images: jpg_0, jpg_1; label: label_0",
+        "  1 x huge image",
+        "row 1: jpg_1: 12000x12000 is 144000000 pixels",
+        "1 pairs have an image more than 4 times as long as wide, of which training sees a square: pairs.parquet row 0",
+        "red\\x1b[2J fox",
+    ):
+        assert line in text, f"{line!r} not in\n{text}"
+    assert "\x1b" not in text
+    assert report.json()["extreme_aspect_ratios"] == [{"row": "pairs.parquet row 0", "size": "100x10"}]

@@ -134,18 +134,6 @@ def test_a_line_that_does_not_parse_is_a_bad_row(tmp_path: Path) -> None:
     assert "a JSON list" in problems[1].reason
 
 
-def test_a_folder_with_one_side_missing_or_no_prompt(tmp_path: Path) -> None:
-    for name, sides in (("a", ("chosen", "rejected")), ("b", ("chosen",)), ("c", ("chosen", "rejected"))):
-        for place, side in enumerate(sides):
-            (tmp_path / side).mkdir(exist_ok=True)
-            (tmp_path / side / f"{name}.png").write_bytes(png(ord(name) * 2 + place))
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("a prompt")
-    table = open_pairs(tmp_path)
-    assert [(p.where, p.kind) for p in table.problems] == [("pair b", "missing side"), ("pair c", "empty prompt")]
-    assert len(table) == 1
-
-
 def test_hpdv2_entries_with_faults(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(i))
@@ -158,14 +146,14 @@ def test_hpdv2_entries_with_faults(tmp_path: Path) -> None:
     assert [p.kind for p in table.problems] == ["tie", "bad row", "bad row"]
 
 
-def test_a_bomb_is_a_corrupt_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_a_huge_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     stream = io.BytesIO()
     Image.new("RGB", (64, 64)).save(stream, "PNG")
     rows = pick_rows(1)
     rows[0]["jpg_0"] = stream.getvalue()
     (problem,) = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows)).problems
-    assert problem.kind == "corrupt image"
+    assert problem.kind == "huge image"
     assert "pixels" in problem.reason
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffalign.data import images
 from diffalign.data.images import prepare, prepare_pair
 from diffalign.data.rows import ImageError, ImageRef, PairRow, to_rgb
 from diffalign.objectives.draws import pair_key
@@ -172,8 +175,11 @@ def test_transparent_palette_is_composed_on_white() -> None:
 
 def test_cmyk_is_converted_and_float_refused() -> None:
     assert to_rgb(Image.new("CMYK", (8, 8), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    with pytest.raises(ImageError, match="float images have no known range"):
-        encoded(Image.new("F", (16, 16), 0.5), "TIFF").open()
+    for look in (ImageRef.size, ImageRef.open):  # the header is enough
+        with pytest.raises(
+            ImageError, match="row 0 image: float images have no known range; save them as 8- or 16-bit"
+        ):
+            look(encoded(Image.new("F", (16, 16), 0.5), "TIFF"))
 
 
 def test_a_side_that_cannot_be_used_names_its_row() -> None:
@@ -183,3 +189,72 @@ def test_a_side_that_cannot_be_used_names_its_row() -> None:
         )
     with pytest.raises(ImageError, match="row 7 jpg_0: does not open as an image"):
         ImageRef(png(1)[:300], None, "row 7 jpg_0").open()
+
+
+def grey(values: np.ndarray, kind: str) -> ImageRef:
+    return encoded(Image.fromarray(values), kind)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bits_are_scaled_by_their_own_range(kind: str) -> None:
+    values = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))
+    shown = np.array(grey(values, kind).open())[0, :, 0].astype(int)
+    assert np.abs(shown - values[0] / 257).max() <= 1
+
+
+def test_32_bit_integers_are_refused_by_name_as_their_range_is_unknown() -> None:
+    values = np.tile(np.arange(16, dtype=np.int32) * 16, (16, 1))  # read as 16-bit, it would be black
+    for look in (ImageRef.size, ImageRef.open):
+        with pytest.raises(ImageError, match="row 0 image: 32-bit integer images have no known range; save them as 8-"):
+            look(grey(values, "TIFF"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for look in (ImageRef.size, ImageRef.open):
+        with pytest.raises(ImageError, match="13000x13000 is 169000000 pixels, and MAX_PIXELS = 89478485") as caught:
+            look(ImageRef(bomb(13000), None, "row 3 jpg_0"))
+        assert caught.value.kind == "huge image"
+        assert "row 3 jpg_0" in str(caught.value)
+        assert "save a smaller copy" in str(caught.value)
+
+
+def bomb(side: int) -> bytes:
+    """The header of a large PNG, and no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(130, 20), (20, 130), (1000, 9), (65, 16), (400, 64)])
+@pytest.mark.parametrize("position", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_crop_of_a_long_picture_is_that_of_the_whole_resized(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], position: float, flip: bool
+) -> None:
+    """Pixels differ by roundings, of 2 of 255 levels; geometry not at all.
+
+    The values leave room for the filter's overshoot: Pillow may take rows or columns first, and clips in between.
+    """
+    image = picture(1, size).point(lambda value: 64 + value // 2)
+    pixels, geometry = prepare(image, 32, position, flip)
+    monkeypatch.setattr(images, "EXTREME", 10**6)
+    whole, told = prepare(image, 32, position, flip)
+    assert geometry == told
+    assert (pixels - whole).abs().max() <= 2.01 / 127.5
+
+
+def test_a_long_picture_costs_no_more_than_its_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: made.append(size) or real(self, size, *a, **k)
+    )
+    pixels, geometry = prepare(Image.new("RGB", (16000, 8)), 64, 0.5, False)
+    assert made == [(64, 64)]
+    assert pixels.shape == (3, 64, 64)
+    assert geometry == (8, 16000, 0, 63968, 64, 64)

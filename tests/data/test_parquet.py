@@ -9,6 +9,7 @@ import pytest
 
 from diffalign.data import parquet
 from diffalign.data.readers import open_pairs
+from diffalign.data.rows import DataError
 from tests.data.helpers import pick_rows, png, write_parquet
 
 
@@ -73,3 +74,29 @@ def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatc
     assert isinstance(table.columns, parquet.ParquetColumns)
     assert len(table.columns._kept) == 2
     assert table.columns._kept_bytes == sum(kept.nbytes for kept in table.columns._kept.values())
+
+
+def damaged(file: Path, column: str, group: int) -> Path:
+    """The same file with the pages of one column of one row group overwritten."""
+    found = pq.ParquetFile(file)
+    place = found.schema_arrow.names.index(column)
+    chunk = found.metadata.row_group(group).column(place)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    raw = bytearray(file.read_bytes())
+    raw[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    file.write_bytes(raw)
+    return file
+
+
+@pytest.mark.parametrize("column", ["caption", "jpg_0"])
+def test_a_damaged_page_names_file_and_row_group(tmp_path: Path, column: str) -> None:
+    write_parquet(tmp_path / "a.parquet", pick_rows(6))
+    damaged(write_parquet(tmp_path / "b.parquet", pick_rows(6)), column, 1)
+    with pytest.raises(DataError, match=r"b.parquet: row group 1 of 2 is damaged \(.*\); download the file again"):
+        open_pairs(tmp_path)
+
+
+def test_a_damaged_page_is_named_when_an_arrow_copy_is_made(tmp_path: Path, arrow: None) -> None:
+    damaged(write_parquet(tmp_path / "b.parquet", pick_rows(6)), "jpg_0", 1)
+    with pytest.raises(DataError, match=r"b.parquet: row group 1 of 2 is damaged"):
+        open_pairs(tmp_path)

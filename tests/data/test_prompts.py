@@ -34,7 +34,7 @@ def test_faults_are_named(tmp_path):
     (tmp_path / "p.yaml").write_text("a")
     for file, message in {
         "columns.csv": r"no column prompt or caption; its columns are \['id', 'text'\]",
-        "empty.csv": "row 2: prompt is '  '",
+        "empty.csv": "empty.csv line 3: prompt is empty",
         "broken.jsonl": "line 2: not JSON",
         "blank.txt": "no prompt in it",
         "p.yaml": "allowed: .txt, .jsonl",

@@ -83,22 +83,6 @@ def test_csv_with_a_line_break_in_a_prompt(tmp_path: Path, suffix: str) -> None:
     assert table[0].chosen.open().tobytes() == picture(0).tobytes()
 
 
-@pytest.mark.parametrize("captions", ["json", "jsonl", "txt"])
-def test_folder_of_pairs(tmp_path: Path, captions: str) -> None:
-    for i in range(3):
-        for side, seed in (("chosen", 2 * i), ("rejected", 2 * i + 1)):
-            (tmp_path / side).mkdir(exist_ok=True)
-            (tmp_path / side / f"{i}.png").write_bytes(png(seed))
-        if captions == "txt":
-            (tmp_path / f"{i}.txt").write_text(f"prompt {i}\n")
-    if captions == "json":
-        (tmp_path / "captions.json").write_text(json.dumps({f"{i}.png": f"prompt {i}" for i in range(3)}))
-    if captions == "jsonl":
-        lines = [json.dumps({"name": str(i), "prompt": f"prompt {i}"}) for i in range(3)]
-        (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    assert colours(open_pairs(tmp_path)) == expected(3)
-
-
 def test_hpdv2_train_and_ranked_json(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     for i in range(3):
@@ -146,18 +130,6 @@ def test_saved_data_set_keeps_images_encoded(tmp_path: Path) -> None:
     assert colours(table) == expected(3)
     with pytest.raises(DataError, match=r"no split 'tran'; it has .'train'.; did you mean 'train'"):
         open_pairs(tmp_path / "saved", split="tran")
-
-
-def test_shards_of_a_split_are_chosen_by_name(tmp_path: Path) -> None:
-    rows = pick_rows(5)
-    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows[:2])
-    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows[2:4])
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows[4:])
-    assert open_pairs(tmp_path).ids == ["a0:b0", "a1:b1", "a2:b2", "a3:b3"]
-    assert open_pairs(tmp_path, split="test").ids == ["a4:b4"]
-    assert open_pairs(tmp_path)[3].where == "train-00001-of-00002.parquet row 1"
-    with pytest.raises(DataError, match="no files of split 'dev'"):
-        open_pairs(tmp_path, split="dev")
 
 
 def test_ids_do_not_depend_on_place_or_sharding(tmp_path: Path) -> None:
@@ -308,11 +280,3 @@ def test_max_pairs_stops_early(tmp_path: Path) -> None:
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), max_pairs=2)
     assert table.ids == ["a1:b1", "a2:b2"]
     assert (table.total_rows, table.examined_rows) == (6, 3)
-
-
-def test_a_split_is_not_invented(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "pairs.jsonl", 2)
-    assert len(open_pairs(file)) == 2
-    for place in (file, tmp_path):
-        with pytest.raises(DataError, match="has no splits, and split 'test' was asked for"):
-            open_pairs(place, split="test")

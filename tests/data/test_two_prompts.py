@@ -100,7 +100,12 @@ def test_columns_of_other_names_and_missing_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"two_prompts needs prompt_0 \(one of prompt_0, caption_0\)"):
         open_pairs(file, format="two_prompts")
     labelled = [{**rows[0], "caption": "c", "label_0": 1.0, "label_1": 0.0, "prompt_0": "a", "prompt_1": "b"}]
-    assert open_pairs(write_parquet(tmp_path / "more.parquet", labelled)).format == "pickapic"
+    both = write_parquet(tmp_path / "more.parquet", labelled)
+    assert open_pairs(both, format="pickapic").format == "pickapic"
+    with pytest.raises(
+        DataError, match=r"(?s)columns of several formats.*two_prompts: prompt_0.*data.format: pickapic"
+    ):
+        open_pairs(both)
 
 
 def test_weight_margin_and_mask_are_of_both_pairs(tmp_path: Path) -> None:
