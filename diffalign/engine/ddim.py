@@ -45,9 +45,13 @@ class Step:
 
 
 def variance(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 1.0) -> Tensor:
-    """σ² of the step t → t_prev in float64, shaped like t (eq. 16, times η²)."""
+    """σ² of the step t → t_prev in float64, shaped like t (eq. 16, times η²).
+
+    0 where both have the same ᾱ: at zero terminal SNR and at a final ᾱ of 1, too, where the formula is 0/0.
+    """
     now, prev = s.alpha_bar(t), s.alpha_bar(t_prev)
-    return eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
+    sigma2 = eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
+    return torch.where(now == prev, 0.0, sigma2)
 
 
 def inversion_std(s: NoiseSchedule, ascent: Ascent, eta: float) -> Tensor:

@@ -4,7 +4,9 @@
 
 Every step asks at the level it goes to, as diffusers' DDIMInverseScheduler and the released inversion methods do: an
 explicit Euler step of the probability-flow ODE, of order one. `FixedPoint` makes it the implicit step that DDIM
-sampling undoes exactly.
+sampling undoes exactly. For networks that predict noise the step is DDIMInverseScheduler's. A velocity or a clean
+image is turned into noise at the level that the network was asked at; that scheduler does it at the level the latent
+is at, so its steps differ there, by less with more of them.
 
 Rows that have arrived drop out of the batch. A function that is to follow takes the surviving rows' indices
 (`Predict`); a plain `eps_fn(x, t)` may close over something of the whole batch and is always asked for all of it.

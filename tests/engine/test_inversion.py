@@ -146,6 +146,29 @@ def test_round_trip_is_diffusers_round_trip() -> None:
     assert float((ddim.sample(s, eps_fn, solved, 50) - x0).abs().max()) < 1e-3 * float(their_error)
 
 
+def test_a_step_is_diffusers_inverse_step_for_noise_alone() -> None:
+    """A velocity is turned into noise at the level asked at, here, and at the latent's own level there."""
+    apart = {}
+    for kind in ("epsilon", "v_prediction"):
+        config = {**SDXL_CONFIG, "prediction_type": kind, "clip_sample": False}
+        for steps in (10, 50, 250):
+            up = diffusers.DDIMInverseScheduler.from_config(config)
+            up.set_timesteps(steps)
+            s = NoiseSchedule.from_diffusers(up)
+            theirs = x0 = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+            def answer(x: Tensor, t: Tensor, rows: Tensor | None = None, s: NoiseSchedule = s) -> Tensor:
+                eps = gaussian_eps(s, 0.5)(x, t)
+                return eps if s.prediction_type == "epsilon" else s.v_from_eps(eps, x, t)
+
+            for t in up.timesteps.tolist():
+                theirs = up.step(answer(theirs, torch.full((1,), t)), t, theirs).prev_sample
+            ours = arrive(s, answer, x0, released_ascent(s, torch.full((1,), 1000), steps))
+            apart[kind, steps] = abs(float(theirs / ours) - 1)
+    assert max(apart["epsilon", n] for n in (10, 50, 250)) < 1e-5
+    assert apart["v_prediction", 10] > 3 * apart["v_prediction", 50] > 9 * apart["v_prediction", 250] > 1e-4, apart
+
+
 @pytest.mark.parametrize("refine", REFINED)
 def test_mixed_t_in_one_batch_is_the_singletons(refine: Refinement | None) -> None:
     s = sdxl()
