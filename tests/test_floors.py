@@ -24,6 +24,8 @@ FLOORS = {
     "files": 0,
     "paths": 0,
     "records": 0,
+    "hub": 0,
+    "loaded": 0,
     "weight_files": 0,
     "engine": 1,
     "objectives": 2,

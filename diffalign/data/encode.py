@@ -22,6 +22,7 @@ from diffalign.data.cache import (
     read_manifest,
 )
 from diffalign.data.encoder import Encoder
+from diffalign.data.finite import OVERFLOW
 from diffalign.data.images import prepare_pair
 from diffalign.data.loading import NULL_PROMPT, leave_signals_to_parent
 from diffalign.data.rows import DataError, ImageError, Problem
@@ -267,12 +268,5 @@ def _no_number(what: str, whose: str, fits: bool, dtype: torch.dtype) -> DataErr
             f"the {what} of {whose} are beyond the range of cache_dtype {kind}: set data.cache_dtype to bfloat16 or "
             "float32"
         )
-    maker = (
-        "VAE: give another (model.pretrained_vae_model_name_or_path)"
-        if what == "latents"
-        else "text encoder: give another base"
-    )
-    return DataError(
-        f"the {what} of {whose} are not finite and do not enter the cache. Remove that row if it is the only one; "
-        f"otherwise it is the {maker}"
-    )
+    remedy = OVERFLOW if what == "latents" else "Give another base, or its text encoders' weights anew"
+    return DataError(f"the {what} of {whose} are not finite and do not enter the cache. {remedy}")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from diffalign.data.cache import PairCache
 from diffalign.data.encoder import Encoder
+from diffalign.data.finite import LatentsGuard, require_text
 from diffalign.data.loading import (
     NULL_PROMPT,
     Content,
@@ -88,6 +89,7 @@ class OfflinePairs:
         self.process, self.processes = process, processes
         self.with_uncond, self.num_workers, self.pin_memory = with_uncond, num_workers, pin_memory
         self.problems: list[Problem] = []
+        self._guard = LatentsGuard()
         self._allowed = max(1, int(max_unreadable * len(table)))
         source: Content
         side: int | None = None  # of the latents, where masks need it
@@ -160,6 +162,7 @@ class OfflinePairs:
             with torch.no_grad():
                 pairs = loaded.pixels.shape[0]  # type: ignore[union-attr]
                 moments = self._encoder.moments(loaded.pixels.flatten(0, 1))  # type: ignore[union-attr]
+                self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])
                 latents = sample_latents(moments.unflatten(0, (pairs, 2)), loaded.keys)
                 embeds, pooled = self._text(loaded.prompts)
         time_ids = self._time_ids(loaded.geometry.transpose(0, 1))
@@ -213,6 +216,8 @@ class TextMemo:
         for prompt in new:
             # One a call: a batch of another size rounds otherwise, and what is new depends on where the run began.
             text = self.encoder.prompts([prompt])
+            if text.prompt_embeds.device.type != "cuda":  # there it would wait, once for each new prompt
+                require_text((text.prompt_embeds, text.pooled), [prompt])
             pooled = None if text.pooled is None else text.pooled[0].float()
             self._kept[prompt] = (text.prompt_embeds[0].float(), pooled)
         found = [self._kept[prompt] for prompt in prompts]

@@ -16,6 +16,7 @@ from torch import nn
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.components import (
     Where,
+    check_tokenizer,
     load_scheduler_config,
     load_text,
     load_unet,
@@ -65,10 +66,11 @@ def load_base(
     hide_loading_bars()
     name = str(pretrained_model_name_or_path)
     where = Where(revision, variant, torch_dtype)
+    own_vae = pretrained_vae_model_name_or_path is None
     if is_single_file(name):
-        base = _from_single_file(name, single_file_config, vae_and_text, where)
+        base = _from_single_file(name, single_file_config, vae_and_text, where, own_vae)
     else:
-        base = _from_pretrained(name, vae_and_text, where, own_vae=pretrained_vae_model_name_or_path is None)
+        base = _from_pretrained(name, vae_and_text, where, own_vae)
     if pretrained_vae_model_name_or_path is not None and vae_and_text:
         base.vae = load_vae(pretrained_vae_model_name_or_path, None, Where(None, None, torch_dtype))
     if prediction_type is not None:
@@ -179,8 +181,8 @@ def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool)
     return Base(family, unet, schedule, scheduler_config, vae, text, name)
 
 
-def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: Where) -> Base:
-    pipeline, scheduler_config = load_single_file(name, config, vae_and_text, where.dtype)
+def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: Where, own_vae: bool) -> Base:
+    pipeline, scheduler_config = load_single_file(name, config, vae_and_text, where.dtype, own_vae)
     family = family_of(pipeline.unet, name)
     text = None
     if vae_and_text:
@@ -190,6 +192,8 @@ def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: 
             models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
             zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
         )
+        for suffix, tokenizer, model in zip(suffixes, text.tokenizers, text.models, strict=True):
+            check_tokenizer(f"the tokenizer{suffix} in {config or 'the Hub config of'} for {name!r}", tokenizer, model)
     schedule = schedule_of(scheduler_config, name)
     return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, name)
 
@@ -217,6 +221,12 @@ def _check_widths(base: Base) -> None:
         raise ModelError(
             f"the text encoders of {base.source!r} give {width} numbers per token, its UNet's cross_attention_dim is "
             f"{expected}: these parts do not belong together"
+        )
+    latents = None if base.vae is None else base.vae.config.get("latent_channels")
+    if latents is not None and latents != config.in_channels:
+        raise ModelError(
+            f"the VAE of {base.source!r} makes latents of {latents} channels, its UNet takes {config.in_channels}: "
+            "these parts do not belong together; name the VAE it was trained with (pretrained_vae_model_name_or_path)"
         )
     if base.family.name == "sdxl":
         pooled = base.text.models[-1].config.projection_dim

@@ -37,7 +37,7 @@ def add_lora(
 
     The update is (alpha / rank) · B A; alpha None means alpha = rank. A ~ N(0, 1/rank²) from `seed` (diffusers'
     "gaussian" init, drawn on the CPU so that it is the same on every device), B = 0.
-    Raises ModelError for a target that matches nothing, or when an adapter is there already.
+    Raises ModelError for a target that matches nothing, for a rank above a layer's own, or when an adapter is there.
     """
     from peft import LoraConfig
 
@@ -45,7 +45,7 @@ def add_lora(
         raise ModelError(f"rank = {rank}: a LoRA needs a rank of at least 1 (4 to 128 are usual)")
     if lora_layers(unet):
         raise ModelError("this UNet already has LoRA layers; load a fresh base to start another adapter")
-    _check_targets(unet, target_modules)
+    _check_targets(unet, target_modules, rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -171,7 +171,7 @@ def _inject(unet: nn.Module, config: Any) -> None:
         parameter.requires_grad_(True)
 
 
-def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
+def _check_targets(unet: nn.Module, targets: Sequence[str], rank: int) -> None:
     names = [name for name, _ in unet.named_modules()]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not targets:
@@ -180,6 +180,16 @@ def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
             f"target_modules {unknown or list(targets)} match no module of this UNet; its linear layers end in "
             f"{', '.join(known)} (write to_out.0 for attention outputs)"
         )
+    for name, module in unet.named_modules():
+        if any(name == t or name.endswith(f".{t}") for t in targets):
+            weight = getattr(module, "weight", None)
+            largest = min(weight.shape[0], weight[0].numel()) if isinstance(weight, nn.Parameter) else rank
+            if rank > largest:
+                raise ModelError(
+                    f"rank = {rank} is above what {name} can have, whose weight is {list(weight.shape)}: set "
+                    f"tuning.rank to at most {largest}, leave that layer out of tuning.target_modules, or use "
+                    "tuning.method: full"
+                )
 
 
 def _adapter_metadata(config: Any) -> dict[str, Any]:

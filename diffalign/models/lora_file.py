@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffalign.loaded import NAMED, named
 from diffalign.models.family import ModelError
 from diffalign.weight_files import check_weights
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON in the file's header
-NAMED = 3  # tensors that a message names
 _PEFT_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _TEXT = ("text_encoder.", "text_encoder_2.")
@@ -295,10 +295,3 @@ def _meant(targets: Sequence[Any], unet: nn.Module) -> set[str]:
     names = {str(target) for target in targets}
     endings = tuple(f".{target}" for target in names)
     return {name for name, _ in unet.named_modules() if name in names or name.endswith(endings)}
-
-
-def named(names: Iterable[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    found = list(names)
-    rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return ", ".join(found[:NAMED]) + rest

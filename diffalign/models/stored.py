@@ -20,7 +20,8 @@ from diffalign.models.family import ModelError
 from diffalign.weight_files import CONVERT, check_weights
 
 UNET_STEM = "diffusion_pytorch_model"
-_NAME = r"(?:\.(?P<variant>[^-]+?))?(?:-(?P<part>\d+)-of-(?P<parts>\d+))?\.safetensors"
+# older shards have the variant last
+_NAME = r"(?:\.(?P<variant>[^-]+?))?(?:-\d+-of-(?P<parts>\d+)(?:\.(?P<late>[^-]+?))?)?\.safetensors"
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -31,8 +32,9 @@ def weight_sets(folder: Path, stem: str) -> dict[str | None, list[Path]]:
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = re.fullmatch(re.escape(stem) + _NAME, file.name)
         if name is not None:
-            found.setdefault(name["variant"], []).append(file)
-            parts[name["variant"]] = int(name["parts"] or 0)
+            variant = name["variant"] or name["late"]
+            found.setdefault(variant, []).append(file)
+            parts[variant] = max(parts.get(variant, 0), int(name["parts"] or 0))
     for variant, files in found.items():
         whole = [file for file in files if "-of-" not in file.name]
         if whole:

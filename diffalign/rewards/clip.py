@@ -14,9 +14,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from diffalign.loaded import check_module, check_report
 from diffalign.rewards.base import ScorerError
 from diffalign.rewards.preprocess import Fit, clip_pixels, crop
-from diffalign.weight_files import check_weights
+from diffalign.weight_files import check_folder, check_weights
 
 T = TypeVar("T")
 BATCH = 32  # pictures or prompts per forward: ViT-H in float32 stays below 3 GiB
@@ -81,7 +82,13 @@ def load_clip(path: str, tokenizer: str, device: str) -> Clip:
     """
     from transformers import CLIPModel
 
-    model = load_or_explain(path, lambda: CLIPModel.from_pretrained(path, use_safetensors=True))
+    if Path(path).is_dir():
+        check_folder(Path(path))
+    model, report = load_or_explain(
+        path, lambda: CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    )
+    check_report(f"the CLIP model {path!r}", report)
+    check_module(f"the CLIP model {path!r}", model)
     return Clip(model, load_tokenizer(path, tokenizer), device)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from diffalign.data.finite import require_latents
 from diffalign.data.loading import sample_latents as draw_latents
 from diffalign.data.rows import ImageError
 from diffalign.data.winners import prepare_winner
@@ -89,6 +90,7 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
             boxes.append(box)
         if pixels:
             moments = context.encoder.moments(torch.stack(pixels)).cpu()
+            require_latents(moments, [table.where(place.row) for place in kept[-len(pixels) :]])
             found.append(draw_latents(moments[:, None], torch.tensor(keys))[:, 0])
     empty = torch.empty(0, *context.latent_shape)
     return kept, torch.cat(found) if found else empty, torch.stack(boxes) if boxes else torch.empty(0, 6)

@@ -178,6 +178,7 @@ def test_metadata_is_small_and_readable(model: Model, tmp_path: Path):
         ({"rank": 4, "target_modules": ["to_q", "to_z"]}, r"\['to_z'\] match no module.*to_q"),
         ({"rank": 4, "target_modules": []}, "match no module"),
         ({"rank": 0}, "at least 1"),
+        ({"rank": 4096}, r"rank = 4096 is above what .*to_q can have.* set tuning.rank to at most \d+"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model: Model, settings: dict, message: str):

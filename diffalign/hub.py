@@ -1,0 +1,60 @@
+"""What to say of a name that should be on the Hugging Face Hub and could not be fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_YES = ("1", "ON", "YES", "TRUE")
+_NO_CONNECTION = ("Offline", "LocalEntryNotFound", "ConnectError", "ConnectionError", "Timeout", "MaxRetryError")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be one of the Hub's: two words with a slash, and nothing on this machine that it names."""
+    owner, _, _ = name.partition("/")
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(owner).is_dir()
+
+
+def why_not_fetched(name: str, error: BaseException, kind: Literal["model", "dataset"] = "model") -> str:
+    """Why a Hub id could not be read, and the command that fetches it: offline, gated, not there, or what `error` says.
+
+    To be put behind the name and a verb: "X is no folder here, and …".
+    """
+    option = " --repo-type dataset" if kind == "dataset" else ""
+    command = f"hf download {name}{option}"
+    chain = _chain(error)
+    kinds = {cls.__name__ for each in chain for cls in type(each).__mro__}
+    offline = [f"{key}={os.environ[key]}" for key in _OFFLINE if os.environ.get(key, "").upper() in _YES]
+    if "GatedRepoError" in kinds:
+        return f"it is gated on the Hugging Face Hub: accept its licence at huggingface.co/{name}, then `hf auth login`"
+    if "RepositoryNotFoundError" in kinds:
+        return (
+            f"the Hugging Face Hub has no public {kind} of this name: check the spelling, or `hf auth login` for a "
+            "private one"
+        )
+    if "RevisionNotFoundError" in kinds:
+        return "the Hugging Face Hub has no such revision of it: check model.revision"
+    if offline or any(part in one for part in _NO_CONNECTION for one in kinds):
+        why = f"this machine is offline ({', '.join(offline)})" if offline else "the Hub cannot be reached from here"
+        return (
+            f"it is not in the local cache of the Hugging Face Hub, and {why}, so it cannot be fetched. Check the "
+            f"spelling; then run `{command}` with a connection (and without {_OFFLINE[0]}), here or elsewhere with the "
+            "same HF_HOME, or give the path of a local copy"
+        )
+    said = " ".join(str(error).split())[:300]
+    return (
+        f"it could not be read from the Hugging Face Hub ({type(error).__name__}: {said}). Check the name; "
+        f"`{command}` fetches it, and `hf auth login` is for gated and private ones"
+    )
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error and those that led to it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
