@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -138,6 +139,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("httpx", "accelerate", "datasets", "urllib3", "filelock", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Pillow's, of pictures that are refused with a reason of their own
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ def open_listing(file: Path, plain: str | None = None) -> ListColumns:
     """
     lines = read_csv(file)[1] if file.suffix.lower() in (".csv", ".tsv") else read_json_lines(file, plain)
     if not lines:
-        raise DataError(f"{file} has no rows; write one line per pair with prompt, chosen and rejected")
+        raise DataError(f"{file} has no rows; write one line per pair (prompt, chosen, rejected) or per prompt")
     return ListColumns(
         [line.row for line in lines],
         [f"{file.name} line {line.number}" for line in lines],

@@ -17,12 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.cells import Absent
 from diffalign.data.columns import Columns
 from diffalign.data.rows import DataError
 
 log = logging.getLogger(__name__)
 
 SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs about as much as decoding the pair
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
 KEPT_BYTES = 128 << 20  # bytes of row groups kept in memory by each process
 
 
@@ -48,6 +50,8 @@ class ParquetColumns:
                     f"{file} has the columns {found.names}, but {files[0]} has {schema.names}; "
                     "give the folder of one data set at a time"
                 )
+            if len(set(found.names)) < len(found.names):
+                raise DataError(f"{file} has a column twice: {found.names}; give each a name of its own")
             schema = found
             in_file = 0
             for group in range(metadata.num_row_groups):
@@ -74,7 +78,7 @@ class ParquetColumns:
             with pq.ParquetFile(file, memory_map=True) as opened:
                 try:
                     table = opened.read(columns=[name], use_threads=False)
-                except (pa.ArrowException, OSError) as error:
+                except _UNREADABLE as error:
                     raise _damage(opened, file, [name], error) from error
                 values += plain(table[name])
         return values
@@ -165,17 +169,23 @@ def plain(column: pa.ChunkedArray) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise
-    raw = column.cast(pa.large_binary()).to_pylist()
-    return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+        return Absent("a text in it is not UTF-8; write UTF-8")
 
 
 def _read_group(opened: pq.ParquetFile, file: Path, group: int, names: list[str]) -> pa.Table:
     """A row group. Raises DataError for one that is damaged."""
     try:
         return opened.read_row_group(group, columns=names, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{file}: row group {group} of {opened.num_row_groups} is damaged ({reason}); download the file again"
@@ -194,6 +204,8 @@ def _damage(opened: pq.ParquetFile, file: Path, names: list[str], error: Excepti
 
 def _metadata(file: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
+        metadata = pq.read_metadata(file)
+        metadata.schema.to_arrow_schema()
+        return metadata
+    except _UNREADABLE as error:
         raise DataError(f"{file} is not a readable parquet file ({error}); download it again") from error

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("auto", "pickapic", "preference", two_prompts.FORMAT)
 _LAYOUTS = {"pickapic": pickapic, "preference": preference}
 _PARTS = {**_LAYOUTS, two_prompts.FORMAT: two_prompts}
+_STORED = (".parquet", *SUFFIXES, ".json", ".tar")  # endings of files with rows
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -146,14 +147,18 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
     raise DataError("\n".join(lines))
 
 
-def _several(stored: Columns, meant: Mapping[str, Mapping[str, str]]) -> DataError:
+class SeveralFormatsError(DataError):
+    """Rows have the columns of several formats, and none was asked for."""
+
+
+def _several(stored: Columns, meant: Mapping[str, Mapping[str, str]]) -> SeveralFormatsError:
     """The error for rows that have the columns of several formats."""
     lines = [f"{stored.storage} has the columns of several formats:"]
     for name, found in meant.items():
         needed = [column for part, column in found.items() if part not in _PARTS[name].OPTIONAL]
         lines.append(f"  {name}: {', '.join(needed)}")
     lines.append(f"say which is meant: data.format: {next(iter(meant))} in a config, --format on the command line")
-    return DataError("\n".join(lines))
+    return SeveralFormatsError("\n".join(lines))
 
 
 def _say_choices(
@@ -188,7 +193,7 @@ def _open_file(file: Path) -> Columns:
         return open_json(file)
     if suffix == ".tar":
         return open_shards([file])
-    known = ", ".join((".parquet", *SUFFIXES, ".json", ".tar"))
+    known = ", ".join(_STORED)
     raise DataError(f"{file} ends in {file.suffix or 'nothing'}; pairs are read from {known} files and folders")
 
 
@@ -200,14 +205,19 @@ def _open_folder(folder: Path, split: str) -> Columns:
         from diffalign.data.hub import open_saved
 
         return open_saved(folder, split)
-    below = sorted(file for file in folder.rglob("*") if file.is_file())
-    if files := [file for file in below if file.suffix.lower() == ".parquet"]:
-        return open_parquet(of_split(files, folder, split))
-    if files := [file for file in below if file.suffix.lower() == ".tar"]:
-        return open_shards(of_split(files, folder, split))
-    listings = [file for file in below if file.parent == folder and file.suffix.lower() in (*SUFFIXES, ".json")]
-    if listings:
-        return _open_file(_of_one_split(listings, folder, split))
+    below = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _STORED and file.is_file())
+    below = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    kinds = {kind: [file for file in below if file.suffix.lower() == kind] for kind in (".parquet", ".tar")}
+    kinds[""] = [file for file in below if file.parent == folder and file not in (*kinds[".parquet"], *kinds[".tar"])]
+    there = [kind for kind, files in kinds.items() if files]
+    if len(there) > 1:
+        others = [file.name for kind in there[1:] for file in kinds[kind]]
+        log.warning("%s: only its %s files are read; left out: %s", folder, there[0], others[:8])
+    if there:
+        files = kinds[there[0]]
+        if there[0] == "":
+            return _open_file(_of_one_split(files, folder, split))
+        return (open_parquet if there[0] == ".parquet" else open_shards)(of_split(files, folder, split))
     raise DataError(
         f"{folder} holds {_listed(folder)[:8] or 'nothing'}; a folder of pairs has chosen/ and rejected/, "
         "parquet or tar shards, one listing (jsonl, csv, json), or is a data set saved by save_to_disk"

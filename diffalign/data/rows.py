@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, printable
 
 MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images carry no picture
 MAX_PIXELS = 89_478_485  # of one image: 256 MB of RGB, decoded at every visit; Pillow warns from there on
@@ -56,7 +56,7 @@ class Problem:
     dropped: bool = True  # False: the row is kept (duplicate ids) and only pointed out
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.kind}: {self.reason}"
+        return printable(f"{self.where}: {self.kind}: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 from diffalign.data.rows import DataError
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+LONGEST = 1 << 24  # characters of a CSV value: masks are grids of numbers
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
 
@@ -101,6 +102,14 @@ def read_csv(file: Path) -> tuple[list[str], list[Line]]:
     """
     text = _leniently(file)
     delimiter = _delimiter(text, file)
+    limit = csv.field_size_limit(LONGEST)
+    try:
+        return _csv_rows(text, delimiter, file)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(text: str, delimiter: str, file: Path) -> tuple[list[str], list[Line]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     found: list[Line] = []
@@ -116,7 +125,8 @@ def read_csv(file: Path) -> tuple[list[str], list[Line]]:
                     f"{file} line {number}: a quote is opened and not closed before the file ends ({error}); "
                     'close it, or write "" for a quote inside a quoted value'
                 ) from error
-            found.append(Line(number, {}, f'{error}; quote the whole value and write "" for a quote inside it'))
+            lines = f" (lines {number} to {reader.line_num})" if reader.line_num > number else ""
+            found.append(Line(number, {}, f'{error}{lines}; quote the whole value and write "" for a quote inside it'))
             continue
         if not fields:
             continue

@@ -19,7 +19,7 @@ from diffalign.data.columns import Columns
 from diffalign.data.images import prepare
 from diffalign.data.pickapic import PROMPT
 from diffalign.data.prompts import Table
-from diffalign.data.readers import find_layout, open_columns, open_pairs
+from diffalign.data.readers import SeveralFormatsError, find_layout, open_columns, open_pairs
 from diffalign.data.rows import BAD_ROW, DUPLICATE, DataError, ImageError, ImageRef, Problem, check_size
 from diffalign.data.table import Verify
 from diffalign.objectives.draws import uniform
@@ -125,6 +125,8 @@ def open_winners(
     stored = open_columns(path, split)
     try:
         find_layout(stored, format, named)
+    except SeveralFormatsError:
+        raise
     except DataError as error:
         parts = {part: column for part, column in named.items() if part in PARTS and column in stored.names}
         for part, names in PARTS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffalign.cli import main
 from diffalign.data.check import check_pairs
 from diffalign.data.rows import DataError
 from tests.data.helpers import pick_rows, png, write_jsonl, write_parquet
@@ -129,3 +131,16 @@ def test_long_pictures_huge_ones_and_the_columns_are_said(tmp_path: Path) -> Non
         assert line in text, f"{line!r} not in\n{text}"
     assert "\x1b" not in text
     assert report.json()["extreme_aspect_ratios"] == [{"row": "pairs.parquet row 0", "size": "100x10"}]
+
+
+def test_a_terminal_that_is_not_utf8_gets_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pick_rows(8)
+    for row in rows:
+        row["caption"] = "un café, à la carte \u2014 " + "x" * 80  # the report shortens it with an ellipsis
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    main(["data", "check", str(write_parquet(tmp_path / "pairs.parquet", rows))])
+    terminal.flush()
+    text = terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "usable pairs  8" in text
+    assert r"un caf\xe9, \xe0 la carte \u2014" in text

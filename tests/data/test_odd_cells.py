@@ -156,6 +156,11 @@ def test_text_that_is_not_utf8_in_parquet_is_one_bad_prompt(tmp_path: Path) -> N
     table = open_pairs(tmp_path / "pairs.parquet")
     assert table.prompts == ["good", "fine"]
     assert "pairs.parquet row 1: bad prompt: prompt is not UTF-8 (byte 0xe9)" in str(table.problems[0])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), prompts)
+    pq.write_table(pa.table({"prompt": lists, **images}), tmp_path / "pairs.parquet")
+    said = [problem.reason for problem in open_pairs(tmp_path / "pairs.parquet").problems]
+    assert said[1] == "a text in it is not UTF-8; write UTF-8"
+    assert "prompt is a list, ['good']" in said[0]
 
 
 def test_lists_of_bytes_in_parquet_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from diffalign.data.readers import open_pairs
 from diffalign.data.rows import DataError, PairRow
 from diffalign.data.table import PairTable
+from diffalign.data.winners import open_winners
 from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parquet, write_tar
 
 
@@ -182,6 +184,55 @@ def test_columns_by_name_and_forced_format(tmp_path: Path) -> None:
         open_pairs(file, columns={"chosen": "goood"})
     with pytest.raises(DataError, match="format='pick'; allowed are auto, pickapic, preference"):
         open_pairs(file, format="pick")
+
+
+def test_the_columns_of_two_formats_are_refused_until_one_is_named(tmp_path: Path) -> None:
+    """The first image is the chosen one by the name of its column, and the rejected one by its label."""
+    row = {"prompt": "prompt 0", "chosen": png(0), "rejected": png(1)}
+    row |= {"jpg_0": png(1), "jpg_1": png(0), "label_0": 1, "label_1": 0}
+    file = write_parquet(tmp_path / "pairs.parquet", [row])
+    message = (
+        r"(?s)columns of several formats.*pickapic: prompt, jpg_0.*preference: prompt, chosen.*data.format: pickapic"
+    )
+    for opened in (open_pairs, open_winners):
+        with pytest.raises(DataError, match=message):
+            opened(file)
+    assert colours(open_pairs(file, format="preference")) == expected(1)
+    assert colours(open_pairs(file, columns={"chosen": "chosen"})) == expected(1)
+    assert colours(open_pairs(file, format="pickapic", invert_preference=True)) == expected(1)
+    assert open_pairs(file, columns={"label_0": "label_0"}).format == "pickapic"
+
+
+def test_a_part_with_two_columns_says_which_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "long", "caption": "prompt 0", "chosen": png(0), "rejected": png(1)}]
+    file = write_parquet(tmp_path / "pairs.parquet", rows)
+    assert open_pairs(file).prompts == ["long"]
+    assert (
+        "prompt is read from the column prompt, not from caption; data.columns: {prompt: caption} reads" in caplog.text
+    )
+    caplog.clear()
+    assert open_pairs(file, columns={"prompt": "caption"}).prompts == ["prompt 0"]
+    assert caplog.text == ""
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_parquet(tmp_path / "pairs.parquet", pick_rows(1))
+    (tmp_path / "._pairs.parquet").write_bytes(b"Mac OS X")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.parquet").write_bytes(b"a part")
+    assert len(open_pairs(tmp_path)) == 1
+    assert caplog.text == ""
+    write_tar(tmp_path / "more.tar", 1)
+    write_jsonl(tmp_path / "pairs.jsonl", 1)
+    assert len(open_pairs(tmp_path)) == 1
+    assert "only its .parquet files are read; left out: ['more.tar', 'pairs.jsonl']" in caplog.text
+
+
+def test_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([["p"], [png(0)], [png(1)], [png(2)]], names=["prompt", "chosen", "chosen", "rejected"])
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match=r"pairs.parquet has a column twice: \['prompt', 'chosen', 'chosen', 'rej"):
+        open_pairs(tmp_path / "pairs.parquet")
 
 
 def test_wrong_column_names_list_found_needed_and_nearest(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -136,6 +137,17 @@ def test_a_line_of_a_listing_that_cannot_be_used_is_one_bad_row(images: Path) ->
     table = open_pairs(images / "pairs.jsonl")
     assert len(table) == 1
     assert "pairs.jsonl line 1: bad row: the line is not UTF-8 (byte 0xe9); save the file" in str(table.problems[0])
+
+
+def test_a_value_that_runs_on_names_its_lines_and_a_large_mask_is_read(images: Path) -> None:
+    mask = json.dumps([[0.125] * 200] * 200).replace(" ", "")
+    assert len(mask) > csv.field_size_limit()  # of Python's own
+    lines = ["prompt,chosen,rejected,mask", '"a fox,0.png,1.png,', 'b,"0.png",1.png,', f'c,0.png,1.png,"{mask}"']
+    (images / "pairs.csv").write_text("\n".join(lines))
+    table = open_pairs(images / "pairs.csv")
+    assert table.prompts == ["c"]
+    assert table.mask(0).shape == (200, 200)  # type: ignore[union-attr]
+    assert "line 2: bad row: ',' expected after '\"' (lines 2 to 3); quote" in str(table.problems[0])
 
 
 def test_scores_and_users_with_a_byte_order_mark(tmp_path: Path) -> None:
