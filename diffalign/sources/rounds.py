@@ -13,15 +13,19 @@
     t, t_prev      int64 "pair [point]"                  their timesteps; below 0: the clean image            (optional)
 
 The header says `format`, `round`, `policy_version` (optimiser steps taken when the pairs were made), `key` (what
-they were made with), `pairs`. A share without pairs has no tensors. Pairs are read in the order of (place, index),
+they were made with), `pairs`, `sha256` of the file, and what making it took and said, which a run that finds it counts
+and logs as one that makes it: `forwards` (images through the networks) and `metrics` (JSON, values by name). A share
+without pairs has no tensors. Pairs are read in the order of (place, index),
 whatever the number of shares. Files are written aside and renamed: a name that is there is a whole file.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign.files import EMPTY_STAMP, room_for, stamp, stamp_fault, sync, temporary
 from diffalign.sources.base import SourceError
 
 FORMAT = "1"
@@ -83,8 +88,18 @@ def rounds_there(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def write_share(folder: Path, records: Records | None, about: About, process: int, processes: int) -> Path:
-    """Writes what one process made of a round; None: it made no pair."""
+@dataclass(frozen=True)
+class Made:
+    """What making a share took and said."""
+
+    forwards: int  # images through the networks
+    metrics: Mapping[str, Tensor]
+
+
+def write_share(
+    folder: Path, records: Records | None, about: About, process: int, processes: int, made: Made | None = None
+) -> Path:
+    """Writes what one process made of a round; None: it made no pair. Raises NoSpaceError."""
     place = round_folder(folder, about.round)
     place.mkdir(parents=True, exist_ok=True)
     file = place / f"share-{process:05d}-of-{processes:05d}.safetensors"
@@ -92,10 +107,37 @@ def write_share(folder: Path, records: Records | None, about: About, process: in
     if records is not None and len(records):
         values = {f.name: getattr(records, f.name) for f in fields(Records)}
         tensors = {name: value.contiguous() for name, value in values.items() if value is not None}
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, about.header(0 if records is None else len(records)))
-    os.replace(partial, file)
+    header = {**about.header(0 if records is None else len(records)), "sha256": EMPTY_STAMP}
+    if made is not None:
+        values = {name: [str(x.dtype).removeprefix("torch."), x.tolist()] for name, x in made.metrics.items()}
+        header |= {"forwards": str(made.forwards), "metrics": json.dumps(values)}
+    partial = temporary(file)
+    try:
+        with room_for(file, sum(x.numel() * x.element_size() for x in tensors.values()), f"round {about.round}"):
+            save_file(tensors, partial, header)
+            stamp(partial)
+            sync(partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
     return file
+
+
+def made_of(file: Path) -> Made | None:
+    """What making a share took and said; None in one of an older version."""
+    with safe_open(file, "pt") as share:
+        header = share.metadata() or {}
+    if "forwards" not in header:
+        return None
+    values = json.loads(header["metrics"])
+    metrics = {name: torch.tensor(numbers, dtype=getattr(torch, kind)) for name, (kind, numbers) in values.items()}
+    return Made(int(header["forwards"]), metrics)
+
+
+def damaged(files: list[Path]) -> str | None:
+    """The first of some shares that is not as it was written, and how; None: all are whole."""
+    faults = ((file, stamp_fault(file, required=False)) for file in files)
+    return next((f"{file}: {fault}" for file, fault in faults if fault is not None), None)
 
 
 def remove_round(folder: Path, number: int) -> None:
@@ -129,6 +171,11 @@ class Round:
                 f"the files of round {about.round} are not in {round_folder(folder, about.round)}, and its pairs "
                 "cannot be made again: the policy has moved on. Put them back, or resume from a checkpoint whose "
                 "rounds are there"
+            )
+        if fault := damaged(files):
+            raise SourceError(
+                f"round {about.round} is damaged, and its pairs cannot be made again: the policy has moved on. {fault}. "
+                "Put the file back from a copy, or resume from a checkpoint of before this round"
             )
         self.number = about.round
         self._shares = [_opened(file, about) for file in files]

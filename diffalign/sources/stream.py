@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from diffalign.records import Conditioning, PairBatch, Transitions
 from diffalign.sources.base import Context, SourceError
 from diffalign.sources.rounds import (
     About,
+    Made,
     Records,
     Round,
+    damaged,
+    made_of,
     remove_round,
     rounds_there,
     shares,
@@ -191,19 +195,41 @@ class RoundPairs:
         """This process's share of the current round, on disk, unless the whole round is there already."""
         c, about = self.context, About(self._round, self._step, self.key)
         c.wait()  # nobody writes while all look
-        there = bool(shares(self.folder, about.round))
+        files = shares(self.folder, about.round)
+        fault = damaged(files)
         c.wait()
-        if there:
+        if files and fault is None:
             log.info("round %d: using the pairs in %s", about.round, self.folder)
+            self._found(files[c.process :: c.processes])
             return
+        if fault is not None and c.main:
+            log.warning("round %d is damaged and is made again: %s", about.round, fault)
         if c.main:
             remove_round(self.folder, about.round)  # what a killed run left of it
         c.wait()
+        before = self._forwards()
         rollout = self.roll(about.round, self.places(about.round)[c.process :: c.processes])
         for name, values in rollout.metrics.items():
             self._note(name, values)
-        write_share(self.folder, rollout.records, about, c.process, c.processes)
+        made = Made(self._forwards() - before, rollout.metrics)
+        write_share(self.folder, rollout.records, about, c.process, c.processes, made)
         c.wait()
+
+    def _found(self, files: list[Path]) -> None:
+        """Counts and notes what making some shares took and said, as if they were made now."""
+        for file in files:
+            made = made_of(file)
+            if made is None:
+                log.warning("%s is of an older version and does not say what it took: unet_forwards lacks it", file)
+                continue
+            for name, values in made.metrics.items():
+                self._note(name, values)
+            if self.context.networks is not None:
+                self.context.networks.image_forwards += made.forwards
+
+    def _forwards(self) -> int:
+        networks = self.context.networks
+        return 0 if networks is None else networks.image_forwards
 
     def _count(self, pairs: int) -> None:
         """Says what a round brought; stops the run when too many in a row brought nothing."""

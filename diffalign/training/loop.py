@@ -41,7 +41,7 @@ from diffalign.training.checkpoint import (
 )
 from diffalign.training.final import refuse_finished, save_final_weights
 from diffalign.training.metrics import JsonLines, Meter, observe
-from diffalign.training.optim import effective_batch
+from diffalign.training.optim import effective_batch, resume_schedule
 from diffalign.training.recovery import METRICS_FILE, Guard, TrainingError, diverged
 from diffalign.training.setup import Run
 from diffalign.training.stopping import Stopping
@@ -243,6 +243,7 @@ def checkpoint(run: Run, step: int) -> Path:
                 "ema": None if run.ema is None else run.ema.state_dict(),
                 "pairs_per_step": _pairs_per_step(run),
                 "unet_forwards": forwards,
+                "max_train_steps": run.config.training.max_train_steps,
             },
             run.config.training.checkpoints_total_limit,
             run.source.state_dict(),
@@ -290,8 +291,7 @@ def restore(run: Run, folder: Path) -> int:
             "keep the product of train_batch_size, gradient_accumulation_steps and processes, or pairs would be "
             "skipped or seen twice"
         )
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    resume_schedule(run, state)
     run.scaler.load_state_dict(state["scaler"])
     if (run.ema is None) != (state["ema"] is None):
         raise TrainingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,8 @@ from diffalign.config import TrainingSection
 from diffalign.errors import DiffalignError, MissingPackageError
 from diffalign.training.eight_bit import EightBitAdamW
 from diffalign.training.stochastic import StochasticAdamW
+
+log = logging.getLogger(__name__)
 
 FUSED = ("cuda", "cpu")  # devices with one kernel for the whole of Adam's update
 
@@ -63,6 +66,44 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, training: TrainingSectio
         num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps,
     )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, scheduler: Any, peaks: list[float] | None = None) -> None:
+    """Sets every group's learning rate to what the schedule has for it where it stands now.
+
+    peaks: the rate that each group's schedule is a multiple of; None: as they are.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        peak = scheduler.base_lrs[i] if peaks is None else peaks[i]
+        now = peak * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        scheduler.base_lrs[i] = group["initial_lr"] = peak
+        if isinstance(group["lr"], torch.Tensor):  # torchao's 8-bit AdamW
+            group["lr"].fill_(now)
+        else:
+            group["lr"] = now
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def resume_schedule(run: Any, state: dict[str, Any]) -> None:
+    """Optimiser and schedule as a checkpoint has them; a run of another length goes on along its own schedule.
+
+    The schedule says the rate of every step of a run of `max_train_steps`. After a change of that, the rate that was
+    saved for the next step is the old schedule's: it is replaced by the new one's, and the log says so.
+    """
+    training = run.config.training
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    before = float(run.optimizer.param_groups[0]["lr"])
+    set_rates(run.optimizer, run.lr_scheduler)
+    after = float(run.optimizer.param_groups[0]["lr"])
+    if before != after:
+        was = state.get("max_train_steps", "another number of")
+        log.warning(
+            "training.max_train_steps is %d and was %s: lr_scheduler %s goes on as in a run of %d steps from its "
+            "beginning, so step %d has the learning rate %.4g (%.4g before)",
+            *(training.max_train_steps, was, training.lr_scheduler, training.max_train_steps),
+            *(state["step"] + 1, after, before),
+        )
 
 
 def effective_lr(training: TrainingSection, processes: int) -> float:

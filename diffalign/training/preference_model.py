@@ -43,6 +43,7 @@ from diffalign.training.checkpoint import (
 from diffalign.training.final import clear_output, refuse_finished, save_final_weights
 from diffalign.training.loop import TrainingError
 from diffalign.training.metrics import QUARTERS, JsonLines, Meter
+from diffalign.training.optim import resume_schedule
 from diffalign.training.preference_batch import half_made
 from diffalign.training.preference_setup import PreferenceRun, build_preference_run, describe, with_one_pair
 from diffalign.training.remedies import with_remedies
@@ -214,6 +215,7 @@ def checkpoint(run: PreferenceRun, step: int) -> None:
             "optimizer": run.optimizer.state_dict(),
             "lr_scheduler": run.lr_scheduler.state_dict(),
             "pairs_per_step": run.weights.pairs,
+            "max_train_steps": run.config.training.max_train_steps,
         }
         save_checkpoint(
             run.output_dir,
@@ -250,8 +252,7 @@ def resume(run: PreferenceRun) -> int:
             "the product of train_batch_size, gradient_accumulation_steps and processes, or pairs would be skipped"
         )
     run.model.load_state_dict(load_weights(folder / WEIGHTS_FOLDER / WEIGHTS_FILE))
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    resume_schedule(run, state)
     log.info("resumed from %s", folder)
     if run.accelerator.is_main_process:
         set_aside(run.output_dir, int(state["step"]))

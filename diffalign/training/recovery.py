@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.training.checkpoint import checkpoints, newest_whole
 from diffalign.training.health import NOT_FINITE, Finding, Limits, Watch, not_finite
+from diffalign.training.optim import set_rates
 from diffalign.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -143,16 +143,7 @@ class Guard:
 
 def set_lr(run: Run, factor: float) -> None:
     """The configured learning rate times `factor`, where the schedule stands now."""
-    schedule = run.lr_scheduler
-    for i, group in enumerate(run.optimizer.param_groups):
-        peak = run.lr * factor
-        now = peak * schedule.lr_lambdas[i](schedule.last_epoch)  # type: ignore[attr-defined]
-        schedule.base_lrs[i] = group["initial_lr"] = peak
-        if isinstance(group["lr"], Tensor):  # torchao's 8-bit AdamW
-            group["lr"].fill_(now)
-        else:
-            group["lr"] = now
-    schedule._last_lr = [group["lr"] for group in run.optimizer.param_groups]
+    set_rates(run.optimizer, run.lr_scheduler, [run.lr * factor] * len(run.optimizer.param_groups))
 
 
 def diverged(run: Run, what: str) -> TrainingError:

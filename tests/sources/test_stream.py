@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,3 +207,46 @@ def test_place_is_a_value() -> None:
     place = Place(4, 0, "id", "text")
     assert place.seed(0, 1) == replace(place, prompt="other").seed(0, 1)
     assert 0 <= place.seed(0, 1) < 2**32
+
+
+def test_a_round_that_is_found_counts_and_says_what_making_it_did(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A killed run left its round: the next one logs and counts it as if it had made it. A damaged one is made again."""
+
+    def source() -> Any:
+        networks = SimpleNamespace(image_forwards=0)
+        made_here: Any = toy_source(toy_context(tmp_path, networks=networks))
+        roll = made_here.roll
+
+        def costly(number: int, places: list[Place]) -> Rollout:
+            networks.image_forwards += 10 * len(places)
+            values = torch.rand(len(places), generator=torch.Generator().manual_seed(number))
+            return Rollout(roll(number, places).records, {"rollout/score": values})
+
+        made_here.roll = costly
+        return made_here
+
+    whole, again = source(), source()
+    take(whole, 2)
+    assert whole.context.networks.image_forwards == 100
+    take(again, 2)
+    assert again.rolled == []
+    assert again.context.networks.image_forwards == 100
+    one, two = whole.take_metrics(), again.take_metrics()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    (file,) = (tmp_path / "rounds/round-00001").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    inside = source()
+    state = whole.state_dict()
+    inside.load_state_dict(state | {"used": 1} if state["used"] == 0 else state)
+    with pytest.raises(SourceError, match=r"round 1 is damaged, .*share-.*content.*; *|from a copy, or resume"):
+        take(inside, 1, 2)
+    third = source()
+    take(third, 2)
+    assert third.rolled == [1]
+    assert "round 1 is damaged and is made again" in caplog.text
+    assert third.context.networks.image_forwards == 100
