@@ -174,7 +174,7 @@ class Round:
             )
         if fault := damaged(files):
             raise SourceError(
-                f"round {about.round} is damaged, and its pairs cannot be made again: the policy has moved on. {fault}. "
+                f"round {about.round} is damaged, and cannot be made again: the policy is another by now. {fault}. "
                 "Put the file back from a copy, or resume from a checkpoint of before this round"
             )
         self.number = about.round

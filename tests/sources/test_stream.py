@@ -212,7 +212,7 @@ def test_place_is_a_value() -> None:
 def test_a_round_that_is_found_counts_and_says_what_making_it_did(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A killed run left its round: the next one logs and counts it as if it had made it. A damaged one is made again."""
+    """A round of a killed run is logged and counted as if it were made now. A damaged one is made again."""
 
     def source() -> Any:
         networks = SimpleNamespace(image_forwards=0)
