@@ -23,8 +23,9 @@ def why_not_fetched(name: str, error: BaseException, kind: Literal["model", "dat
 
     To be put behind the name and a verb: "X is no folder here, and …".
     """
-    option = " --repo-type dataset" if kind == "dataset" else ""
-    command = f"hf download {name}{option}"
+    data = kind == "dataset"
+    command = f"hf download {name}{' --repo-type dataset --local-dir DIR' if data else ''}"
+    then = "give DIR as the path" if data else "use the same HF_HOME, or give the path of a local copy"
     chain = _chain(error)
     kinds = {cls.__name__ for each in chain for cls in type(each).__mro__}
     offline = [f"{key}={os.environ[key]}" for key in _OFFLINE if os.environ.get(key, "").upper() in _YES]
@@ -41,8 +42,7 @@ def why_not_fetched(name: str, error: BaseException, kind: Literal["model", "dat
         why = f"this machine is offline ({', '.join(offline)})" if offline else "the Hub cannot be reached from here"
         return (
             f"it is not in the local cache of the Hugging Face Hub, and {why}, so it cannot be fetched. Check the "
-            f"spelling; then run `{command}` with a connection (and without {_OFFLINE[0]}), here or elsewhere with the "
-            "same HF_HOME, or give the path of a local copy"
+            f"spelling; then run `{command}` where there is a connection (without {_OFFLINE[0]}), and {then}"
         )
     said = " ".join(str(error).split())[:300]
     return (

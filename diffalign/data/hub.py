@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data.columns import Columns, ListColumns
 from diffalign.data.parquet import plain
 from diffalign.data.rows import DataError
+from diffalign.hub import why_not_fetched
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -165,11 +166,8 @@ def open_hub(name: str, split: str) -> ArrowColumns:
                 splits = []
             if splits and split not in splits:
                 raise missing_split(name, split, splits) from error
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"there is no file or folder {name!r} here, and as a data set of the Hugging Face Hub it cannot be "
-            f"loaded ({type(error).__name__}: {reason}); check the spelling, the network (HF_HUB_OFFLINE) and, "
-            "for a private data set, `hf auth login`"
+            f"there is no file or folder {name!r} here, and as a data set: {why_not_fetched(name, error, 'dataset')}"
         ) from error
     return ArrowColumns(dataset, storage=f"Hub data set {name}", where=SplitRow(split))
 

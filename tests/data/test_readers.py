@@ -275,7 +275,8 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
 def test_a_hub_id_offline_says_so() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(
-        DataError, match="no file or folder 'nobody/nothing' here, and as a data set of the Hugging Face"
+        DataError,
+        match=r"'nobody/nothing' here, and as a data set: .* is offline .*--repo-type dataset.*give DIR as the path",
     ):
         open_pairs("nobody/nothing")
 
