@@ -139,6 +139,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("httpx", "accelerate", "datasets", "urllib3", "filelock", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not sys.warnoptions:  # python -W and PYTHONWARNINGS show them
+        for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.filterwarnings("ignore", message="(?is).*(deprecated|use the new API settings to control TF32)")
     # Pillow's, of pictures that are refused with a reason of their own
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
 

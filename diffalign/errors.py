@@ -56,8 +56,11 @@ class Interrupted(KeyboardInterrupt):
     """A run that a signal ended, after it did what it had to; `signum` is the signal."""
 
     def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
+        super().__init__(signum, message)  # both, so that it can be sent between processes
+        self.signum, self.message = signum, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
+import warnings
 
 import pytest
 import torch
 
 import diffalign.cli
-from diffalign.errors import DiffalignError, explain, printable
+from diffalign.errors import DiffalignError, Interrupted, explain, printable
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
@@ -41,6 +43,30 @@ def test_a_bug_is_a_traceback_and_says_so(
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(monkeypatch, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "diffalign list: interrupted\n"
+
+
+def test_a_signals_end_has_its_status_and_can_be_sent_between_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = pickle.loads(pickle.dumps(Interrupted(15, "stopped after step 2")))
+    assert raising(monkeypatch, stop) == 143
+    assert capsys.readouterr().err == "diffalign list: stopped after step 2\n"
+
+
+def test_libraries_deprecations_are_silent_and_other_warnings_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> None:
+        warnings.warn("`a` will go", FutureWarning, stacklevel=1)
+        warnings.warn("`b` will go", DeprecationWarning, stacklevel=1)
+        warnings.warn("`c` is deprecated\nand will go", UserWarning, stacklevel=1)
+        warnings.warn("the result is wrong", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(diffalign.cli, "list_all", run)
+    monkeypatch.setattr("sys.warnoptions", [])
+    with warnings.catch_warnings(record=True) as seen:
+        diffalign.cli.main(["list"])
+    assert [str(each.message) for each in seen] == ["the result is wrong"]
 
 
 def test_a_full_disk_is_told_with_its_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

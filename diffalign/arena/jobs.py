@@ -82,6 +82,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[Done]:
             for future in as_completed({pool.submit(_do, job) for job in waiting}):
                 future.result()
                 bar.update()
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # the pool would wait for the ends of their runs
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
     bar.close()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from diffalign.cli import main
 from diffalign.config import Config
-from diffalign.errors import DiffalignError, explain
+from diffalign.errors import DiffalignError, explain, lost_worker
 from diffalign.folder_lock import FolderInUseError, folder_lock
 from diffalign.training import processes
 from diffalign.training.processes import all_in_use, before_accelerate
 from diffalign.training.remedies import ResourceError, with_remedies
 from diffalign.training.run import run_training
+from diffalign.training.setup import make_accelerator
 
 MakeConfig = Callable[..., Config]
 
@@ -89,8 +92,6 @@ def test_processes_that_would_train_alone_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DiffalignError, match=r"WORLD_SIZE=2.*uses 1 on cpu.*Set ACCELERATE_USE_CPU=true"):
         all_in_use(run_state)
-    from diffalign.training.setup import make_accelerator
-
     monkeypatch.delenv("WORLD_SIZE")
     make_accelerator(make_config(tiny_sd))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -154,6 +155,36 @@ def test_a_machine_that_is_too_small_is_told_with_the_runs_settings(
         run_training(make_config(tiny_sd))
     for part in said:
         assert part in str(told.value)
+
+
+class _Killed(Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+def test_torch_words_a_killed_worker_as_we_expect() -> None:
+    with pytest.raises(RuntimeError) as error:
+        list(DataLoader(_Killed(), num_workers=1))
+    assert lost_worker(error.value) is not None
+
+
+@pytest.mark.parametrize(("launched", "said"), [(None, False), ("no", False), ("fp16", True)])
+def test_precision_is_spoken_of_only_where_the_launcher_was_asked_for_another(
+    launched: str | None,
+    said: bool,
+    make_config: MakeConfig,
+    tiny_sd: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    make_accelerator(make_config(tiny_sd, {"training.mixed_precision": "bf16"}))
+    assert ("launched with mixed precision fp16" in caplog.text) is said
 
 
 def test_other_errors_stay_what_they_are(make_config: MakeConfig, tiny_sd: Path) -> None:
