@@ -54,14 +54,16 @@ def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
 def _score_pairs(args: argparse.Namespace) -> None:
     from diffalign.data.readers import open_pairs
     from diffalign.data.scores import score_pairs
-    from diffalign.rewards import load_scorer
+    from diffalign.rewards import load_scorer, span_of
 
     table = open_pairs(
         args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
     )
     table.require_usable()
     scorer = load_scorer(args.scorer, device_of(args.device))
-    scored, unreadable = score_pairs(table, args.scorer, lambda *of: scorer.score(*of).tolist(), args.out)
+    scored, unreadable = score_pairs(
+        table, args.scorer, lambda *of: scorer.score(*of).tolist(), args.out, span_of(scorer)
+    )
     print(f"{args.out}: {len(table)} pairs, {scored} of them scored now, {unreadable} with an image that does not open")
     print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
 

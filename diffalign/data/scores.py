@@ -1,6 +1,6 @@
 """Scores of pairs in a file of their own, for data that have none: written by `diffalign data score`.
 
-    {"scorer": "pickscore"}                                    the first line
+    {"scorer": "pickscore", "span": [11.54, 28.2]}             the first line; where its scores lie, if known
     {"id": "…", "score_0": 21.3, "score_1": 20.9}              a pair; images in stored order, null where unreadable
 
 Lines are appended as they are made, so that an interrupted run goes on where it stopped.
@@ -28,21 +28,25 @@ Score = Callable[[Sequence[Image], Sequence[str]], Sequence[float]]
 Scores = dict[str, tuple[float, float]]  # of both images in stored order, by id of the pair
 
 
-def score_pairs(table: PairTable, scorer: str, score: Score, out: Path) -> tuple[int, int]:
+def score_pairs(
+    table: PairTable, scorer: str, score: Score, out: Path, span: tuple[float, float] | None = None
+) -> tuple[int, int]:
     """Scores both images of every pair that `out` does not have yet; returns how many were scored and unreadable.
 
-    score: images and their prompts -> one number each. Raises DataError when `out` is another scorer's, or when a
-    score is not finite.
+    score: images and their prompts -> one number each. `span`: where they lie, for checks of ranges.
+    Raises DataError when `out` is another scorer's, or when a score is not finite.
     """
     with folder_lock(out.parent, "a process that scores pairs", f".{out.name}.lock"):
-        return _score_pairs(table, scorer, score, out)
+        return _score_pairs(table, scorer, score, out, span)
 
 
-def _score_pairs(table: PairTable, scorer: str, score: Score, out: Path) -> tuple[int, int]:
+def _score_pairs(
+    table: PairTable, scorer: str, score: Score, out: Path, span: tuple[float, float] | None
+) -> tuple[int, int]:
     there = read_scores(out, scorer) if out.exists() else {}
     if not there:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"scorer": scorer}) + "\n")
+        out.write_text(json.dumps({"scorer": scorer} | ({} if span is None else {"span": span})) + "\n")
     todo = [index for index, name in enumerate(table.ids) if name not in there]
     scored = unreadable = 0
     with (
@@ -87,6 +91,21 @@ def read_scores(path: str | Path, scorer: str | None = None) -> Scores:
     if unfinished:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return found
+
+
+def span_in(path: str | Path) -> tuple[float, float] | None:
+    """Where the scores in a file lie, as their scorer said; None in older files and where it said nothing."""
+    with Path(path).open() as file:
+        span = json.loads(file.readline()).get("span")
+    if span is None:
+        return None
+    try:
+        low, high = map(float, span)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: its first line has span = {span!r}; it is two numbers") from error
+    if not -math.inf < low < high < math.inf:
+        raise DataError(f"{path}: its first line has span = {span!r}; it is two finite numbers, the lower first")
+    return low, high
 
 
 def use_scores(table: PairTable, scores: Scores, *, relabel: bool, where: str) -> None:

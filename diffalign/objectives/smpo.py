@@ -7,8 +7,8 @@ x_t and its target come from inversion as in InPO, without added noise; every st
 predicted at its start and at its provisional end, both labelled with the level it goes to (ReNoise, arXiv 2403.14602).
 low and high are the range of PickScore's cosine in the authors' data, before the logit scale: with them W is .15, .30,
 .60, 1.0 and 1.49 for gaps of .5, 1, 2, 3.3 and 5 points of PickScore as usually reported (cosine × 100). For another
-scorer set them to its own range. W < 0 where the scorer disagrees with the label; the authors take their labels from
-the scorer.
+scorer, or for PickScore × 100 as `pickscore` gives it, set them to its own range. W < 0 where the scorer disagrees with
+the label; the authors take their labels from the scorer.
 
 Differs from the released code (JaydenLyh/SmPO, train.py): as InPO, and W belongs to the pair; there, the first pair's
 probability weighs the whole batch. `steps` is 20 here and 5 there, for InPO's reason.

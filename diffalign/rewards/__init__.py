@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
-from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, as_step_aware, tie_of
+from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, as_step_aware, span_of, tie_of
 
 __all__ = [
     "DEFAULT_TIE",
@@ -21,8 +21,10 @@ __all__ = [
     "ScorerError",
     "StepAwareScorer",
     "as_step_aware",
+    "declared_span",
     "load_scorer",
     "scorer_names",
+    "span_of",
     "tie_of",
 ]
 
@@ -52,23 +54,35 @@ def load_scorer(name: str, device: str = "cpu") -> Scorer:
     `name` is a built-in name, `NAME=PATH` (a folder, file or Hub id in place of the default weights), or
     `package.module:Class` for a scorer of your own. Raises ScorerError naming the nearest known name.
     """
-    key, _, path = name.partition("=")
+    path = name.partition("=")[2]
+    factory = _factory(name)
+    arguments = {"device": device} if _takes_device(factory) else {}
+    scorer = factory(path, **arguments) if path else factory(**arguments)
+    if not isinstance(scorer, Scorer):
+        raise ScorerError(f"scorer '{name}': {factory} has no `name` or no `score(images, prompts)` method")
+    return scorer
+
+
+def declared_span(name: str) -> tuple[float, float] | None:
+    """`span_of` the scorer called `name`, without loading its weights. Raises ScorerError as `load_scorer` does."""
+    return span_of(_factory(name))
+
+
+def _factory(name: str) -> Callable[..., object]:
+    """What makes the scorer of that name."""
+    key = name.partition("=")[0]
     target = _SCORERS.get(key, key)
     module, _, attribute = target.partition(":")
     if not attribute:
         raise ScorerError(_unknown(key))
     try:
-        factory = getattr(import_module(module), attribute)
+        found: Callable[..., object] = getattr(import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ScorerError(
             f"scorer '{name}': cannot import {attribute} from {module} ({error}); "
             "a scorer of your own is named package.module:Class and must be on the Python path"
         ) from error
-    arguments = {"device": device} if _takes_device(factory) else {}
-    scorer = factory(path, **arguments) if path else factory(**arguments)
-    if not isinstance(scorer, Scorer):
-        raise ScorerError(f"scorer '{name}': {target} has no `name` or no `score(images, prompts)` method")
-    return scorer
+    return found
 
 
 def _takes_device(factory: Callable[..., object]) -> bool:

@@ -24,6 +24,7 @@ class Aesthetic:
     """About 4 to 7 on ordinary pictures. `path` is the head (a file, a folder or a Hub id)."""
 
     name = "aesthetic"
+    span = (1.0, 10.0)  # the ratings that the head was trained on
 
     def __init__(
         self, path: str = HEAD_REPO, *, clip: str = "openai/clip-vit-large-patch14", device: str = "cpu"

@@ -5,6 +5,8 @@ Anything with a `name` and a `score` is a scorer; nothing has to be inherited. A
 A scorer may also have
 
     tie              float: two scores closer than this count as equal (default 0.01, see `tie_of`)
+    span             (float, float): where its scores of ordinary pictures lie, in its own unit. Ranges and thresholds
+                     in configs are compared with it and refused where they must be another unit's
     embed_images     images -> unit vectors "n d": lets the diversity guard measure in feature space
     check_prompts    prompts -> None: raises for one that it cannot judge by, before any picture is made
 """
@@ -12,6 +14,7 @@ A scorer may also have
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,6 +88,23 @@ class _AtStep:
 def tie_of(scorer: Any) -> float:
     """The difference below which two scores of this scorer count as equal, in its own unit."""
     return float(getattr(scorer, "tie", DEFAULT_TIE))
+
+
+def span_of(scorer: Any) -> tuple[float, float] | None:
+    """Where a scorer (or its class) says that its scores of ordinary pictures lie; None where it says nothing.
+
+    Raises ScorerError unless it is two finite numbers, the lower first.
+    """
+    span = getattr(scorer, "span", None)
+    if span is None:
+        return None
+    try:
+        low, high = map(float, span)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ScorerError(f"{scorer!r} has span = {span!r}; give two finite numbers, the lower first, or None")
+    return low, high
 
 
 def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:

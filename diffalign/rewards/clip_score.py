@@ -20,6 +20,7 @@ class ClipScore:
     """About 15 to 35 on ordinary pictures."""
 
     name = "clip"
+    span = (10.0, 40.0)
 
     def __init__(self, path: str = "openai/clip-vit-large-patch14", *, device: str = "cpu") -> None:
         self.clip = load_clip(path, path, device)

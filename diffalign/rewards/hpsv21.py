@@ -47,6 +47,7 @@ class HPSv21:
     """About .20 to .33 on ordinary pictures, so scores closer than 1e-4 count as equal."""
 
     name = "hpsv2.1"
+    span = (0.15, 0.4)
     tie = 1e-4  # a cosine: PickScore's .01 divided by its factor of about 100
 
     def __init__(self, path: str = REPO, *, tokenizer: str = TOKENIZER, device: str = "cpu") -> None:

@@ -19,6 +19,7 @@ class PickScore:
     """About 17 to 24 on ordinary pictures; differences of .5 are large."""
 
     name = "pickscore"
+    span = (11.543526500463486, 28.201571106910706)  # 100 times the range that SmPO's release has of its cosine
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class StepAware:
     """Higher is better, in PickScore's unit where the model started from PickScore."""
 
     name = "step-aware"
+    span = (11.543526500463486, 28.201571106910706)  # PickScore's
 
     def __init__(self, path: str = "", *, tokenizer: str = TOKENIZER, device: str = "cpu") -> None:
         """`path`: a folder written by `diffalign train`, its weights folder, or a file with the released state dict."""

@@ -44,6 +44,7 @@ from diffalign.sources import Source
 from diffalign.training.feed import make_feed
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.processes import PATIENCE, all_in_use, before_accelerate, on_main
+from diffalign.training.score_units import check_units
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def open_table(
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
+
     if accelerator is None:
         return _open_table(config, keep_ties)
     return on_main(accelerator, lambda: _open_table(config, keep_ties))
@@ -90,6 +92,8 @@ def open_table(
 
 def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Table:
     data, source = config.data, config.source if isinstance(config, Config) else None
+    if source is not None and isinstance(config, Config):
+        check_units(config, None)
     if source is not None and source.data == "prompts":
         return open_prompts(data.path, limit=data.max_pairs)
     if source is not None:
@@ -127,6 +131,8 @@ def prepared(config: Config | PreferenceModelConfig, table: PairTable) -> PairTa
         )
     if data.axes:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
+    if isinstance(config, Config):
+        check_units(config, table)
     if isinstance(config, Config) and config.tuning.method == "user_attention":
         users = None if data.users is None else open_users(data.users)
         use_users(table, users, where=f"data.users: {data.users}")

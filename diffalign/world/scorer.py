@@ -29,6 +29,7 @@ class WorldReward(OfCaptions):
     """Faithfulness + vividness - 4 x excess grain: the reward that pairs of the world are labelled by."""
 
     name = "world"
+    span = (-0.5, 2.0)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Rewards [n] float32, about -0.5 (noise) to 1.9 (clean and fully vivid). ValueError as in `read_images`."""
@@ -39,6 +40,7 @@ class WorldSize(OfCaptions):
     """Faithfulness + size of the shape: a second taste that nothing in the package is tuned on."""
 
     name = "world-size"
+    span = (0.0, 2.0)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Rewards [n] float32 in [0, 2]. ValueError as in `read_images`."""
@@ -49,6 +51,7 @@ class WorldBold(OfCaptions):
     """Faithfulness + taste for the large and vivid - 4 x excess grain: what the world's user `bold` prefers by."""
 
     name = "world-bold"
+    span = (-1.5, 2.0)
     taste = 1.0
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -124,7 +124,8 @@ def test_the_command_and_the_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "5 pairs, 5 of them scored now, 0 with an image" in capsys.readouterr().out
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"output_dir: {tmp_path}/out\nmodel: {{pretrained_model_name_or_path: x}}\nobjective: {{name: smpo}}\n"
+        f"output_dir: {tmp_path}/out\nmodel: {{pretrained_model_name_or_path: x}}\n"
+        "objective: {name: smpo, score_low: 0, score_high: 20}\n"
         f"data: {{path: {pairs}, relabel: true}}\n"
     )
     with pytest.raises(ConfigError, match=r"data\.relabel needs data\.scores"):
