@@ -1,9 +1,9 @@
 """A folder of pairs: chosen/NAME.png and rejected/NAME.png, prompts in NAME.txt or in one captions file.
 
-NAME may have folders in it (chosen/cats/1.png belongs to rejected/cats/1.png). Prompts are looked for in this order:
-captions.json ({"NAME": "prompt"}), captions.jsonl, captions.csv (both with `name` and `prompt`, and where wanted
-weight, margin and mask), then NAME.txt, NAME.caption or NAME.png.txt beside the folders, in prompts/, chosen/ or
-rejected/.
+NAME may have folders in it (chosen/cats/1.png belongs to rejected/cats/1.png). Prompts come from
+captions.json ({"NAME": "prompt"}), captions.jsonl or captions.csv (both with `name` and `prompt`, and where wanted
+weight, margin and mask); without one of these from NAME.txt, NAME.caption or NAME.png.txt beside the folders, in
+prompts/, chosen/ or rejected/.
 Every file in the two folders is used or becomes a row with the reason why not; files whose name begins with a dot,
 Thumbs.db and desktop.ini are passed over.
 """
@@ -115,10 +115,13 @@ def _file(folder: Path) -> str:
 
 def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str]]]:
     """What the captions file says of each name, and its lines that name none; (None, …) without such a file."""
-    file = next((folder / name for name in CAPTIONS if (folder / name).is_file()), None)
+    there = [name for name in CAPTIONS if (folder / name).is_file()]
     unused: list[tuple[str, str]] = []
-    if file is None:
+    if not there:
         return None, unused
+    if len(there) > 1:
+        raise DataError(f"{folder} has {' and '.join(there)}; keep the one whose prompts are meant")
+    file = folder / there[0]
     pairs: list[tuple[Any, Said]]
     if file.suffix == ".json":
         try:
@@ -138,8 +141,11 @@ def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str
         for place, row in enumerate(listing.rows):
             said = {part: row.get(part) for part in ("prompt", *TERMS) if part in listing.names}
             fault = listing.fault(place)
-            pairs.append((row.get("name"), said | ({"fault": f"{listing.where(place)}: {fault}"} if fault else {})))
-            if not isinstance(row.get("name"), str):
+            name = row.get("name")
+            if isinstance(name, int) and not isinstance(name, bool):
+                name = str(name)
+            pairs.append((name, said | ({"fault": f"{listing.where(place)}: {fault}"} if fault else {})))
+            if not isinstance(name, str):
                 unused.append((listing.where(place), fault or "its name is no text; write that of an image"))
     found: dict[str, Said] = {}
     for given, said in pairs:

@@ -62,11 +62,19 @@ def odd(text: str) -> str | None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON, or ValueError: also for numbers that are too long and for nesting that is too deep."""
+    """JSON, or ValueError: also for a key that is there twice, numbers too long and nesting too deep."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in (other for other, _ in pairs[:place]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def read_json_lines(file: Path, plain: str | None = None) -> list[Line]:

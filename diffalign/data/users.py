@@ -124,7 +124,7 @@ def embedding(values: Any, where: str) -> Tensor:
     """Numbers as float32 [dim]. Raises DataError when they are none, not in one row, or not finite."""
     try:
         vector = torch.as_tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{where}: {values!r:.60} is no list of numbers") from error
     if vector.ndim != 1 or not len(vector) or not bool(vector.isfinite().all()):
         raise DataError(f"{where}: an embedding is a list of finite numbers, this one has shape {tuple(vector.shape)}")

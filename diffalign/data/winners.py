@@ -141,7 +141,7 @@ def open_winners(
         table = WinnerTable(stored, parts, verify, max_pairs)
         table.require_usable()
         return table
-    pairs = open_pairs(path, format=format, split=split, max_pairs=max_pairs, columns=named, verify=verify)
+    pairs = open_pairs(stored, format=format, split=split, max_pairs=max_pairs, columns=named, verify=verify)
     pairs.require_usable()
     return pairs
 

@@ -140,12 +140,27 @@ def test_captions_that_are_no_text(tmp_path: Path, prompt: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{]", "is not JSON"), ("[]", "one object"), ("[" * 10**5, "too deeply")]
+    ("text", "message"),
+    [
+        ("{]", "is not JSON"),
+        ("[]", "one object"),
+        ("[" * 10**5, "too deeply"),
+        ('{"a": "1", "a": "2"}', "the key .a. is there twice"),
+    ],
 )
 def test_captions_files_of_another_form(tmp_path: Path, text: str, message: str) -> None:
     pair(tmp_path, "a")
     (tmp_path / "captions.json").write_text(text)
     with pytest.raises(DataError, match=f"captions.json .*{message}"):
+        open_pairs(tmp_path)
+
+
+def test_two_captions_files_are_refused_and_names_may_be_numbers(tmp_path: Path) -> None:
+    pair(tmp_path, "1")
+    (tmp_path / "captions.jsonl").write_text('{"name": 1, "prompt": "p"}')
+    assert open_pairs(tmp_path).prompts == ["p"]
+    (tmp_path / "captions.json").write_text('{"1": "q"}')
+    with pytest.raises(DataError, match=r"captions.json and captions.jsonl; keep the one whose prompts are meant"):
         open_pairs(tmp_path)
 
 

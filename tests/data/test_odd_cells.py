@@ -121,7 +121,12 @@ def test_odd_labels_and_terms(tmp_path: Path, column: str, cell: Any, kind: str,
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("[" * 100_000, "nested too deeply"), ("1" * 5000, "integer string"), ("\x00", "holds a NUL character")],
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "integer string"),
+        ("\x00", "holds a NUL character"),
+        ('{"prompt": 1, "prompt": 2}', "the key 'prompt' is there twice"),
+    ],
 )
 def test_odd_lines(tmp_path: Path, line: str, reason: str) -> None:
     file = written(tmp_path, "preference", "prompt", "p", ".jsonl")

@@ -69,6 +69,8 @@ def test_a_mixture_is_the_weighted_average(tmp_path: Path) -> None:
         ('{"anna": [1, 2], "ben": [1]}', "anna has 2 numbers and that of ben 1"),
         ('{"anna": [1, NaN]}', "finite"),
         ('{"anna": "tall"}', "no list of numbers"),
+        ('{"anna": [1' + "0" * 400 + "]}", "no list of numbers"),
+        ('{"anna": [1], "anna": [2]}', "the key 'anna' is there twice"),
         ('{"anna": [[1, 2]]}', "shape"),
     ],
 )
