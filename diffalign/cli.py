@@ -7,7 +7,6 @@ diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diff
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
@@ -30,8 +29,10 @@ from diffalign.cli_export import export, export_arguments
 from diffalign.cli_list import list_all, list_arguments
 from diffalign.cli_merge import merge, merge_arguments
 from diffalign.cli_pictures import compare, compare_arguments, label, label_arguments, score, score_arguments
-from diffalign.cli_words import device_of, named
+from diffalign.cli_sampling import evaluate, evaluate_arguments, generate, generate_arguments
+from diffalign.cli_words import Parser, count, overwrite_argument, path, whole, writable
 from diffalign.errors import BUG, DiffalignError, Interrupted, explain, printable
+from diffalign.terminal import guarded
 from diffalign.training.processes import one_process
 
 if TYPE_CHECKING:
@@ -45,13 +46,13 @@ OVERRIDES_HELP = "overrides, e.g. training.learning_rate=1e-5 objective.beta=200
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 2: something the user can mend, in one message. 1: a bug of ours, with its
     traceback. 128 + n: ended by signal n (130: SIGINT, 143: SIGTERM)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot end a command
-    parser = _parser()
-    args = parser.parse_args(argv)
+    with guarded():
+        _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
     _quiet_libraries()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main_thread = threading.current_thread() is threading.main_thread()  # signals are its affair alone
     before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
     try:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if said is None:
             print(f"\ndiffalign {args.command}: {BUG}", file=sys.stderr)
             sys.exit(1)
-        print(f"diffalign {args.command}: {printable(said)}", file=sys.stderr)
+        print(f"diffalign {args.command}: {said}", file=sys.stderr)
         sys.exit(2)
     finally:
         if main_thread:
@@ -81,8 +82,8 @@ def _terminated(signum: int, _: object) -> None:
     raise Interrupted(signum, "terminated")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="diffalign",
         description="Preference tuning of text-to-image diffusion models.",
         epilog="DIFFALIGN_TRACEBACK=1 shows where an error comes from.",
@@ -103,18 +104,21 @@ def _parser() -> argparse.ArgumentParser:
         ("calibrate", _calibrate, "measure which beta and which learning rate fit a config's model and pairs"),
     ):
         sub = command(name, run, help)
-        sub.add_argument("config", help=CONFIG_HELP)
+        sub.add_argument("config", type=path, help=CONFIG_HELP)
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
         if name == "diagnose":
-            sub.add_argument("--batches", type=int, default=8, help="micro-batches of the run's pairs (default 8)")
-            sub.add_argument("--json", type=Path, help="write the figures to this file as well")
+            sub.add_argument("--batches", type=count, default=8, help="micro-batches of the run's pairs (default 8)")
         if name == "calibrate":
-            sub.add_argument("--steps", type=int, default=16, help="optimiser steps, a power of two (default 16)")
-            sub.add_argument("--pairs", type=int, default=128, help="pairs to measure at (default 128)")
-            sub.add_argument("--json", type=Path, help="write the figures to this file as well")
+            sub.add_argument(
+                "--steps", type=whole(2, 4096), default=16, help="optimiser steps, a power of two (default 16)"
+            )
+            sub.add_argument("--pairs", type=count, default=128, help="pairs to measure at (default 128)")
+        if name in ("diagnose", "calibrate"):
+            sub.add_argument("--json", type=path, help="write the figures to this file as well")
+            overwrite_argument(sub)
 
-    _generate_arguments(command("generate", _generate, "make pictures with a base or a tuned model"))
-    _evaluate_arguments(command("evaluate", _evaluate, "compare tuned models with their base on the same seeds"))
+    generate_arguments(command("generate", generate, "make pictures with a base or a tuned model"))
+    evaluate_arguments(command("evaluate", evaluate, "compare tuned models with their base on the same seeds"))
     compare_arguments(command("compare", compare, "the same comparison for pictures that are there"))
     score_arguments(command("score", score, "score pictures that are there"))
     label_arguments(command("label", label, "make preference pairs of pictures: each prompt's best over its worst"))
@@ -126,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     list_arguments(command("list", list_all, "objectives, sources, configs and scorers that come with the package"))
 
     sub = command("demo", _demo, "tune the embedded world's model and measure what it gained")
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
-    sub.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the config's)")
+    sub.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    sub.add_argument("--steps", type=count, default=None, help="optimiser steps (default: the config's)")
     return parser
 
 
@@ -205,8 +209,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     from diffalign.training.remedies import with_remedies
     from diffalign.training.setup import build, make_accelerator
 
-    if args.batches < 1:
-        raise DiffalignError(f"--batches {args.batches}: give at least one")
+    writable([("--json", args.json)], args.overwrite)
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
         raise DiffalignError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
@@ -214,7 +217,7 @@ def _diagnose(args: argparse.Namespace) -> None:
         found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
     if args.json is not None:
-        args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n")
+        args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n", encoding="utf-8")
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -224,6 +227,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from diffalign.training.remedies import with_remedies
     from diffalign.training.setup import build, make_accelerator
 
+    writable([("--json", args.json)], args.overwrite)
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
         raise DiffalignError("a preference model's run has no objective, and so no beta to calibrate")
@@ -232,7 +236,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         found = calibrate(build(_look(config, folder), make_accelerator(config)), args.steps, args.pairs)
     print(report(found))
     if args.json is not None:
-        args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n")
+        args.json.write_text(json.dumps(plain_values(found), indent=2) + "\n", encoding="utf-8")
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -264,132 +268,3 @@ def _demo(args: argparse.Namespace) -> None:
     from diffalign.demo import run_demo
 
     run_demo(args.out, steps=args.steps)
-
-
-def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompts", required=True, help=".txt (one a line), .jsonl, .csv, .parquet, or one prompt itself"
-    )
-    parser.add_argument("--limit", type=int, help="use only the first prompts")
-    parser.add_argument("--seeds", default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
-    parser.add_argument("--scheduler", default="ddim", help="ddim, euler or dpmsolver")
-    parser.add_argument("--resolution", type=int, help="pixels (default: the model's own)")
-    parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--batch", type=int, help="pictures at a time (default: by resolution)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    parser.add_argument("--vae", help="another VAE, e.g. an fp16-safe one")
-    parser.add_argument("--prediction-type", help="override of the scheduler config's")
-    parser.add_argument("--users", help="file of users' embeddings (.json, .parquet, .safetensors), for --user")
-    parser.add_argument(
-        "--user", action="append", metavar="ID[=WEIGHT]", help="for whom, with user attention; several are averaged"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = (
-        "steps",
-        "guidance",
-        "scheduler",
-        "resolution",
-        "negative_prompt",
-        "batch",
-        "dtype",
-        "vae",
-        "prediction_type",
-    )
-    return {
-        "device": device_of(args.device),
-        "out_dir": args.out,
-        "user": _user(args),
-        **{name: getattr(args, name) for name in names},
-    }
-
-
-def _user(args: argparse.Namespace) -> list[float] | None:
-    """The embedding of whom pictures are for: a user of the file, or some of them averaged."""
-    from diffalign.data.users import open_users, parse_mixture
-
-    if bool(args.users) != bool(args.user):
-        raise DiffalignError("--users FILE and --user ID belong together: a file of embeddings, and who of it")
-    return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="diffusers folder, Hub id or single-file checkpoint")
-    parser.add_argument("--tuned", help="LoRA file, full unet folder, or output_dir of a run")
-    parser.add_argument(
-        "--negative-tuned",
-        metavar="PATH",
-        help="the same for guidance's unconditional branch, e.g. a run with data.invert_preference (Diffusion-NPO)",
-    )
-    _sampling_arguments(parser)
-
-
-def _generate(args: argparse.Namespace) -> None:
-    from diffalign.data.prompts import read_prompts
-    from diffalign.evaluation.generate import generate
-
-    prompts = read_prompts(args.prompts, limit=args.limit)
-    weights = {"tuned": args.tuned, "negative_tuned": args.negative_tuned}
-    pictures = generate(args.model, prompts, parse_seeds(args.seeds), **weights, **_sampling(args))
-    print(f"{len(pictures)} pictures in {args.out}")
-
-
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", help="what the tuned models were tuned from: folder, Hub id or single file")
-    parser.add_argument(
-        "--tuned",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="a tuned model; give the same NAME again for runs that differ in their seed",
-    )
-    parser.add_argument(
-        "--negative-tuned",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="weights of the unconditional branch for NAME; without --tuned NAME=… the other branch is the base's",
-    )
-    parser.add_argument("--scorer", action="append", required=True, help="`diffalign list scorers`; may be repeated")
-    parser.add_argument("--faithfulness", help="scorer that guards faithfulness to the prompt")
-    parser.add_argument("--tie", type=float, help="|dR| below this is a tie (default: the scorer's own)")
-    _sampling_arguments(parser)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from diffalign.data.prompts import read_prompts
-    from diffalign.evaluation.evaluate import evaluate
-
-    if not args.tuned and not args.negative_tuned:
-        raise DiffalignError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
-    result = evaluate(
-        args.base,
-        named(args.tuned, "--tuned"),
-        read_prompts(args.prompts, limit=args.limit),
-        parse_seeds(args.seeds),
-        scorers=args.scorer,
-        faithfulness=args.faithfulness,
-        tie=args.tie,
-        negative_tuned=named(args.negative_tuned, "--negative-tuned"),
-        **_sampling(args),
-    )
-    print(result.table())
-    print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from "7", "0-11" (both ends) or "0,3,5"; raises ValueError for anything else."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise DiffalignError(f"--seeds {text}: write 7, 0-11 or 0,3,5")
-        seeds += range(int(first), int(last if dash else first) + 1)
-    if not seeds:
-        raise DiffalignError(f"--seeds {text}: the range is empty")
-    return seeds

@@ -7,19 +7,22 @@ import os
 import shlex
 from pathlib import Path
 
+from diffalign.cli_words import LAST_SEED, path, whole
 from diffalign.errors import DiffalignError
 from diffalign.folder_lock import folder_lock
 
 
 def arena_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--out", type=Path, default=Path("runs/arena"), help="folder; finished runs there are kept")
+    parser.add_argument("--out", type=path, default=Path("runs/arena"), help="folder; finished runs there are kept")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help="one training seed, fewer steps: the README's table")
     kind.add_argument("--sweep", action="store_true", help="choose learning rates and scales again, on other prompts")
     parser.add_argument("--only", nargs="+", metavar="ENTRY", help="these entries, not all")
-    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds (default: the protocol's)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    parser.add_argument("--seeds", type=whole(0, LAST_SEED), nargs="+", help="training seeds (default: the protocol's)")
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+    )
 
 
 def arena(args: argparse.Namespace) -> None:

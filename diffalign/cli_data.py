@@ -5,9 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from diffalign.cli_words import device_of
+from diffalign.cli_words import (
+    LAST_SEED,
+    count,
+    device,
+    device_of,
+    overwrite_argument,
+    path,
+    path_text,
+    scorer,
+    whole,
+    writable,
+)
 from diffalign.errors import DiffalignError
 
 
@@ -16,39 +26,48 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
     _pairs_arguments(sub)
-    sub.add_argument("--scores", nargs="+", default=[], metavar="FILE", help="files of scores, as in data.scores")
-    sub.add_argument("--aggregate", default="sum", help="sum, min or all_agree, as data.aggregate")
+    sub.add_argument(
+        "--scores", type=path_text, nargs="+", default=[], metavar="FILE", help="files of scores, as in data.scores"
+    )
+    sub.add_argument("--aggregate", choices=("sum", "min", "all_agree"), default="sum", help="as data.aggregate")
     sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
-    sub.add_argument("--resolution", type=int, help="say how many images are smaller than this")
-    sub.add_argument("--sample", type=Path, metavar="PNG", help="write a contact sheet of a few pairs")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the report, with every problem, as JSON")
+    sub.add_argument("--resolution", type=count, help="say how many images are smaller than this")
+    sub.add_argument("--sample", type=path, metavar="PNG", help="write a contact sheet of a few pairs")
+    sub.add_argument("--json", type=path, metavar="FILE", help="write the report, with every problem, as JSON")
+    overwrite_argument(sub)
     sub = actions.add_parser("score", help="score both images of every pair, into a file that data.scores names")
     _pairs_arguments(sub)
-    sub.add_argument("--scorer", required=True, help="`diffalign list scorers`")
+    sub.add_argument("--scorer", type=scorer, required=True, help="`diffalign list scorers`")
     sub.add_argument(
-        "--out", type=Path, required=True, metavar="JSONL", help="file of scores; goes on where it stopped"
+        "--out", type=path, required=True, metavar="JSONL", help="file of scores; goes on where it stopped"
     )
-    sub.add_argument("--device", help="default: cuda where there is one")
+    sub.add_argument("--device", type=device, help="default: cuda where there is one")
     sub = actions.add_parser("world", help="write preference pairs of the embedded world")
-    sub.add_argument("out", type=Path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
-    sub.add_argument("--pairs", type=int, default=1024)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("out", type=path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
+    sub.add_argument("--pairs", type=whole(1, 10**7), default=1024)
+    sub.add_argument("--seed", type=whole(0, LAST_SEED), default=0)
     sub.add_argument(
-        "--source", default="renders", help="renders, or samples: best and worst of four of the base's own"
+        "--source",
+        choices=("renders", "samples"),
+        default="renders",
+        help="samples: best and worst of four of the base's own",
     )
-    sub.add_argument("--reward", default="world", help="which picture is better: world, or world-size, another taste")
-    sub.add_argument("--users", type=int, default=0, help="so many users of different taste; 0: all prefer alike")
+    sub.add_argument("--reward", choices=("world", "world-size"), default="world", help="which picture is better")
+    sub.add_argument(
+        "--users", type=whole(0, 10**6), default=0, help="so many users of different taste; 0: all prefer alike"
+    )
     sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
+    overwrite_argument(sub)
 
 
 def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", help="file, folder or Hub id")
+    sub.add_argument("path", type=path_text, help="file, folder or Hub id")
     sub.add_argument("--format", default="auto")
     sub.add_argument("--split", default="train")
     sub.add_argument(
         "--columns", nargs="*", default=[], metavar="PART=COLUMN", help="names that differ, e.g. prompt=text"
     )
-    sub.add_argument("--max-pairs", type=int, help="look at no more than this many usable pairs")
+    sub.add_argument("--max-pairs", type=count, help="look at no more than this many usable pairs")
 
 
 def _score_pairs(args: argparse.Namespace) -> None:
@@ -60,9 +79,9 @@ def _score_pairs(args: argparse.Namespace) -> None:
         args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
     )
     table.require_usable()
-    scorer = load_scorer(args.scorer, device_of(args.device))
+    judge = load_scorer(args.scorer, device_of(args.device))
     scored, unreadable = score_pairs(
-        table, args.scorer, lambda *of: scorer.score(*of).tolist(), args.out, span_of(scorer)
+        table, args.scorer, lambda *of: judge.score(*of).tolist(), args.out, span_of(judge)
     )
     print(f"{args.out}: {len(table)} pairs, {scored} of them scored now, {unreadable} with an image that does not open")
     print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
@@ -86,10 +105,12 @@ def data(args: argparse.Namespace) -> None:
             layout=layout,
             shuffle_labels=args.shuffle_labels,
             users=args.users,
+            overwrite=args.overwrite,
         )
         print(f"{args.pairs} pairs in {args.out}")
         return
 
+    writable([("--sample", args.sample), ("--json", args.json)], args.overwrite)
     from diffalign.data.axes import Axis
     from diffalign.data.check import check_pairs
 
@@ -109,7 +130,7 @@ def data(args: argparse.Namespace) -> None:
         report.contact_sheet(args.sample)
         print(f"sample: {args.sample}")
     if args.json is not None:
-        args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
+        args.json.write_text(json.dumps(report.json(), indent=2) + "\n", encoding="utf-8")
 
 
 def _columns(parts: Sequence[str]) -> dict[str, str]:

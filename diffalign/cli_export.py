@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from diffalign.cli_words import overwrite_argument, path, path_text
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Run, target, file and base."""
     parser.add_argument(
-        "tuned", metavar="RUN", help="output_dir of a run, a checkpoint in it, a LoRA file or a unet folder"
+        "tuned",
+        type=path_text,
+        metavar="RUN",
+        help="output_dir of a run, a checkpoint in it, a LoRA file or a unet folder",
     )
     parser.add_argument(
         "--to", required=True, choices=("kohya", "single-file"), help="a LoRA in kohya's layout, or a full checkpoint"
     )
-    parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .safetensors")
-    parser.add_argument("--base", help="what it was tuned from: folder, Hub id or single file (default: the run's own)")
+    parser.add_argument("--out", type=path, required=True, help="file to write, ending in .safetensors")
+    parser.add_argument(
+        "--base", type=path_text, help="what it was tuned from: folder, Hub id or single file (default: the run's own)"
+    )
     parser.add_argument(
         "--dtype", choices=("fp16", "bf16", "fp32"), help="of the file (default: fp32 for kohya, fp16 for single-file)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    overwrite_argument(parser)
 
 
 def export(args: argparse.Namespace) -> None:

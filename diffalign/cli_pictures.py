@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from diffalign.cli_words import device_of, named
+from diffalign.cli_words import device, device_of, named, overwrite_argument, path, scorer, tie, writable
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ FOLDER_HELP = "folder of pictures with a manifest.jsonl, as `diffalign generate`
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The base's folder, others by name, judges."""
-    parser.add_argument("base", type=Path, help=FOLDER_HELP)
+    parser.add_argument("base", type=path, help=FOLDER_HELP)
     parser.add_argument(
         "others",
         nargs="+",
@@ -29,25 +28,28 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures of the same prompts and seeds; give NAME again for runs that differ in their training seed",
     )
     _scorer_arguments(parser, "may be repeated")
-    parser.add_argument("--faithfulness", help="scorer that guards faithfulness to the prompt")
-    parser.add_argument("--tie", type=float, help="|dR| below this is a tie (default: the scorer's own)")
-    parser.add_argument("--out", type=Path, help="folder for result.json, table.txt, scores.jsonl and grid.png")
+    parser.add_argument("--faithfulness", type=scorer, help="scorer that guards faithfulness to the prompt")
+    parser.add_argument("--tie", type=tie, help="|dR| below this is a tie (default: the scorer's own)")
+    parser.add_argument("--out", type=path, help="folder for result.json, table.txt, scores.jsonl and grid.png")
+    overwrite_argument(parser)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Prints the table of `evaluate` for pictures that exist."""
     from diffalign.evaluation.compare import compare as compare_pictures
-    from diffalign.evaluation.evaluate import write_result
-    from diffalign.evaluation.generate import read_manifest
+    from diffalign.evaluation.evaluate import RESULT_FILES, write_result
+    from diffalign.evaluation.manifest import read_manifest
     from diffalign.evaluation.report import BASE
 
+    others = named(args.others, "")
+    if BASE in others:
+        raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
+    if args.out is not None:
+        writable([("--out", args.out / file) for file in RESULT_FILES], args.overwrite)
+    base = read_manifest(args.base, whole=True)
+    runs = {name: [read_manifest(folder, whole=True) for folder in folders] for name, folders in others.items()}
     judges = _judges(args.scorer, args.device)
     (faithful,) = _judges([args.faithfulness], args.device) if args.faithfulness else (None,)
-    base = read_manifest(args.base, whole=True)
-    others = named(args.others, "")
-    runs = {name: [read_manifest(path, whole=True) for path in paths] for name, paths in others.items()}
-    if BASE in runs:
-        raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
     result, rows = compare_pictures(base, runs, judges, faithful, tie=args.tie, progress=True)
     print(result.table())
     if args.out is not None:
@@ -57,14 +59,19 @@ def compare(args: argparse.Namespace) -> None:
 
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     """Folders and judges."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=FOLDER_HELP)
+    parser.add_argument("folders", nargs="+", type=path, metavar="FOLDER", help=FOLDER_HELP)
     _scorer_arguments(parser, "may be repeated")
+    overwrite_argument(parser)
 
 
 def score(args: argparse.Namespace) -> None:
     """Writes each picture's scores to scores.jsonl in its folder, and prints means."""
-    from diffalign.evaluation.scoring import score_folder
+    from diffalign.evaluation.manifest import read_manifest
+    from diffalign.evaluation.scoring import SCORES, score_folder
 
+    for folder in args.folders:
+        read_manifest(folder, whole=True)
+        writable([(f"{folder}:", folder / SCORES)], args.overwrite)
     judges = _judges(args.scorer, args.device)
     for folder in args.folders:
         rows = score_folder(folder, judges, progress=True)
@@ -73,15 +80,16 @@ def score(args: argparse.Namespace) -> None:
             mean = sum(values) / len(values)
             spread = f"{min(values):.4f} to {max(values):.4f}"
             print(f"{folder}: {judge.name} {mean:.4f} on average of {len(rows)} pictures ({spread})")
-        print(f"{folder / 'scores.jsonl'}: every picture's")
+        print(f"{folder / SCORES}: every picture's")
 
 
 def label_arguments(parser: argparse.ArgumentParser) -> None:
     """Folders, one judge, a file for the pairs."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=FOLDER_HELP)
+    parser.add_argument("folders", nargs="+", type=path, metavar="FOLDER", help=FOLDER_HELP)
     _scorer_arguments(parser, "one")
-    parser.add_argument("--tie", type=float, help="leave out prompts whose scores lie closer (default: the scorer's)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PARQUET", help="file of pairs, for data.path")
+    parser.add_argument("--tie", type=tie, help="leave out prompts whose scores lie closer (default: the scorer's)")
+    parser.add_argument("--out", type=path, required=True, metavar="PARQUET", help="file of pairs, for data.path")
+    overwrite_argument(parser)
 
 
 def label(args: argparse.Namespace) -> None:
@@ -92,8 +100,9 @@ def label(args: argparse.Namespace) -> None:
         raise DiffalignError(
             "pairs are labelled by one --scorer; several can be combined later (`diffalign data score`)"
         )
+    writable([("--out", args.out)], args.overwrite)
     (judge,) = _judges(args.scorer, args.device)
-    found = label_pictures(args.folders, judge, args.out, tie=args.tie, progress=True)
+    found = label_pictures(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite, progress=True)
     print(
         f"{args.out}: {found.pairs} pairs; prompts left out: {found.ties} with a tie, {found.single} with one picture"
     )
@@ -101,8 +110,10 @@ def label(args: argparse.Namespace) -> None:
 
 
 def _scorer_arguments(parser: argparse.ArgumentParser, how_many: str) -> None:
-    parser.add_argument("--scorer", action="append", required=True, help=f"`diffalign list scorers`; {how_many}")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--scorer", type=scorer, action="append", required=True, help=f"`diffalign list scorers`; {how_many}"
+    )
+    parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
 
 
 def _judges(names: Sequence[str], device: str | None) -> list[Scorer]:

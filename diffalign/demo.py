@@ -47,7 +47,7 @@ def run_demo(out: Path, steps: int | None = None) -> None:
     def train(pairs: Path, name: str) -> list[str]:
         return ["train", config, f"data.path={pairs}", f"output_dir={out / name}", *shared]
 
-    _finish(_start(["data", "world", str(control), "--pairs", str(PAIRS), "--shuffle-labels"]))
+    _finish(_start(["data", "world", str(control), "--pairs", str(PAIRS), "--shuffle-labels", "--overwrite"]))
     with log.open("w") as file:
         background = _start(train(control, "shuffled"), launch=True, output=file)
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffalign.cli import main, parse_seeds
+from diffalign.cli import _parser, main
+from diffalign.cli_sampling import DTYPES, SCHEDULERS
+from diffalign.cli_words import device_of, seeds
+from diffalign.errors import DiffalignError, printable
+from diffalign.evaluation.evaluate import evaluate
+from diffalign.terminal import PrintableFormatter, Terminal, guarded
 from tests.conftest import ROOT
 
 WORLD = ROOT / "training_configs/world/dpo.yaml"
@@ -140,7 +148,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_world_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (tmp_path / "pairs.parquet", tmp_path / "pairs"):
         main(["data", "world", str(out), "--pairs", "12"])
-        files = ["--sample", str(tmp_path / "s.png"), "--json", str(tmp_path / "r.json")]
+        files = ["--sample", str(tmp_path / "s.png"), "--json", str(tmp_path / "r.json"), "--overwrite"]
         main(["data", "check", str(out), "--full", *files])
         assert "usable pairs  12" in capsys.readouterr().out
         assert json.loads((tmp_path / "r.json").read_text())["usable_pairs"] == 12
@@ -159,7 +167,6 @@ def test_data_world_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["data", "check", "nowhere", "--columns", "prompt:text"], "--columns prompt:text: write PART=COLUMN"),
         (["evaluate", "b", "--tuned", "x", "--scorer", "world", "--prompts", "p", "--out", "o"], "write NAME=PATH"),
         (["evaluate", "b", "--tuned", "a=x", "--scorer", "wrld", "--prompts", "p", "--out", "o"], "did you mean"),
-        (["generate", "b", "--prompts", "p", "--seeds", "a", "--out", "o"], "--seeds a"),
     ],
 )
 def test_errors_are_one_message(
@@ -173,12 +180,143 @@ def test_errors_are_one_message(
 
 
 def test_seeds() -> None:
-    assert parse_seeds("7") == [7]
-    assert parse_seeds("0-3") == [0, 1, 2, 3]
-    assert parse_seeds("0,3, 5-6") == [0, 3, 5, 6]
-    for bad in ("", "3-1", "-1", "1.5"):
-        with pytest.raises(ValueError, match="--seeds"):
-            parse_seeds(bad)
+    assert seeds("7") == [7]
+    assert seeds("0-3") == [0, 1, 2, 3]
+    assert seeds("0,3, 5-6,3") == [0, 3, 5, 6]
+
+
+GENERATE = ["generate", "b", "--prompts", "p", "--out", "o"]
+EVALUATE = ["evaluate", "b", "--tuned", "a=x", "--scorer", "world", "--prompts", "p", "--out", "o"]
+COMPARE = ["compare", "b", "a=x", "--scorer", "world"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "bad", "allowed"),
+    [
+        (GENERATE, "--guidance", ["nan", "inf", "-1", "1e300", "much"], "a number from 0 to 1000"),
+        (GENERATE, "--resolution", ["0", "-1", "7", "12", "1e3", "20000"], "from 8 to 16384, a multiple of 8"),
+        (GENERATE, "--batch", ["0", "-1", "1.5", "9" * 30], "a whole number from 1 to"),
+        (GENERATE, "--limit", ["0", "-1"], "a whole number from 1 to"),
+        (GENERATE, "--steps", ["0", "-3", "true"], "a whole number from 1 to 10000"),
+        (GENERATE, "--seeds", ["", "a", "1.5", "-1", "2-1,3", "0,,1"], r"write 7, 0-11|write 1-2"),
+        (GENERATE, "--seeds", [str(2**63), "0-1000000000000"], r"largest seed is 9223|more than 1000000 seeds"),
+        (GENERATE, "--device", ["tpu", "cuda:x", ""], "give cpu, cuda, cuda:N or mps"),
+        (GENERATE, "--scheduler", ["dpm"], "'ddim', 'euler', 'dpmsolver'"),
+        (GENERATE, "--dtype", ["fp16"], "'float32', 'bfloat16', 'float16'"),
+        (GENERATE, "--out", ["", " ", "a\0b", "a\x1b[2Jb"], "path is empty|rename the file or folder"),
+        (EVALUATE, "--tie", ["nan", "-1", "inf"], r"a number from 0 to 1e\+06"),
+        (COMPARE, "--tie", ["nan", "-0.1"], r"a number from 0 to 1e\+06"),
+        (["arena"], "--seeds", ["-1", str(2**64)], "a whole number from 0 to"),
+        (["arena"], "--workers", ["0"], "a whole number from 1 to 1024"),
+        (["calibrate", "c"], "--steps", ["1", "0"], "a whole number from 2"),
+        (["diagnose", "c"], "--batches", ["0"], "a whole number from 1"),
+        (["data", "world", "o"], "--pairs", ["0", "-1"], "a whole number from 1"),
+        (["data", "world", "o"], "--seed", ["-1"], "a whole number from 0"),
+        (["data", "check", "o"], "--max-pairs", ["0"], "a whole number from 1"),
+        (["demo"], "--steps", ["0"], "a whole number from 1"),
+    ],
+)
+def test_options_have_bounds(
+    command: list[str], option: str, bad: list[str], allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message has the option, the value and what is allowed; nothing is read before."""
+    for value in bad:
+        message = fails(capsys, *command, f"{option}={value}")
+        assert f"argument {option}: " in message
+        assert re.search(allowed, message), message
+        assert value[:20].encode("unicode_escape").decode().strip() in message, message
+        assert "\x1b" not in message
+
+
+def test_every_number_of_the_command_line_has_bounds() -> None:
+    """No option is read by int or float alone, which take -1, nan and 1e300."""
+    found, parsers = 0, [_parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            assert action.type not in (int, float, Path), action.option_strings
+            found += action.type is not None
+    assert found > 40
+
+
+def test_choices_are_those_of_the_rooms() -> None:
+    from diffalign.evaluation import generate, sampling
+
+    assert (tuple(sampling.SCHEDULERS), tuple(generate.DTYPES)) == (SCHEDULERS, DTYPES)
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    message = fails(capsys, *GENERATE, f"--device=cuda:{torch.cuda.device_count()}")
+    assert "--device cuda:" in message
+    assert "use --device cpu" in message
+    assert device_of("cpu") == "cpu"
+
+
+NO_NAMES = ["../../x", "a/b", "", ".", "..", ".x", "a\x1b[2J", "a\nb", "x" * 101, "a:b", " a", "C\\x"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_of_models_stay_inside_the_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before a scorer is loaded (there is none of this name) or anything is written."""
+    out = tmp_path / "in" / "out"
+    common = ["--scorer", "none", "--prompts", "a cat", "--out", str(out)]
+    message = fails(capsys, "evaluate", str(BASE), f"--tuned={name}={BASE}", *common)
+    assert "is no name for a model: give letters, digits" in message
+    assert f"--tuned {printable(name[:20])}" in message
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DiffalignError, match="is no name for a model"):
+        evaluate(str(BASE), {name: str(BASE)}, ["a cat"], [0], scorers=["none"], out_dir=out)
+
+
+def test_escape_codes_of_others_stay_off_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In tables, logs, bars and messages alike, because the streams are the border."""
+    evil = "\x1b]0;title\x07\x9b2J\u202e"
+    with guarded():
+        print(f"table {evil}", end="\n\ttab\n")
+        sys.stdout.writelines([evil])
+        print(f"\rbar {evil}\x1b[A", file=sys.stderr)
+        record = logging.LogRecord("x", logging.INFO, "f", 1, "log %s\r", (evil,), None)
+        print(PrintableFormatter("%(message)s").format(record))
+    out, err = capsys.readouterr()
+    for text in (out, err.replace("\r", "").replace("\x1b[A", "")):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text), text
+        assert r"\x1b]0;title\x07\x9b2J\u202e" in text
+    assert err.startswith("\rbar ")
+    assert "\n\ttab\n" in out
+    assert r"log \x1b]0;title" in out
+    assert sys.stdout is not None
+    assert not isinstance(sys.stdout, Terminal)
+    message = fails(capsys, "train", f"x{evil}.yaml")
+    assert "\x1b" not in message
+
+
+def test_commands_do_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before any work; --overwrite replaces."""
+    out = tmp_path / "pairs.parquet"
+    out.write_bytes(b"mine")
+    world = ["data", "world", str(out), "--pairs", "2"]
+    message = fails(capsys, *world)
+    assert f"{out} exists; name another file" in message
+    assert "--overwrite" in message
+    assert out.read_bytes() == b"mine"
+    main([*world, "--overwrite"])
+    assert out.read_bytes()[:4] == b"PAR1"
+    report = tmp_path / "report.json"
+    report.write_text("mine")
+    for command in (
+        ["data", "check", str(out), "--json", str(report)],
+        ["data", "check", str(out), "--sample", str(report)],
+        ["diagnose", str(WORLD), "--json", str(report)],
+        ["calibrate", str(WORLD), "--json", str(report)],
+    ):
+        assert f"{command[-2]} {report} exists; name another file" in fails(capsys, *command)
+    assert report.read_text() == "mine"
+    main(["data", "check", str(out), "--json", str(report), "--overwrite"])
+    assert json.loads(report.read_text())
+    capsys.readouterr()
+    assert "is a folder; name a file" in fails(capsys, "data", "check", str(out), "--json", str(tmp_path))
 
 
 def test_check_leaves_the_cache_alone_and_sees_an_occupied_folder(

@@ -139,5 +139,5 @@ def test_label_refuses_before_it_writes(base: Path, tmp_path: Path, capsys: pyte
     assert not out.exists()
     assert [file for file in tmp_path.iterdir() if "partial" in file.name] == []
     out.write_bytes(b"something")
-    assert "is there" in fails(capsys, *["label", str(base), "--scorer", JUDGE, "--out", str(out)])
+    assert "exists; name another file" in fails(capsys, *["label", str(base), "--scorer", JUDGE, "--out", str(out)])
     assert out.read_bytes() == b"something"

@@ -25,7 +25,7 @@ class Field:
         file = self.folder / "pairs" / f"{preference}{'-shuffled' if shuffled else ''}.parquet"
         if not file.is_file():
             partial = file.with_suffix(".partial")
-            write_pairs(partial, n=PAIRS, seed=PAIRS_SEED, reward=preference, shuffle_labels=shuffled)
+            write_pairs(partial, n=PAIRS, seed=PAIRS_SEED, reward=preference, shuffle_labels=shuffled, overwrite=True)
             partial.replace(file)
         return file
 

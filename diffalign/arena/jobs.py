@@ -29,7 +29,8 @@ import torch
 from tqdm import tqdm
 
 from diffalign.config import ConfigError, parse_config
-from diffalign.evaluation.generate import Picture, generate
+from diffalign.evaluation.generate import generate
+from diffalign.evaluation.manifest import Picture
 from diffalign.training.loop import TrainingError
 from diffalign.training.run import run_training
 from diffalign.world import base_path

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +17,12 @@ from diffalign.data.listing import open_listing
 from diffalign.data.parquet import ParquetColumns
 from diffalign.data.rows import DataError, ImageError, Problem
 from diffalign.data.text import lines_of, odd, read_text
+from diffalign.paths import expanded
 
 COLUMNS = ("prompt", "caption")
 LONGEST_NAME = 255  # bytes that file systems allow; a longer text can only be a prompt
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+OTHER_FILES = (".json", ".tsv", ".yaml", ".yml", ".md", ".text", ".list", ".arrow", ".zip", ".gz", ".png", ".jpg")
 
 
 class PromptError(DataError):
@@ -71,20 +76,57 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     empty cell of a table is an error that names the row or line. Repeated prompts are kept once, in
     order of first appearance: a picture depends on (prompt, seed) only, so a repeat would only feign data.
     """
-    path = Path(source)
+    if not _may_be_path(source):
+        return unique([_text(source)])[:limit]
+    path = Path(expanded(source))
+    if path.is_dir():
+        raise PromptError(f"{source} is a folder; name a file in it that ends in {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise PromptError(
+            f"{source}: no such file{_nearest(path)}. If it is a prompt, write it into a .txt file and name that"
+        )
     if path.suffix.lower() not in FORMATS:
-        if len(source) < LONGEST_NAME and path.is_file():
-            raise PromptError(f"{source}: cannot read prompts from '{path.suffix}'; allowed: {', '.join(FORMATS)}")
-        prompts = [source]
-    elif not path.is_file():
-        raise PromptError(f"{source}: no such file")
-    elif path.suffix.lower() == ".txt":
+        raise PromptError(f"{source}: cannot read prompts from '{path.suffix}'; allowed: {', '.join(FORMATS)}")
+    if path.suffix.lower() == ".txt":
         prompts = _lines(path)
     else:
         prompts = _column(path)
     if not any(prompt.strip() for prompt in prompts):
         raise PromptError(f"{source!r}: no prompt in it")
     return unique(prompts)[:limit]
+
+
+def _may_be_path(source: str) -> bool:
+    """Whether a text is meant as a file or folder: one is there, or it ends or begins as the name of one does."""
+    if "\n" in source or len(source.encode(errors="replace")) >= LONGEST_NAME or "\0" in source:
+        return False
+    suffix = Path(source).suffix.lower()
+    if suffix in (*FORMATS, *OTHER_FILES) or os.path.lexists(source):
+        return True
+    if any(c.isspace() for c in source.strip()):
+        return False
+    separated = "/" in source or "\\" in source
+    return source.startswith(("~", "/", "./", "../")) or (
+        separated and re.fullmatch(r"\.[a-z]\w{0,7}", suffix) is not None
+    )
+
+
+def _text(prompt: str) -> str:
+    """A prompt that was given itself. Raises PromptError for characters that are no text."""
+    if fault := odd(prompt):
+        raise PromptError(f"the prompt {prompt!r} {fault}; write a text in UTF-8")
+    if not prompt.strip():
+        raise PromptError(f"{prompt!r}: no prompt in it; give a text, or a file that ends in {', '.join(FORMATS)}")
+    return prompt
+
+
+def _nearest(path: Path) -> str:
+    """The end of a message about a file that is not there."""
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    files = [file.name for file in path.parent.iterdir() if file.suffix.lower() in FORMATS]
+    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def unique(prompts: Iterable[str]) -> list[str]:

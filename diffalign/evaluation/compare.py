@@ -12,9 +12,9 @@ from PIL import Image
 
 from diffalign.data.prompts import unique
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.generate import Picture
 from diffalign.evaluation.guards import Embed, Look, look, pixel_features, spread
-from diffalign.evaluation.report import BASE, ModelResult, Result, versions
+from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.report import BASE, ModelResult, Result, check_name, versions
 from diffalign.evaluation.scoring import score_pictures
 from diffalign.evaluation.stats import Paired, paired, ratio
 from diffalign.rewards import Scorer, tie_of
@@ -45,6 +45,8 @@ def compare(
     would be a choice. Also returns one row of scores per picture. Diversity is measured in the feature space of
     the first scorer that has `embed_images`, else in pixels.
     """
+    for name in tuned:
+        check_name(name)
     keys = [(picture.prompt, picture.seed) for picture in base]
     judges = list(scorers)
     if faithfulness and faithfulness.name not in [scorer.name for scorer in scorers]:

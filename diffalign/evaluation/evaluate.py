@@ -19,13 +19,16 @@ from PIL import Image
 from diffalign.data.prompts import unique
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
-from diffalign.evaluation.generate import PATHS, Picture, generate, settings_of
+from diffalign.evaluation.generate import PATHS, generate, settings_of
 from diffalign.evaluation.grid import comparison_grid
-from diffalign.evaluation.report import BASE, Result
+from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.report import BASE, Result, check_name
 from diffalign.evaluation.scoring import write_rows
 from diffalign.folder_lock import folder_lock
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.rewards.base import check_prompts
+
+RESULT_FILES = ("result.json", "table.txt", "scores.jsonl", "grid.png")
 
 
 def evaluate(
@@ -62,13 +65,15 @@ def evaluate(
     the embedding of whom the tuned models draw for, where they have user attention; the base knows no users. `tie`
     replaces the scorers' own tie thresholds. The other arguments are `generate`'s.
     """
-    loaded = [_scorer(scorer, device) for scorer in scorers]
-    faithful = _scorer(faithfulness, device) if faithfulness is not None else None
-    if not loaded:
+    if not scorers:
         raise DiffalignError("no scorer is named; give at least one, for example scorers=['pickscore']")
     models = _models(tuned, negative_tuned or {})
     if not models or BASE in models:
         raise DiffalignError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")
+    for name in models:
+        check_name(name)
+    loaded = [_scorer(scorer, device) for scorer in scorers]
+    faithful = _scorer(faithfulness, device) if faithfulness is not None else None
     sampling = {
         "steps": steps,
         "guidance": guidance,

@@ -10,38 +10,22 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from diffalign.data.prompts import unique
-from diffalign.errors import DiffalignError, MissingFileError, out_of_memory
+from diffalign.errors import DiffalignError, out_of_memory
 from diffalign.evaluation.fingerprint import fingerprint
+from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
 from diffalign.evaluation.sampling import SCHEDULERS, default_batch, default_resolution, sample_images
 from diffalign.folder_lock import folder_lock
 from diffalign.objectives.draws import noise_seed
 
-MANIFEST = "manifest.jsonl"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATHS = ("model", "tuned", "negative_tuned", "vae")  # where the weights lay; their fingerprints say what they were
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A generated picture on disk."""
-
-    prompt: str
-    seed: int
-    file: Path
-
-    def open(self) -> Image.Image:
-        """The picture as RGB."""
-        with Image.open(self.file) as image:
-            return image.convert("RGB")
 
 
 def settings_of(
@@ -164,9 +148,8 @@ def generate(
         size = resolution or default_resolution(pipe)
         batch = batch or default_batch(size)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST).is_file():  # without a torn last line
-            lines = "".join(line + "\n" for line in _whole_lines(folder))
-            (folder / MANIFEST).write_text(lines, encoding="utf-8")
+        if (folder / MANIFEST).is_file():
+            mend_end(folder)
         with (
             (folder / MANIFEST).open("a", encoding="utf-8") as manifest,
             tqdm(total=len(missing), desc=folder.name, unit="img", disable=not progress) as bar,
@@ -211,47 +194,9 @@ def _with_remedies(batch: int | None, resolution: int | None, dtype: str) -> Ite
         ) from error
 
 
-def read_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
-    """The finished pictures of a folder, in the order they were made. Raises FileNotFoundError without a manifest.
-
-    whole: raise as well where the manifest names no picture, or one that is not there.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise MissingFileError(
-            f"{folder / MANIFEST} does not exist; `diffalign generate` writes it, or write one line per picture: "
-            '{"file": "a.png", "prompt": "...", "seed": 0}'
-        )
-    found = {(row["prompt"], row["seed"]): folder / row["file"] for row in _rows(folder)}
-    there = [Picture(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
-    if whole and len(there) < max(1, len(found)):
-        gone = next((file for file in found.values() if not file.is_file()), None)
-        raise MissingFileError(
-            f"{folder / MANIFEST} names {len(found)} pictures, and {len(found) - len(there)} of them are not there"
-            + (f" (first: {gone.name}); restore them or take their lines out" if gone else ": nothing to look at")
-        )
-    return there
-
-
 def _user_hash(user: Sequence[float]) -> str:
     """16 hex digits of an embedding as float32; the embedding itself may be long."""
     return hashlib.blake2b(torch.as_tensor(user, dtype=torch.float32).numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a manifest. A last line without an end was being written when the run was stopped: left out."""
-    rows = []
-    for number, line in enumerate(_whole_lines(folder), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DiffalignError(f"{folder / MANIFEST}, line {number}: not JSON ({error})") from error
-    return rows
-
-
-def _whole_lines(folder: Path) -> list[str]:
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
 def _resume(folder: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, int], Picture], dict[str, int]]:
@@ -260,7 +205,7 @@ def _resume(folder: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, int
     numbers: dict[str, int] = {}
     if not (folder / MANIFEST).is_file():
         return done, numbers
-    for row in _rows(folder):
+    for row in manifest_rows(folder):
         theirs = row.get("settings", {})
         differ = [key for key in settings if key not in PATHS and theirs.get(key) != settings[key]]
         if differ:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffalign.data.preference import write_preferences
 from diffalign.errors import DiffalignError, ExistingFileError
-from diffalign.evaluation.generate import Picture, read_manifest
+from diffalign.evaluation.manifest import Picture, read_manifest
 from diffalign.evaluation.scoring import score_pictures
 from diffalign.rewards import Scorer, tie_of
 from diffalign.rewards.base import check_prompts
@@ -27,12 +27,18 @@ class Labelled:
 
 
 def label_pictures(
-    folders: Sequence[str | Path], scorer: Scorer, out: str | Path, *, tie: float | None = None, progress: bool = False
+    folders: Sequence[str | Path],
+    scorer: Scorer,
+    out: str | Path,
+    *,
+    tie: float | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> Labelled:
     """Writes `out` (.parquet): prompt, chosen, rejected, chosen_score, rejected_score; one pair for each prompt.
 
     folders: of pictures with a manifest; pictures of one prompt in several folders are compared with each other, as
-    those of a base and a tuned model. tie: replaces the scorer's own threshold.
+    those of a base and a tuned model. tie: replaces the scorer's own threshold. overwrite: replaces `out`.
 
     Raises ValueError for another suffix or where no pair is left, FileExistsError for a file that is there, and what
     the scorer raises.
@@ -40,8 +46,8 @@ def label_pictures(
     file = Path(out)
     if file.suffix != ".parquet":
         raise DiffalignError(f"{out}: pairs are written to a .parquet file")
-    if file.exists():
-        raise ExistingFileError(f"{out} is there; name a new file")
+    if file.exists() and not overwrite:
+        raise ExistingFileError(f"{out} exists; name another file, or overwrite it (--overwrite)")
     pictures = [picture for folder in folders for picture in read_manifest(folder, whole=True)]
     check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
     scores = score_pictures(pictures, [scorer], progress=progress)[scorer.name]

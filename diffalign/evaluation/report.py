@@ -12,11 +12,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.guards import Look
 from diffalign.evaluation.stats import Estimate, Paired
 
 BASE = "base"  # the name of the model that all others are compared with
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+LONGEST_NAME = 100  # characters; a name is part of a folder's
+
+
+def check_name(name: str) -> None:
+    """Raises DiffalignError for a model's name that is none: it stands in tables and in the name of a folder."""
+    odd = next((c for c in name if not c.isprintable() or c in '/\\:*?"<>|'), None)
+    if name != name.strip() or not name or name.startswith(".") or len(name) > LONGEST_NAME or odd is not None:
+        raise DiffalignError(
+            f"{name[:60]!r} is no name for a model: give letters, digits, spaces and marks such as - _ + . (no "
+            f'slash, none of : * ? " < > |, no dot in front, at most {LONGEST_NAME} characters)'
+        )
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffalign.evaluation.generate import Picture, read_manifest
+from diffalign.evaluation.manifest import Picture, read_manifest
 from diffalign.rewards import Scorer, ScorerError
 
+SCORES = "scores.jsonl"  # of a folder of pictures
 BATCH = 64  # pictures opened at a time
 
 
@@ -61,7 +62,7 @@ def score_folder(folder: str | Path, scorers: Sequence[Scorer], *, progress: boo
         }
         for i, picture in enumerate(pictures)
     ]
-    write_rows(Path(folder) / "scores.jsonl", rows)
+    write_rows(Path(folder) / SCORES, rows)
     return rows
 
 

@@ -36,6 +36,25 @@ MERGE_FILE = "merge.json"
 Parts = Sequence[tuple[str, float]]  # tuned weights, as `find_tuned` takes them, and the weight of each
 
 
+LARGEST_WEIGHT = 100.0  # of a part; published extrapolations stay below 10
+
+
+def check_weights(parts: Parts) -> None:
+    """Raises ModelError for weights that make no sum: not finite, 0, far too large, or 0 together."""
+    for path, weight in parts:
+        if not 0 < abs(weight) <= LARGEST_WEIGHT:
+            raise ModelError(
+                f"{path}={weight:g}: the weight of a part is a number other than 0, at most {LARGEST_WEIGHT:g} in size"
+            )
+    total = sum(weight for _, weight in parts)
+    if abs(total) < 1e-6:
+        words = " ".join(f"{path}={weight:g}" for path, weight in parts)
+        raise ModelError(
+            f"the weights of {words} sum to {total:g}, so that what the parts share is lost; give weights that sum to "
+            "1 (an average), or to another number than 0"
+        )
+
+
 def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     """Write base + Σ w (tuned − base) into `output_dir`, loadable wherever tuned weights are; returns file or folder.
 
@@ -43,6 +62,7 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     Raises ModelError for weights that are not finite or do not fit the base, and for a folder that holds a model.
     """
     folder = Path(output_dir)
+    check_weights(parts)
     found = _found(parts)
     for name in (LORA_FILE, f"{UNET_FOLDER}/config.json", "config.json", "model_index.json"):
         if (folder / name).exists():

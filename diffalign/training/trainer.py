@@ -50,7 +50,7 @@ from diffalign.training.run import run_training
 from diffalign.training.setup import Run
 
 if TYPE_CHECKING:
-    from diffalign.evaluation.generate import Picture
+    from diffalign.evaluation.manifest import Picture
     from diffalign.evaluation.report import Result
     from diffalign.rewards import Scorer
 

@@ -98,12 +98,14 @@ def write_pairs(
     shuffle_labels: bool = False,
     base: Path | None = None,
     users: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Write pairs (see `make_pairs`) to `path` and return it.
 
     `parquet`: one file in Pick-a-Pic's columns, plus score_0 and score_1; with `users` a column user, and beside the
     file NAME.users.json with their embeddings.
     `folder`: `path`/chosen/NAME.png, `path`/rejected/NAME.png and `path`/NAME.txt; `path` must be new or empty.
+    `overwrite` replaces a parquet file that is there.
     """
     path = Path(path)
     if layout not in ("parquet", "folder"):
@@ -112,6 +114,8 @@ def write_pairs(
         raise ExistingFileError(
             f"{path} is not an empty folder; pairs are not mixed with what is there. Name a new one"
         )
+    if layout == "parquet" and path.exists() and not (overwrite and path.is_file()):
+        raise ExistingFileError(f"{path} exists; name another file, or overwrite it (--overwrite)")
     if users and layout == "folder":
         raise DiffalignError("a folder of pairs has no place for users; write a .parquet file")
     pairs = make_pairs(

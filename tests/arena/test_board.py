@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign.arena.board import gain, guards, interval, measure, ranked, table
 from diffalign.arena.entries import entries
 from diffalign.arena.jobs import Done
-from diffalign.evaluation.generate import Picture
+from diffalign.evaluation.manifest import Picture
 from diffalign.rewards import load_scorer
 from diffalign.world.captions import parse, prompts
 from diffalign.world.render import render

@@ -42,3 +42,60 @@ def test_faults_are_named(tmp_path):
     }.items():
         with pytest.raises(PromptError, match=message):
             read_prompts(str(tmp_path / file))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "prompt.txt",  # misspelled
+        "heldout.json",
+        "lists/heldout.prm",
+        "~/lists/mine",
+        "./mine",
+        "/data/prompts",
+        "pictures.parquet",
+        "my prompts.csv",
+        "C:\\data\\p.tsv",
+    ],
+)
+def test_what_reads_as_a_file_is_never_a_prompt(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a")
+    with pytest.raises(PromptError, match="no such file") as error:
+        read_prompts(source)
+    assert source in str(error.value)
+    assert "write it into a .txt file" in str(error.value)
+    if source == "prompt.txt":
+        assert "did you mean prompts.txt?" in str(error.value)
+    if source.startswith("lists"):
+        assert "there is no folder lists" in str(error.value)
+
+
+def test_a_folder_is_no_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    with pytest.raises(PromptError, match=r"prompts is a folder; name a file in it that ends in \.txt"):
+        read_prompts("prompts")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red fox",
+        "fox",
+        "portrait, 1/2 profile, f/1.8",
+        "AC/DC on stage, no. 5",
+        "a cat.",
+        "first\nsecond.txt",
+        "e.g. a fox",
+    ],
+)
+def test_prompts_with_dots_and_slashes_are_prompts(prompt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts(prompt) == [prompt]
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("a\0b", "NUL character"), ("a\udcff", "not UTF-8"), (" ", "no prompt")])
+def test_a_prompt_is_a_text(prompt, words):
+    with pytest.raises(PromptError, match=words):
+        read_prompts(prompt)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import evaluate
-from diffalign.evaluation.generate import MANIFEST, Picture
+from diffalign.evaluation.manifest import MANIFEST, Picture
 from diffalign.evaluation.scoring import score_folder
 from diffalign.models.family import ModelError
 from diffalign.rewards import ScorerError

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from diffalign.evaluation.generate import MANIFEST, generate, read_manifest
+from diffalign.evaluation.generate import generate
+from diffalign.evaluation.manifest import MANIFEST, read_manifest
 from diffalign.objectives.draws import noise_seed
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [3, 5]

@@ -1,0 +1,70 @@
+"""What reaches the terminal: the one border where text of others loses its escape codes.
+
+Prompts, names and paths may come from anybody. `guarded` puts every write of this process's stdout and stderr, and
+every log line, through `errors.printable`; only a progress bar's own moves (to the line's start, up a line) pass.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffalign.errors import printable
+
+MOVES = re.compile("(\r|\x1b\\[A)")  # tqdm's
+
+
+class Terminal:
+    """A text stream without escape codes; all else is the stream's own."""
+
+    def __init__(self, stream: Any, moves: bool) -> None:
+        self._stream = stream
+        self._moves = moves
+
+    def write(self, text: str) -> int:
+        """Writes `text`, its control characters as escapes."""
+        if not self._moves:
+            self._stream.write(printable(text))
+        else:
+            self._stream.write("".join(p if MOVES.fullmatch(p) else printable(p) for p in MOVES.split(text)))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes each of them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class PrintableFormatter(logging.Formatter):
+    """A log line, with its message's control characters (line ends and tabs apart) as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return printable(super().format(record))
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """stdout, stderr and the log without escape codes, and able to write any character; as before afterwards."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot end a command
+    sys.stdout, sys.stderr = Terminal(before[0], moves=False), Terminal(before[1], moves=True)  # type: ignore[assignment]
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        if isinstance(handler.stream, Terminal):
+            handler.setStream(before[1])
