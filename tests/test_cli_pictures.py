@@ -97,6 +97,23 @@ def test_compare_refuses_what_does_not_match(
         assert said in fails(capsys, *["compare", str(base), *others, "--scorer", JUDGE])
 
 
+def test_scores_and_results_that_are_there_stay(
+    base: Path, better: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in (base / "scores.jsonl", out / "result.json"):
+        file.write_text("mine")
+    score, compare = ["score", str(base)], ["compare", str(base), f"a={better}", "--out", str(out)]
+    for command, file in ((score, base / "scores.jsonl"), (compare, out / "result.json")):
+        message = fails(capsys, *command, "--scorer", JUDGE)
+        assert f"{file} exists; name another file, or give --overwrite" in message
+        assert file.read_text() == "mine"
+        main([*command, "--scorer", JUDGE, "--overwrite"])
+        assert file.read_text() != "mine"
+    capsys.readouterr()
+
+
 def test_score_writes_every_pictures_score(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["score", str(base), str(better), "--scorer", JUDGE, "--scorer", "tests.sources.judges:Indifferent"])
     said = capsys.readouterr().out
