@@ -44,10 +44,10 @@ def check_weights(parts: Parts) -> None:
     for path, weight in parts:
         if not 0 < abs(weight) <= LARGEST_WEIGHT:
             raise ModelError(
-                f"{path}={weight:g}: the weight of a part is a number other than 0, at most {LARGEST_WEIGHT:g} in size"
+                f"{path}={weight:g}: a weight is a finite number other than 0, at most {LARGEST_WEIGHT:g} in size"
             )
     total = sum(weight for _, weight in parts)
-    if abs(total) < 1e-6:
+    if parts and abs(total) < 1e-6:
         words = " ".join(f"{path}={weight:g}" for path, weight in parts)
         raise ModelError(
             f"the weights of {words} sum to {total:g}, so that what the parts share is lost; give weights that sum to "
