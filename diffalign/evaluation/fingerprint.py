@@ -36,7 +36,8 @@ def fingerprint(model: str | Path) -> str:
 def model_files(path: Path) -> list[Path]:
     """The files that make up the model at `path`, sorted: of a pipeline those of its components, one level down."""
     if path.is_file():
-        return [path]
+        beside = path.with_name("adapter_config.json")  # a peft file's alpha
+        return [path, beside] if path.name == "adapter_model.safetensors" and beside.is_file() else [path]
     files = list(path.iterdir())
     if (path / "model_index.json").is_file():
         files = [path / "model_index.json", *path.glob("*/*")]

@@ -45,7 +45,7 @@ def add_lora(
         raise ModelError(f"rank = {rank}: a LoRA needs a rank of at least 1 (4 to 128 are usual)")
     if lora_layers(unet):
         raise ModelError("this UNet already has LoRA layers; load a fresh base to start another adapter")
-    _check_targets(unet, target_modules, rank)
+    check_targets(unet, target_modules, rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -171,7 +171,8 @@ def _inject(unet: nn.Module, config: Any) -> None:
         parameter.requires_grad_(True)
 
 
-def _check_targets(unet: nn.Module, targets: Sequence[str], rank: int) -> None:
+def check_targets(unet: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """Raise ModelError for targets that match no module, and for a rank above what one of them can have."""
     names = [name for name, _ in unet.named_modules()]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not targets:

@@ -48,7 +48,7 @@ _OTHER_KINDS = {
     "lora_mid": "LoCon with a middle tensor",
     ".oft_": "OFT",
     ".boft_": "BOFT",
-    ".diff": "a full difference of weights",
+    ".diff_b": "a full difference of weights",
 }
 _OTHER_SETTINGS = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "use_qalora")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

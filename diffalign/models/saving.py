@@ -21,7 +21,7 @@ from diffalign.models.base import Base, load_base
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
 from diffalign.models.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
-from diffalign.models.stored import stored_unet
+from diffalign.models.stored import UNET_STEM, stored_unet, weights_in
 from diffalign.models.user_attention import (
     USER_FILE,
     holds_user_attention,
@@ -30,7 +30,7 @@ from diffalign.models.user_attention import (
     set_user,
     user_branch,
 )
-from diffalign.weight_files import refuse_pickle
+from diffalign.weight_files import check_weights, refuse_pickle
 
 UNET_FOLDER = "unet"
 
@@ -70,6 +70,10 @@ def find_tuned(path: str | Path) -> Tuned:
     if (path / USER_FILE).is_file():
         found.append(Tuned("user", path / USER_FILE))
     if len(found) == 1:
+        if found[0].kind == "unet":
+            weights_in(found[0].path, UNET_STEM, None)
+        else:
+            check_weights(found[0].path)
         return found[0]
     if found:
         raise ModelError(f"{path} holds several tuned models: name one of {', '.join(str(t.path) for t in found)}")
@@ -80,6 +84,15 @@ def find_tuned(path: str | Path) -> Tuned:
         f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/, {LORA_FILE} or {USER_FILE}, "
         f"a unet folder, or a LoRA file{hint}"
     )
+
+
+def check_tuned(unet: nn.Module, path: str | Path) -> None:
+    """Raises ModelError unless the tuned weights at `path` are whole and fit this UNet, which stays as it is."""
+    tuned = find_tuned(path)
+    if tuned.kind == "lora":
+        read_lora(tuned.path, unet).unet_only()
+    elif tuned.kind == "unet":
+        stored_unet(tuned.path, unet)
 
 
 def load_tuned(unet: nn.Module, path: str | Path) -> Tuned:
@@ -121,6 +134,8 @@ def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] 
 
 def _apply_lora(pipeline: Any, lora: LoraFile) -> None:
     """A LoRA on the UNet and, where the file says so, the text encoders. Raises ModelError unless all of it acts."""
+    if lora_layers(pipeline.unet):
+        raise ModelError(f"this pipeline has a LoRA already, and {lora.file} would replace it; load a fresh pipeline")
     if lora.state:
         place_lora(pipeline.unet, lora)
         for parameter in lora_parameters(pipeline.unet):

@@ -31,12 +31,12 @@ from diffalign.models.encoder import Encoder
 from diffalign.models.family import ModelError
 from diffalign.models.former import FormerCopy, make_former
 from diffalign.models.fusing import fuse_kernels
-from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, fuse_lora, load_lora, lora_layers
+from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, check_targets, fuse_lora, load_lora, lora_layers
 from diffalign.models.memory import place, set_checkpointing, store_for_autocast
 from diffalign.models.merge import merge_into
 from diffalign.models.networks import Networks
 from diffalign.models.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
-from diffalign.models.saving import find_tuned
+from diffalign.models.saving import check_tuned, find_tuned
 from diffalign.models.user_attention import add_user_attention, set_user, user_branch
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
@@ -217,6 +217,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
 
     _check_reference(config)
     base = load_run_base(config) if base is None else base
+    _check_start(config, base.unet)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     feed = make_feed(config, accelerator, table, encoder, resolution)
@@ -280,6 +281,16 @@ def _check_reference(config: Config) -> None:
             f"tuning.reference: {tuning.reference} is a full UNet, and a LoRA on top of it would not be one of the "
             "base's; give a LoRA file, use tuning.method: full, or make that UNet part of the base model"
         )
+
+
+def _check_start(config: Config, unet: nn.Module) -> None:
+    """Raises ModelError for adapters that the base's UNet cannot take, before anything is encoded."""
+    tuning = config.tuning
+    given = [path for path in (tuning.resume_lora, tuning.reference) if path is not None]
+    for path in given:
+        check_tuned(unet, path)
+    if tuning.method == "lora" and not given:
+        check_targets(unet, tuning.target_modules, tuning.rank)
 
 
 def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: int | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from diffalign.loaded import check_module
 from diffalign.models.base import load_base, outline_base
 from diffalign.models.family import ModelError
 from tests.models.conftest import Model
@@ -195,3 +196,10 @@ def test_a_single_file_that_is_not_whole(models, tmp_path: Path, change, message
     with pytest.raises(ModelError, match=message) as error:
         load_base(str(file), single_file_config=str(model.folder))
     assert str(file) in str(error.value)
+
+
+def test_quantised_weights_are_no_weights() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"X has quantised weights \(weight\): give the model in float32"):
+        check_module("X", layer)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.export.kohya import export_kohya
 from diffalign.models.family import ModelError
 from diffalign.models.lora import LORA_FILE, add_lora, load_lora, lora_layers, lora_parameters, save_lora
@@ -228,3 +229,17 @@ def test_a_text_encoders_part_that_matches_nothing(sd: Model, state: State, tmp_
         load_pipeline(str(sd.folder), tuned=str(tmp_path / "x.safetensors"))
     with pytest.raises(ModelError, match=rf"text_encoder: 2 of its {len(state) + 2} tensors.*dropping the rest"):
         load_lora(sd.unet(), tmp_path / "x.safetensors")
+
+
+def test_a_second_lora_does_not_replace_the_first(sd: Model, state: State, tmp_path: Path) -> None:
+    folder = write_peft(tmp_path, state, FIELDS)
+    pipeline = load_pipeline(str(sd.folder), tuned=str(folder))
+    with pytest.raises(ModelError, match=r"has a LoRA already.*load a fresh pipeline"):
+        apply_tuned(pipeline, folder)
+
+
+def test_an_alpha_beside_the_file_is_part_of_what_made_a_picture(state: State, tmp_path: Path) -> None:
+    file = write_peft(tmp_path, state, FIELDS) / PEFT_FILE
+    before = fingerprint(file)
+    write_peft(tmp_path, state, FIELDS | {"lora_alpha": 2 * ALPHA})
+    assert fingerprint(file) != before
