@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -137,7 +137,7 @@ class OfflinePairs:
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
-        for loaded in loader:
+        for loaded in _plainly(loader):
             self._note(loaded.problems)
             yield self.assemble(loaded)
 
@@ -239,6 +239,17 @@ class _Positions:
         for step in count(self.first_step):
             p = self.pairs
             yield from positions_for(step, p.batch, p.accumulation, p.process, p.processes).tolist()
+
+
+def _plainly(loader: Iterable[Loaded]) -> Iterator[Loaded]:
+    """What a loader brings; an error of a worker's without the traceback that `DataLoader` wraps it in."""
+    try:
+        yield from loader
+    except DataError as error:
+        wrapped, name, said = str(error).rpartition(f"{type(error).__qualname__}: ")
+        if name and "Original Traceback" in wrapped:
+            raise DataError(said.strip()) from error
+        raise
 
 
 def _transitions(loaded: Loaded) -> Transitions | None:
