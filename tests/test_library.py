@@ -145,3 +145,19 @@ def test_a_pipeline_in_half_precision_is_refused() -> None:
     pipeline: DiffusionPipeline = StableDiffusionXLPipeline.from_pretrained(base_path()).to(torch.float16)
     with pytest.raises(DiffalignError, match=r"UNet is torch.float16; load it in torch.float32"):
         Trainer(pipeline, "dpo", "x", TrainingArguments(output_dir="x"))
+
+
+def test_the_snippet_of_the_readme_trains(tmp_path: Path) -> None:
+    """As it is printed there, but for the model, the pairs and the length."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    snippet = readme.partition("```python\n")[2].partition("```")[0]
+    for there, here in {
+        '"stabilityai/stable-diffusion-xl-base-1.0"': repr(str(base_path())),
+        '"my/pairs"': repr(str(pairs_path())),
+        '"runs/mine"': repr(str(tmp_path / "run")),
+        "max_train_steps=500": "max_train_steps=1",
+    }.items():
+        assert there in snippet
+        snippet = snippet.replace(there, here)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert (tmp_path / "run" / LORA).is_file()
