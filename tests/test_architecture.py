@@ -70,6 +70,6 @@ def test_a_run_calls_what_each_part_names_in_its_order(make_config: Any, tiny_sd
     finally:
         sys.setprofile(None)
     assert sorted(set(walk) - set(calls)) == []
-    parts = [dict.fromkeys(NAME.findall(part)) for part in of_run.split("\n## ")]
-    first = [min(calls.index(name) for name in part if name in calls) for part in parts if set(part) & set(calls)]
+    parts = [[name for name in NAME.findall(part) if name in calls] for part in of_run.split("\n## ")]
+    first = [min(map(calls.index, part)) for part in parts if part]
     assert first == sorted(first)
