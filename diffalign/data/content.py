@@ -13,6 +13,7 @@ import os
 import stat
 import time
 import uuid
+from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -36,10 +37,12 @@ class Files:
         self.pairs = 0
         self.state = ""  # hash of paths, sizes and times so far
         self.settled = True
+        self.sizes = array("q")  # bytes of each file
 
     def add(self, paths: Sequence[str], stats: Sequence[os.stat_result]) -> None:
         """Note the two files of the next pair."""
         self.pairs += 1
+        self.sizes.extend(stat.st_size for stat in stats)
         self.state, settled = _next_state(self.state, paths, stats)
         self.settled = self.settled and settled
 

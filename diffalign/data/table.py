@@ -214,6 +214,24 @@ class PairTable:
         """Number of kept ties."""
         return sum(self._ties)
 
+    @property
+    def by_file(self) -> Sequence[int]:
+        """Indices of the pairs that name image files whose contents their ids do not cover."""
+        return self._by_file
+
+    def parts(self) -> dict[str, list[bytes | bytearray | array[Any]]]:
+        """What the pairs are besides ids and prompts, as raw numbers by part, for hashing; see `data/identity.py`."""
+        parts: dict[str, list[bytes | bytearray | array[Any]]] = {"sides": [self._first, self._ties]}
+        if self._scores is not None:
+            parts["scores"] = [array("d", (value for pair in self._scores for value in pair))]
+        if self._numbers:
+            parts["terms"] = [values for _, values in sorted(self._numbers.items())]
+        if self._users is not None:
+            parts["users"] = [self._users[0].numpy().tobytes(), self._users[1]]
+        if self._by_file:
+            parts["sizes"] = [self._files.sizes]
+        return parts
+
     @cached_property
     def identity(self) -> str:
         """Hash of what the pairs are, in their order: ids, prompts, which side is chosen, contents of image files.

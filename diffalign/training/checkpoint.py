@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 STATE_FILE = "training_state.pt"
 SOURCE_FILE = "source.json"
 NO_ROOM = "the checkpoints there are whole. Free some, or name an output_dir on another disk, and resume"
+_named: set[tuple[Path, str]] = set()  # damage that the log has named
 _looked: dict[Path, tuple[object, str | None]] = {}  # the state of a checkpoint's files, and what was found of them
 
 
@@ -132,7 +133,9 @@ def newest_whole(paths: Iterable[Path]) -> Path | None:
     for path in reversed(list(paths)):
         if (found := damage(path)) is None:
             return path
-        log.warning("%s is damaged and is passed over: %s", path, found)
+        if (path, found) not in _named:
+            _named.add((path, found))
+            log.warning("%s is damaged and is passed over: %s", path, found)
     return None
 
 
@@ -148,7 +151,8 @@ def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
                 return f"{MANIFEST} is missing"
         except CheckpointError as error:
             return str(error)
-        if hashes:
+        if hashes and (checkpoint, "") not in _named:
+            _named.add((checkpoint, ""))
             log.warning("%s carries no hashes (it is of an older version): damage may not show", checkpoint)
         return None
     if not hashes:

@@ -247,6 +247,7 @@ def checkpoint(run: Run, step: int) -> Path:
             },
             run.config.training.checkpoints_total_limit,
             run.source.state_dict(),
+            identity=run.identity,
             weights_bytes=tensor_bytes(run.parameters),
         )
     run.accelerator.wait_for_everyone()

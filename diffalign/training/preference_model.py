@@ -223,6 +223,7 @@ def checkpoint(run: PreferenceRun, step: int) -> None:
             write,
             state,
             run.config.training.checkpoints_total_limit,
+            identity=run.identity,
             weights_bytes=tensor_bytes(run.parameters),
         )
     run.accelerator.wait_for_everyone()

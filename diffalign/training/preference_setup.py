@@ -5,7 +5,7 @@ Left out: an encode cache, EMA, fp16 and gradient checkpointing (the config refu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from diffalign.models.networks import Networks
 from diffalign.rewards import load_scorer
 from diffalign.rewards.clip import load_clip
 from diffalign.rewards.step_aware_clip import StepAwareClip
+from diffalign.training.identity import Identity, refuse_others, run_identity
 from diffalign.training.optim import effective_batch, effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.preference_batch import Labels, StepWeights
 from diffalign.training.setup import AUTOCAST, load_run_base, no_terms, open_table
@@ -50,6 +51,7 @@ class PreferenceRun:
     optimizer: torch.optim.Optimizer
     lr_scheduler: LRScheduler
     lr: float  # in force, after scale_lr
+    identity: Identity = field(default_factory=dict)  # what the run is made from, for its checkpoints
 
     @property
     def output_dir(self) -> Path:
@@ -71,6 +73,8 @@ def build_preference_run(
     clip = load_clip(settings.pretrained_model_name_or_path, settings.tokenizer, str(device))
     judge = None if settings.relabel_with is None else load_scorer(settings.relabel_with, str(device))
     base = load_run_base(config)
+    identity = run_identity(config, table, base)
+    refuse_others(config, identity)
     _needs_x0(base)
     model = StepAwareClip(clip.model, config.seed).requires_grad_(True).train().to(device)
 
@@ -101,6 +105,7 @@ def build_preference_run(
         optimizer=optimizer,
         lr_scheduler=make_lr_scheduler(optimizer, training),
         lr=lr,
+        identity=identity,
     )
 
 

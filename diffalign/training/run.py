@@ -15,10 +15,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from diffalign.config import AnyConfig, Config, ConfigError, save_config
+from diffalign.config import AnyConfig, Config, ConfigError, parse_config, save_config
 from diffalign.config_yaml import read_yaml
 from diffalign.data.prompts import Table
 from diffalign.data.table import PairTable
+from diffalign.errors import DiffalignError
 from diffalign.folder_lock import folder_lock
 from diffalign.models.base import Base
 from diffalign.training.checkpoint import find_checkpoint
@@ -144,7 +145,7 @@ def claim(config: AnyConfig, output_dir: Path) -> None:
 
 def _same_settings(recorded: Path, config: AnyConfig) -> None:
     """Raises ConfigError naming every setting that must not change on resuming and did."""
-    was, now = read_yaml(recorded), config.resolved()
+    was, now = _with_defaults(read_yaml(recorded)), config.resolved()
     changed = _changes(was, now)
     if (now["data"].get("curriculum") or {"steps": 0})["steps"] is None:  # as long as the run: its order would change
         length = [tree["training"]["max_train_steps"] for tree in (was, now)]
@@ -155,6 +156,14 @@ def _same_settings(recorded: Path, config: AnyConfig) -> None:
             f"the run of {recorded.parent} was started with other settings, and resuming would mix them:\n{lines}\n"
             "restore them, or start a run of its own in another output_dir"
         )
+
+
+def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings with the defaults of those that an older version did not have."""
+    try:
+        return parse_config(recorded).resolved()
+    except DiffalignError:
+        return recorded
 
 
 def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
 from diffalign.training.feed import make_feed
+from diffalign.training.identity import Identity, refuse_others, run_identity
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.processes import PATIENCE, all_in_use, before_accelerate, on_main
 from diffalign.training.score_units import check_units
@@ -70,6 +71,7 @@ class Run:
     reference_kind: ReferenceKind
     lr: float  # in force, after scale_lr
     table: Table
+    identity: Identity = field(default_factory=dict)  # what the run is made from, for its checkpoints
 
     @property
     def output_dir(self) -> Path:
@@ -218,6 +220,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     _check_reference(config)
     base = load_run_base(config) if base is None else base
     _check_start(config, base.unet)
+    identity = run_identity(config, table, base)
+    refuse_others(config, identity)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     feed = make_feed(config, accelerator, table, encoder, resolution)
@@ -270,6 +274,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         reference_kind=kind,
         lr=lr,
         table=table,
+        identity=identity,
     )
 
 

@@ -83,7 +83,13 @@ def test_a_run_writes_a_scorer_its_settings_and_its_metrics(make: Make) -> None:
     out = Path(config.output_dir)
     assert load_config(out / "config.yaml") == config
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "metrics.jsonl", "preference_model", "run.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "preference_model",
+        "run.json",
+    }
     scorer = load_scorer(f"step-aware={out}")
     picture = Image.new("RGB", (32, 32), "red")
     at = scorer.score([picture] * 2, ["a red circle"] * 2, torch.tensor([0, 999]))
