@@ -95,8 +95,8 @@ def table(rows: Sequence[Row], preference: str) -> str:
                 name,
                 interval(mine["gain"], "+.3f"),
                 interval(mine["win_rate"], ".2f"),
-                _marked(f"{row['accuracy']['change'][0]:+z.3f}", "faithfulness" in row["guards"]),
-                _marked(f"{row['diversity'][0]:.2f}", "diversity" in row["guards"]),
+                _marked(interval(row["accuracy"]["change"], "+.3f"), "faithfulness" in row["guards"]),
+                _marked(interval(row["diversity"], ".2f"), "diversity" in row["guards"]),
                 interval(row["rewards"][other]["gain"], "+.3f"),
                 *cost,
             )

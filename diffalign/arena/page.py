@@ -127,7 +127,7 @@ def _line(row: Row, preference: str, other: str, reach: float) -> str:
     return (
         f"<tr{kind}><td>{escape(row['name'])}</td><td class={tone}>{interval(mine['gain'], '+.3f')}</td>"
         f"<td>{_bar(value, low, high, reach)}</td><td>{interval(mine['win_rate'], '.2f')}</td>"
-        f"<td>{row['accuracy']['change'][0]:+z.3f}</td><td>{row['diversity'][0]:.2f}</td>"
+        f"<td>{interval(row['accuracy']['change'], '+.3f')}</td><td>{interval(row['diversity'], '.2f')}</td>"
         f"<td>{interval(row['rewards'][other]['gain'], '+.3f')}</td>"
         f"<td class=bad>{escape(', '.join(row['guards']))}</td>{cost}</tr>"
     )

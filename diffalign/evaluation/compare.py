@@ -76,7 +76,7 @@ def compare(
             base_scores = of_base.scores[judge.name]
             return [float((measured.scores[judge.name] - base_scores).mean()) for measured in of_runs]
 
-        spreads = np.mean([measured.spreads for measured in of_runs], 0)
+        spreads = np.stack([measured.spreads for measured in of_runs])
         models.append(
             ModelResult(
                 name=name,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import coverage
 from diffalign.evaluation.stats import paired, ratio, student_ratio, wilson
 
+ROOT = Path(__file__).parents[2]
 T_975 = {2: 4.3027, 4: 2.7764, 9: 2.2622, 11: 2.2010, 23: 2.0687, 39: 2.0227}  # printed tables of Student's t
 Z_975 = 1.959964
 
@@ -65,8 +69,10 @@ def test_runs_add_their_own_variance():
     several = paired(np.zeros(800), gains, prompts * 4, seeds * 4, runs=[r for r in range(4) for _ in range(200)])
     assert several.runs == 4
     assert width(one.gain) == pytest.approx(2 * Z_975 * prompt_means.std() / sqrt(200), rel=0.05)
-    expected = sqrt(run_means.var() / 4 + prompt_means.var() / 200)
-    assert width(several.gain) == pytest.approx(2 * Z_975 * expected, rel=0.06)
+    of_runs, of_prompts = run_means.var(ddof=1) / 4, prompt_means.var(ddof=1) / 200
+    freedom = (of_runs + of_prompts) ** 2 / (of_runs**2 / 3 + of_prompts**2 / 199)  # Satterthwaite: 3.3
+    expected = Z_975 * student_ratio(0.025, freedom) * sqrt(of_runs + of_prompts)
+    assert width(several.gain) == pytest.approx(2 * expected, rel=0.03)  # Monte Carlo error of the percentiles
 
 
 def test_every_run_must_have_every_prompt():
@@ -94,10 +100,47 @@ def test_counts_and_rate_by_hand():
     assert paired([1, 1], [1, 1], ["a", "b"], [0, 0], tie=0).ties == 2
 
 
-def test_all_ties_are_a_rate_of_one_half():
+def test_one_model_has_a_rate_of_one_half_and_ties_of_two_are_no_certainty():
+    same = paired(np.full(12, 0.3), np.full(12, 0.3), *labels(4, 3))
+    assert (same.win_rate.value, same.win_rate.low, same.win_rate.high) == (0.5, 0.5, 0.5)
     result = paired(np.ones(12), np.ones(12) + 1e-3, *labels(4, 3))
     assert (result.wins, result.ties, result.losses) == (0, 12, 0)
-    assert (result.win_rate.value, result.win_rate.low, result.win_rate.high) == (0.5, 0.5, 0.5)
+    assert 0.2 < result.win_rate.low < 0.5 < result.win_rate.high < 0.8
+    assert result.win_rate.high - 0.5 == pytest.approx(0.5 - result.win_rate.low)
+
+
+def test_a_change_of_a_scorer_of_0_and_1_is_twice_its_rate():
+    base, tuned = np.ones(24), np.array([1.0] * 23 + [0.0])
+    found = paired(base, tuned, *labels(8, 3))
+    assert found.gain.value == pytest.approx(-1 / 24)
+    assert (found.gain.low, found.gain.high) == pytest.approx((2 * found.win_rate.low - 1, 2 * found.win_rate.high - 1))
+    assert found.gain.low < -0.1 < 0 <= found.gain.high  # percentiles: -.139 to 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "prompts", "pictures", "runs", "run_sd"),
+    [
+        ("beta", 0.97, 24, 12, 1, 0),  # resampled prompts cover 87 %
+        ("beta", 0.98, 24, 12, 1, 0),  # 84 %
+        ("beta", 0.99, 100, 4, 1, 0),  # 87 %
+        ("rare", 0.97, 24, 12, 1, 0),
+        ("even", 0.98, 24, 12, 1, 0),
+        ("beta", 0.97, 8, 12, 3, 0.2),
+    ],
+)
+def test_the_win_rate_s_interval_covers_near_1(kind, rate, prompts, pictures, runs, run_sd):
+    truth = coverage.mean_rate(kind, rate, run_sd)
+    found = coverage.cover(coverage.wins(kind, rate, prompts, pictures, 0, runs, run_sd), truth, "win_rate", 400)
+    assert found["coverage"] >= 0.93
+    assert found["lowest"] >= 0
+    assert found["highest"] <= 1
+
+
+@pytest.mark.parametrize(("runs", "run_sd"), [(1, 0), (3, 0.5)])
+def test_a_gain_s_interval_covers(runs, run_sd):
+    """Three runs whose effects differ by half of the prompts': plain resampling of both covers 83 %."""
+    draw = coverage.gains("normal", 100, 4, runs, run_sd)
+    assert coverage.cover(draw, coverage.GAIN, "gain", 300, resamples=300)["coverage"] >= 0.90  # 2 standard errors: .03
 
 
 def test_winning_everywhere_is_not_certainty():
@@ -148,3 +191,19 @@ def test_the_same_seed_gives_the_same_interval():
     gains = rng.normal(size=30)
     results = [paired(np.zeros(30), gains, *labels(10, 3), seed=seed) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
+
+
+def test_the_docs_show_what_was_measured():
+    """The committed table is the record's, and every line of it in the docs is there."""
+    results = ROOT / "benchmarks/results"
+    table = (results / "coverage.md").read_text(encoding="utf-8")
+    record = json.loads((results / "coverage.json").read_text())
+    assert table.endswith(coverage.table(record))
+    section = (
+        (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").partition("## How often")[2].partition("\n## ")[0]
+    )
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 30
+    assert set(shown) <= set(table.splitlines())
+    near_1 = [line for line in record if line["what"] == "win_rate" and line["rate"] >= 0.97]
+    assert min(line["coverage"] for line in near_1) > 0.91
