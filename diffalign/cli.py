@@ -171,23 +171,29 @@ def _check(args: argparse.Namespace) -> None:
     from diffalign.training.processes import on_main
     from diffalign.training.remedies import with_remedies
     from diffalign.training.run import claim
+    from diffalign.training.settle import settled, with_precision
     from diffalign.training.setup import build, make_accelerator
 
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
+    accelerator = make_accelerator(config)
+    config = with_precision(config, accelerator.device)
     claim(config, Path(config.output_dir))
     if isinstance(config, PreferenceModelConfig):
-        print(check_preference_run(config))
+        print(check_preference_run(config, accelerator))
         return
     changes: dict[str, Any] = {}
     if config.source is not None:
         changes["source"] = config.source.small()
         one = {"train_batch_size": 1, "gradient_accumulation_steps": 1}  # a step of one pair, so that one is enough
         changes["training"] = config.training.model_copy(update=one)
-    accelerator = make_accelerator(config)
     with ExitStack() as stack, with_remedies(config):
         folder = on_main(accelerator, lambda: stack.enter_context(TemporaryDirectory()))
         run = build(_look(config.model_copy(update=changes), folder), accelerator)
-        planned = replace(run, config=config, lr=effective_lr(config.training, accelerator.num_processes))
+        planned = replace(
+            run,
+            config=settled(config, accelerator.device, run.base.family.name),
+            lr=effective_lr(config.training, accelerator.num_processes),
+        )
         if accelerator.is_main_process:
             print(describe(planned))
         tried = trial(planned)

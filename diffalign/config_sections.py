@@ -61,7 +61,8 @@ class ModelSection(Section):
     single_file_config: PathText | None = None  # folder with the configs of a single-file checkpoint, for work offline
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
-    gradient_checkpointing: Literal["none", "selective", "full"] = "none"  # true means full, false none
+    # true means full, false none; auto: full for SDXL on CUDA
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     compile: Switch = False  # torch.compile of each transformer and resnet block
     channels_last: Switch = False  # convolutions in NHWC
     fused_kernels: Switch = False  # Triton kernels for GroupNorm with SiLU, and GEGLU; needs channels_last
@@ -149,7 +150,7 @@ class TrainingSection(Section):
     adam_weight_decay: NotNegative = 1e-2
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive | None = 1.0  # null: no clipping; the norm is logged either way
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where CUDA computes in it, else no
     allow_tf32: Switch = False
     ema_decay: Decay | None = None  # null: no EMA
     checkpointing_steps: Count | None = None  # null: only the final weights

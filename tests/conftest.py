@@ -82,7 +82,7 @@ def make_config(tmp_path: Path, pair_folder: Path) -> Callable[..., Config]:
 
     def make(base: Path, overrides: dict[str, object] | None = None) -> Config:
         tree: dict[str, dict] = {
-            "model": {"pretrained_model_name_or_path": str(base)},
+            "model": {"pretrained_model_name_or_path": str(base), "gradient_checkpointing": "none"},
             "tuning": {"rank": 4, "alpha": 8},
             "objective": {"name": "dpo", "beta": 500.0},
             "data": {"path": str(pair_folder), "resolution": 32},
@@ -92,6 +92,7 @@ def make_config(tmp_path: Path, pair_folder: Path) -> Callable[..., Config]:
                 "learning_rate": 1e-3,
                 "logging_steps": 1,
                 "report_to": "none",
+                "mixed_precision": "no",  # on every device
             },
         }
         if (overrides or {}).get("tuning.method") == "full":

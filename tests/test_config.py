@@ -88,7 +88,7 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         "model.gradient_checkpoint: unknown key; did you mean 'gradient_checkpointing'?",
         "training.learnin_rate: unknown key; did you mean 'learning_rate'?",
         "training.train_batch_size: Input should be greater than or equal to 1, got 0",
-        "training.mixed_precision: Input should be 'no', 'bf16' or 'fp16', got 'bf17'",
+        "training.mixed_precision: Input should be 'auto', 'no', 'bf16' or 'fp16', got 'bf17'",
         "objective: betta: dpo has no such setting; did you mean 'beta'?",
         "data.path: required, and missing",
         "traning: unknown key; did you mean 'training'?",

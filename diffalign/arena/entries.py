@@ -129,11 +129,13 @@ def config_of(
         "training.checkpoints_total_limit=null",
         "training.logging_steps=1",
         "training.report_to=none",
+        "training.mixed_precision=no",  # the same run on any machine
     ]
     config = load_config(packaged_config(entry.config), changes)
     if not isinstance(config, Config):
         raise ConfigError(f"{entry.config} trains no policy, and cannot take part in the arena")
-    own = [f"source.scorer={preference}"] if hasattr(config.source, "scorer") else []
+    own = ["model.gradient_checkpointing=none"]
+    own += [f"source.scorer={preference}"] if hasattr(config.source, "scorer") else []
     own += [f"{key}={value}" for key, value in tuned.items()]
     plain = load_config(packaged_config(entry.config), changes, own).resolved()
     plain["data"]["cache_dir"] = None

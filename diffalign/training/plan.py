@@ -60,7 +60,8 @@ def describe(run: Run, start: int = 0) -> str:
         ("training", f"{how}: {trained / 1e6:.3f} M parameters, reference: {reference}"),
         ("batch", f"{batch} pairs = {product} (per device x accumulation x processes)"),
         ("learning rate", f"{lr}, {training.lr_scheduler}, {_warmup(training)}"),
-        ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, device {run.accelerator.device}"),
+        ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, gradient checkpointing "
+                      f"{config.model.gradient_checkpointing}, device {run.accelerator.device}"),
         ("steps", f"{start} -> {steps}, {steps * batch} pairs" + _epochs(run, steps * batch)),
         ("data", _data(run)),
         ("files", _files(run)),

@@ -48,6 +48,7 @@ from diffalign.training.preference_batch import half_made
 from diffalign.training.preference_setup import PreferenceRun, build_preference_run, describe, with_one_pair
 from diffalign.training.remedies import with_remedies
 from diffalign.training.run import own_folder, record, report_rows
+from diffalign.training.settle import with_precision
 from diffalign.training.setup import make_accelerator, open_table
 from diffalign.training.stopping import Stopping
 
@@ -60,6 +61,7 @@ def run_preference_training(config: PreferenceModelConfig) -> dict[str, float]:
     Raises what `run_training` raises, and ScorerError when the CLIP to start from is not there.
     """
     accelerator = make_accelerator(config)
+    config = with_precision(config, accelerator.device)
     with own_folder(config, accelerator):
         return _run(config, accelerator)
 
@@ -74,7 +76,7 @@ def _run(config: PreferenceModelConfig, accelerator: Accelerator) -> dict[str, f
     if accelerator.is_main_process:
         if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
             clear_output(output_dir)
-        record(config, output_dir, accelerator)
+        record(run.config, output_dir, accelerator)
         print(describe(run, start), flush=True)
     if config.training.report_to != "none":
         accelerator.init_trackers("logs")
@@ -84,10 +86,10 @@ def _run(config: PreferenceModelConfig, accelerator: Accelerator) -> dict[str, f
     return values
 
 
-def check_preference_run(config: PreferenceModelConfig) -> str:
+def check_preference_run(config: PreferenceModelConfig, accelerator: Accelerator) -> str:
     """Builds a run, takes one optimiser step of one pair, and says what it measured; writes nothing."""
     with with_remedies(config):
-        run = build_preference_run(config, make_accelerator(config))
+        run = build_preference_run(config, accelerator)
         small, meter = with_one_pair(run), Meter()
         optimizer_step(small, 1, small.source.batches(0), meter)
         values = meter.means()

@@ -29,6 +29,7 @@ from diffalign.rewards.step_aware_clip import StepAwareClip
 from diffalign.training.identity import Identity, refuse_others, run_identity
 from diffalign.training.optim import effective_batch, effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.preference_batch import Labels, StepWeights
+from diffalign.training.settle import with_precision
 from diffalign.training.setup import AUTOCAST, load_run_base, no_terms, open_table
 
 
@@ -63,6 +64,7 @@ def build_preference_run(
     config: PreferenceModelConfig, accelerator: Accelerator, table: PairTable | None = None
 ) -> PreferenceRun:
     """Builds every part of the run; afterwards only steps are left to take."""
+    config = with_precision(config, accelerator.device)
     training, settings, device = config.training, config.preference_model, accelerator.device
     hide_loading_bars()
     torch.manual_seed(config.seed)

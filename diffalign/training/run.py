@@ -28,6 +28,7 @@ from diffalign.training.loop import resume, train
 from diffalign.training.plan import describe
 from diffalign.training.processes import on_main
 from diffalign.training.remedies import with_remedies
+from diffalign.training.settle import with_precision
 from diffalign.training.setup import Run, build, make_accelerator, open_table, prepared
 from diffalign.training.validating import validate
 
@@ -54,6 +55,7 @@ def run_training(
     the current step is finished and a checkpoint is written.
     """
     accelerator = make_accelerator(config)
+    config = with_precision(config, accelerator.device)
     with own_folder(config, accelerator):
         return _run(config, accelerator, table, base, on_built)
 
@@ -95,7 +97,7 @@ def _run(
     if accelerator.is_main_process:
         if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
             clear_output(output_dir)
-        record(config, output_dir, accelerator)
+        record(run.config, output_dir, accelerator)
         print(describe(run, start), flush=True)
     if config.training.report_to != "none":
         accelerator.init_trackers("logs")

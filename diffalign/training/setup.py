@@ -46,6 +46,7 @@ from diffalign.training.identity import Identity, refuse_others, run_identity
 from diffalign.training.optim import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.processes import PATIENCE, all_in_use, before_accelerate, on_main
 from diffalign.training.score_units import check_units
+from diffalign.training.settle import settled, with_precision
 
 log = logging.getLogger(__name__)
 
@@ -194,11 +195,12 @@ def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
     )
     all_in_use(accelerator)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch says "no" when nothing was asked
-    if launched != "no" and launched != config.training.mixed_precision and accelerator.is_main_process:
+    ours = with_precision(config, accelerator.device).training.mixed_precision
+    if launched not in ("no", ours) and accelerator.is_main_process:
         log.warning(
             "accelerate was launched with mixed precision %s; in force is the config's training.mixed_precision: %s",
             launched,
-            config.training.mixed_precision,
+            ours,
         )
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -213,12 +215,14 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     objective: Objective = config.objective
     if isinstance(table, PairTable):
         require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
-    training, device = config.training, accelerator.device
-    torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
-    torch.backends.cudnn.allow_tf32 = training.allow_tf32  # torch's own default is True
+    device = accelerator.device
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
 
     _check_reference(config)
     base = load_run_base(config) if base is None else base
+    config = settled(config, device, base.family.name)
+    training = config.training
     _check_start(config, base.unet)
     identity = run_identity(config, table, base)
     refuse_others(config, identity)

@@ -1,0 +1,35 @@
+"""Settings that follow the model and the device where a config leaves them to `auto`; what is given stays as it is.
+
+    training.mixed_precision        bf16 on a CUDA device that computes in it, else no
+    model.gradient_checkpointing    full for SDXL's UNet on a CUDA device, else none
+
+On a CPU both are what they were without `auto`: float32, every activation kept.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+from diffalign.config import AnyConfig, Config
+
+C = TypeVar("C", bound=AnyConfig)
+
+
+def with_precision(config: C, device: torch.device) -> C:
+    """The config with a precision in force; settled before anything is read, because a resumed run compares it."""
+    if config.training.mixed_precision != "auto":
+        return config
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    training = config.training.model_copy(update={"mixed_precision": "bf16" if able else "no"})
+    return config.model_copy(update={"training": training})
+
+
+def settled(config: Config, device: torch.device, family: str) -> Config:
+    """The config with nothing left to `auto`, for a base of the family "sd" or "sdxl"."""
+    config = with_precision(config, device)
+    if config.model.gradient_checkpointing != "auto":
+        return config
+    which = "full" if device.type == "cuda" and family == "sdxl" else "none"
+    return config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": which})})
