@@ -7,8 +7,7 @@ the network, and the network can then be differentiated a few points at a time:
     pass 2   for each chunk of points, with grad:  backward(Σ g · E)
 
 The parameter gradient is the same and N points cost the memory of one chunk, for one more forward per point.
-A network with dropout would draw different masks in the two passes; such a network is refused nowhere and wrong
-everywhere, so tune with dropout 0.
+A network with dropout would draw different masks in the two passes; `models/networks.py` refuses one.
 
 Where the sides of a probe share x_t and all conditioning (the side axis of each is an expanded view), a network is
 asked once for both, and its answer is compared with both targets.

@@ -3,8 +3,8 @@
 `save_lora_weights` alone loses lora_alpha: a reader then assumes alpha = rank and scales the update wrongly. The
 adapter's config is therefore written into the file, and read back.
 
-Dropout acts in train mode only and on the policy only; the reference never has it. At B = 0 the two still agree
-exactly; once B has moved, dropout adds its own noise to every margin. 0 is the default for that reason.
+Dropout is refused, here and in any network that is tuned (`refuse_dropout`): policy and reference would differ by its
+draws, and a gradient taken in two passes would belong to another draw than its loss.
 Files of others are read by `lora_file.py`. Left out: DoRA and other variants, adapters on the text encoders.
 """
 
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora_file import LORA_FILE, LoraFile, read_lora
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_WHY_NO_DROPOUT = "its draws differ between policy and reference, and between the two passes of a gradient"
 _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -37,12 +39,14 @@ def add_lora(
 
     The update is (alpha / rank) · B A; alpha None means alpha = rank. A ~ N(0, 1/rank²) from `seed` (diffusers'
     "gaussian" init, drawn on the CPU so that it is the same on every device), B = 0.
-    Raises ModelError for a target that matches nothing, for a rank above a layer's own, or when an adapter is there.
+    Raises ModelError for dropout, a target that matches nothing, a rank above a layer's own, or a second adapter.
     """
     from peft import LoraConfig
 
     if rank < 1:
         raise ModelError(f"rank = {rank}: a LoRA needs a rank of at least 1 (4 to 128 are usual)")
+    if dropout:
+        raise ModelError(f"dropout = {dropout}: a LoRA is tuned without here, because {_WHY_NO_DROPOUT}; leave it out")
     if lora_layers(unet):
         raise ModelError("this UNet already has LoRA layers; load a fresh base to start another adapter")
     check_targets(unet, target_modules, rank)
@@ -50,7 +54,6 @@ def add_lora(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         target_modules=list(target_modules),
-        lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
     _inject(unet, config)
@@ -60,6 +63,20 @@ def add_lora(
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             a.copy_(torch.randn(a.shape, generator=generator) / rank)
             b.zero_()
+
+
+def refuse_dropout(network: nn.Module) -> None:
+    """Raises ModelError that names the modules of a network to be tuned which drop something at random."""
+    found = [
+        (name, module.p) for name, module in network.named_modules() if isinstance(module, _DropoutNd) and module.p > 0
+    ]
+    if found:
+        named = ", ".join(f"{name} (p = {p:g})" for name, p in found[:3]) + (", …" if len(found) > 3 else "")
+        raise ModelError(
+            f"the network to be tuned has dropout in {len(found)} module{'s' * (len(found) > 1)}: {named}. That is "
+            f"refused, because {_WHY_NO_DROPOUT}. Set dropout to 0 in the base's unet/config.json (its weights stay "
+            "the same), or p = 0 in those modules"
+        )
 
 
 def lora_layers(unet: nn.Module) -> list[Any]:

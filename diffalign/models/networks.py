@@ -14,7 +14,7 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.attention import shares_text
 from diffalign.models.base import check_unet
 from diffalign.models.family import Family, ModelError
-from diffalign.models.lora import leave_casts_to_autocast
+from diffalign.models.lora import leave_casts_to_autocast, refuse_dropout
 from diffalign.models.memory import memory_format
 from diffalign.models.reference import Reference
 from diffalign.models.user_attention import user_branch
@@ -40,6 +40,8 @@ class Networks:
         """
         unet = unwrap(module)
         check_unet(unet, "policy")
+        if any(parameter.requires_grad for parameter in unet.parameters()):
+            refuse_dropout(unet)
         self.module = module
         self.family = family
         self.schedule = schedule

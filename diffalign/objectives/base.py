@@ -148,6 +148,13 @@ def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:
         )
 
 
+def require_schedule(objective: Objective, schedule: NoiseSchedule) -> None:
+    """Raises ValueError where an objective's settings do not fit the model's schedule (`check_schedule`)."""
+    check = getattr(objective, "check_schedule", None)
+    if check is not None:
+        check(schedule)
+
+
 def less_margin(logit: Tensor, evidence: Evidence) -> Tensor:
     """The logit minus each pair's margin, where the data have margins."""
     return logit if evidence.pair_margin is None else logit - evidence.pair_margin.to(logit)
@@ -180,6 +187,15 @@ def positive(name: str, value: float) -> None:
     """Raises ValueError unless a hyper-parameter is a finite number above 0."""
     if not 0 < value < float("inf"):
         raise DiffalignError(f"{name} = {value}: must be a finite number above 0")
+
+
+def timesteps_fit(timesteps: tuple[int, ...] | None, schedule: NoiseSchedule) -> None:
+    """Raises ValueError for a timestep that the schedule does not have."""
+    if timesteps is not None and max(timesteps) >= schedule.num_train_timesteps:
+        raise DiffalignError(
+            f"timesteps = {list(timesteps)}: the model's schedule has 0 … {schedule.num_train_timesteps - 1}; leave "
+            "out the others, or null for all"
+        )
 
 
 def timesteps_valid(timesteps: tuple[int, ...] | None) -> None:

@@ -20,12 +20,14 @@ from typing import Any, ClassVar
 from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.objectives.base import (
     dpo_logit,
     less_margin,
     positive,
     shared_noise,
     shared_noise_facts,
+    timesteps_fit,
     timesteps_valid,
 )
 from diffalign.records import Evidence, PairBatch, Probe, Score
@@ -53,6 +55,10 @@ class DiffusionDPO:
     def drawn(self) -> dict[str, Any]:
         """See `objectives.base.Drawn`."""
         return shared_noise_facts(self.timesteps)
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """See `objectives.base.require_schedule`."""
+        timesteps_fit(self.timesteps, schedule)
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """One shared (t, ε) for each pair."""

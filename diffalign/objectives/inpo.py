@@ -31,8 +31,8 @@ from diffalign.engine.inversion import (
     Ascent,
     Refinement,
     arrive,
+    exact_ascent,
     released_ascent,
-    strided_ascent,
 )
 from diffalign.engine.measure import Models
 from diffalign.engine.predictor import predictor
@@ -73,6 +73,10 @@ class InPO:
                 f"eta = {self.eta}: must be in [0, 1]; 0 is deterministic inversion, the paper has 0.1"
             )
 
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """See `objectives.base.require_schedule`."""
+        steps_fit(schedule, self.steps)
+
     @torch.no_grad()
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """Both images inverted to the pair's t."""
@@ -97,11 +101,16 @@ class InPO:
 
 
 def ascent_to(s: NoiseSchedule, t: Tensor, steps: int, grid: Grid) -> Ascent:
-    """The way of both sides ("side pair" flattened) to the pair's t, on a grid of `steps` over all of the schedule."""
+    """The way of both sides ("side pair" flattened) to the pair's t, on a grid of `steps` over all of the schedule.
+
+    The exact one takes `steps` to T − 1 whether or not they divide T, and to a smaller t its share, rounded up; the
+    released one is diffusers' grid, with its strides of ⌊T / steps⌋. Raises ValueError for more steps than timesteps.
+    """
+    steps_fit(s, steps)
     t = t.repeat(2)
     if grid == "released":
         return released_ascent(s, t, steps)
-    return strided_ascent(t, -(-s.num_train_timesteps // steps))
+    return exact_ascent(t, -(-(t + 1) * steps // s.num_train_timesteps))
 
 
 def inverted(
@@ -124,6 +133,15 @@ def inverted(
     sides = t.repeat(2)
     target = s.target(x0, s.implied_noise(x0, xt, sides), sides)
     return Probe(xt=xt.unflatten(0, (2, -1)), t=t, target=target.unflatten(0, (2, -1)), cond=batch.cond)
+
+
+def steps_fit(s: NoiseSchedule, steps: int, what: str = "steps") -> None:
+    """Raises ValueError for more inversion steps than the schedule has timesteps."""
+    if steps > s.num_train_timesteps:
+        raise DiffalignError(
+            f"{what} = {steps}: the model's schedule has {s.num_train_timesteps} timesteps, and each inversion step is "
+            f"at least one of them; set at most {s.num_train_timesteps}"
+        )
 
 
 def inversion_valid(steps: int, grid: str, inverter: str) -> None:

@@ -50,7 +50,7 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics
 from diffalign.objectives.draws import normal
-from diffalign.objectives.inpo import Grid, Inverter, inversion_valid
+from diffalign.objectives.inpo import Grid, Inverter, inversion_valid, steps_fit
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
 
 Form = Literal["residual", "released", "released_flipped"]
@@ -110,6 +110,11 @@ class InversionDPO:
         if self.trajectory == "policy":
             return None
         return {"steps": self.steps, "substeps": self.substeps, "guidance": self.guidance, "grid": self.grid}
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """See `objectives.base.require_schedule`; raises as `probe` does for an infinite w, too."""
+        steps_fit(schedule, self.steps * self.substeps, "steps" if self.substeps == 1 else "steps · substeps")
+        self._weights(schedule, self.levels(schedule)[1:])
 
     @torch.no_grad()
     def probe(self, batch: PairBatch, models: Models) -> Probe:

@@ -27,10 +27,11 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.engine.inversion import FixedPoint, Refinement, ReNoise
 from diffalign.engine.measure import Models
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import dpo_logit, less_margin, positive
 from diffalign.objectives.draws import integers
-from diffalign.objectives.inpo import Grid, Inverter, ascent_to, inversion_valid, inverted
+from diffalign.objectives.inpo import Grid, Inverter, ascent_to, inversion_valid, inverted, steps_fit
 from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
@@ -65,6 +66,10 @@ class SmPO:
             raise DiffalignError(f"refinements = {self.refinements}: must not be negative; 0 is plain DDIM inversion")
         if self.tolerance is not None:
             positive("tolerance", self.tolerance)
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """See `objectives.base.require_schedule`."""
+        steps_fit(schedule, self.steps)
 
     @torch.no_grad()
     def probe(self, batch: PairBatch, models: Models) -> Probe:

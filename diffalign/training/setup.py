@@ -39,7 +39,7 @@ from diffalign.models.reference import FrozenCopy, HeldLora, Reference, Referenc
 from diffalign.models.saving import check_tuned, find_tuned
 from diffalign.models.user_attention import add_user_attention, set_user, user_branch
 from diffalign.objectives import Objective
-from diffalign.objectives.base import require_terms
+from diffalign.objectives.base import require_schedule, require_terms
 from diffalign.sources import Source
 from diffalign.training.feed import make_feed
 from diffalign.training.identity import Identity, refuse_others, run_identity
@@ -87,7 +87,6 @@ def open_table(
 
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
-
     if accelerator is None:
         return _open_table(config, keep_ties)
     return on_main(accelerator, lambda: _open_table(config, keep_ties))
@@ -226,6 +225,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     _check_start(config, base.unet)
     identity = run_identity(config, table, base)
     refuse_others(config, identity)
+    require_schedule(objective, base.schedule)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     feed = make_feed(config, accelerator, table, encoder, resolution)

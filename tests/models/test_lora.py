@@ -190,12 +190,16 @@ def test_settings_that_cannot_work_are_refused(model: Model, settings: dict, mes
         add_lora(unet, rank=2)
 
 
-def test_dropout_acts_on_a_moved_policy_in_train_mode_only(model: Model):
+def test_dropout_is_refused_and_its_modules_named(model: Model):
+    """In two passes its masks would differ: loss and gradient of other networks."""
+    with pytest.raises(ModelError, match=r"dropout = 0\.5.*two passes.*leave it out"):
+        add_lora(model.unet(), rank=4, dropout=0.5)
     unet = model.unet()
-    add_lora(unet, rank=4, dropout=0.5)
-    unet.train()
-    assert torch.equal(ask(model, unet), ask(model, model.base.unet))  # B = 0: nothing to drop
-    move_lora(unet)
-    assert not torch.equal(ask(model, unet), ask(model, unet))
-    unet.eval()
-    assert torch.equal(ask(model, unet), ask(model, unet))
+    name, last = [(name, part) for name, part in unet.named_modules() if isinstance(part, torch.nn.Dropout)][-1]
+    last.p = 0.1
+    base = model.base
+    Networks(unet, family=base.family, schedule=base.schedule)  # frozen, in eval mode: it never drops
+    unet.requires_grad_(True)
+    words = rf"dropout in 1 module: {name} \(p = 0\.1\).*unet/config\.json"
+    with pytest.raises(ModelError, match=words):
+        Networks(unet, family=base.family, schedule=base.schedule)

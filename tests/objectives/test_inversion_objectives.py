@@ -13,13 +13,15 @@ from torch import Tensor
 
 from diffalign.engine.inversion import strided_ascent
 from diffalign.engine.measure import Network, measure, measure_and_backward
+from diffalign.errors import DiffalignError
 from diffalign.models.base import load_base
 from diffalign.models.lora import add_lora
 from diffalign.models.networks import Networks
 from diffalign.models.reference import make_reference
-from diffalign.objectives.base import Objective
+from diffalign.objectives.base import Objective, require_schedule
+from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.draws import integers
-from diffalign.objectives.inpo import InPO
+from diffalign.objectives.inpo import InPO, ascent_to
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.smpo import SmPO
 from diffalign.records import Conditioning, Evidence, PairBatch
@@ -293,3 +295,37 @@ def test_real_networks_start_at_log_2_and_move(tiny_sdxl: Path, name: str, tunin
     assert score.loss.tolist() == [LOG2] * 3
     score.loss.mean().backward()
     assert sum(float(p.grad.abs().sum()) for p in unet.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 300, 999, 1000])
+def test_inversion_takes_the_steps_that_are_set(steps: int) -> None:
+    """300 of 1,000 were 250; where steps divide T nothing has changed."""
+    s = toy_models().schedule
+    t = torch.tensor([999, 0, 437])
+    ascent = ascent_to(s, t, steps, "exact")
+    assert ascent.steps.tolist() == 2 * [steps, 1, math.ceil(438 * steps / 1000)]
+    widths = (ascent.high - ascent.low)[0, :steps]
+    assert int(widths.sum()) == 1000
+    assert int(widths.max() - widths.min()) <= 1
+    if 1000 % steps == 0:
+        assert torch.equal(ascent.high, strided_ascent(t.repeat(2), 1000 // steps).high)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (InPO(steps=1001), "steps = 1001: .* 1000 timesteps.*at most 1000"),
+        (SmPO(steps=2000), "steps = 2000: .* 1000 timesteps"),
+        (InversionDPO(steps=200, substeps=8), "steps · substeps = 1600: .* 1000 timesteps"),
+        (DiffusionDPO(timesteps=(249, 1000)), r"timesteps = \[249, 1000\]: .* 0 … 999"),
+    ],
+)
+def test_settings_that_the_schedule_has_no_room_for_are_refused_first(objective: Objective, words: str) -> None:
+    with pytest.raises(DiffalignError, match=words):
+        require_schedule(objective, toy_models().schedule)
+
+
+def test_an_infinite_weight_is_refused_first() -> None:
+    schedule = toy_models(rescale_betas_zero_snr=True).schedule
+    with pytest.raises(DiffalignError, match="weighting: uniform"):
+        require_schedule(InversionDPO(weighting="inverse_alpha"), schedule)
