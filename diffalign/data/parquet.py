@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.cells import Absent
 from diffalign.data.columns import Columns
-from diffalign.data.rows import DataError
+from diffalign.data.rows import DataError, stand_in
 
 log = logging.getLogger(__name__)
 
@@ -208,4 +208,7 @@ def _metadata(file: Path) -> pq.FileMetaData:
         metadata.schema.to_arrow_schema()
         return metadata
     except _UNREADABLE as error:
+        with open(file, "rb") as opened:
+            if (instead := stand_in(opened.read(64))) is not None:
+                raise DataError(f"{file}: {instead}") from error
         raise DataError(f"{file} is not a readable parquet file ({error}); download it again") from error

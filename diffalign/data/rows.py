@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,9 @@ class ImageRef:
         except Image.DecompressionBombError as error:
             raise ImageError(HUGE, f"{self.where}: {error}; save a smaller copy") from error
         except Exception as error:  # PIL decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            there = self.data is not None or os.path.isfile(str(self.path))
+            if there and (instead := stand_in(self.read()[:64])) is not None:
+                raise ImageError(CORRUPT, f"{self.where}: {instead}") from error
             reason = re.sub(r"<_io.BytesIO[^>]*>", "the bytes", " ".join(str(error).split()))[:120]
             raise ImageError(
                 CORRUPT, f"{self.where}: does not open as an image ({reason}); replace it or remove the row"
@@ -130,6 +134,18 @@ class PairRow:
     scores: tuple[float, float] | None
     where: str
     tie: bool = False  # only with keep_ties; "chosen" is then just the first of the two
+
+
+def stand_in(start: bytes) -> str | None:
+    """What a file is that a download left in place of the real one, by its first bytes; None for any other file."""
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "it is a Git-LFS pointer and not the file itself; run `git lfs install` and `git lfs pull` in its "
+            "repository, or get the data with `hf download --repo-type dataset`"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page and not the file itself; download it again, from the address of the file"
+    return None
 
 
 def check_size(size: tuple[int, int], where: str) -> None:

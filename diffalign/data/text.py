@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.rows import DataError
+from diffalign.data.rows import DataError, stand_in
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 LONGEST = 1 << 24  # characters of a CSV value: masks are grids of numbers
@@ -177,6 +177,8 @@ def _bytes(file: Path) -> bytes:
     raw = file.read_bytes()
     if raw.startswith(_UTF16):
         raise DataError(f"{file} is UTF-16; save it as UTF-8")
+    if (instead := stand_in(raw[:64])) is not None:
+        raise DataError(f"{file}: {instead}")
     return raw.removeprefix(_BOM)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.columns import ListColumns
-from diffalign.data.rows import DataError, ImageRef
+from diffalign.data.rows import DataError, ImageRef, stand_in
 from diffalign.data.text import odd
 
 TEXT = (".txt", ".cls")
@@ -33,6 +33,9 @@ def open_shards(files: Sequence[Path]) -> ListColumns:
                         _add(rows, faults, file, tar, member)
                 end = tar.offset
         except (tarfile.TarError, EOFError) as error:
+            with open(file, "rb") as stream:
+                if (instead := stand_in(stream.read(64))) is not None:
+                    raise DataError(f"{file}: {instead}") from error
             after = f" after its member {last!r}" if last is not None else ""
             raise DataError(
                 f"{file} is not a plain tar file, or is cut short{after} ({error}); decompress or download it again"

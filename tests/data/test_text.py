@@ -169,3 +169,25 @@ def test_prompts_of_damaged_or_odd_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
     with pytest.raises(DataError, match=r"p.parquet row 1: prompt is empty; write one or remove the row"):
         read_prompts(str(tmp_path / "p.parquet"))
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.tar", "p.json", "p.jsonl", "p.csv"])
+def test_what_a_download_left_in_place_of_the_file_is_named(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000\n")
+    with pytest.raises(DataError, match=rf"{name}: it is a Git-LFS pointer .*`git lfs pull`.*hf download"):
+        open_pairs(file)
+    file.write_bytes(b"\n<!DOCTYPE html><html></html>")
+    with pytest.raises(DataError, match=rf"{name}: it is a web page and not the file itself; download it again"):
+        open_pairs(file)
+
+
+def test_prompts_and_pictures_that_are_pointers_are_named(images: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000\n"
+    (images / "p.txt").write_bytes(pointer)  # three lines of text
+    with pytest.raises(DataError, match="it is a Git-LFS pointer"):
+        read_prompts(str(images / "p.txt"))
+    (images / "1.png").write_bytes(pointer)
+    (images / "p.csv").write_text("prompt,chosen,rejected\np,0.png,1.png")
+    (problem,) = open_pairs(images / "p.csv").problems
+    assert str(problem).startswith("p.csv line 2: corrupt image: p.csv line 2 rejected: it is a Git-LFS pointer")
