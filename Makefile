@@ -1,6 +1,8 @@
 # make install    .venv with diffalign and its development tools, in the tested versions of constraints.txt
 # make demo       install, then tune the embedded world's model and measure what it gained (minutes, no GPU)
 # make test       install, then lint, types and the whole test suite
+# make test-portable   the tests that compare numbers, under the kernels of older processors (AVX2, SSE4.1), of Intel's
+#                 where the C compiler can ask for them, on two threads and in a shuffled order: a table, half an hour
 # make lint       formatting, lint and types alone
 # make gpu-test   the tests that need a CUDA device
 # make gpu-bench  speed and memory of a step on one, PEER=train_diffusion_dpo_sdxl.py beside it
@@ -22,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint gpu-test gpu-bench clean
+.PHONY: install demo test test-portable lint gpu-test gpu-bench clean
 
 install: $(STAMP)
 
@@ -37,6 +39,9 @@ demo: install
 
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-portable: install
+	WORKERS=$(WORKERS) $(BIN)/python -m tests.portable
 
 lint: install
 	$(BIN)/ruff check .

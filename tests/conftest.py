@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,27 @@ from diffalign.config import Config, parse_config
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; read when triton is imported, so before that
 
-torch.set_num_threads(1)  # small tensors: threads cost more than they give, and the tests run side by side
+# one, unless asked for more: small tensors, for which threads cost more than they give, and tests run side by side
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_report_header() -> str:
+    """The seed of a shuffled order, with which it can be had again."""
+    seed = os.environ.get("DIFFALIGN_TEST_SEED")
+    return f"shuffled: DIFFALIGN_TEST_SEED={seed}" if seed else ""
+
+
+def shuffle(items: list[pytest.Item]) -> None:
+    """Puts the tests in an order that DIFFALIGN_TEST_SEED names, the same in every worker: none may need another."""
+    if seed := os.environ.get("DIFFALIGN_TEST_SEED"):
+        random.Random(seed).shuffle(items)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs CUDA where there is none."""
+    """Shuffles if asked to, and skips what needs CUDA where there is none."""
+    shuffle(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
