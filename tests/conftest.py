@@ -6,7 +6,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from diffalign.config import Config, parse_config
+from tests.invariants.pool import Pool
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; read when triton is imported, so before that
@@ -43,9 +44,13 @@ def shuffle(items: list[pytest.Item]) -> None:
         random.Random(seed).shuffle(items)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shuffles if asked to, and skips what needs CUDA where there is none."""
+    """Shuffles if asked to, groups, and skips what needs CUDA where there is none."""
     shuffle(items)
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):  # one pair of processes, for one worker
+            item.add_marker(pytest.mark.xdist_group("pool"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -74,6 +79,14 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny
 
     return Path(make_tiny(tmp_path_factory.mktemp("tiny") / "sdxl", "sdxl"))
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Two processes joined by gloo, for any number of trainings one after another."""
+    found = Pool(tmp_path_factory.mktemp("pool"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Two processes (gloo, started by torchrun) give the update of one: cached and online, LoRA and full, self-play."""
+"""Two processes (gloo) give the update of one: cached and online, LoRA and full, self-play; once under torchrun."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config import Config, save_config
-from tests.conftest import ROOT
+from diffalign.config import Config, PreferenceModelConfig, save_config
+from diffalign.training.run import run_training
+from tests.invariants.pool import ROOT, Pool
 from tests.training.test_run import metrics, weights
 
 
-def launch(config: Config, processes: int, where: Path) -> None:
-    """Trains a config to its end under torchrun in processes of its own."""
-    done = started(config, processes, where)
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_two(pool: Pool, config: Config | PreferenceModelConfig, where: Path) -> None:
+    """Trains a config to its end in two processes."""
+    save_config(config, where)
+    for ended in pool.run("train", where):
+        assert ended.code == 0, ended.stderr[-3000:]
 
 
 def started(config: Config, processes: int, where: Path) -> subprocess.CompletedProcess[str]:
@@ -59,7 +61,7 @@ SELFPLAY = {
     [("lora", "dpo"), ("full", "dpo"), ("lora", "inpo"), ("full", "inversion_dpo"), ("lora", "seppo")],
 )
 def test_two_processes_give_the_update_of_one(
-    method: str, objective: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
+    method: str, objective: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path, pool: Pool
 ) -> None:
     shared = {
         "tuning.method": method,
@@ -84,7 +86,13 @@ def test_two_processes_give_the_update_of_one(
                 "training.gradient_accumulation_steps": 2,
             },
         )
-        launch(config, processes, tmp_path / f"{processes}.yaml")
+        if processes == 1:
+            run_training(config)
+        elif (method, objective) == ("full", "dpo"):
+            done = started(config, processes, tmp_path / "run.yaml")
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            in_two(pool, config, tmp_path / "run.yaml")
         runs[processes] = (weights(config.output_dir), metrics(config.output_dir))
     one, two = runs[1], runs[2]
     for name in one[0]:

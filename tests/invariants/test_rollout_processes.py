@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from diffalign.config import Config
-from tests.invariants.test_processes import launch
+from diffalign.training.run import run_training
+from tests.invariants.pool import Pool
+from tests.invariants.test_processes import in_two
 from tests.sources.test_rollout import overrides
 from tests.training.test_run import metrics, weights
 
 
 def test_two_processes_give_the_pairs_and_the_update_of_one(
-    make_config: Callable[..., Config], tiny_sd: Path, tmp_path: Path
+    make_config: Callable[..., Config], tiny_sd: Path, tmp_path: Path, pool: Pool
 ) -> None:
     runs = {}
     for processes in (2, 1):
@@ -28,7 +30,10 @@ def test_two_processes_give_the_pairs_and_the_update_of_one(
                 "training.adam_epsilon": 1e-4,  # Adam's first step is lr·sign(g): without this, rounding decides signs
             },
         )
-        launch(config, processes, tmp_path / f"{processes}.yaml")
+        if processes == 1:
+            run_training(config)
+        else:
+            in_two(pool, config, tmp_path / "run.yaml")
         runs[processes] = (weights(config.output_dir), metrics(config.output_dir))
     one, two = runs[1], runs[2]
     for name in one[0]:

@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 
 from diffalign.config import Config
 from diffalign.models.user_attention import USER_FILE
+from diffalign.training.run import run_training
 from tests.data.helpers import pick_rows, write_parquet
-from tests.invariants.test_processes import launch
+from tests.invariants.pool import Pool
+from tests.invariants.test_processes import in_two
 from tests.training.test_run import metrics
 
 
 def test_two_processes_give_the_update_of_one(
-    make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
+    make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path, pool: Pool
 ) -> None:
     rows = [row | {"user_embed": [float(i % 3), 1.0, -0.5 * i]} for i, row in enumerate(pick_rows(12))]
     shared = {
@@ -33,7 +35,10 @@ def test_two_processes_give_the_update_of_one(
     for processes in (2, 1):
         out = {"output_dir": str(tmp_path / str(processes)), "training.train_batch_size": 4 // processes}
         config = make_config(tiny_sdxl, {**shared, **out})
-        launch(config, processes, tmp_path / f"{processes}.yaml")
+        if processes == 1:
+            run_training(config)
+        else:
+            in_two(pool, config, tmp_path / "run.yaml")
         found.append((load_file(Path(config.output_dir) / USER_FILE), metrics(config.output_dir)))
     (two, lines), (one, expected) = found
     for name, value in one.items():

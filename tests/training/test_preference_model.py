@@ -24,7 +24,8 @@ from diffalign.training.preference_model import run_preference_training
 from diffalign.training.preference_setup import _as_sampled, _needs_x0, build_preference_run
 from diffalign.training.setup import make_accelerator
 from diffalign.world import judge
-from tests.invariants.test_processes import launch
+from tests.invariants.pool import Pool
+from tests.invariants.test_processes import in_two
 
 Make = Callable[..., PreferenceModelConfig]
 
@@ -142,7 +143,7 @@ def test_resuming_is_not_stopping(make: Make, tmp_path: Path) -> None:
         )
 
 
-def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp_path: Path) -> None:
+def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp_path: Path, pool: Pool) -> None:
     """Prompts that pairs share are weighed over the step, so a weight normalised over a micro-batch shows here."""
     shared = {"training.max_train_steps": 2, "training.train_batch_size": 1, "data.max_pairs": 7}
     runs = {}
@@ -153,7 +154,7 @@ def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp
     ):
         config = make({**shared, **changes, "output_dir": str(tmp_path / name)})
         if name == "processes":
-            launch(config, 2, tmp_path / "processes.yaml")
+            in_two(pool, config, tmp_path / "processes.yaml")
         else:
             run_preference_training(config)
         runs[name] = weights(config.output_dir), metrics(config.output_dir)
