@@ -78,7 +78,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[Done]:
     if waiting:
         os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin)
+        pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=spawn, initializer=_begin)
         try:
             for future in as_completed({pool.submit(_do, job) for job in waiting}):
                 future.result()

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffalign.arena import jobs
 from diffalign.arena.arena import hold, tables
 from diffalign.arena.entries import Protocol, entries
 from diffalign.arena.field import Field
 from diffalign.arena.sweep import best, save, sweep
 from diffalign.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline")]
 
 TINY = Protocol(steps=2, seeds=(0, 1), forwards_seeds=(0,), second_seeds=(0,), pictures=2, split="heldout")
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def held(tmp_path_factory: pytest.TempPathFactory, inline: None) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("arena")
     taking_part = entries(("dpo", "sft", "flipped"))
     return folder, hold(Field(folder, 2), taking_part, TINY, {"dpo": {"objective.beta": 500.0}}, "a command")
@@ -103,8 +104,9 @@ def test_the_picture_is_one(held: tuple[Path, dict[str, Any]]) -> None:
         assert image.width > 800
 
 
-def test_a_turned_sign_is_seen(tmp_path: Path) -> None:
+def test_a_turned_sign_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The must of an arena: a broken method at the bottom, its win rate's interval below one half."""
+    monkeypatch.setattr(jobs, "STEPS", 20)  # pictures that can be judged
     protocol = Protocol(steps=40, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=4, split="heldout")
     found = hold(Field(tmp_path, 2), entries(("dpo", "flipped")), protocol, {}, "")
     dpo, flipped = found["views"][0]["rows"]
