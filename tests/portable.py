@@ -68,6 +68,11 @@ def counts(output: str) -> tuple[int, int]:
     return found.get("passed", 0), found.get("failed", 0) + found.get("error", 0) + found.get("errors", 0)
 
 
+def folders() -> list[Path]:
+    """The folders of tests."""
+    return sorted({file.parent for file in HERE.glob("*/test_*.py")})
+
+
 def run(variables: dict[str, str], arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and output of pytest under these variables."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
@@ -83,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="SETTING")
     known, given = parser.parse_known_args(arguments)
     seed = int(os.environ.get("DIFFALIGN_TEST_SEED") or random.SystemRandom().randrange(10**6))
-    given = given or [str(p.parent) for p in sorted(HERE.glob("*/__init__.py"))]
+    given = given or [str(folder) for folder in folders()]
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         chosen = settings(Path(folder), seed)
