@@ -179,7 +179,10 @@ def _check(args: argparse.Namespace) -> None:
     config = with_precision(config, accelerator.device)
     claim(config, Path(config.output_dir))
     if isinstance(config, PreferenceModelConfig):
-        print(check_preference_run(config, accelerator))
+        found = check_preference_run(config, accelerator)
+        if accelerator.is_main_process:
+            print(found)
+        accelerator.end_training()
         return
     changes: dict[str, Any] = {}
     if config.source is not None:

@@ -104,7 +104,7 @@ def make_state() -> Any:
     from accelerate import PartialState
 
     before_accelerate()
-    state = PartialState(timeout=PATIENCE) if launched_processes() > 1 else PartialState()
+    state = PartialState(cpu=_uses_cpu(), timeout=PATIENCE)  # Accelerator reads the environment, this does not
     all_in_use(state)
     return state
 

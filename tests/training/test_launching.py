@@ -50,6 +50,21 @@ def test_a_cpu_is_used_by_all_processes_that_were_launched(monkeypatch: pytest.M
     assert os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
+def test_encoding_uses_the_same_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's PartialState does not read ACCELERATE_USE_CPU; without it each process would encode everything."""
+    gpus(0, monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = []
+
+    def state(**how: object) -> SimpleNamespace:
+        asked.append(how)
+        return SimpleNamespace(num_processes=2 if how["cpu"] else 1, device="cpu")
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    assert processes.make_state().num_processes == 2
+    assert asked[0]["timeout"] == processes.PATIENCE
+
+
 @pytest.mark.parametrize(
     ("devices", "environment", "said"),
     [

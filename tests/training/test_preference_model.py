@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,10 @@ from safetensors.torch import load_file
 from diffalign.cli import main
 from diffalign.config import ConfigError, PreferenceModelConfig, load_config, parse_config, save_config
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.errors import Interrupted
 from diffalign.rewards import ScorerError, load_scorer
 from diffalign.rewards.preference_loss import preference_loss
+from diffalign.training import preference_model
 from diffalign.training.checkpoint import CheckpointError
 from diffalign.training.loop import TrainingError
 from diffalign.training.preference_batch import half_made
@@ -121,13 +125,24 @@ def test_the_first_loss_is_the_clips(make: Make, clip_folder: Path) -> None:
     assert sum(line[f"accuracy/q{q + 1}"] * n for q, n in quarters.items() if n) / 12 == pytest.approx(line["accuracy"])
 
 
-def test_resuming_is_not_stopping(make: Make, tmp_path: Path) -> None:
-    whole = make({"output_dir": str(tmp_path / "whole"), "training.checkpointing_steps": 2})
-    run_preference_training(whole)
-    parts = {"output_dir": str(tmp_path / "parts"), "training.checkpointing_steps": 2}
-    run_preference_training(make(parts))
-    (tmp_path / "parts/checkpoint-4").rename(tmp_path / "later")
-    run_preference_training(make({**parts, "training.resume_from_checkpoint": "checkpoint-2"}))
+def test_a_run_that_a_signal_ended_goes_on_as_if_it_had_not(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_preference_training(make({"output_dir": str(tmp_path / "whole")}))
+    parts = {"output_dir": str(tmp_path / "parts")}
+    step = preference_model.optimizer_step
+
+    def signalled(run: object, number: int, *rest: object) -> None:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(run, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preference_model, "optimizer_step", signalled)
+        with pytest.raises(Interrupted, match=r"SIGTERM after step 2 of 4; .*checkpoint-2"):
+            run_preference_training(make(parts))
+    parts["training.checkpointing_steps"] = 4
+    run_preference_training(make({**parts, "training.resume_from_checkpoint": "latest"}))
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(two[name], one[name]) for name in one)
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
