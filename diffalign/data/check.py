@@ -104,7 +104,7 @@ class Report:
         if self.extreme:
             some = ", ".join(f"{where} ({size})" for where, size in self.extreme[:NAMED])
             lines.append(
-                f"              {len(self.extreme)} pairs have an image more than {EXTREME} times as long as wide, of "
+                f"              {len(self.extreme)} of {self.usable} pairs have an image more than {EXTREME} times as long as wide, of "
                 f"which training sees a square: {some}"
             )
         if self.smaller is not None and self.shorter_sides:
