@@ -103,10 +103,8 @@ class Report:
             lines.append(f"image sizes   {smallest} smallest, {middle} median, {largest} largest")
         if self.extreme:
             some = ", ".join(f"{where} ({size})" for where, size in self.extreme[:NAMED])
-            lines.append(
-                f"              {len(self.extreme)} of {self.usable} pairs have an image more than {EXTREME} times as long as wide, of "
-                f"which training sees a square: {some}"
-            )
+            share = f"{len(self.extreme)} of {self.usable} pairs have an image over {EXTREME} times as long as wide"
+            lines.append(f"              {share}, of which training sees a square: {some}")
         if self.smaller is not None and self.shorter_sides:
             count = len(self.shorter_sides)
             lines.append(f"              {self.smaller} of {count} images are smaller than {self.resolution} px")
