@@ -22,7 +22,7 @@ def replaced(name: str, folder: Path, request: pytest.FixtureRequest) -> list[st
     """The overrides of a config for a run without downloads."""
     config = load_config(CONFIGS[name])
     source = None if isinstance(config, PreferenceModelConfig) else config.source
-    changes = [f"output_dir={folder}", "data.max_pairs=8"]
+    changes = [f"output_dir={folder}", "data.max_pairs=40"]
     if name.startswith("world/"):
         return changes
     base = request.getfixturevalue("tiny_sd" if name.startswith("sd15/") else "tiny_sdxl")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffalign.data.images import pictures
 from diffalign.engine.scheduler_config import check_class
 from diffalign.errors import DiffalignError
+from diffalign.models.family import check_resolution
 from diffalign.models.negative import negative_branch
 from diffalign.objectives.draws import initial_noise
 
@@ -82,6 +83,7 @@ def sample_images(
     (`models/negative.py`). Raises ValueError naming prompt and seed when a picture comes out as NaN.
     """
     size = resolution or default_resolution(pipe)
+    check_resolution(pipe.unet, pipe.vae_scale_factor, size, "resolution")
     batch = batch or default_batch(size)
     images: list[Image.Image] = []
     branch = nullcontext() if negative is None else negative_branch(pipe, negative)

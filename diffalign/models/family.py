@@ -12,6 +12,20 @@ from diffalign.errors import ModelError as ModelError  # at home here for the ro
 from diffalign.records import Conditioning
 
 
+def check_resolution(unet: Any, factor: int, pixels: int, setting: str) -> None:
+    """Raises ModelError for pictures whose latents a UNet cannot halve as often as it does.
+
+    factor: pixels per side of a latent, which the VAE decides.
+    """
+    halvings = len(unet.config.block_out_channels) - 1
+    least = factor * 2**halvings
+    if pixels % factor or pixels < least:
+        raise ModelError(
+            f"{setting}: {pixels} pixels are too small or uneven for this model, whose VAE shrinks {factor}-fold and "
+            f"whose UNet halves {halvings} times; give a multiple of {factor}, at least {least}"
+        )
+
+
 @dataclass(frozen=True)
 class PromptEmbeds:
     """What the text encoders say of some prompts."""

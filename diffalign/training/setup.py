@@ -25,10 +25,10 @@ from diffalign.data.users import open_users, use_users
 from diffalign.data.winners import open_winners
 from diffalign.errors import DiffalignError, MissingPackageError
 from diffalign.models.attention import set_attention
-from diffalign.models.base import Base, load_base
+from diffalign.models.base import Base, load_base, vae_factor
 from diffalign.models.compiling import compile_blocks
 from diffalign.models.encoder import Encoder
-from diffalign.models.family import ModelError
+from diffalign.models.family import ModelError, check_resolution
 from diffalign.models.former import FormerCopy, make_former
 from diffalign.models.fusing import fuse_kernels
 from diffalign.models.lora import ADAPTER, adapter_weights, add_lora, check_targets, fuse_lora, load_lora, lora_layers
@@ -126,7 +126,13 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
 
 def prepared(config: Config | PreferenceModelConfig, table: PairTable) -> PairTable:
     """Pairs with what a run's `data` section adds: scores, users, the hash of their images. Raises DataError."""
-    data = config.data
+    data, batch = config.data, config.training.train_batch_size
+    if batch > len(table):
+        limit = "" if data.max_pairs is None else f" (data.max_pairs: {data.max_pairs})"
+        raise DataError(
+            f"training.train_batch_size: {batch} pairs at a time, and {data.path} has {len(table)} usable ones{limit}; "
+            f"give {len(table)} or fewer, or more pairs"
+        )
     if data.cache_reference_errors and "mask" in table.terms:
         raise DataError(
             "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
@@ -228,6 +234,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     require_schedule(objective, base.schedule)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
+    if base.vae is not None:
+        check_resolution(base.unet, vae_factor(base.vae), resolution, "data.resolution")
     feed = make_feed(config, accelerator, table, encoder, resolution)
     unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
     kind: ReferenceKind = "none"

@@ -126,6 +126,14 @@ def test_batches_shrink_with_resolution():
     assert [default_batch(size) for size in (16, 512, 1024, 4096)] == [64, 16, 4, 1]
 
 
+@pytest.mark.parametrize("pixels", [1, 33])
+def test_a_resolution_that_the_network_cannot_halve_is_refused(pipe, pixels):
+    least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    assert len(sample_images(pipe, ["a"], [0], steps=1, resolution=least)) == 1
+    with pytest.raises(DiffalignError, match=rf"resolution: {pixels} pixels .* give a multiple .* at least {least}"):
+        sample_images(pipe, ["a"], [0], steps=1, resolution=pixels)
+
+
 def test_unknown_scheduler(pipe):
     with pytest.raises(ValueError, match="allowed: ddim, euler, dpmsolver"):
         sample_images(pipe, ["a"], [0], scheduler="dddim")

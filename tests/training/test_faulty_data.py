@@ -107,6 +107,17 @@ def test_wrong_columns_stop_before_the_model_loads(
         run_training(make_config(tiny_sd, {"data.path": str(path)}))
 
 
+def test_a_batch_above_the_pairs_stops_before_the_model_loads(
+    make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "load_base", lambda *_, **__: pytest.fail("the model was loaded"))
+    changes = {"training.train_batch_size": 8, "data.max_pairs": 7}
+    with pytest.raises(
+        DataError, match=r"batch_size: 8 pairs .* has 7 usable ones \(data.max_pairs: 7\); give 7"
+    ):
+        run_training(make_config(tiny_sd, changes))
+
+
 def test_no_usable_pair_stops_before_the_model_loads(
     make_config: MakeConfig, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
