@@ -27,10 +27,11 @@ from diffalign import __version__
 from diffalign.data.columns import Columns
 from diffalign.data.content import files_state, remembered
 from diffalign.data.rows import Problem
+from diffalign.files import EMPTY_STAMP, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FROM_ROWS = 10_000  # below, looking takes a second or two
 _TEXTS = ("problems", "ids", "prompts", "names_files", "negative_masks", "examined_rows")
 _TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array codes
@@ -67,7 +68,8 @@ def remember(note: Path, index: dict[str, Any]) -> None:
     partial = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial)
+        save_file(tensors, partial, {"sha256": EMPTY_STAMP})
+        stamp(partial)
         os.replace(partial, note)
     except (OSError, SafetensorError) as error:
         log.warning("what was found in the data cannot be remembered, so every start looks again (%s)", error)
@@ -78,6 +80,8 @@ def remember(note: Path, index: dict[str, Any]) -> None:
 def recall(note: Path) -> dict[str, Any] | None:
     """The index that was written, or None where there is no whole one."""
     try:
+        if stamp_fault(note) is not None:
+            return None
         with safe_open(note, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         texts = json.loads(bytes(tensors["texts"].numpy()))

@@ -10,8 +10,7 @@ What has no file is the policy as it was when the reference was made.
 
 from __future__ import annotations
 
-import os
-import shutil
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign.files import file_faults, list_files, written_whole
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import adapter_weights, lora_layers, save_lora
 from diffalign.models.reference import FrozenCopy, HeldLora, ReferenceKind
 from diffalign.weight_files import check_weights
 
 DELTA_FILE = "delta.safetensors"
+HASHES = "hashes.json"  # size and SHA-256 of each file
 
 
 class Former(Protocol):
@@ -75,6 +76,7 @@ class FormerLora:
             return
         if not folder.is_dir():
             raise _gone(folder)
+        _check(folder)
         self._reference.hold(adapter_weights(self._unet, folder))
 
 
@@ -110,6 +112,7 @@ class FormerCopy:
         if folder is not None:
             if not (folder / DELTA_FILE).is_file():
                 raise _gone(folder / DELTA_FILE)
+            _check(folder)
             check_weights(folder / DELTA_FILE)
             delta = load_file(folder / DELTA_FILE)
             if delta.keys() != self._start.keys():
@@ -127,13 +130,25 @@ def make_former(unet: nn.Module, family: Family, autocast_dtype: torch.dtype | N
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when the block ends well."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    """A folder to write into that takes the place of `folder` when the block ends well, with hashes of its files."""
+    with written_whole(folder, what="a former policy") as partial:
+        partial.mkdir()
+        yield partial
+        (partial / HASHES).write_text(json.dumps(list_files(partial)) + "\n")
+
+
+def _check(folder: Path) -> None:
+    """Raises ModelError for a former policy that is damaged; one of an older version has no hashes."""
+    try:
+        faults = file_faults(folder, json.loads((folder / HASHES).read_bytes()))
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError, AttributeError):
+        faults = [f"{HASHES} is not readable"]
+    if faults:
+        raise ModelError(
+            f"the former policy {folder} is damaged: {'; '.join(faults)}. Put it back from a copy, or start again"
+        )
 
 
 def _gone(path: Path) -> ModelError:

@@ -179,7 +179,8 @@ def test_a_damaged_note_is_made_anew(tmp_path: Path, looks: list[str], home: Pat
     expected = facts(open_pairs(data))
     (note,) = home.iterdir()
     whole = note.read_bytes()
-    for damaged in (b"", whole[:-40], png(1)):
+    flipped = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]  # a label, a score or a text: it opens
+    for damaged in (b"", whole[:-40], png(1), flipped):
         note.write_bytes(damaged)
         looks.clear()
         assert facts(open_pairs(data)) == expected

@@ -120,3 +120,18 @@ def test_a_missing_policy_is_named(model: Model, method: str, tmp_path: Path) ->
     _, former, _ = build(model, method)
     with pytest.raises(ModelError, match=r"former policy .*policy-00004.* is not there"):
         former.load(tmp_path / "policy-00004")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_damaged_policy_is_named(model: Model, method: str, tmp_path: Path) -> None:
+    _, former, _ = build(model, method)
+    former.save(tmp_path / "policy-00004")
+    former.load(tmp_path / "policy-00004")
+    (file,) = (tmp_path / "policy-00004").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"policy-00004 is damaged: {file.name} has another .*from a copy, or start again"):
+        former.load(tmp_path / "policy-00004")
+    (tmp_path / "policy-00004/hashes.json").unlink()  # of an older version
+    former.load(tmp_path / "policy-00004")
