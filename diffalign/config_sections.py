@@ -60,6 +60,9 @@ class ModelSection(Section):
     variant: Text | None = None  # e.g. fp16
     single_file_config: PathText | None = None  # folder with the configs of a single-file checkpoint, for work offline
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
+    # training alone, for bases that their releases trained otherwise than they are sampled; null: as the base says
+    rescale_betas_zero_snr: Switch | None = None  # SDXL-Turbo in Diffusion-DPO's release: true
+    force_zeros_for_empty_prompt: Switch | None = None  # SDXL's null prompt; Diffusion-DPO's release encodes "": false
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
     # true means full, false none; auto: full for SDXL on CUDA
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"

@@ -146,3 +146,23 @@ def test_the_world_shows_most_objectives() -> None:
     shown = {config.objective.name for config in configs if not isinstance(config, PreferenceModelConfig)}
     assert shown <= OBJECTIVES.keys()
     assert len(shown) == 15
+
+
+# what the releases' own code says (its train scripts' transforms and prompt encoding), by config
+FLIPPED = ("dpo_full", "sft_full", "inpo_full", "smpo_full", "mapo_full", "kto_full")
+ENCODED_NULL = ("sdxl/dpo_full.yaml", "sdxl/inpo_full.yaml", "sdxl/smpo_full.yaml")
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("_full.yaml") and n.split("/")[0] != "world"])
+def test_deviations_from_a_release_are_settings_or_said(name: str) -> None:
+    path, stem = CONFIGS[name], Path(name).stem
+    config, text = load_config(path), path.read_text()
+    if stem == "seppo_full":
+        assert "was not released" in text
+        return
+    assert config.data.random_flip == (stem in FLIPPED)
+    assert config.data.random_flip or "No flip here" in text
+    assert "Lanczos" in text
+    assert (config.model.force_zeros_for_empty_prompt is False) == (name in ENCODED_NULL)
+    constant = name.startswith("sdxl/") and stem != "mapo_full"  # MaPO's release tells true sizes
+    assert ("the release tells it" in text) == constant

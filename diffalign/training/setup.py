@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config import Config, PreferenceModelConfig
+from diffalign.config_sections import ModelSection
 from diffalign.data.axes import use_axes
 from diffalign.data.prompts import Table, open_prompts
 from diffalign.data.readers import open_pairs
@@ -23,6 +24,7 @@ from diffalign.data.rows import DataError
 from diffalign.data.table import PairTable
 from diffalign.data.users import open_users, use_users
 from diffalign.data.winners import open_winners
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError, MissingPackageError
 from diffalign.models.attention import set_attention
 from diffalign.models.base import Base, load_base, vae_factor
@@ -166,7 +168,7 @@ def no_terms(table: PairTable, why: str) -> None:
 def load_run_base(config: Config | PreferenceModelConfig) -> Base:
     """The base model that the config names, in float32 on the CPU."""
     model = config.model
-    return load_base(
+    base = load_base(
         model.pretrained_model_name_or_path,
         pretrained_vae_model_name_or_path=model.pretrained_vae_model_name_or_path,
         revision=model.revision,
@@ -174,6 +176,27 @@ def load_run_base(config: Config | PreferenceModelConfig) -> Base:
         prediction_type=model.prediction_type,
         single_file_config=model.single_file_config,
     )
+    return trained_as(base, model)
+
+
+def trained_as(base: Base, model: ModelSection) -> Base:
+    """A base with the noise and the null prompt that a config says it is trained on; its sampler stays its own.
+
+    Raises DiffalignError for a null prompt of zeros where the base's family has none.
+    """
+    if model.rescale_betas_zero_snr is not None:
+        config = {**base.scheduler_config, "rescale_betas_zero_snr": model.rescale_betas_zero_snr}
+        base = replace(base, schedule=NoiseSchedule.from_config(config))
+    if model.force_zeros_for_empty_prompt is not None:
+        if base.family.name != "sdxl":
+            raise DiffalignError(
+                f"model.force_zeros_for_empty_prompt = {model.force_zeros_for_empty_prompt}: only SDXL has a null "
+                f"prompt of zeros, and {base.source!r} is an {base.family.name} model, whose null prompt is the "
+                'encoded ""; leave the key out'
+            )
+        assert base.text is not None
+        base = replace(base, text=replace(base.text, zero_empty_prompt=model.force_zeros_for_empty_prompt))
+    return base
 
 
 def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
@@ -225,7 +248,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
 
     _check_reference(config)
-    base = load_run_base(config) if base is None else base
+    base = load_run_base(config) if base is None else trained_as(base, config.model)
     config = settled(config, device, base.family.name)
     training = config.training
     _check_start(config, base.unet)
