@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffalign.cli import main
 from diffalign.config import Config
+from diffalign.data.scores import score_pairs
 from diffalign.errors import DiffalignError, explain, lost_worker
 from diffalign.folder_lock import FolderInUseError, folder_lock
 from diffalign.training import processes
@@ -127,7 +128,9 @@ def test_commands_for_one_process_are_refused_under_a_launcher(
         assert part in said
 
 
-def test_a_folder_in_use_is_refused_before_any_work(make_config: MakeConfig, tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_before_any_work(
+    make_config: MakeConfig, tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from diffalign.evaluation.generate import generate
 
     config = make_config(tiny_sd)
@@ -137,6 +140,14 @@ def test_a_folder_in_use_is_refused_before_any_work(make_config: MakeConfig, tin
             run_training(config)
         with pytest.raises(FolderInUseError, match="Name another folder"):
             generate(str(tiny_sd), ["a cat"], [0], out_dir=tmp_path / "out", steps=1)
+        with pytest.raises(SystemExit):
+            main(["arena", "--quick", "--out", str(tmp_path / "out")])
+        assert "is in use by" in capsys.readouterr().err
+        name = ".scores.jsonl.lock"
+        with folder_lock(tmp_path / "out", "another", name), pytest.MonkeyPatch.context() as again:
+            again.setattr("diffalign.folder_lock._held", {})
+            with pytest.raises(FolderInUseError, match=r"another .*scores\.jsonl\.lock"):
+                score_pairs(None, "world", None, tmp_path / "out/scores.jsonl")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

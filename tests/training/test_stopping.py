@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,9 +65,17 @@ def test_a_signal_finishes_the_step_saves_once_and_says_how_to_go_on(
     assert not (out / LOCK_FILE).exists()
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
-    main(["train", str(tmp_path / "config.yaml"), "training.resume_from_checkpoint=latest"])
-    main(["train", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'whole'}"])
-    assert same(weights(out), weights(tmp_path / "whole"))
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    make_config: MakeConfig, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        signalled(patch, 2, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            run_training(make_config(tiny_sd))
+    run_training(make_config(tiny_sd, {"training.resume_from_checkpoint": "latest"}))
+    run_training(make_config(tiny_sd, {"output_dir": str(tmp_path / "whole")}))
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
 
 def test_the_second_signal_ends_at_once(
@@ -106,14 +113,19 @@ def test_a_signal_outside_the_loop_is_one_line(
 
 def test_a_loaders_worker_outlives_the_first_signals() -> None:
     """Whoever stops a run signals its workers too, and the last step needs their pairs."""
-    code = (
-        "import os, signal, sys; from diffalign.data.loading import leave_signals_to_parent as leave; leave();"
-        "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True);"
-        "os.kill(os.getpid(), signal.SIGTERM); print('and still')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("alive\n", -signal.SIGTERM)
-    assert leave_signals_to_parent.__module__ == "diffalign.data.loading"
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        leave_signals_to_parent()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.write(write, b"alive")
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 9) == b"alive"
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    os.close(read)
 
 
 class _Two:
@@ -132,3 +144,21 @@ def test_all_processes_stop_for_the_signal_of_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with Stopping(_Two()) as stopping:
         assert [stopping.now(), stopping.now()] == [0, signal.SIGTERM]
+
+
+@pytest.mark.gpu
+def test_on_gpus_the_answer_of_a_step_is_read_after_the_next() -> None:
+    """A group of one stands for two: what is checked is the way of the flag through the device."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    two = _Two()
+    two.device = torch.device("cuda", 0)
+    torch.distributed.init_process_group("nccl", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
+    try:
+        with Stopping(two) as stopping:
+            assert stopping.now() == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert [stopping.now(), stopping.now()] == [0, signal.SIGTERM]
+    finally:
+        torch.distributed.destroy_process_group()
