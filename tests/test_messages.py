@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -33,22 +33,25 @@ def sections() -> dict[str, set[str]]:
     return found
 
 
-def strings(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Text constants, docstrings left out."""
+def strings(nodes: Iterable[ast.AST]) -> Iterator[ast.Constant]:
+    """Text constants among nodes, docstrings left out."""
+    nodes = list(nodes)
     docs = {
         id(node.body[0].value)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
             yield node
 
 
 def unknown(text: str, known: dict[str, set[str]]) -> list[str]:
     """Names like `section.key` in a text that no config has."""
+    if "." not in text:
+        return []
     names = re.findall(rf"(?<![\w./-])({'|'.join(known)})\.([a-z_]+)(?![\w/(.])", text)
     return [f"{section}.{key}" for section, key in names if key not in known[section] and key not in FILES]
 
@@ -62,32 +65,35 @@ def test_a_planted_name_is_found() -> None:
 
 def test_settings_in_messages_are_settings_of_configs() -> None:
     known = sections()
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
+    nodes = {
+        file.relative_to(PACKAGE): list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        for file in sorted(PACKAGE.rglob("*.py"))
+    }
     wrong = [
-        f"{file.relative_to(PACKAGE)}:{text.lineno} {name}"
-        for file, tree in trees.items()
-        for text in strings(tree)
+        f"{file}:{text.lineno} {name}"
+        for file, each in nodes.items()
+        for text in strings(each)
         for name in unknown(text.value, known)
     ]
     assert wrong == []
     # and no message speaks of an argument of a constructor that no config passes on
     arguments = {
         argument.arg
-        for tree in trees.values()
-        for node in ast.walk(tree)
+        for each in nodes.values()
+        for node in each
         if isinstance(node, ast.FunctionDef) and node.name == "__init__"
         for argument in node.args.kwonlyargs
         if "_" in argument.arg
     }
     arguments -= set().union(*known.values()) | PYTHON_ONLY
     assert "max_unreadable" in arguments
+    named = re.compile(rf"\b(?:{'|'.join(sorted(arguments))})\b")
     raised = [
-        f"{file.relative_to(PACKAGE)}:{text.lineno} {name}"
-        for file, tree in trees.items()
-        for node in ast.walk(tree)
+        f"{file}:{text.lineno} {name}"
+        for file, each in nodes.items()
+        for node in each
         if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error")
-        for text in strings(node)
-        for name in arguments
-        if re.search(rf"\b{name}\b", text.value)
+        for text in strings(ast.walk(node))
+        for name in named.findall(text.value)
     ]
     assert raised == []
