@@ -23,6 +23,7 @@ _MACHINE = {
     errno.EDQUOT: "your disk quota is used up; free some space, or name a folder elsewhere",
     errno.EIO: "the disk reports an input/output error; check the device",
     errno.ENOTDIR: "a part of this path is a file, not a folder; check the path",
+    errno.EEXIST: "a file of this name is there where a folder is needed; name another",
     errno.EISDIR: "it is a folder and a file is needed; check the path",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
     errno.EMFILE: "too many files are open; raise the limit with `ulimit -n 4096`",

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,14 @@ def test_every_error_of_the_package_is_of_the_one_class() -> None:
         assert issubclass(kind, DiffalignError)
     assert issubclass(CheckpointError, DiffalignError)
     assert issubclass(TrainingError, DiffalignError)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("")
+    with pytest.raises(FileExistsError) as error:
+        file.mkdir()
+    assert (
+        explain(error.value)
+        == f"{file}: a file of this name is there where a folder is needed; name another (File exists)"
+    )

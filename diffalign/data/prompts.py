@@ -75,7 +75,10 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     Tables need a column `prompt` or `caption`. Blank lines of a .txt file separate nothing and are skipped; an
     empty cell of a table is an error that names the row or line. Repeated prompts are kept once, in
     order of first appearance: a picture depends on (prompt, seed) only, so a repeat would only feign data.
+    Raises PromptError where no prompt is left, and for a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise PromptError(f"limit={limit}: at least 1 prompt is needed; leave it out for all of them")
     if not _may_be_path(source):
         return unique([_text(source)])[:limit]
     path = Path(expanded(source))

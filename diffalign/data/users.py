@@ -10,6 +10,7 @@ vision-language model's reading of a few of the person's pairs.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,12 @@ class Users:
 
     def mixed(self, weights: Mapping[str, float]) -> Tensor:
         """The weighted average [dim] of some users. Raises DataError for an unknown id, or weights that sum to 0."""
-        if any(w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
-            raise DataError(f"users are mixed with weights of at least 0 that are not all 0; these are {dict(weights)}")
-        return sum((w * self.of(name) for name, w in weights.items()), torch.zeros(self.dim)) / sum(weights.values())
+        total = sum(weights.values())
+        if any(w < 0 for w in weights.values()) or not 0 < total < math.inf:  # a NaN is in no range
+            raise DataError(
+                f"users are mixed with finite weights of at least 0 that are not all 0; these are {dict(weights)}"
+            )
+        return sum((w / total * self.of(name) for name, w in weights.items()), torch.zeros(self.dim))
 
 
 def open_users(path: str | Path) -> Users:

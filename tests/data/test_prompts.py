@@ -99,3 +99,9 @@ def test_prompts_with_dots_and_slashes_are_prompts(prompt, tmp_path, monkeypatch
 def test_a_prompt_is_a_text(prompt, words):
     with pytest.raises(PromptError, match=words):
         read_prompts(prompt)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit: int) -> None:
+    with pytest.raises(PromptError, match=rf"limit={limit}: at least 1 prompt is needed; leave it out"):
+        read_prompts("a red fox", limit=limit)

@@ -55,6 +55,9 @@ def test_a_mixture_is_the_weighted_average(tmp_path: Path) -> None:
         users.mixed({"ana": 1.0})
     with pytest.raises(DataError, match="not all 0"):
         users.mixed({"anna": 0.0})
+    for odd in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(DataError, match=rf"finite weights of at least 0 .*{odd}"):
+            users.mixed({"anna": 1.0, "ben": odd})
     with pytest.raises(DataError, match="write ID or ID=WEIGHT"):
         parse_mixture(["anna=much"])
     with pytest.raises(DataError, match="given before"):

@@ -17,7 +17,7 @@ from diffalign.data.prompts import read_prompts
 from diffalign.data.scores import read_scores
 from diffalign.data.users import open_users, parse_mixture
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.evaluation.generate import read_manifest
+from diffalign.evaluation.manifest import read_manifest
 from diffalign.evaluation.scoring import score_folder
 from diffalign.rewards import load_scorer
 from diffalign.training.checkpoint import find_checkpoint, load_source_state, load_state, save_checkpoint

@@ -161,6 +161,7 @@ def _stand_ins(folder: Path) -> Iterator[None]:
         return None
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("logging.raiseExceptions", False))  # of handlers whose stream pytest has closed
         stack.enter_context(mock.patch.dict(os.environ, {"HOME": str(folder)}))
         for name, stand_in in (
             ("training.run.run_training", nothing),

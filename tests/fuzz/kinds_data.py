@@ -97,7 +97,8 @@ def _parquet(rng: Random, folder: Path) -> tuple[Path, int]:
     if rng.random() < 0.5:
         rows = [{"prompt": r["caption"], "chosen": r["jpg_0"], "rejected": r["jpg_1"]} for r in rows]
     odd, cell = rng.randrange(ROWS), rng.choice(list(rows[0]))
-    rows[odd][cell] = rng.choice((None, value(rng), damaged(rng, png(9)), b"", float("nan"), -1.0, 0.5))
+    odd_bytes = (damaged(rng, png(9)), b"") if isinstance(rows[0][cell], bytes) else ()  # of one type, as parquet is
+    rows[odd][cell] = rng.choice((None, value(rng), float("nan"), -1.0, 0.5, *odd_bytes))
     good = ROWS - 1
     if rng.random() < 0.2:  # every cell of a column in a list or a mapping
         shape = rng.choice((lambda x: [x], lambda x: {"bytes": x}, lambda x: {"path": "x.png", "bytes": x}))
