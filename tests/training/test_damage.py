@@ -163,6 +163,21 @@ def test_other_errors_of_a_writer_stay_what_they_are(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_half_written_files_of_another_run_are_its_own(tmp_path: Path) -> None:
+    theirs = tmp_path / ".checkpoint-2.node7.12.ab.partial"
+    theirs.mkdir()
+    (theirs / "half").write_text("")
+
+    def writes(folder: Path) -> None:
+        write(folder)
+        assert sorted(p.name for p in theirs.iterdir()) == ["half"]
+        assert folder != theirs
+
+    save_checkpoint(tmp_path, 2, writes, {}, 1)
+    save_final_weights(tmp_path, 2, writes)
+    assert sorted(p.name for p in theirs.iterdir()) == ["half"]
+
+
 def test_what_a_kill_left_is_swept(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     (tmp_path / ".checkpoint-4.host.1.ab.partial").mkdir()
@@ -226,6 +241,7 @@ def parts(folder: Path, text: str) -> None:
     (folder / "b").write_text(text)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("at", [-1, 1])
 def test_a_kill_is_no_finished_run(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while writing: the run of before is whole. Killed between two renames: each file is whole, no run is."""

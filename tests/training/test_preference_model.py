@@ -22,6 +22,7 @@ from diffalign.rewards import ScorerError, load_scorer
 from diffalign.rewards.preference_loss import preference_loss
 from diffalign.training import preference_model
 from diffalign.training.checkpoint import CheckpointError
+from diffalign.training.final import is_finished
 from diffalign.training.loop import TrainingError
 from diffalign.training.preference_batch import half_made
 from diffalign.training.preference_model import run_preference_training
@@ -95,6 +96,7 @@ def test_a_run_writes_a_scorer_its_settings_and_its_metrics(make: Make) -> None:
         "preference_model",
         "run.json",
     }
+    assert is_finished(out)
     scorer = load_scorer(f"step-aware={out}")
     picture = Image.new("RGB", (32, 32), "red")
     at = scorer.score([picture] * 2, ["a red circle"] * 2, torch.tensor([0, 999]))
