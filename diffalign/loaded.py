@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.errors import ModelError
 
@@ -23,6 +22,14 @@ def named(names: Iterable[str]) -> str:
     found = list(names)
     rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return ", ".join(found[:NAMED]) + rest
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether every value is a number: one pass over them in their own dtype (a sum could overflow in float16)."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    least, most = (values.float() if values.itemsize == 1 else values).aminmax()  # NaN if any is
+    return bool(least.isfinite() & most.isfinite())
 
 
 def check_report(what: str, report: Mapping[str, Any] | Any, is_text: bool = False) -> None:
@@ -62,14 +69,7 @@ def check_module(what: str, module: nn.Module) -> None:
         )
     if quantised := [name for name, value in module.named_parameters() if not value.is_floating_point()]:
         raise ModelError(f"{what} has quantised weights ({named(quantised)}): give the model in float32, bf16 or fp16")
-    bad = [
-        name
-        for name, value in state.items()
-        # the sum is one pass without a copy; where it overflows, a second pass decides
-        if value.is_floating_point()
-        and not bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite())
-        and not bool(value.isfinite().all())
-    ]
+    bad = [name for name, value in state.items() if not is_finite(value)]
     if bad:
         raise ModelError(
             f"{what} has NaN or infinite values in {len(bad)} of its {len(state)} tensors ({named(bad)}): no learning "

@@ -122,9 +122,26 @@ def load_vae(source: str, subfolder: str | None, where: Where) -> nn.Module:
             "diffusers' AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), or name a pipeline that has it"
         )
     folder = local_folder(source, where.revision)
-    if subfolder is None and folder is not None and (folder / "model_index.json").is_file():
+    if subfolder is None and (_is_pipeline(folder) if folder is not None else _has_vae(source, where.revision)):
         subfolder = "vae"
     return where.load(_vae_class(source, subfolder, where), source, subfolder, UNET_STEM, torch_dtype=where.dtype)
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def _has_vae(source: str, revision: str | None) -> bool:
+    """Whether a Hub id that is not here yet is of a pipeline, and not of a VAE alone."""
+    import diffusers
+
+    for subfolder in (None, "vae"):
+        try:
+            diffusers.AutoencoderKL.load_config(source, subfolder=subfolder, revision=revision)
+        except Exception:  # what is wrong with it, loading says
+            continue
+        return subfolder is not None
+    return False
 
 
 def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[Any, ...], tuple[nn.Module, ...]]:

@@ -25,7 +25,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffalign.loaded import NAMED, named
+from diffalign.loaded import NAMED, is_finite, named
 from diffalign.models.family import ModelError
 from diffalign.weight_files import check_weights
 
@@ -82,6 +82,22 @@ class LoraFile:
             )
         return self
 
+    def for_text(self, component: str, encoder: nn.Module) -> LoraFile:
+        """The part for one text encoder, e.g. "text_encoder_2". Raises ModelError unless it fits whole.
+
+        diffusers' own loader is not asked: where alphas differ it gives every layer the most frequent one.
+        """
+        flat = not hasattr(encoder, "text_model")  # newer transformers have a CLIPTextModel without this level
+
+        def own(names: Mapping[str, Any]) -> dict[str, Any]:
+            mine = {k.removeprefix(f"{component}."): v for k, v in names.items() if k.startswith(f"{component}.")}
+            return {_peft_name(k.removeprefix("text_model.") if flat else k): v for k, v in mine.items()}
+
+        state, metadata = own(self.text), own(self.metadata)
+        alphas = {_module_of(name): value for name, value in own(self.text_alphas).items()}
+        _check_fit(self.file, state, len(state), encoder)
+        return LoraFile(self.file, state, _alphas(self.file, state, alphas, metadata), {}, {}, metadata)
+
     def config(self, unet: nn.Module) -> Any:
         """peft's LoraConfig for it."""
         written = self.metadata.get("target_modules")
@@ -119,15 +135,11 @@ def read_lora(path: str | Path, unet: nn.Module) -> LoraFile:
     metadata = _metadata(file, check_weights(file).metadata)
     weights = load_file(file)
     _check_kind(file, weights, metadata)
-    named, alphas = _converted(file, weights, unet)
-    text = {name: value for name, value in named.items() if name.startswith(_TEXT)}
-    state = {name: value for name, value in named.items() if name not in text}
-    _check_finite(file, named)
-    _check_fit(file, state, len(named), unet)
-    own = {name: alpha for name, alpha in alphas.items() if not name.startswith(_TEXT)}
-    text_alphas = {f"{name}.alpha": alpha for name, alpha in alphas.items() if name not in own}
-    found = LoraFile(file, state, _alphas(file, state, own, metadata), text, text_alphas, metadata)
-    log.info("%s: all %d tensors of the LoRA have a layer, %d in the UNet", file, len(named), len(state))
+    state, text, alphas, text_alphas = _converted(file, weights, unet)
+    _check_finite(file, {**state, **text})
+    _check_fit(file, state, len(state) + len(text), unet)
+    found = LoraFile(file, state, _alphas(file, state, alphas, metadata), text, text_alphas, metadata)
+    log.info("%s: all %d tensors for the UNet have a layer; %d are for text encoders", file, len(state), len(text))
     return found
 
 
@@ -172,8 +184,13 @@ def _other_kind(file: Path, kind: str, why: str) -> ModelError:
     )
 
 
-def _converted(file: Path, weights: dict[str, Tensor], unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors by "module.lora_A.weight" (text encoders with their prefix), and alphas by module."""
+def _converted(
+    file: Path, weights: dict[str, Tensor], unet: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], dict[str, float]]:
+    """The UNet's tensors by "module.lora_A.weight", the text encoders', and the alphas of both.
+
+    Alphas of the UNet are by module; what is of text encoders has the names that diffusers takes.
+    """
     from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -191,21 +208,35 @@ def _converted(file: Path, weights: dict[str, Tensor], unet: nn.Module) -> tuple
     else:
         converted = {name: value for name, value in weights.items() if name not in given}
     plain: dict[str, Tensor] = {}
-    for name, value in convert_unet_state_dict_to_peft(
-        {_bare(name): value for name, value in converted.items()}
-    ).items():
+    bare = {_bare(name): value for name, value in converted.items()}
+    text = {name: value for name, value in bare.items() if name.startswith(_TEXT)}
+    own = {name: value for name, value in bare.items() if name not in text}
+    for name, value in convert_unet_state_dict_to_peft(own).items():
         part = _PART.fullmatch(name)
-        plain[name if part is None or name.startswith(_TEXT) else f"{part[1]}.lora_{part[2]}.weight"] = value
-    if len(plain) < len(converted):
+        plain[name if part is None else f"{part[1]}.lora_{part[2]}.weight"] = value
+    if len(plain) + len(text) < len(converted):
         raise ModelError(f"{file} gives some layers twice, e.g. as two adapters in one file: give one adapter a file")
-    alphas = {}
-    for name, value in convert_unet_state_dict_to_peft({_bare(name): value for name, value in given.items()}).items():
-        # kohya's alphas are keyed by a weight of their module once they are converted
-        module = re.sub(r"(\.lora_[AB](\.weight)?)?\.alpha$", "", name)
+    alphas = {_bare(name): value for name, value in given.items()}
+    for name, value in alphas.items():
         if not _is_number(value):
             raise ModelError(f"{file}: {name} is {value!r:.60}; an alpha is one finite number above 0")
-        alphas[module] = float(value)
-    return plain, alphas
+    text_alphas = {name: float(value) for name, value in alphas.items() if name.startswith(_TEXT)}
+    own_alphas = {name: float(value) for name, value in alphas.items() if name not in text_alphas}
+    modules = {_module_of(name): value for name, value in convert_unet_state_dict_to_peft(own_alphas).items()}
+    return plain, text, modules, text_alphas
+
+
+def _peft_name(name: str) -> str:
+    """A text encoder's tensor in peft's names, from diffusers' (.lora_linear_layer.down; older: to_q_lora.down)."""
+    name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", name)
+    for theirs, ours in ((".down.", ".lora_A."), (".up.", ".lora_B.")):
+        name = name.replace(f".lora_linear_layer{theirs}", ours).replace(f".lora{theirs}", ours)
+    return name
+
+
+def _module_of(alpha: str) -> str:
+    """The module that an alpha is of: kohya's are keyed by a weight of it once they are converted."""
+    return re.sub(r"(\.lora_[AB](\.weight)?)?\.alpha$", "", alpha)
 
 
 def _bare(name: str) -> str:
@@ -222,7 +253,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
-    bad = [name for name, value in weights.items() if not bool(value.float().isfinite().all())]
+    bad = [name for name, value in weights.items() if not is_finite(value)]
     if bad:
         raise ModelError(
             f"{file} has NaN or infinite values in {named(bad)}, {len(bad)} of {len(weights)} tensors: the training "

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffalign.loaded import is_finite
 from diffalign.models.base import Base, load_base
 from diffalign.models.family import Family, ModelError
 from diffalign.models.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
@@ -136,31 +137,16 @@ def _apply_lora(pipeline: Any, lora: LoraFile) -> None:
     """A LoRA on the UNet and, where the file says so, the text encoders. Raises ModelError unless all of it acts."""
     if lora_layers(pipeline.unet):
         raise ModelError(f"this pipeline has a LoRA already, and {lora.file} would replace it; load a fresh pipeline")
-    if lora.state:
-        place_lora(pipeline.unet, lora)
-        for parameter in lora_parameters(pipeline.unet):
-            parameter.data = parameter.data.to(pipeline.unet.dtype)
-    for prefix in sorted({name.split(".")[0] for name in lora.text}):
-        encoder = getattr(pipeline, prefix, None)
+    parts = [(pipeline.unet, lora)] if lora.state else []
+    for component in sorted({name.split(".")[0] for name in lora.text}):
+        encoder = getattr(pipeline, component, None)
         if encoder is None:
-            raise ModelError(f"{lora.file} has LoRA weights for {prefix}, which this base has not: give its own base")
-        part = {name: value for name, value in lora.text.items() if name.startswith(f"{prefix}.")}
-        alphas = {name: alpha for name, alpha in lora.text_alphas.items() if name.startswith(f"{prefix}.")}
-        fields = None if alphas or not any(k.startswith(f"{prefix}.") for k in lora.metadata) else lora.metadata
-        try:
-            type(pipeline).load_lora_into_text_encoder(
-                part, network_alphas=alphas or None, text_encoder=encoder, prefix=prefix, metadata=fields
-            )
-        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
-            raise ModelError(
-                f"{lora.file} does not fit this base's {prefix}: {' '.join(str(error).split())}"
-            ) from error
-        placed = sum(".lora_" in name for name, _ in encoder.named_parameters())
-        if placed != len(part):
-            raise ModelError(
-                f"{lora.file} does not fit this base: {placed} of its {len(part)} tensors for {prefix} have a layer; "
-                "give the base that it was made for"
-            )
+            raise ModelError(f"{lora.file} has LoRA weights for {component}, and this base has none: give its own base")
+        parts.append((encoder, lora.for_text(component, encoder)))
+    for module, part in parts:  # nothing is placed before all of it fits
+        place_lora(module, part)
+        for parameter in lora_parameters(module):
+            parameter.data = parameter.data.to(module.dtype)
 
 
 def load_pipeline(
@@ -230,7 +216,7 @@ def load_full(unet: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, own in unet.state_dict().items():
             value = read(name)
-            if not bool(value.float().isfinite().all()):
+            if not is_finite(value):
                 raise ModelError(
                     f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that wrote it had "
                     "broken down; give an earlier checkpoint"

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffalign.loaded import is_finite
 from diffalign.models.attention import cross_attentions, is_plain
 from diffalign.models.family import ModelError
 from diffalign.weight_files import check_weights
@@ -199,7 +200,7 @@ def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.
         if (own := getattr(branch, name)) != theirs:
             raise ModelError(f"{file} has user attention of {name} = {theirs}, this run of {own}; use the file's value")
     state, own_state = load_file(file), user_parameters(unet)
-    if bad := [name for name, value in state.items() if not bool(value.float().isfinite().all())]:
+    if bad := [name for name, value in state.items() if not is_finite(value)]:
         raise ModelError(f"{file} has NaN or infinite values in {bad[0]}; give an earlier checkpoint")
     if state.keys() != own_state.keys():
         raise ModelError(

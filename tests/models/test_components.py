@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from diffalign.loaded import check_module
+from diffalign.models import components
 from diffalign.models.base import load_base, outline_base
 from diffalign.models.family import ModelError
 from tests.models.conftest import Model
@@ -152,10 +153,21 @@ def test_a_part_of_the_weights_that_is_missing(folder: Path, models) -> None:
         load_base(str(folder), vae_and_text=False)
 
 
-def test_a_vae_may_be_a_whole_pipelines(models, tmp_path: Path) -> None:
+def hub_of_pipelines(name: str, subfolder: str | None = None, revision: str | None = None) -> dict:
+    if (name, subfolder) not in (("org/pipeline", "vae"), ("org/vae", None)):
+        raise OSError("no config.json there")
+    return {}
+
+
+def test_a_vae_may_be_a_whole_pipelines(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["sdxl"]
     base = load_base(str(model.folder), pretrained_vae_model_name_or_path=str(models["sd"].folder))
     assert same_weights(base.vae, models["sd"].base.vae)
+    monkeypatch.setattr(AutoencoderKL, "load_config", hub_of_pipelines)
+    assert components._has_vae("org/pipeline", None)
+    assert not components._has_vae("org/vae", None)
+    assert not components._has_vae("org/nothing", None)
+    monkeypatch.undo()
     with pytest.raises(ModelError, match=r"one file.*AutoencoderKL.from_single_file"):
         load_base(str(model.folder), pretrained_vae_model_name_or_path="sdxl_vae.safetensors")
     wide = AutoencoderKL.from_config({**model.base.vae.config, "latent_channels": 8})

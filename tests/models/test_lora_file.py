@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -229,6 +230,36 @@ def test_a_text_encoders_part_that_matches_nothing(sd: Model, state: State, tmp_
         load_pipeline(str(sd.folder), tuned=str(tmp_path / "x.safetensors"))
     with pytest.raises(ModelError, match=rf"text_encoder: 2 of its {len(state) + 2} tensors.*dropping the rest"):
         load_lora(sd.unet(), tmp_path / "x.safetensors")
+
+
+def kohya_text(generator: torch.Generator) -> State:
+    """A LoRA of both text encoders in kohya's layout, with alpha 2 everywhere but in one layer."""
+    state: State = {}
+    for encoder, width in (("te1", 32), ("te2", 48)):
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            name = f"lora_{encoder}_text_model_encoder_layers_1_self_attn_{part}"
+            state[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=generator)
+            state[f"{name}.lora_up.weight"] = torch.randn(width, 4, generator=generator)
+            state[f"{name}.alpha"] = torch.tensor(2.0)
+    return state
+
+
+def test_text_encoders_parts_act_with_the_alpha_of_each_layer(models, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    state = kohya_text(torch.Generator().manual_seed(0))
+    save_file(state, file)
+    folder = models["sdxl"].folder
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    plain = picture(theirs)
+    theirs.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    expected = picture(theirs)
+    assert np.abs(expected - plain).max() > 0.01
+    assert np.array_equal(picture(load_pipeline(str(folder), tuned=str(file))), expected)
+    state["lora_te2_text_model_encoder_layers_1_self_attn_q_proj.alpha"] = torch.tensor(4.0)
+    save_file(state, file)
+    encoder = load_pipeline(str(folder), tuned=str(file)).text_encoder_2
+    scales = [layer.scaling["default"] for layer in lora_layers(encoder)]  # diffusers has 0.5 for all
+    assert sorted(scales) == [0.5, 0.5, 0.5, 1.0]
 
 
 def test_a_second_lora_does_not_replace_the_first(sd: Model, state: State, tmp_path: Path) -> None:
