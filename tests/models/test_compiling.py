@@ -69,7 +69,8 @@ def test_policy_and_reference_have_their_own_graphs_and_compile_once(model: Mode
     assert list(unet.state_dict()) == names
 
 
-def test_compiled_blocks_differentiate_under_checkpointing(model: Model) -> None:
+def test_compiled_blocks_differentiate_under_checkpointing(models: dict[str, Model]) -> None:
+    model = models["sdxl"]
     unet, networks = lora_networks(model)
     move_lora(unet)
     plain = step(model, unet, networks)

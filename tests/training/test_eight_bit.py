@@ -147,7 +147,7 @@ def test_small_gradients_beside_large_ones_make_no_leap() -> None:
 
 def test_updates_far_below_the_resolution_arrive() -> None:
     """As for float32 moments: weights of size 0.02, 100 steps of 1e-8."""
-    start = 0.02 * torch.randn(1_000_000, generator=seeded()).bfloat16()
+    start = 0.02 * torch.randn(500_000, generator=seeded()).bfloat16()
     p = torch.nn.Parameter(start.clone())
     optimizer = EightBitAdamW([p], lr=1e-8, weight_decay=0.0)
     for _ in range(100):
@@ -259,7 +259,7 @@ def test_a_run_is_close_to_one_with_float32_moments(
             "training.optimizer": optimizer,
             "training.mixed_precision": "bf16",
             "training.learning_rate": 1e-4,
-            "training.max_train_steps": 10,
+            "training.max_train_steps": 5,
         }
         run_training(make_config(tiny_sdxl, settings))
         found[optimizer] = weights(tmp_path / optimizer)

@@ -272,7 +272,7 @@ def micro_step(networks: Networks, objective: Any, batch: PairBatch, device: str
     Meter().add(observe(evidence, score, networks.schedule.num_train_timesteps))
 
 
-FEWER = {"inversion_dpo": {"steps": 4}}  # what is looked at is the same for every step
+FEWER = {"inversion_dpo": {"steps": 2}, "inpo": {"steps": 4}, "smpo": {"steps": 4}}  # what is looked at is the same for every step
 
 
 def trained_networks(base: Base, method: str, device: str) -> Networks:
