@@ -39,6 +39,13 @@ GiB = 2**30
 BuildRun = Callable[[Base, dict[str, object]], Run]
 
 
+class NoPairs(list[object]):
+    """A table that nothing is read of."""
+
+    ids: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+
+
 def random_batch(base: Base, pairs: int, side: int, seed: int = 0) -> PairBatch:
     """Random latents and conditioning in the shapes that the base's UNet takes."""
     config, g = base.unet.config, torch.Generator().manual_seed(seed)
@@ -92,7 +99,7 @@ def build_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> BuildRun:
             section, key = name.split(".")
             tree[section][key] = value
         config = parse_config(tree)
-        return setup.build(config, setup.make_accelerator(config), table=[])  # type: ignore[arg-type]
+        return setup.build(config, setup.make_accelerator(config), table=NoPairs())  # type: ignore[arg-type]
 
     return make
 
@@ -272,7 +279,8 @@ def micro_step(networks: Networks, objective: Any, batch: PairBatch, device: str
     Meter().add(observe(evidence, score, networks.schedule.num_train_timesteps))
 
 
-FEWER = {"inversion_dpo": {"steps": 2}, "inpo": {"steps": 4}, "smpo": {"steps": 4}}  # what is looked at is the same for every step
+# what is looked at is the same for every step
+FEWER = {"inversion_dpo": {"steps": 2}, "inpo": {"steps": 4}, "smpo": {"steps": 4}}
 
 
 def trained_networks(base: Base, method: str, device: str) -> Networks:
