@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffalign.loaded import check_module
 from diffalign.models.base import Base, checked, family_of
 from diffalign.models.components import complete_scheduler_config, schedule_of
 from diffalign.models.family import ModelError, TextEncoders
@@ -17,7 +18,8 @@ def base_of_pipeline(pipeline: Any) -> Base:
     """The parts of an open StableDiffusionPipeline or StableDiffusionXLPipeline as a base; nothing is copied.
 
     Training changes its UNet in place. Raises ModelError for another kind of pipeline, for a missing part, for
-    weights that are not float32 (the trained copy would be rounded at every step), and for a UNet with adapters.
+    weights that are not float32 (the trained copy would be rounded at every step) or not finite, and for a UNet with
+    adapters.
     """
     kind = type(pipeline).__name__
     missing = [name for name in NEEDED if getattr(pipeline, name, None) is None]
@@ -42,6 +44,8 @@ def base_of_pipeline(pipeline: Any) -> Base:
         models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
         zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)) and len(suffixes) == 2,
     )
+    for name in ("unet", "vae", *(f"text_encoder{suffix}" for suffix in suffixes)):
+        check_module(f"model: the pipeline's {name}", getattr(pipeline, name))
     source = str(pipeline.config.get("_name_or_path") or f"an open {kind}")
     scheduler_config = complete_scheduler_config(
         {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, source

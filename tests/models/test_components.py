@@ -18,6 +18,8 @@ from diffalign.loaded import check_module
 from diffalign.models import components
 from diffalign.models.base import load_base, outline_base
 from diffalign.models.family import ModelError
+from diffalign.models.from_pipeline import base_of_pipeline
+from diffalign.models.saving import make_pipeline
 from tests.models.conftest import Model
 from tests.models.test_base import same_weights, single_file_state
 
@@ -215,3 +217,11 @@ def test_quantised_weights_are_no_weights() -> None:
     layer.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"X has quantised weights \(weight\): give the model in float32"):
         check_module("X", layer)
+
+
+def test_an_open_pipeline_with_a_value_that_is_no_number(models) -> None:
+    pipeline = make_pipeline(models["sd"].base)
+    pipeline.vae = AutoencoderKL.from_config(pipeline.vae.config)
+    pipeline.vae.encoder.conv_in.weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(ModelError, match=r"the pipeline's vae has NaN .*encoder.conv_in.weight"):
+        base_of_pipeline(pipeline)
