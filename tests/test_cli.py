@@ -103,7 +103,12 @@ def test_train_generate_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_stale_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = [f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'out'}", "training.report_to=none"]
+    cache = [
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'out'}",
+        "training.report_to=none",
+        "training.train_batch_size=8",
+    ]
     main(["encode", str(WORLD), *cache, "data.max_pairs=8"])
     message = fails(capsys, "train", str(WORLD), *cache, "data.max_pairs=9")
     assert "dataset: the cache has" in message
