@@ -151,11 +151,19 @@ def _metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
         text, where = config.read_text(encoding="utf-8", errors="replace"), str(config)
     try:
         written = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where} is no JSON ({error}): download or save the LoRA again") from error
     if not isinstance(written, dict):
         raise ModelError(f"{where} is no JSON object: download or save the LoRA again")
-    return {key.removeprefix("unet."): value for key, value in written.items()}
+    found = {key.removeprefix("unet."): value for key, value in written.items()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = found.get(name) or {}
+        if not isinstance(patterns, dict) or not all(_is_pattern(pattern) for pattern in patterns):
+            raise ModelError(
+                f"{where}: {name} is {patterns!r:.80}, and peft writes a mapping of patterns of module names there: "
+                "save the LoRA again"
+            )
+    return found
 
 
 def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -241,6 +249,14 @@ def _module_of(alpha: str) -> str:
 
 def _bare(name: str) -> str:
     return name.removeprefix(_PEFT_PREFIX).removeprefix("unet.")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

@@ -216,6 +216,8 @@ def test_what_cannot_be_applied_whole_is_refused_everywhere(sd: Model, state: St
         (FIELDS | {"peft_type": "LOHA"}, "LOHA"),
         (FIELDS | {"init_lora_weights": "pissa_niter_16"}, "training changed the base"),
         (FIELDS | {"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        (FIELDS | {"alpha_pattern": "x"}, "alpha_pattern is 'x', .*save the LoRA again"),
+        (FIELDS | {"rank_pattern": {"(": 4}}, "rank_pattern is {'\\(': 4}, .*save the LoRA again"),
     ],
 )
 def test_fields_of_peft_that_are_not_a_plain_loras(sd, state: State, tmp_path: Path, fields, message: str) -> None:
