@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from diffalign.errors import DiffalignError, ExistingFileError, printable
 from diffalign.paths import expanded
@@ -24,6 +24,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "'--' is no value")  # argparse makes an empty list of it
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
 
 def whole(least: int, most: int = MOST, *, multiple: int = 1) -> Callable[[str], int]:

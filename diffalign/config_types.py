@@ -56,6 +56,8 @@ def text(value: Any) -> Any:
     if isinstance(value, bool | float) or value is None:
         given = "null" if value is None else str(value).lower()
         raise DiffalignError(f"a text is needed; put it in quotes if {given} is meant as one")
+    if isinstance(value, str) and (odd := next((c for c in value if c == "\0" or 0xD800 <= ord(c) < 0xE000), None)):
+        raise DiffalignError(f"the character U+{ord(odd):04X} is no text; delete it")
     return value
 
 

@@ -205,6 +205,7 @@ COMPARE = ["compare", "b", "a=x", "--scorer", "world"]
         (GENERATE, "--steps", ["0", "-3", "true"], "a whole number from 1 to 10000"),
         (GENERATE, "--seeds", ["", "a", "1.5", "-1", "2-1,3", "0,,1"], r"write 7, 0-11|write 1-2"),
         (GENERATE, "--seeds", [str(2**63), "0-1000000000000"], r"largest seed is 9223|more than 1000000 seeds"),
+        (["data", "check", "o"], "--json", ["--"], "is no value"),
         (GENERATE, "--device", ["tpu", "cuda:x", ""], "give cpu, cuda, cuda:N or mps"),
         (GENERATE, "--scheduler", ["dpm"], "'ddim', 'euler', 'dpmsolver'"),
         (GENERATE, "--dtype", ["fp16"], "'float32', 'bfloat16', 'float16'"),

@@ -114,6 +114,8 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         (["model.revision=1.10"], r"model.revision: a text is needed; put it in quotes if 1.1 is meant"),
         (["output_dir="], "output_dir: a text is needed.*null"),
         (["output_dir='  '"], "output_dir: the path is empty"),
+        (["data.split=a\0b"], r"data.split: the character U\+0000 is no text; delete it"),
+        (["model.revision=a\udcff"], r"model.revision: the character U\+DCFF is no text"),
         (["data.path=~nobody-of-this-name/x"], "no home folder is known.*in full"),
         (["training=5"], "training: a section is needed, got 5"),
         (["tuning.method=full", "tuning.resume_lora=x"], r"tuning\.resume_lora: only tuning.method: lora"),
