@@ -62,6 +62,7 @@ def make(tmp_path: Path, tiny_sd: Path, pair_folder: Path, clip_folder: Path) ->
                 "adam_epsilon": 1e-4,  # Adam's first step is lr·sign(g): without this, rounding decides signs
                 "logging_steps": 1,
                 "report_to": "none",
+                "mixed_precision": "no",  # on every device
             },
         }
         top: dict[str, object] = {"output_dir": str(tmp_path / "out")}
