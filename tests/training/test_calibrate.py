@@ -41,7 +41,7 @@ def world(tmp_path: Path, *overrides: str, config: str = "dpo") -> Calibration:
     common = ("training.report_to=none", "training.train_batch_size=16", f"output_dir={tmp_path / 'none'}")
     loaded = load_config(packaged_config(f"world/{config}.yaml"), common, overrides)
     assert isinstance(loaded, Config)
-    return calibrate(built(loaded), steps=8, pairs=64)
+    return calibrate(built(loaded), steps=4, pairs=64)
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in NO_SCALE])
