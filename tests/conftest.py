@@ -44,13 +44,15 @@ def shuffle(items: list[pytest.Item]) -> None:
         random.Random(seed).shuffle(items)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Sends the tests of the pair of processes to one worker: there is one pair."""
+    if "pool" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("pool"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shuffles if asked to, groups, and skips what needs CUDA where there is none."""
+    """Shuffles if asked to, and skips what needs CUDA where there is none."""
     shuffle(items)
-    for item in items:
-        if "pool" in getattr(item, "fixturenames", ()):  # one pair of processes, for one worker
-            item.add_marker(pytest.mark.xdist_group("pool"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
