@@ -38,7 +38,7 @@ demo: install
 	$(BIN)/diffalign demo
 
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-portable: install
 	WORKERS=$(WORKERS) $(BIN)/python -m tests.portable

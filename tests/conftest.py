@@ -8,6 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -44,10 +45,19 @@ def shuffle(items: list[pytest.Item]) -> None:
         random.Random(seed).shuffle(items)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Sends the tests of the pair of processes to one worker: there is one pair."""
-    if "pool" in getattr(item, "fixturenames", ()):
-        item.add_marker(pytest.mark.xdist_group("pool"))
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of several processes go to one worker, which starts one pool of them, and first; others one by one.
+
+    (xdist's own groups do not work with the node ids of pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if "processes" in nodeid else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

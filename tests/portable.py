@@ -77,7 +77,7 @@ def run(variables: dict[str, str], arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and output of pytest under these variables."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     workers = environment.get("WORKERS", WORKERS)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "--dist", "loadgroup", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, *arguments]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     return done.returncode, done.stdout
 
