@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.memory import table
 from benchmarks.ours import Ours
-from diffalign.config import Config, load_config, packaged_config
+from diffalign.config.schema import Config, load_config, packaged_config
 from diffalign.engine.measure import measure_and_backward
 from diffalign.objectives.base import ask
 from diffalign.training.run import environment

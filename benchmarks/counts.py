@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import addmm_flop, flop_registry
 
 from diffalign.engine.measure import measure_and_backward
+from diffalign.engine.random import pair_key
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.models.attention import set_attention
-from diffalign.models.lora import add_lora, fuse_lora, lora_layers
-from diffalign.objectives.draws import pair_key
-from diffalign.records import Conditioning, PairBatch, Transitions
+from diffalign.models.adapters.lora import add_lora, fuse_lora, lora_layers
+from diffalign.models.kernels.attention import set_attention
+from diffalign.types import Conditioning, PairBatch, Transitions
 from tests.gpu_models import SDXL_SCHEDULER
 
 

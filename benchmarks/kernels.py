@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from benchmarks.counts import unet_inputs
 from benchmarks.memory import autocast_unet, table
 from benchmarks.timing import copy_rate, take_turns
-from diffalign.models.fused_geglu import geglu, geglu_eager
-from diffalign.models.fused_norm import NHWC, group_norm_silu, group_norm_silu_eager
-from diffalign.models.fusing import fuse_kernels
-from diffalign.models.memory import Checkpointing, set_checkpointing
-from diffalign.training.kept import Kept
+from diffalign.experimental.fused_geglu import geglu, geglu_eager
+from diffalign.experimental.fused_norm import NHWC, group_norm_silu, group_norm_silu_eager
+from diffalign.experimental.fusing import fuse_kernels
+from diffalign.models.kernels.checkpointing import Checkpointing, set_checkpointing
+from diffalign.training.inspect.activation_memory import Kept
 from diffalign.training.run import environment
 from tests.gpu_models import SDXL_UNET
 

@@ -35,8 +35,8 @@ import torch
 from benchmarks.memory import table
 from benchmarks.models import MODELS, model_folder, pairs_file
 from benchmarks.ours import on_random_weights
-from diffalign.config import Config, load_config
-from diffalign.training.final import is_finished
+from diffalign.config.schema import Config, load_config
+from diffalign.training.checkpoints.final_weights import is_finished
 from diffalign.training.run import environment
 
 ROOT = Path(__file__).parent.parent

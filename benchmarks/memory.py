@@ -4,7 +4,8 @@
     python -m benchmarks.memory my.yaml --out runs/memory        # any config with cached latents, SDXL's sizes
 
 Weights, gradients and optimiser states follow from the parameters. Activations are what the policy's forward of a
-micro-batch leaves for its backward (`diffalign.training.kept`); "backward" is what its peak holds beyond that, a
+micro-batch leaves for its backward (`diffalign.training.inspect.activation_memory`); "backward" is what its peak
+holds beyond that, a
 checkpoint's second forward included (`benchmarks.peak`). The UNet computes as under CUDA's autocast to bfloat16: norms
 in float32, with their inputs' copies; attention is one fused kernel; each picture has keys and values of its own.
 Not in these sums: CUDA's context, the allocator's fragments, kernels' workspaces, the second copy of one gradient where
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 
 from benchmarks.counts import meta_unet, unet_inputs
 from benchmarks.peak import Peak
-from diffalign.config import Config, ConfigError, load_config
-from diffalign.models.fusing import fuse_kernels
-from diffalign.models.memory import set_checkpointing, store_for_autocast
-from diffalign.training.kept import Kept
-from diffalign.training.plan import OPTIMIZER_BYTES
+from diffalign.config.schema import Config, ConfigError, load_config
+from diffalign.experimental.fusing import fuse_kernels
+from diffalign.models.kernels.checkpointing import set_checkpointing, store_for_autocast
+from diffalign.training.inspect.activation_memory import Kept
+from diffalign.training.inspect.dry_run import OPTIMIZER_BYTES
 from diffalign.training.run import environment
 from tests.gpu_models import SDXL_UNET
 

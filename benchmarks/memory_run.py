@@ -28,7 +28,7 @@ import torch
 from benchmarks.memory import GB, GIB, card_of, count, presets, table
 from benchmarks.models import MODELS, model_folder, pairs_file
 from benchmarks.ours import Ours, on_random_weights
-from diffalign.config import Config, load_config
+from diffalign.config.schema import Config, load_config
 from diffalign.training.run import environment
 
 CONTEXT = 0.6 * GIB  # of a card, for CUDA's context and libraries: outside the allocator

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from diffalign.config import Config, parse_config
+from diffalign.config.schema import Config, parse_config
+from diffalign.training.build import Run, build, make_accelerator
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import JsonLines, Meter
-from diffalign.training.setup import Run, build, make_accelerator
 
 Overrides = Mapping[str, Any]  # "section.key" -> value
 

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from world_lines import finished, line_file, name_of, train
 
-from diffalign.config import load_config, packaged_config
+from diffalign.config.schema import load_config, packaged_config
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.training.run import environment
 from diffalign.world import base_path, oracle

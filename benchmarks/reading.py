@@ -163,7 +163,7 @@ def counted(codes: set[CodeType]) -> dict[str, int]:
 
 def executed() -> dict[str, Any]:
     """A cached DPO run on the embedded world, one of its steps, its set-up, and one picture of `evaluate`."""
-    from diffalign.config import load_config, packaged_config
+    from diffalign.config.schema import load_config, packaged_config
     from diffalign.evaluation.evaluate import evaluate
     from diffalign.training import loop
     from diffalign.training.run import run_training

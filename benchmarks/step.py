@@ -38,8 +38,8 @@ from benchmarks.ours import Ours, make_config
 from benchmarks.peer import Peer, PeerSettings
 from benchmarks.report import Machine, Row, write
 from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, processor_ratio, ratio, take_turns
-from diffalign.data.content import SETTLED
-from diffalign.models.lora import lora_layers
+from diffalign.data.table.file_hash import SETTLED
+from diffalign.models.adapters.lora import lora_layers
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import Drawn
 

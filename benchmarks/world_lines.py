@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffalign.config import load_config, packaged_config, parse_config
+from diffalign.config.schema import load_config, packaged_config, parse_config
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.training.run import environment, run_training
 from diffalign.world import base_path

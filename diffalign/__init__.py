@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from diffalign.objectives import RobustDPO as RobustDPO
     from diffalign.objectives import SePPO as SePPO
     from diffalign.objectives import SmPO as SmPO
-    from diffalign.records import Conditioning as Conditioning
-    from diffalign.records import Evidence as Evidence
-    from diffalign.records import PairBatch as PairBatch
-    from diffalign.records import Probe as Probe
-    from diffalign.records import Score as Score
     from diffalign.training.trainer import FullFineTuning as FullFineTuning
     from diffalign.training.trainer import LoRA as LoRA
     from diffalign.training.trainer import Trainer as Trainer
     from diffalign.training.trainer import TrainingArguments as TrainingArguments
     from diffalign.training.trainer import load_pairs as load_pairs
+    from diffalign.types import Conditioning as Conditioning
+    from diffalign.types import Evidence as Evidence
+    from diffalign.types import PairBatch as PairBatch
+    from diffalign.types import Probe as Probe
+    from diffalign.types import Score as Score
 
 _OBJECTIVES = (
     "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO MaPO RobustDPO SePPO SFT SmPO SPO"
@@ -54,7 +54,7 @@ _HOME = {
     "evaluate": "diffalign.evaluation.evaluate",
     "generate": "diffalign.evaluation.generate",
     **dict.fromkeys(_OBJECTIVES.split(), "diffalign.objectives"),
-    **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.records"),
+    **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.types"),
     **dict.fromkeys(
         ("FullFineTuning", "LoRA", "Trainer", "TrainingArguments", "load_pairs"), "diffalign.training.trainer"
     ),

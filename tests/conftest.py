@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.config import Config, parse_config
+from diffalign.config.schema import Config, parse_config
 from tests.invariants.pool import Pool
 
 if not torch.cuda.is_available():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.models.base import Base
-from diffalign.models.sdxl import StableDiffusionXL
-from diffalign.records import Conditioning
+from diffalign.models.loading.base import Base
+from diffalign.models.loading.sdxl import StableDiffusionXL
+from diffalign.types import Conditioning
 
 SDXL_UNET = {
     "sample_size": 128,

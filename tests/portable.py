@@ -70,7 +70,7 @@ def counts(output: str) -> tuple[int, int]:
 
 def folders() -> list[Path]:
     """The folders of tests."""
-    return sorted({file.parent for file in HERE.glob("*/test_*.py")})
+    return sorted({HERE / file.relative_to(HERE).parts[0] for file in HERE.glob("*/**/test_*.py")})
 
 
 def run(variables: dict[str, str], arguments: Sequence[str]) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from diffalign.config import OBJECTIVE_ONLY, Config, PreferenceModelConfig, PreferenceModelSection
+from diffalign.config.schema import OBJECTIVE_ONLY, Config, PreferenceModelConfig, PreferenceModelSection
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 from diffalign.training.run import _FREE
@@ -71,7 +71,7 @@ def test_the_preference_models_reference_is_its_section() -> None:
 def test_every_metric_of_a_preference_model_is_explained() -> None:
     import torch
 
-    from diffalign.training.preference_model import observe
+    from diffalign.training.preference_model.train import observe
 
     text = part("step_aware.md", "What is logged")
     explained = set(re.findall(r"`([\w/]+)`", text))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.cli import main
-from diffalign.config import PreferenceModelConfig, load_config
+from diffalign.cli.main import main
+from diffalign.config.schema import PreferenceModelConfig, load_config
 from tests.test_training_configs import CONFIGS, PACKAGED
 
 ROOT = Path(__file__).parent.parent

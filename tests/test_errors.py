@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import diffalign.cli
+import diffalign.cli.main
 from diffalign.errors import DiffalignError, Interrupted, explain, printable
 
 
@@ -19,9 +19,9 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def run(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(diffalign.cli, "list_all", run)
+    monkeypatch.setattr(diffalign.cli.main, "list_all", run)
     with pytest.raises(SystemExit) as end:
-        diffalign.cli.main(["list"])
+        diffalign.cli.main.main(["list"])
     return int(str(end.value.code))
 
 
@@ -63,17 +63,17 @@ def test_libraries_deprecations_are_silent_and_other_warnings_are_not(
         warnings.warn("`c` is deprecated\nand will go", UserWarning, stacklevel=1)
         warnings.warn("the result is wrong", UserWarning, stacklevel=1)
 
-    monkeypatch.setattr(diffalign.cli, "list_all", run)
+    monkeypatch.setattr(diffalign.cli.main, "list_all", run)
     monkeypatch.setattr("sys.warnoptions", [])
     with warnings.catch_warnings(record=True) as seen:
-        diffalign.cli.main(["list"])
+        diffalign.cli.main.main(["list"])
     assert [str(each.message) for each in seen] == ["the result is wrong"]
 
 
 def test_a_reader_that_has_gone_ends_a_command_in_silence(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(diffalign.cli.os, "dup2", lambda *_: None)  # pytest needs its stdout
+    monkeypatch.setattr(diffalign.cli.main.os, "dup2", lambda *_: None)  # pytest needs its stdout
     assert raising(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe")) == 141
     assert capfd.readouterr() == ("", "")
 
@@ -96,14 +96,14 @@ def test_control_characters_never_reach_the_terminal() -> None:
 
 
 def test_every_error_of_the_package_is_of_the_one_class() -> None:
-    from diffalign.config_text import ConfigError
-    from diffalign.data.rows import DataError, ImageError
+    from diffalign.config.overrides import ConfigError
+    from diffalign.data.row import DataError, ImageError
     from diffalign.export.names import ExportError
-    from diffalign.models.family import ModelError
+    from diffalign.models.loading.family import ModelError
     from diffalign.rewards.base import ScorerError
     from diffalign.sources.base import SourceError
-    from diffalign.training.checkpoint import CheckpointError
-    from diffalign.training.recovery import TrainingError
+    from diffalign.training.callbacks.recovery import TrainingError
+    from diffalign.training.checkpoints.checkpoint import CheckpointError
 
     for kind in (ConfigError, DataError, ImageError, ExportError, ModelError, ScorerError, SourceError):
         assert issubclass(kind, DiffalignError)

@@ -23,7 +23,7 @@ from diffalign import (
     TrainingArguments,
     load_pairs,
 )
-from diffalign.config import load_config
+from diffalign.config.schema import load_config
 from diffalign.training.run import run_training
 from diffalign.world import base_path, pairs_path
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import diffalign
-from diffalign.config import Config, PreferenceModelConfig
+from diffalign.config.schema import Config, PreferenceModelConfig
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 

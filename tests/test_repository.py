@@ -50,7 +50,7 @@ def machine_paths(file: str, content: bytes) -> list[bytes]:
 
 
 def test_the_files_are_found() -> None:
-    assert {"pyproject.toml", "diffalign/records.py", "tests/test_repository.py"} <= {name(p) for p in FILES}
+    assert {"pyproject.toml", "diffalign/types.py", "tests/test_repository.py"} <= {name(p) for p in FILES}
 
 
 def test_no_file_mentions_a_machine() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffalign.config import PreferenceModelConfig, load_config
+from diffalign.config.schema import PreferenceModelConfig, load_config
 from diffalign.objectives import OBJECTIVES
-from diffalign.training.optim import effective_batch, effective_lr
+from diffalign.training.optim.optimizers import effective_batch, effective_lr
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffalign.engine.random import pair_key
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.objectives.draws import pair_key
-from diffalign.records import Conditioning, PairBatch, Transitions
+from diffalign.types import Conditioning, PairBatch, Transitions
 
 SDXL_CONFIG = {
     "num_train_timesteps": 1000,

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from diffalign.config import ConfigError, parse_config
+from diffalign.config.schema import ConfigError, parse_config
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import Picture
 from diffalign.training.loop import TrainingError

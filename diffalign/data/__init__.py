@@ -1,0 +1,1 @@
+"""Preference pairs, from files to micro-batches."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.rows import BAD_PROMPT, EMPTY_PROMPT, MISSING_SIDE, NOT_IMAGE, OUTSIDE, ImageError, ImageRef
-from diffalign.data.text import odd
+from diffalign.data.formats.text_files import odd
+from diffalign.data.row import BAD_PROMPT, EMPTY_PROMPT, MISSING_SIDE, NOT_IMAGE, OUTSIDE, ImageError, ImageRef
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)

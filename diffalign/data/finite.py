@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.data.rows import DataError
+from diffalign.data.row import DataError
 
 OVERFLOW = (
     "SDXL's own VAE overflows in float16: name one that does not (model.pretrained_vae_model_name_or_path: "

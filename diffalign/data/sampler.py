@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from diffalign.engine.random import generator, pair_key
 from diffalign.errors import DiffalignError
-from diffalign.objectives.draws import generator, pair_key
 
 Order = Callable[[int], tuple[int, int]]  # position -> (index of the pair, draw); no two visits of a pair share a draw
 

@@ -7,7 +7,7 @@ the network, and the network can then be differentiated a few points at a time:
     pass 2   for each chunk of points, with grad:  backward(Σ g · E)
 
 The parameter gradient is the same and N points cost the memory of one chunk, for one more forward per point.
-A network with dropout would draw different masks in the two passes; `models/networks.py` refuses one.
+A network with dropout would draw different masks in the two passes; `models/policy/networks.py` refuses one.
 
 Where the sides of a probe share x_t and all conditioning (the side axis of each is an expanded view), a network is
 asked once for both, and its answer is compared with both targets.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.records import Conditioning, Evidence, Probe, Score
+from diffalign.types import Conditioning, Evidence, Probe, Score
 
 
 class Models(Protocol):

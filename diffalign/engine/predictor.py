@@ -11,7 +11,7 @@ from diffalign.engine.inversion import Predict
 from diffalign.engine.measure import Network, guided
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.records import Conditioning
+from diffalign.types import Conditioning
 
 
 def predictor(

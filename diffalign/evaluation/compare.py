@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign.data.prompts import unique
+from diffalign.data.table.prompts import unique
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.guards import Embed, Look, look, pixel_features, spread
 from diffalign.evaluation.manifest import Picture

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.data.prompts import unique
+from diffalign.data.table.prompts import unique
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.generate import PATHS, generate, settings_of
@@ -24,7 +24,7 @@ from diffalign.evaluation.grid import comparison_grid
 from diffalign.evaluation.manifest import Picture
 from diffalign.evaluation.report import BASE, Result, check_name
 from diffalign.evaluation.scoring import write_rows
-from diffalign.folder_lock import folder_lock
+from diffalign.io.folder_lock import folder_lock
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.rewards.base import check_prompts
 

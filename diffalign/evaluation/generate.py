@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffalign.data.prompts import unique
+from diffalign.data.table.prompts import unique
+from diffalign.engine.random import noise_seed
 from diffalign.errors import DiffalignError, out_of_memory
 from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
 from diffalign.evaluation.sampling import SCHEDULERS, default_batch, default_resolution, sample_images
-from diffalign.folder_lock import folder_lock
-from diffalign.objectives.draws import noise_seed
+from diffalign.io.folder_lock import folder_lock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATHS = ("model", "tuned", "negative_tuned", "vae")  # where the weights lay; their fingerprints say what they were
@@ -58,7 +58,7 @@ def settings_of(
     weights: dict[str, str | None] = {"model": model, "vae": vae, "tuned": None, "negative_tuned": None}
     for name, path in (("tuned", tuned), ("negative_tuned", negative_tuned)):
         if path is not None:
-            from diffalign.models.saving import find_tuned
+            from diffalign.models.adapters.save_load import find_tuned
 
             weights[name] = str(find_tuned(path).path)
     return {
@@ -129,7 +129,7 @@ def generate(
     with folder_lock(folder, "a process that makes pictures"), _with_remedies(batch, resolution, dtype):
         done, numbers = _resume(folder, settings)  # another process may have made some meanwhile
         missing = [key for key in wanted if key not in done]
-        from diffalign.models.saving import load_pipeline
+        from diffalign.models.adapters.save_load import load_pipeline
 
         pipe = load_pipeline(
             model,
@@ -142,7 +142,7 @@ def generate(
         )
         negative = None
         if negative_tuned is not None:
-            from diffalign.models.negative import load_negative
+            from diffalign.models.policy.negative_guidance import load_negative
 
             negative = load_negative(model, negative_tuned, torch_dtype=DTYPES[dtype], device=device)
         size = resolution or default_resolution(pipe)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffalign.data.preference import write_preferences
+from diffalign.data.formats.preference import write_preferences
 from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.evaluation.manifest import Picture, read_manifest
 from diffalign.evaluation.scoring import score_pictures

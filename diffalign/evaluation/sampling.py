@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffalign.data.images import pictures
+from diffalign.data.transforms import pictures
+from diffalign.engine.random import initial_noise
 from diffalign.engine.scheduler_config import check_class
 from diffalign.errors import DiffalignError
-from diffalign.models.family import check_resolution
-from diffalign.models.negative import negative_branch
-from diffalign.objectives.draws import initial_noise
+from diffalign.models.loading.family import check_resolution
+from diffalign.models.policy.negative_guidance import negative_branch
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -80,7 +80,7 @@ def sample_images(
     `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them. It is left as
     it was found: scheduler, training flags, progress bar, and no global random state is read or written.
     `guidance` ≤ 1 means no classifier-free guidance. `negative` is a UNet that answers the unconditional branch of it
-    (`models/negative.py`). Raises ValueError naming prompt and seed when a picture comes out as NaN.
+    (`models/policy/negative_guidance.py`). Raises ValueError naming prompt and seed when a picture comes out as NaN.
     """
     size = resolution or default_resolution(pipe)
     check_resolution(pipe.unet, pipe.vae_scale_factor, size, "resolution")

@@ -17,8 +17,8 @@ from torch import Tensor
 from diffalign.export.files import DTYPES, Entry, check_out, write_entries
 from diffalign.export.names import ExportError, unet_module
 from diffalign.export.what import find_what
-from diffalign.models.base import Base, outline_base
-from diffalign.models.merge import lora_updates
+from diffalign.models.adapters.merge import lora_updates
+from diffalign.models.loading.base import Base, outline_base
 
 _SAI = "https://github.com/Stability-AI/generative-models"
 # family, cross-attention width, predicts v -> sd-scripts' name of the base, modelspec's architecture and implementation

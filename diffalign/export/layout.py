@@ -21,7 +21,7 @@ from diffalign.export.names import (
     unet_module,
     vae_module,
 )
-from diffalign.models.base import Base
+from diffalign.models.loading.base import Base
 
 _CLIP = {"sd": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}
 _OPEN_CLIP = {"sd": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}

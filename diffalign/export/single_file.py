@@ -19,10 +19,10 @@ from diffalign.export.files import DTYPES, check_out, write_entries
 from diffalign.export.layout import model_entries
 from diffalign.export.names import ExportError
 from diffalign.export.what import find_what
-from diffalign.models.base import Base, load_base
-from diffalign.models.merge import lora_updates
-from diffalign.models.saving import Tuned
-from diffalign.models.stored import stored_unet
+from diffalign.models.adapters.merge import lora_updates
+from diffalign.models.adapters.save_load import Tuned
+from diffalign.models.loading.base import Base, load_base
+from diffalign.models.loading.stored import stored_unet
 
 _SCALING = {"sd": 0.18215, "sdxl": 0.13025}  # latents are multiplied by it; a constant in every reader
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import __version__
-from diffalign.config import Config, ModelSection, PreferenceModelConfig, load_config
+from diffalign.config.schema import Config, ModelSection, PreferenceModelConfig, load_config
 from diffalign.export.names import ExportError
-from diffalign.models.family import ModelError
-from diffalign.models.merge import MERGE_FILE
-from diffalign.models.saving import Tuned, find_tuned
+from diffalign.models.adapters.merge import MERGE_FILE
+from diffalign.models.adapters.save_load import Tuned, find_tuned
+from diffalign.models.loading.family import ModelError
 
 _CONFIG = "config.yaml"  # the settings that a run, and each of its checkpoints, keeps beside its weights
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.measure import Models
+from diffalign.engine.random import integers, normal, on_device
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.objectives.draws import integers, normal, on_device
-from diffalign.records import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch, Probe, Score
 
 
 class Objective(Protocol):

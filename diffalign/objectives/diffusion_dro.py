@@ -27,7 +27,7 @@ from torch.nn.functional import relu
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import dpo_logit, positive, shared_noise
-from diffalign.records import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

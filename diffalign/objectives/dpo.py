@@ -30,7 +30,7 @@ from diffalign.objectives.base import (
     timesteps_fit,
     timesteps_valid,
 )
-from diffalign.records import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

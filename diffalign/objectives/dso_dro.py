@@ -26,7 +26,7 @@ from torch.nn.functional import relu
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import dpo_logit, positive, shared_noise, shared_noise_facts
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

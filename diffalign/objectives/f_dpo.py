@@ -34,7 +34,7 @@ from torch.nn.functional import logsigmoid, relu
 from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise, shared_noise_facts
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 MAX_EXPONENT = 40.0  # e^40 · 1e10 is far from float32's largest number, which is e^88.7
 LINKS = ("reverse_kl", "forward_kl", "js", "alpha")

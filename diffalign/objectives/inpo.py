@@ -36,11 +36,11 @@ from diffalign.engine.inversion import (
 )
 from diffalign.engine.measure import Models
 from diffalign.engine.predictor import predictor
+from diffalign.engine.random import integers, normal
 from diffalign.engine.schedule import NoiseSchedule, spread
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import dpo_logit, less_margin, positive
-from diffalign.objectives.draws import integers, normal
-from diffalign.records import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
 
 Grid = Literal["exact", "released"]
 Inverter = Literal["policy", "reference"]

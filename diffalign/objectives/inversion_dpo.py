@@ -46,12 +46,12 @@ from diffalign.engine.inversion import (
 )
 from diffalign.engine.measure import Models, predictions
 from diffalign.engine.predictor import predictor
+from diffalign.engine.random import normal
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics
-from diffalign.objectives.draws import normal
 from diffalign.objectives.inpo import Grid, Inverter, inversion_valid, steps_fit
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
 
 Form = Literal["residual", "released", "released_flipped"]
 Weighting = Literal["inverse_alpha", "uniform"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import dpo_logit, positive, shared_noise, shared_noise_facts
-from diffalign.records import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

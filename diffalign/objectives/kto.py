@@ -31,7 +31,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import positive, reward_metrics, shared_noise, shared_noise_facts
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 REFERENCE_POINTS = ("pair", "zero")
 

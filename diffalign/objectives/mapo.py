@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 SERIES_BELOW = 0.25  # from here on the closed form's slope loses less than a digit; the series is exact below
 # x/(e^x − 1) = Σ B_n x^n / n!, the Bernoulli numbers up to x¹⁰; the next term is 3e-17 at x = .25

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise, shared_noise_facts
-from diffalign.records import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

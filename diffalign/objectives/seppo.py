@@ -30,7 +30,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 FLIPS = ("anchor", "indicator", "none")
 

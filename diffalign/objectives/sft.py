@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from diffalign.engine.measure import Models
 from diffalign.objectives.base import shared_noise
-from diffalign.records import CHOSEN, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.engine.inversion import FixedPoint, Refinement, ReNoise
 from diffalign.engine.measure import Models
+from diffalign.engine.random import integers
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import dpo_logit, less_margin, positive
-from diffalign.objectives.draws import integers
 from diffalign.objectives.inpo import Grid, Inverter, ascent_to, inversion_valid, inverted, steps_fit
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from diffalign.engine.measure import Models
 from diffalign.engine.schedule import spread
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import less_margin, positive, reward_metrics
-from diffalign.records import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from diffalign.loaded import check_module, check_report
+from diffalign.io.loaded_weights import check_module, check_report
+from diffalign.io.weight_files import check_folder, check_weights
 from diffalign.rewards.base import ScorerError
 from diffalign.rewards.preprocess import Fit, clip_pixels, crop
-from diffalign.weight_files import check_folder, check_weights
 
 T = TypeVar("T")
 BATCH = 32  # pictures or prompts per forward: ViT-H in float32 stays below 3 GiB

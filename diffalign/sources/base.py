@@ -1,7 +1,7 @@
 """What a source of pairs is, how its settings are built into one, and what it is given to work with.
 
-A source is anything that gives micro-batches of pairs. Offline pairs are one (`data/source.py`); those in this room
-make their pairs while training. Their settings are frozen dataclasses, found by name like objectives.
+A source is anything that gives micro-batches of pairs. Offline pairs are one (`data/loader/offline_pairs.py`); those
+in this room make their pairs while training. Their settings are frozen dataclasses, found by name like objectives.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import positive
-from diffalign.records import PairBatch
+from diffalign.types import PairBatch
 
 if TYPE_CHECKING:
-    from diffalign.data.prompts import Table
-    from diffalign.models.encoder import Encoder
-    from diffalign.models.family import Family
-    from diffalign.models.former import Former
-    from diffalign.models.networks import Networks
+    from diffalign.data.table.prompts import Table
+    from diffalign.models.loading.encoder import Encoder
+    from diffalign.models.loading.family import Family
+    from diffalign.models.policy.networks import Networks
+    from diffalign.models.policy.snapshot_reference import Former
 
 
 class SourceError(DiffalignError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.data.images import pictures
+from diffalign.data.transforms import pictures
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.sources.base import CandidateSettings, Context, SourceError
 from diffalign.sources.rounds import Records

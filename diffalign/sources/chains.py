@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data.images import pictures
-from diffalign.data.source import TextMemo
+from diffalign.data.loader.offline_pairs import TextMemo
+from diffalign.data.transforms import pictures
 from diffalign.engine.predictor import predictor
-from diffalign.objectives.draws import initial_noise, integers, normal, pair_key
+from diffalign.engine.random import initial_noise, integers, normal, pair_key
 from diffalign.rewards import Scorer
 from diffalign.rewards.base import takes_timestep
 from diffalign.sources.base import Context, SourceError

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffalign.files import EMPTY_STAMP, room_for, stamp, stamp_fault, sync, temporary
+from diffalign.io.files import EMPTY_STAMP, room_for, stamp, stamp_fault, sync, temporary
 from diffalign.sources.base import SourceError
 
 FORMAT = "1"

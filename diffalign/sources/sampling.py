@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from diffalign.engine.ddim import step
 from diffalign.engine.measure import Network, guided
+from diffalign.engine.random import initial_noise
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.objectives.draws import initial_noise
-from diffalign.records import Conditioning
 from diffalign.sources.base import Context
+from diffalign.types import Conditioning
 
 NULL_PROMPT = ""
 Text = Callable[[tuple[str, ...]], tuple[Tensor, Tensor | None]]  # prompts -> embeddings and pooled ones, on the device

@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from diffalign.engine.random import generator, pair_key
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import positive
-from diffalign.objectives.draws import generator, pair_key
 from diffalign.sources.base import Context, Settings, Source, SourceError, at_least
 
 if TYPE_CHECKING:

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.data.loader.offline_pairs import TextMemo
 from diffalign.data.sampler import PairOrder, positions_for
-from diffalign.data.source import TextMemo
-from diffalign.objectives.draws import generator, pair_key, uniform
-from diffalign.records import Conditioning, PairBatch, Transitions
+from diffalign.engine.random import generator, pair_key, uniform
 from diffalign.sources.base import Context, SourceError
 from diffalign.sources.rounds import (
     About,
@@ -39,6 +38,7 @@ from diffalign.sources.rounds import (
     write_share,
 )
 from diffalign.sources.sampling import NULL_PROMPT
+from diffalign.types import Conditioning, PairBatch, Transitions
 
 log = logging.getLogger(__name__)
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from diffalign.data.finite import require_latents
-from diffalign.data.loading import sample_latents as draw_latents
-from diffalign.data.rows import ImageError
-from diffalign.data.winners import prepare_winner
-from diffalign.objectives.draws import pair_key
+from diffalign.data.loader.dataset import sample_latents as draw_latents
+from diffalign.data.row import ImageError
+from diffalign.data.table.winners import prepare_winner
+from diffalign.engine.random import pair_key
 from diffalign.sources.base import Context
 from diffalign.sources.rounds import NO_SEED, Records
 from diffalign.sources.sampling import Text, sample_latents, sampled_geometry
 from diffalign.sources.stream import Place, Rollout
 
 if TYPE_CHECKING:
-    from diffalign.data.winners import Winners
+    from diffalign.data.table.winners import Winners
 
 log = logging.getLogger(__name__)
 

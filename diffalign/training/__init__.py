@@ -1,0 +1,1 @@
+"""A run: built from a config, stepped, watched, written and resumed."""

@@ -24,12 +24,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.config import save_config
+from diffalign.config.schema import save_config
 from diffalign.engine.measure import ask_reference, measure_and_backward
-from diffalign.models.saving import load_tuned, save_tuned
+from diffalign.models.adapters.save_load import load_tuned, save_tuned
 from diffalign.objectives.base import ask
-from diffalign.records import PairBatch, Probe
-from diffalign.training.checkpoint import (
+from diffalign.training.build import Run
+from diffalign.training.callbacks.recovery import METRICS_FILE, Guard, TrainingError, diverged
+from diffalign.training.callbacks.signals import Stopping
+from diffalign.training.checkpoints.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_source_state,
@@ -39,12 +41,10 @@ from diffalign.training.checkpoint import (
     sweep,
     tensor_bytes,
 )
-from diffalign.training.final import refuse_finished, save_final_weights
+from diffalign.training.checkpoints.final_weights import refuse_finished, save_final_weights
 from diffalign.training.metrics import JsonLines, Meter, observe
-from diffalign.training.optim import effective_batch, resume_schedule
-from diffalign.training.recovery import METRICS_FILE, Guard, TrainingError, diverged
-from diffalign.training.setup import Run
-from diffalign.training.stopping import Stopping
+from diffalign.training.optim.optimizers import effective_batch, resume_schedule
+from diffalign.types import PairBatch, Probe
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
 
     `on_validation(run, step)` is called with the EMA weights in place (where there is an EMA) every
     `validation.every` steps and at the end. Raises TrainingError when the loss is not finite, and where
-    `health.action` says so; it may also go back to an earlier checkpoint (`training/recovery.py`). SIGINT and SIGTERM
-    end it with a checkpoint and Interrupted (`training/stopping.py`).
+    `health.action` says so; it may also go back to an earlier checkpoint (`training/callbacks/recovery.py`). SIGINT
+    and SIGTERM end it with a checkpoint and Interrupted (`training/callbacks/signals.py`).
     """
     training, accelerator = run.config.training, run.accelerator
     if start == training.max_train_steps:  # killed between its last checkpoint and its final weights

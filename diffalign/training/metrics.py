@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.records import CHOSEN, Evidence, Score
+from diffalign.types import CHOSEN, Evidence, Score
 
 QUARTERS = 4
 DECIDED = 4.0  # |logit| beyond which σ is within 2 % of 0 or 1, and weighs pairs no longer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffalign.config import Config, PreferenceModelConfig
+from diffalign.config.schema import Config, PreferenceModelConfig
 from diffalign.errors import DiffalignError, lost_worker, out_of_memory
 
 

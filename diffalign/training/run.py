@@ -15,22 +15,22 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from diffalign.config import AnyConfig, Config, ConfigError, parse_config, save_config
-from diffalign.config_yaml import read_yaml
-from diffalign.data.prompts import Table
-from diffalign.data.table import PairTable
+from diffalign.config.schema import AnyConfig, Config, ConfigError, parse_config, save_config
+from diffalign.config.strict_yaml import read_yaml
+from diffalign.data.table.pairs import PairTable
+from diffalign.data.table.prompts import Table
 from diffalign.errors import DiffalignError
-from diffalign.folder_lock import folder_lock
-from diffalign.models.base import Base
-from diffalign.training.checkpoint import find_checkpoint
-from diffalign.training.final import clear_output, has_final_weights
+from diffalign.io.folder_lock import folder_lock
+from diffalign.models.loading.base import Base
+from diffalign.training.build import Run, build, make_accelerator, open_table, prepared
+from diffalign.training.callbacks.validation import validate
+from diffalign.training.checkpoints.checkpoint import find_checkpoint
+from diffalign.training.checkpoints.final_weights import clear_output, has_final_weights
+from diffalign.training.inspect.dry_run import describe
 from diffalign.training.loop import resume, train
-from diffalign.training.plan import describe
 from diffalign.training.processes import on_main
 from diffalign.training.remedies import with_remedies
 from diffalign.training.settle import with_precision
-from diffalign.training.setup import Run, build, make_accelerator, open_table, prepared
-from diffalign.training.validating import validate
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from diffalign.config import Config
-from diffalign.data.axes import Axis
-from diffalign.data.rows import DataError
-from diffalign.data.scores import span_in
-from diffalign.data.table import PairTable
+from diffalign.config.schema import Config
+from diffalign.data.row import DataError
+from diffalign.data.table.pairs import PairTable
+from diffalign.data.table.score_aggregation import Axis
+from diffalign.data.table.scores import span_in
 from diffalign.rewards import declared_span
 
 Span = tuple[float, float]

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from diffalign.config import AnyConfig, Config
+from diffalign.config.schema import AnyConfig, Config
 
 C = TypeVar("C", bound=AnyConfig)
 

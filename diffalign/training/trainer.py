@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffalign.config import (
+from diffalign.config.health_section import HealthSection
+from diffalign.config.overrides import ConfigError
+from diffalign.config.schema import (
     Config,
     DataSection,
     ModelSection,
@@ -34,20 +36,18 @@ from diffalign.config import (
     parse_config,
     settings_of,
 )
-from diffalign.config_health import HealthSection
-from diffalign.config_text import ConfigError
-from diffalign.data.columns import Columns
-from diffalign.data.hub import object_columns
-from diffalign.data.readers import open_pairs
-from diffalign.data.table import PairTable
+from diffalign.data.formats.arrow import object_columns
+from diffalign.data.formats.columns import Columns
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
-from diffalign.models.base import Base
-from diffalign.models.from_pipeline import base_of_pipeline
-from diffalign.models.saving import save_tuned
+from diffalign.models.adapters.save_load import save_tuned
+from diffalign.models.loading.base import Base
+from diffalign.models.loading.from_pipeline import base_of_pipeline
 from diffalign.objectives import Objective
+from diffalign.training.build import Run
 from diffalign.training.loop import averaged_weights
 from diffalign.training.run import run_training
-from diffalign.training.setup import Run
 
 if TYPE_CHECKING:
     from diffalign.evaluation.manifest import Picture
@@ -249,7 +249,7 @@ class Trainer:
         return str(self.config.model.pretrained_model_name_or_path)
 
     def _finished(self) -> Path:
-        from diffalign.models.saving import find_tuned
+        from diffalign.models.adapters.save_load import find_tuned
 
         return find_tuned(self.output_dir).path if self.output_dir.exists() else self._none()
 

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.engine.predictor import predict_x0
-from diffalign.models.base import Base, load_base
-from diffalign.models.decoder import decode
-from diffalign.models.encoder import Encoder
-from diffalign.models.networks import Networks
-from diffalign.records import Conditioning
+from diffalign.models.loading.base import Base, load_base
+from diffalign.models.loading.decoder import decode
+from diffalign.models.loading.encoder import Encoder
+from diffalign.models.policy.networks import Networks
 from diffalign.rewards import DEFAULT_TIE, StepAwareScorer, as_step_aware, load_scorer
+from diffalign.types import Conditioning
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, caption, splits
 from diffalign.world.render import SIZE, render

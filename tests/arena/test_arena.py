@@ -16,7 +16,7 @@ from diffalign.arena.arena import hold, tables
 from diffalign.arena.entries import Protocol, entries
 from diffalign.arena.field import Field
 from diffalign.arena.sweep import best, save, sweep
-from diffalign.cli import main
+from diffalign.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline")]
 

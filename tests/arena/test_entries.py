@@ -23,7 +23,7 @@ from diffalign.arena.entries import (
     tuned_settings,
 )
 from diffalign.arena.jobs import placed
-from diffalign.config import ConfigError, parse_config
+from diffalign.config.schema import ConfigError, parse_config
 from diffalign.objectives import OBJECTIVES, DiffusionDPO
 from diffalign.world import pairs_path
 from diffalign.world.captions import prompts

@@ -21,12 +21,12 @@ from benchmarks.counts import (
     unet_inputs,
     useful_flops,
 )
-from diffalign.config import Config
-from diffalign.models.memory import set_checkpointing
+from diffalign.config.schema import Config
+from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, InPO, InversionDPO, MaPO, SmPO
+from diffalign.training.build import build, make_accelerator
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
-from diffalign.training.setup import build, make_accelerator
 from tests.gpu_models import SDXL_UNET
 
 TERA = 1e12

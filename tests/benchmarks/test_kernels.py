@@ -12,8 +12,8 @@ import benchmarks.kernels as module
 from benchmarks.kernels import NHWC, kept, main
 from benchmarks.ladder import rungs
 from benchmarks.memory import autocast_unet
-from diffalign.models.fusing import fuse_kernels
-from diffalign.models.kernels import kernels_by
+from diffalign.experimental.fusing import fuse_kernels
+from diffalign.experimental.kernels import kernels_by
 
 
 @pytest.mark.skipif(kernels_by("cpu") is None, reason="the kernels need triton, on the CPU with its interpreter")

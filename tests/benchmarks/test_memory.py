@@ -14,10 +14,10 @@ from benchmarks.memory_run import main, preset_config
 from benchmarks.models import pairs_file
 from benchmarks.ours import Ours
 from benchmarks.peak import Peak
-from diffalign.config import Config, ConfigError, load_config
-from diffalign.models.memory import set_checkpointing
-from diffalign.models.reference import FrozenCopy
-from diffalign.training.kept import Kept
+from diffalign.config.schema import Config, ConfigError, load_config
+from diffalign.models.kernels.checkpointing import set_checkpointing
+from diffalign.models.policy.reference import FrozenCopy
+from diffalign.training.inspect.activation_memory import Kept
 from tests.test_training_configs import header
 
 ROOT = Path(__file__).parents[2]

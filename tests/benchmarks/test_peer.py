@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peer import PeerBatch, PeerSettings, add_adapter, peer_loss
-from diffalign.config import Config
-from diffalign.data.cache import open_cache
-from diffalign.data.readers import open_pairs
+from diffalign.config.schema import Config
+from diffalign.data.cache.latents import open_cache
+from diffalign.data.table.open import open_pairs
 from diffalign.engine.measure import measure_and_backward
-from diffalign.models.base import load_base
-from diffalign.models.encoder import Encoder
-from diffalign.models.lora import lora_parameters
+from diffalign.models.adapters.lora import lora_parameters
+from diffalign.models.loading.base import load_base
+from diffalign.models.loading.encoder import Encoder
 from diffalign.objectives.base import ask
-from diffalign.records import PairBatch, Probe
-from diffalign.training.setup import Run, build, make_accelerator
+from diffalign.training.build import Run, build, make_accelerator
+from diffalign.types import PairBatch, Probe
 
 BETA = 500.0
 
@@ -107,7 +107,7 @@ def test_the_same_pictures_give_the_same_moments_and_embeddings(tiny_sdxl: Path,
 
     from benchmarks.models import pairs_file
     from benchmarks.peer import Peer
-    from diffalign.data.encode import encode_cache
+    from diffalign.data.precompute.latents import encode_cache
 
     AcceleratorState._reset_state(reset_partial_state=False)
     file = pairs_file(tmp_path / "pairs.parquet", 4, 64)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.data import parquet
+from diffalign.data.formats import parquet
 
 
 @pytest.fixture

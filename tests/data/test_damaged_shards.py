@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign import files
-from diffalign.data.cache import PairCache, open_cache
-from diffalign.data.readers import open_pairs
-from diffalign.data.record_reference import record_reference, reference_key
-from diffalign.data.rows import DataError
-from diffalign.data.table import PairTable
-from diffalign.files import NoSpaceError, stamp_fault
-from diffalign.records import PairBatch
+from diffalign.data.cache.latents import PairCache, open_cache
+from diffalign.data.precompute.reference_errors import record_reference, reference_key
+from diffalign.data.row import DataError
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.pairs import PairTable
+from diffalign.io import files
+from diffalign.io.files import NoSpaceError, stamp_fault
+from diffalign.types import PairBatch
+from tests.data.cache.test_latents import encode, needed
+from tests.data.cache.test_trajectories import RANDOM, Inverter, made, source
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
-from tests.data.test_cache import encode, needed
-from tests.data.test_trajectories import RANDOM, Inverter, made, source
 from tests.training.test_damage import DAMAGE
 
 OLD = Path(__file__).parents[1] / "golden/old_formats"
@@ -165,7 +165,7 @@ def test_a_full_disk_is_named_before_and_while_shards_are_written(
             encode(table, folder)
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
-        patch.setattr("diffalign.data.shards.save_file", lambda *a, **k: (_ for _ in ()).throw(full))
+        patch.setattr("diffalign.data.cache.shards.save_file", lambda *a, **k: (_ for _ in ()).throw(full))
         with pytest.raises(NoSpaceError, match=r"no space for a shard of the cache at .*text-0.*data\.cache_dir"):
             encode(table, folder)
     assert [file.name for file in folder.iterdir()] == ["manifest.json"]

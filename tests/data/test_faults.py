@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffalign.data.pickapic import judge
-from diffalign.data.readers import open_pairs
-from diffalign.data.rows import Problem
+from diffalign.data.formats.pickapic import judge
+from diffalign.data.row import Problem
+from diffalign.data.table.open import open_pairs
 from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parquet
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from diffalign.data.finite import require_text
-from diffalign.data.readers import open_pairs
-from diffalign.data.rows import DataError
-from diffalign.data.source import OfflinePairs, Online
-from diffalign.data.table import PairTable
+from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.row import DataError
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.pairs import PairTable
+from tests.data.cache.test_latents import encode
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
-from tests.data.test_cache import encode
 
 
 @pytest.fixture

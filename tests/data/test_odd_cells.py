@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffalign.data.hub import object_columns
-from diffalign.data.pickapic import judge
-from diffalign.data.readers import open_pairs
-from diffalign.data.winners import open_winners
+from diffalign.data.formats.arrow import object_columns
+from diffalign.data.formats.pickapic import judge
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.winners import open_winners
 from tests.data.helpers import png
 
 DEEP: Any = "x"

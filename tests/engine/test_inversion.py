@@ -27,7 +27,7 @@ from diffalign.engine.inversion import (
     transition_target,
 )
 from diffalign.engine.predictor import predictor
-from diffalign.records import Conditioning
+from diffalign.types import Conditioning
 from tests.engine.test_ddim import flow_to, gaussian_eps
 from tests.toy import SDXL_CONFIG, toy_batch, toy_models
 

@@ -11,7 +11,7 @@ import torch
 from diffalign.engine.measure import ask_reference, errors, measure, measure_and_backward
 from diffalign.objectives import DiffusionDPO
 from diffalign.objectives.base import shared_noise
-from diffalign.records import Conditioning, Evidence, Probe, Score
+from diffalign.types import Conditioning, Evidence, Probe, Score
 from tests.toy import ToyModels, toy_batch, toy_models
 
 

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 
 from diffalign.engine.predictor import predict_x0
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.records import Conditioning
+from diffalign.types import Conditioning
 from tests.golden_spo import spo_parts
 from tests.toy import SDXL_CONFIG
 

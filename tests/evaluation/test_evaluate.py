@@ -11,7 +11,7 @@ from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.manifest import MANIFEST, Picture
 from diffalign.evaluation.scoring import score_folder
-from diffalign.models.family import ModelError
+from diffalign.models.loading.family import ModelError
 from diffalign.rewards import ScorerError
 
 PROMPTS, SEEDS = ["a red circle", "a blue square", "a small photo"], [0, 1]
@@ -150,7 +150,7 @@ def test_evaluate_writes_everything_and_reuses_pictures(tiny, tuned, tmp_path, m
     def refuse(*args, **kwargs):
         raise AssertionError("the model was loaded again")
 
-    monkeypatch.setattr("diffalign.models.saving.load_pipeline", refuse)
+    monkeypatch.setattr("diffalign.models.adapters.save_load.load_pipeline", refuse)
     assert run().to_json() == result.to_json()
 
 

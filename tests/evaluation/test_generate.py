@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from diffalign.engine.random import noise_seed
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import MANIFEST, read_manifest
-from diffalign.objectives.draws import noise_seed
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [3, 5]
 
@@ -23,7 +23,7 @@ def no_loading(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("diffalign.models.saving.load_pipeline", refuse)
+    monkeypatch.setattr("diffalign.models.adapters.save_load.load_pipeline", refuse)
 
 
 def test_files_and_manifest(made):
@@ -99,8 +99,8 @@ def test_tuned_weights_change_the_picture(made, tiny, tuned, tmp_path):
 def test_a_lora_file_is_tuned_weights_too(made, tiny, tmp_path):
     import torch
 
-    from diffalign.models.base import load_base
-    from diffalign.models.lora import add_lora, lora_parameters, save_lora
+    from diffalign.models.adapters.lora import add_lora, lora_parameters, save_lora
+    from diffalign.models.loading.base import load_base
 
     _, pictures = made
     base = load_base(tiny["sdxl"], vae_and_text=False)

@@ -11,10 +11,10 @@ import torch
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.sampling import sample_images
-from diffalign.models.family import ModelError
-from diffalign.models.lora import add_lora, save_lora
-from diffalign.models.negative import load_negative, negative_branch
-from diffalign.models.saving import load_pipeline
+from diffalign.models.adapters.lora import add_lora, save_lora
+from diffalign.models.adapters.save_load import load_pipeline
+from diffalign.models.loading.family import ModelError
+from diffalign.models.policy.negative_guidance import load_negative, negative_branch
 from tests.evaluation.test_evaluate import Brightness
 
 PROMPTS, SEEDS = ["a red circle", "a blue square", "a small photo"], [0, 1, 2]
@@ -117,7 +117,7 @@ def test_a_lora_answers_as_it_does_in_a_pipeline(tiny, tmp_path, dtype):
         for p in pipe.unet.parameters():
             if p.requires_grad:
                 p.add_(0.1)
-    from diffalign.models.sdxl import StableDiffusionXL
+    from diffalign.models.loading.sdxl import StableDiffusionXL
 
     save_lora(pipe.unet, tmp_path, StableDiffusionXL())
     negative = load_negative(tiny["sdxl"], str(tmp_path), torch_dtype=dtype)

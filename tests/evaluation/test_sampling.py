@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler
 
+from diffalign.engine.random import initial_noise, noise_seed
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.sampling import (
     SCHEDULERS,
@@ -15,8 +16,7 @@ from diffalign.evaluation.sampling import (
     make_scheduler,
     sample_images,
 )
-from diffalign.models.saving import load_pipeline
-from diffalign.objectives.draws import initial_noise, noise_seed
+from diffalign.models.adapters.save_load import load_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "a red circle", "a small photo", "the large square"]
 SEEDS = [0, 0, 1, 2, 3]

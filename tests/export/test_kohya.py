@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.export.kohya import export_kohya, kohya_metadata, kohya_module
 from diffalign.export.names import ExportError
-from diffalign.models.base import Base
-from diffalign.models.family import ModelError
-from diffalign.models.lora import LORA_FILE, load_lora
-from diffalign.models.merge import merge_tuned
-from diffalign.models.saving import load_pipeline
-from diffalign.models.sd import StableDiffusion
-from diffalign.models.sdxl import StableDiffusionXL
+from diffalign.models.adapters.lora import LORA_FILE, load_lora
+from diffalign.models.adapters.merge import merge_tuned
+from diffalign.models.adapters.save_load import load_pipeline
+from diffalign.models.loading.base import Base
+from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.sd import StableDiffusion
+from diffalign.models.loading.sdxl import StableDiffusionXL
 from tests.export.structures import UNETS, outline
+from tests.models.adapters.test_merge import PIPELINES, assert_same, fused, write_full, write_lora
 from tests.models.conftest import Model, picture
-from tests.models.test_merge import PIPELINES, assert_same, fused, write_full, write_lora
 
 EVERYTHING = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from diffalign.export.names import ExportError
 from diffalign.export.single_file import export_single_file
-from diffalign.models.base import load_base
-from diffalign.models.family import ModelError
-from diffalign.models.saving import load_pipeline
+from diffalign.models.adapters.save_load import load_pipeline
+from diffalign.models.loading.base import load_base
+from diffalign.models.loading.family import ModelError
 from tests.conftest import ROOT
 from tests.export.structures import make_deep
+from tests.models.adapters.test_merge import PIPELINES, by_hand, write_full, write_lora
 from tests.models.conftest import Model, make_model, picture
-from tests.models.test_merge import PIPELINES, by_hand, write_full, write_lora
 from tests.tolerance import assert_same_picture
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

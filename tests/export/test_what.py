@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config import Config, parse_config, save_config
+from diffalign.config.schema import Config, parse_config, save_config
 from diffalign.export.names import ExportError
 from diffalign.export.what import find_what
-from diffalign.models.family import ModelError
-from diffalign.models.lora import LORA_FILE
-from diffalign.models.user_attention import add_user_attention, save_user_attention
+from diffalign.models.adapters.lora import LORA_FILE
+from diffalign.models.adapters.user_attention import add_user_attention, save_user_attention
+from diffalign.models.loading.family import ModelError
+from tests.models.adapters.test_merge import write_full, write_lora
 from tests.models.conftest import Model
-from tests.models.test_merge import write_full, write_lora
 
 MakeConfig = Callable[..., Config]
 

@@ -12,15 +12,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from diffalign.config import load_config, packaged_configs, save_config
-from diffalign.data.prompts import read_prompts
-from diffalign.data.scores import read_scores
-from diffalign.data.users import open_users, parse_mixture
+from diffalign.config.schema import load_config, packaged_configs, save_config
+from diffalign.data.table.prompts import read_prompts
+from diffalign.data.table.scores import read_scores
+from diffalign.data.table.users import open_users, parse_mixture
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.evaluation.manifest import read_manifest
 from diffalign.evaluation.scoring import score_folder
 from diffalign.rewards import load_scorer
-from diffalign.training.checkpoint import find_checkpoint, load_source_state, load_state, save_checkpoint
+from diffalign.training.checkpoints.checkpoint import find_checkpoint, load_source_state, load_state, save_checkpoint
 from tests.data.helpers import png
 from tests.fuzz.harness import Run
 from tests.fuzz.odd import as_bytes, damaged, json_text, mutated, scalar, value

@@ -14,8 +14,8 @@ from unittest import mock
 
 from PIL import Image
 
-from diffalign import cli
-from diffalign.config import packaged_config
+from diffalign.cli import main as cli
+from diffalign.config.schema import packaged_config
 from diffalign.errors import DiffalignError
 from diffalign.world import base_path
 from tests.data.helpers import png

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.data.check import check_pairs
-from diffalign.data.images import prepare, prepare_pair
-from diffalign.data.rows import ImageError, ImageRef
+from diffalign.data.row import ImageError, ImageRef
+from diffalign.data.table.report import check_pairs
+from diffalign.data.transforms import prepare, prepare_pair
 from tests.data.helpers import pick_rows, picture, png
 from tests.fuzz.harness import Run
 from tests.fuzz.odd import as_bytes, damaged, json_text, mutated, scalar, value

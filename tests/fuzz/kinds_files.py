@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffalign.models.base import load_base
-from diffalign.models.family import Family
-from diffalign.models.lora import add_lora, load_lora, lora_parameters, save_lora
-from diffalign.models.saving import find_tuned, load_full
+from diffalign.models.adapters.lora import add_lora, load_lora, lora_parameters, save_lora
+from diffalign.models.adapters.save_load import find_tuned, load_full
+from diffalign.models.loading.base import load_base
+from diffalign.models.loading.family import Family
 from diffalign.world import base_path
 from tests.fuzz.harness import Run
 from tests.fuzz.odd import as_bytes, damaged, json_text, mutated, scalar

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffalign.data import users
+from diffalign.data.table import users
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from tests.fuzz import kinds

@@ -85,7 +85,7 @@ class Pool:
 
 def train(where: str) -> None:
     """`diffalign train` on a config file."""
-    from diffalign.cli import main
+    from diffalign.cli.main import main
 
     main(["train", where])
 
@@ -94,10 +94,10 @@ def steps(where: str, folder: str) -> None:
     """A config's steps, and the weights of this process into `folder`."""
     import torch
 
-    from diffalign.config import load_config
+    from diffalign.config.schema import load_config
+    from diffalign.training.build import build, make_accelerator
     from diffalign.training.loop import optimizer_step
     from diffalign.training.metrics import Meter
-    from diffalign.training.setup import build, make_accelerator
 
     config = load_config(where)
     accelerator = make_accelerator(config)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffalign.config import Config, ConfigError
+from diffalign.config.schema import Config, ConfigError
+from diffalign.training.build import Run, build, make_accelerator
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
-from diffalign.training.setup import Run, build, make_accelerator
 
 MakeConfig = Callable[..., Config]
 
@@ -37,7 +37,7 @@ def built(config: Config) -> Run:
 def test_a_cached_step_is_one_policy_and_one_reference_forward(
     method: str, make_config: MakeConfig, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffalign.models.encoder import Encoder
+    from diffalign.models.loading.encoder import Encoder
 
     run = built(make_config(tiny_sdxl, {"tuning.method": method, "data.cache_dir": str(tmp_path / "cache")}))
     assert run.base.vae is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config import Config, PreferenceModelConfig, save_config
+from diffalign.config.schema import Config, PreferenceModelConfig, save_config
 from diffalign.training.run import run_training
 from tests.invariants.pool import ROOT, Pool
 from tests.training.test_run import metrics, weights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffalign.config import Config
+from diffalign.config.schema import Config
 from diffalign.training.run import run_training
 from tests.invariants.pool import Pool
 from tests.invariants.test_processes import in_two

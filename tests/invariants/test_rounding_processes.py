@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config import Config, save_config
+from diffalign.config.schema import Config, save_config
 from tests.invariants.pool import Pool
 
 

@@ -29,7 +29,7 @@ EVEN = {"places", "channels", "inner", "rows"}  # multiples of 16 in SDXL, which
 
 def variants(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, types of its arguments, constants, warps) as the launchers call them."""
-    from diffalign.models import triton_geglu, triton_norm
+    from diffalign.experimental import triton_geglu, triton_norm
 
     def types(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
         def kind(name: str) -> str:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.models.base import Base, load_base
-from diffalign.models.encoder import Encoder
-from diffalign.models.lora import lora_parameters
-from diffalign.models.memory import place
-from diffalign.records import Conditioning
+from diffalign.models.adapters.lora import lora_parameters
+from diffalign.models.kernels.checkpointing import place
+from diffalign.models.loading.base import Base, load_base
+from diffalign.models.loading.encoder import Encoder
+from diffalign.types import Conditioning
 
 FAMILIES = ("sd", "sdxl")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.models.fused_geglu import geglu, geglu_eager
+from diffalign.experimental.fused_geglu import geglu, geglu_eager
 
 pytest.importorskip("triton", reason="the kernels need triton (a Linux package; it comes with torch for CUDA)")
 

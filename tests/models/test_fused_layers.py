@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.counts import kept_bytes, meta_unet, unet_inputs
-from diffalign.config import Config, ConfigError
-from diffalign.models.fused_norm import NHWC
-from diffalign.models.fusing import fuse_kernels
-from diffalign.models.kernels import kernels_by
-from diffalign.models.lora import add_lora, fuse_lora
-from diffalign.models.memory import set_checkpointing
-from diffalign.models.networks import Networks
-from diffalign.models.reference import LoraOff, make_reference
-from diffalign.records import Conditioning
-from diffalign.training.feed import _kernels
-from diffalign.training.kept import Kept
-from diffalign.training.setup import prepare_policy
+from diffalign.config.schema import Config, ConfigError
+from diffalign.experimental.fused_norm import NHWC
+from diffalign.experimental.fusing import fuse_kernels
+from diffalign.experimental.kernels import kernels_by
+from diffalign.models.adapters.lora import add_lora, fuse_lora
+from diffalign.models.kernels.checkpointing import set_checkpointing
+from diffalign.models.policy.networks import Networks
+from diffalign.models.policy.reference import LoraOff, make_reference
+from diffalign.training.build import prepare_policy
+from diffalign.training.build_source import _kernels
+from diffalign.training.inspect.activation_memory import Kept
+from diffalign.types import Conditioning
 from tests.models.conftest import Model, move_lora
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,7 +139,7 @@ def test_images_stay_channels_last_from_end_to_end(models: dict[str, Model]) -> 
 def test_what_is_not_plain_keeps_its_class() -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
-    from diffalign.models.fused_layers import FusedResnetBlock2D, fuse
+    from diffalign.experimental.fused_layers import FusedResnetBlock2D, fuse
 
     plain = {"in_channels": 16, "temb_channels": 8, "groups": 4}
     odd = [
@@ -231,7 +231,7 @@ def test_the_config_says_what_goes_together(make_config: Callable[..., Config], 
 def test_the_lever_acts_and_kept_errors_know_it(
     make_config: Callable[..., Config], models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffalign.models.fused_layers import FusedGEGLU, FusedResnetBlock2D
+    from diffalign.experimental.fused_layers import FusedGEGLU, FusedResnetBlock2D
 
     base = copy.copy(models["sdxl"].base)
     facts = []

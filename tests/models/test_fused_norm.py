@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.models.fused_norm import NHWC, group_norm_silu, group_norm_silu_eager
+from diffalign.experimental.fused_norm import NHWC, group_norm_silu, group_norm_silu_eager
 
 pytest.importorskip("triton", reason="the kernels need triton (a Linux package; it comes with torch for CUDA)")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.objectives import DSODRO, FDPO, KTO, DiffusionDPO, DiffusionDRO
 from diffalign.objectives.f_dpo import LINKS, tangent_expm1
-from diffalign.records import Evidence
+from diffalign.types import Evidence
 
 ALL = (
     KTO(beta=20.0),

@@ -15,7 +15,7 @@ from mpmath import mp, mpf
 
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import Objective
-from diffalign.records import Evidence
+from diffalign.types import Evidence
 
 BETA = 20.0  # b/2 = 10, so that a side's reward is −10·D
 REFERENCE = 8.0

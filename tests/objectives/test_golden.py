@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffalign.objectives import DiffusionDPO, MaPO
-from diffalign.records import Evidence
+from diffalign.types import Evidence
 
 
 def mean_error(case: dict, prediction: str, target: str) -> Tensor:

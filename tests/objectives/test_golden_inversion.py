@@ -16,7 +16,7 @@ from diffalign.objectives import inpo, smpo
 from diffalign.objectives.inpo import InPO
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.smpo import SmPO
-from diffalign.records import Conditioning, PairBatch, Probe
+from diffalign.types import Conditioning, PairBatch, Probe
 from tests.toy import SDXL_CONFIG
 
 

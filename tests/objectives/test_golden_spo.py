@@ -13,7 +13,7 @@ from diffalign import NoiseSchedule
 from diffalign.engine import ddim
 from diffalign.engine.measure import measure
 from diffalign.objectives.spo import SPO
-from diffalign.records import Conditioning, Evidence, PairBatch, Transitions
+from diffalign.types import Conditioning, Evidence, PairBatch, Transitions
 from tests.golden_spo import spo_case, spo_schedule
 
 

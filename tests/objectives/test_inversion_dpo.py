@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.measure import Models, measure, measure_and_backward
-from diffalign.models.base import load_base
-from diffalign.models.networks import Networks
-from diffalign.models.reference import make_reference
+from diffalign.models.loading.base import load_base
+from diffalign.models.policy.networks import Networks
+from diffalign.models.policy.reference import make_reference
 from diffalign.objectives.inversion_dpo import InversionDPO
-from diffalign.records import Conditioning, Evidence, PairBatch, Probe, Transitions
+from diffalign.types import Conditioning, Evidence, PairBatch, Probe, Transitions
 from tests.objectives.test_inversion_objectives import OBJECTIVES, Retold, Spy, as_released
 from tests.toy import ToyModels, toy_batch, toy_models
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from diffalign.engine.inversion import strided_ascent
 from diffalign.engine.measure import Network, measure, measure_and_backward
+from diffalign.engine.random import integers
 from diffalign.errors import DiffalignError
-from diffalign.models.base import load_base
-from diffalign.models.lora import add_lora
-from diffalign.models.networks import Networks
-from diffalign.models.reference import make_reference
+from diffalign.models.adapters.lora import add_lora
+from diffalign.models.loading.base import load_base
+from diffalign.models.policy.networks import Networks
+from diffalign.models.policy.reference import make_reference
 from diffalign.objectives.base import Objective, require_schedule
 from diffalign.objectives.dpo import DiffusionDPO
-from diffalign.objectives.draws import integers
 from diffalign.objectives.inpo import InPO, ascent_to
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.smpo import SmPO
-from diffalign.records import Conditioning, Evidence, PairBatch
+from diffalign.types import Conditioning, Evidence, PairBatch
 from tests.toy import ToyModels, single, toy_batch, toy_models
 
 

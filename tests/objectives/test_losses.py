@@ -12,7 +12,7 @@ from diffalign.engine.measure import measure
 from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO, SePPO
 from diffalign.objectives.base import Drawn
 from diffalign.objectives.mapo import bounded_likelihood
-from diffalign.records import Evidence, PairBatch
+from diffalign.types import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
 
 ONE_SIDED = ("seppo",)  # its sides have different roles: a test of its own says what swapping does

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.engine.measure import measure, measure_and_backward
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, InversionDPO
 from diffalign.objectives.base import ask, require_terms
-from diffalign.records import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
 from tests.toy import single, toy_batch, toy_models
 
 TAKES_MARGIN = [name for name, cls in OBJECTIVES.items() if getattr(cls, "takes_margin", False)]

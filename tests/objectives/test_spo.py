@@ -13,7 +13,7 @@ from diffalign import NoiseSchedule
 from diffalign.engine import ddim
 from diffalign.engine.measure import guided, measure
 from diffalign.objectives import SPO
-from diffalign.records import Conditioning, Evidence, PairBatch, Transitions
+from diffalign.types import Conditioning, Evidence, PairBatch, Transitions
 from tests.toy import SDXL_CONFIG, toy_batch, toy_models
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign.data.prompts import PromptTable
-from diffalign.models.base import load_base
-from diffalign.models.encoder import Encoder
-from diffalign.models.networks import Networks
+from diffalign.data.table.prompts import PromptTable
+from diffalign.models.loading.base import load_base
+from diffalign.models.loading.encoder import Encoder
+from diffalign.models.policy.networks import Networks
 from diffalign.sources.base import Context
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.config import Config, ConfigError
-from diffalign.data.images import pictures
-from diffalign.data.prompts import PromptError
+from diffalign.config.schema import Config, ConfigError
+from diffalign.data.table.prompts import PromptError
+from diffalign.data.transforms import pictures
 from diffalign.sources import BestOf, Context, OnlinePairs, SourceError
 from diffalign.training.run import run_training
 from tests.sources.judges import Brightness

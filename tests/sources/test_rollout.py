@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.config import Config, ConfigError
+from diffalign.config.schema import Config, ConfigError
 from diffalign.engine import ddim
 from diffalign.engine.measure import errors, guided
+from diffalign.engine.random import normal, pair_key
 from diffalign.objectives import SPO
-from diffalign.objectives.draws import normal, pair_key
-from diffalign.records import PairBatch
 from diffalign.sources import BranchingRollout, Context, SourceError
 from diffalign.sources.chains import Chains
 from diffalign.sources.stream import Place, Rollout
 from diffalign.training.run import run_training
+from diffalign.types import PairBatch
 from tests.sources.judges import Brightness
 from tests.training.test_run import metrics, same, weights
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffalign.data.images import pictures
-from diffalign.data.source import TextMemo
-from diffalign.models.saving import load_pipeline
-from diffalign.objectives.draws import initial_noise
+from diffalign.data.loader.offline_pairs import TextMemo
+from diffalign.data.transforms import pictures
+from diffalign.engine.random import initial_noise
+from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.sources.base import Context
 from diffalign.sources.sampling import sample_latents
 
@@ -62,7 +62,7 @@ def test_a_latent_depends_on_its_prompt_and_seed_only(make_context: MakeContext)
 def test_decoding_goes_one_by_one_above_a_size_and_in_the_vaes_own_dtype(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import diffalign.models.decoder as module
+    import diffalign.models.loading.decoder as module
 
     context = make_context("sd", PROMPTS)
     latents = torch.randn(3, 4, 16, 16)

@@ -14,15 +14,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from diffalign.config import Config, ConfigError
-from diffalign.models.family import ModelError
-from diffalign.objectives.draws import initial_noise, integers, normal
+from diffalign.config.schema import Config, ConfigError
+from diffalign.engine.random import initial_noise, integers, normal
+from diffalign.models.loading.family import ModelError
 from diffalign.sources.rounds import NO_SEED, About, Round
 from diffalign.sources.selfplay import SelfPlay
+from diffalign.training.build import build
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.run import run_training
-from diffalign.training.setup import build
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]

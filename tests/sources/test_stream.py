@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign.records import PairBatch
 from diffalign.sources.base import SourceError
 from diffalign.sources.rounds import rounds_there
 from diffalign.sources.stream import Place, Rollout
+from diffalign.types import PairBatch
 from tests.sources.toy import PROMPTS, made, toy_context, toy_source
 
 STEP = 2  # micro-batches in a step

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from diffalign.data.prompts import PromptTable
-from diffalign.objectives.draws import generator
+from diffalign.data.table.prompts import PromptTable
+from diffalign.engine.random import generator
 from diffalign.sources.base import Context
 from diffalign.sources.rounds import Records
 from diffalign.sources.stream import Place, Rollout, RoundPairs

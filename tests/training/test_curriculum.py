@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.config import Config, ConfigError
-from diffalign.data.readers import open_pairs
-from diffalign.data.rows import DataError
-from diffalign.data.source import OfflinePairs, Online
-from diffalign.training.feed import curriculum
-from diffalign.training.plan import describe
+from diffalign.config.schema import Config, ConfigError
+from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.row import DataError
+from diffalign.data.table.open import open_pairs
+from diffalign.training.build import build, make_accelerator
+from diffalign.training.build_source import curriculum
+from diffalign.training.inspect.dry_run import describe
 from diffalign.training.run import run_training
-from diffalign.training.setup import build, make_accelerator
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
 
 Make = Callable[..., Config]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffalign import files
-from diffalign.config import Config
+from diffalign.config.schema import Config
 from diffalign.errors import DiffalignError
-from diffalign.files import NoSpaceError
-from diffalign.training import final
-from diffalign.training.checkpoint import (
+from diffalign.io import files
+from diffalign.io.files import NoSpaceError
+from diffalign.training.checkpoints import final_weights as final
+from diffalign.training.checkpoints.checkpoint import (
     CheckpointError,
     checkpoints,
     damage,
@@ -26,7 +26,7 @@ from diffalign.training.checkpoint import (
     save_checkpoint,
     sweep,
 )
-from diffalign.training.final import is_finished, save_final_weights
+from diffalign.training.checkpoints.final_weights import is_finished, save_final_weights
 from diffalign.training.run import run_training
 from tests.training.test_run import same, weights
 
@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(
 
 def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 2)
-    monkeypatch.setattr("diffalign.training.manifest.FORMAT", 0)
+    monkeypatch.setattr("diffalign.training.checkpoints.manifest.FORMAT", 0)
     with pytest.raises(DiffalignError, match=r"manifest\.json has format 1, .* reads up to 0: use the version"):
         damage(path)
 

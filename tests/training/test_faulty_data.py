@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffalign.config import Config
-from diffalign.data.rows import DataError
-from diffalign.training import setup
+from diffalign.config.schema import Config
+from diffalign.data.row import DataError
+from diffalign.training import build as setup
 from diffalign.training.run import run_training
 from tests.training.test_run import metrics
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffalign.config import Config
+from diffalign.config.schema import Config
 from diffalign.training.run import run_training
 
 MakeConfig = Callable[..., Config]

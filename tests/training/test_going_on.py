@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign.config import Config, load_config
-from diffalign.training.optim import make_lr_scheduler, resume_schedule
+from diffalign.config.schema import Config, load_config
+from diffalign.training.optim.optimizers import make_lr_scheduler, resume_schedule
 from diffalign.training.run import run_training
 from tests.data.helpers import pick_rows, write_parquet
 from tests.sources.test_selfplay import SOURCE as SELFPLAY

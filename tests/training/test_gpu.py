@@ -17,21 +17,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffalign.config import Config, parse_config
+from diffalign.config.schema import Config, parse_config
 from diffalign.engine.measure import measure_and_backward
-from diffalign.models.base import Base, load_base
-from diffalign.models.lora import add_lora
-from diffalign.models.networks import Networks
-from diffalign.models.reference import make_reference
+from diffalign.engine.random import pair_key
+from diffalign.models.adapters.lora import add_lora
+from diffalign.models.loading.base import Base, load_base
+from diffalign.models.policy.networks import Networks
+from diffalign.models.policy.reference import make_reference
 from diffalign.objectives import OBJECTIVES, DiffusionDPO
 from diffalign.objectives.base import shared_noise
-from diffalign.objectives.draws import pair_key
-from diffalign.records import Conditioning, Evidence, PairBatch, Score, Transitions
-from diffalign.training import setup
+from diffalign.training import build as setup
+from diffalign.training.build import Run
 from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter, observe
 from diffalign.training.run import run_training
-from diffalign.training.setup import Run
+from diffalign.types import Conditioning, Evidence, PairBatch, Score, Transitions
 from tests.gpu_models import sdxl_base
 from tests.training.test_run import metrics, same, weights
 

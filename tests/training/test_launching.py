@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from diffalign.cli import main
-from diffalign.config import Config
-from diffalign.data.scores import score_pairs
+from diffalign.cli.main import main
+from diffalign.config.schema import Config
+from diffalign.data.table.scores import score_pairs
 from diffalign.errors import DiffalignError, explain, lost_worker
-from diffalign.folder_lock import FolderInUseError, folder_lock
+from diffalign.io.folder_lock import FolderInUseError, folder_lock
 from diffalign.training import processes
+from diffalign.training.build import make_accelerator
 from diffalign.training.processes import all_in_use, before_accelerate
 from diffalign.training.remedies import ResourceError, with_remedies
 from diffalign.training.run import run_training
-from diffalign.training.setup import make_accelerator
 
 MakeConfig = Callable[..., Config]
 
@@ -135,7 +135,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
 
     config = make_config(tiny_sd)
     with folder_lock(tmp_path / "out", "a training run"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffalign.folder_lock._held", {})  # as another process would find it
+        patch.setattr("diffalign.io.folder_lock._held", {})  # as another process would find it
         with pytest.raises(FolderInUseError, match=rf"out is in use by a training run \(pid {os.getpid()}"):
             run_training(config)
         with pytest.raises(FolderInUseError, match="Name another folder"):
@@ -145,7 +145,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
         assert "is in use by" in capsys.readouterr().err
         name = ".scores.jsonl.lock"
         with folder_lock(tmp_path / "out", "another", name), pytest.MonkeyPatch.context() as again:
-            again.setattr("diffalign.folder_lock._held", {})
+            again.setattr("diffalign.io.folder_lock._held", {})
             with pytest.raises(FolderInUseError, match=r"another .*scores\.jsonl\.lock"):
                 score_pairs(None, "world", None, tmp_path / "out/scores.jsonl")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffalign.objectives import SFT, DiffusionDPO
-from diffalign.records import Evidence
 from diffalign.training.metrics import JsonLines, Meter, observe
+from diffalign.types import Evidence
 
 
 def test_means_are_over_entries_not_over_batches() -> None:

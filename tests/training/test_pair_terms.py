@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign.config import Config, parse_config
-from diffalign.data.rows import DataError
-from diffalign.training import setup
-from diffalign.training.plan import describe
-from diffalign.training.preference_setup import build_preference_run
+from diffalign.config.schema import Config, parse_config
+from diffalign.data.row import DataError
+from diffalign.training import build as setup
+from diffalign.training.build import build, make_accelerator
+from diffalign.training.inspect.dry_run import describe
+from diffalign.training.preference_model.setup import build_preference_run
 from diffalign.training.run import run_training
-from diffalign.training.setup import build, make_accelerator
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]

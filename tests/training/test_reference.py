@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.config import Config, ConfigError
-from diffalign.models.base import load_base
-from diffalign.models.family import ModelError
-from diffalign.models.lora import add_lora, lora_parameters
-from diffalign.models.merge import merge_into, merge_tuned
-from diffalign.models.networks import Networks
-from diffalign.models.saving import load_tuned, save_tuned
-from diffalign.training.plan import describe
+from diffalign.config.schema import Config, ConfigError
+from diffalign.models.adapters.lora import add_lora, lora_parameters
+from diffalign.models.adapters.merge import merge_into, merge_tuned
+from diffalign.models.adapters.save_load import load_tuned, save_tuned
+from diffalign.models.loading.base import load_base
+from diffalign.models.loading.family import ModelError
+from diffalign.models.policy.networks import Networks
+from diffalign.training.build import build, make_accelerator
+from diffalign.training.inspect.dry_run import describe
 from diffalign.training.run import run_training
-from diffalign.training.setup import build, make_accelerator
 
 METHODS = ["lora", "full"]
 Make = Callable[..., Config]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import diffalign.training.run as module
-from diffalign.config import Config, ConfigError
-from diffalign.data.record_reference import record_reference
-from diffalign.data.rows import DataError
-from diffalign.models.networks import Networks
+from diffalign.config.schema import Config, ConfigError
+from diffalign.data.precompute.reference_errors import record_reference
+from diffalign.data.row import DataError
+from diffalign.models.policy.networks import Networks
 from diffalign.training.run import run_training
 from tests.training.test_run import metrics, same, weights
 from tests.training.test_speed import close
@@ -170,13 +170,13 @@ def test_what_it_needs_is_said_before_anything_is_read(
 
 
 def test_unreadable_pairs_are_left_out_and_shards_are_shared(tmp_path: Path) -> None:
-    from diffalign.data.cache import open_cache
-    from diffalign.data.readers import open_pairs
-    from diffalign.data.reference_errors import ReferenceErrors
-    from diffalign.data.source import OfflinePairs
-    from diffalign.data.table import PairTable  # noqa: F401
+    from diffalign.data.cache.latents import open_cache
+    from diffalign.data.cache.reference_errors import ReferenceErrors
+    from diffalign.data.loader.offline_pairs import OfflinePairs
+    from diffalign.data.table.open import open_pairs
+    from diffalign.data.table.pairs import PairTable  # noqa: F401
+    from tests.data.cache.test_latents import encode, needed
     from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
-    from tests.data.test_cache import encode, needed
 
     rows = pick_rows(7)
     rows[2]["jpg_1"] = rows[2]["jpg_1"][:60]

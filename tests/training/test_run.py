@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from diffalign.config import Config, ConfigError, load_config
-from diffalign.training.checkpoint import CheckpointError
+from diffalign.config.schema import Config, ConfigError, load_config
+from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.loop import TrainingError
 from diffalign.training.run import run_training
 from diffalign.training.settle import settled

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import diffalign.training.run as run
-from diffalign.config import Config, ConfigError
-from diffalign.training.checkpoint import CheckpointError
-from diffalign.training.final import clear_output
+from diffalign.config.schema import Config, ConfigError
+from diffalign.training.build import build, make_accelerator
+from diffalign.training.checkpoints.checkpoint import CheckpointError
+from diffalign.training.checkpoints.final_weights import clear_output
 from diffalign.training.loop import TrainingError, optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.run import run_training
-from diffalign.training.setup import build, make_accelerator
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]

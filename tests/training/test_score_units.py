@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from diffalign.config import parse_config
-from diffalign.data.rows import DataError
+from diffalign.config.schema import parse_config
+from diffalign.data.row import DataError
 from diffalign.objectives import SmPO
 from diffalign.rewards import declared_span, scorer_names
+from diffalign.training.build import open_table
 from diffalign.training.score_units import check_units
-from diffalign.training.setup import open_table
 from tests.data.helpers import pick_rows, write_parquet
 
 PICKSCORE = {"score_low": 11.543526500463486, "score_high": 28.201571106910706}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config import Config, load_config, parse_config
+from diffalign.config.schema import Config, load_config, parse_config
 from diffalign.training.run import run_training
 from diffalign.training.settle import settled
 

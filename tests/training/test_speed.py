@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import diffalign.models.compiling as compiling
+import diffalign.models.kernels.compile as compiling
 import diffalign.training.run as module
-from diffalign.config import Config, ConfigError
-from diffalign.models.memory import memory_format
-from diffalign.objectives import draws
+from diffalign.config.schema import Config, ConfigError
+from diffalign.engine import random as draws
+from diffalign.models.kernels.checkpointing import memory_format
 from diffalign.training.run import run_training
 from tests.training.test_run import metrics, weights
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from diffalign.models.base import load_base
-from diffalign.models.family import ModelError
-from diffalign.models.lora import add_lora, save_lora
+from diffalign.models.adapters.lora import add_lora, save_lora
+from diffalign.models.loading.base import load_base
+from diffalign.models.loading.family import ModelError
 from diffalign.training.run import run_training
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167536\n"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.config_sections import ModelSection
+from diffalign.config.sections import ModelSection
 from diffalign.errors import DiffalignError
-from diffalign.models.base import load_base
-from diffalign.training.setup import trained_as
+from diffalign.models.loading.base import load_base
+from diffalign.training.build import trained_as
 
 
 def section(**settings: bool) -> ModelSection:

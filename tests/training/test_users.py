@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffalign.cli import main
-from diffalign.config import Config, ConfigError
-from diffalign.data.rows import DataError
+from diffalign.cli.main import main
+from diffalign.config.schema import Config, ConfigError
+from diffalign.data.row import DataError
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
-from diffalign.models.family import ModelError
-from diffalign.models.user_attention import USER_FILE
+from diffalign.models.adapters.user_attention import USER_FILE
+from diffalign.models.loading.family import ModelError
 from diffalign.training.run import run_training
 from tests.data.helpers import pick_rows, write_parquet
 from tests.training.test_run import metrics, same
@@ -200,7 +200,7 @@ def test_pictures_for_somebody(
 def test_check_says_what_is_trained(
     make_user_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from diffalign.config import save_config
+    from diffalign.config.schema import save_config
 
     save_config(make_user_config(tiny_sdxl), tmp_path / "run.yaml")
     main(["check", str(tmp_path / "run.yaml")])

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign import world
-from diffalign.models.base import Base, load_base
+from diffalign.models.loading.base import Base, load_base
 from diffalign.rewards import as_step_aware, load_scorer
 from diffalign.world import judge
 from diffalign.world.captions import parse, splits

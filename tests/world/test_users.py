@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffalign.data.readers import open_pairs
-from diffalign.data.users import open_users, use_users
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.users import open_users, use_users
 from diffalign.world import pairs_path
 from diffalign.world.pairs import make_pairs, write_pairs
 from diffalign.world.scorer import WorldBold, WorldQuiet

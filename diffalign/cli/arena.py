@@ -1,0 +1,71 @@
+"""`diffalign arena`: every objective side by side on the embedded world."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from diffalign.cli.common import LAST_SEED, path, whole
+from diffalign.errors import DiffalignError
+from diffalign.io.folder_lock import folder_lock
+
+
+def arena_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--out", type=path, default=Path("runs/arena"), help="folder; finished runs there are kept")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="one training seed, fewer steps: the README's table")
+    kind.add_argument("--sweep", action="store_true", help="choose learning rates and scales again, on other prompts")
+    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="these entries, not all")
+    parser.add_argument("--seeds", type=whole(0, LAST_SEED), nargs="+", help="training seeds (default: the protocol's)")
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+    )
+
+
+def arena(args: argparse.Namespace) -> None:
+    """Runs it and prints the tables."""
+    from diffalign.arena.plots import require_matplotlib
+
+    if args.workers < 1:
+        raise DiffalignError(f"--workers {args.workers}: give at least one")
+    require_matplotlib()
+    with folder_lock(args.out, "an arena"):
+        _hold(args)
+
+
+def _hold(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from diffalign.arena.arena import hold, tables
+    from diffalign.arena.entries import FULL, QUICK, TUNED, entries, tuned_settings
+    from diffalign.arena.field import Field
+    from diffalign.arena.sweep import save, sweep
+
+    taking_part = entries(None if args.only is None else tuple(args.only))
+    field, command = Field(args.out, args.workers), _command(args)
+    if args.sweep:
+        if args.seeds is not None:
+            raise DiffalignError("--seeds: the sweep has one seed; leave it out")
+        methods = [entry for entry in taking_part if not entry.control]
+        save(sweep(field, methods, command), args.out / Path(TUNED).name)
+        print(f"{args.out / Path(TUNED).name}: what was tried and chosen; the packaged one is {TUNED}")
+        return
+    protocol = QUICK if args.quick else FULL
+    if args.seeds is not None:
+        seeds = tuple(args.seeds)
+        protocol = replace(protocol, seeds=seeds, forwards_seeds=seeds[: len(protocol.forwards_seeds)])
+    found = hold(field, taking_part, protocol, tuned_settings(), command)
+    print(tables(found))
+    print(f"{args.out}: arena.html (everything on one page), leaderboard.png, leaderboard.md, result.json")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command as it would be typed, without what changes no figure."""
+    words = ["diffalign", "arena"]
+    words += ["--quick"] * args.quick + ["--sweep"] * args.sweep
+    words += ["--only", *args.only] if args.only else []
+    words += ["--seeds", *map(str, args.seeds)] if args.seeds else []
+    return shlex.join(words)

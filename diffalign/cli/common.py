@@ -1,0 +1,167 @@
+"""Words of the command line: numbers with bounds, paths, seeds, names; argparse puts the option before a fault."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from diffalign.errors import DiffalignError, ExistingFileError, printable
+from diffalign.io.paths import expanded
+
+T = TypeVar("T")
+
+LAST_SEED = 2**63 - 1  # torch's generators take 64 bits, its tensors 63
+MOST_SEEDS = 1_000_000  # a longer range is a slip
+MOST = 10**9  # of anything that is counted
+DEVICES = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose messages obey no escape code of the words that they name."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "'--' is no value")  # argparse makes an empty list of it
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
+
+def whole(least: int, most: int = MOST, *, multiple: int = 1) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`, both included."""
+    allowed = f"a whole number from {least} to {most}" + (f", a multiple of {multiple}" if multiple > 1 else "")
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[-+]?[0-9]{1,20}", text) or not least <= (value := int(text)) <= most or value % multiple:
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not allowed; give {allowed}")
+        return value
+
+    return parse
+
+
+def number(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from `least` (or, with `above`, from the first one above it) to `most`."""
+    allowed = f"a number {'above' if above else 'from'} {least:g}{', at most' if above else ' to'} {most:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not allowed; give {allowed}")
+        return value
+
+    return parse
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` for argparse, which shows the message of its own kind of error alone."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except DiffalignError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+count = whole(1)
+pixels = whole(8, 16384, multiple=8)
+steps = whole(1, 10_000)
+guidance = number(0, 1000)
+tie = number(0, 1e6)
+path_text = argument(expanded)
+path = argument(lambda text: Path(expanded(text)))
+
+
+@argument
+def seeds(text: str) -> list[int]:
+    """Seeds from "7", "0-11" (both ends) or "0,3,5", each once, in order. Raises DiffalignError for anything else."""
+    found: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", part.strip())
+        if match is None:
+            raise DiffalignError(f"{text[:60]!r}: {part.strip()[:60]!r} is no seed; write 7, 0-11 or 0,3,5")
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first:
+            raise DiffalignError(f"{text[:60]!r}: the range {part.strip()} is empty; write {last}-{first}")
+        if last > LAST_SEED:
+            raise DiffalignError(f"{text[:60]!r}: the largest seed is {LAST_SEED}")
+        if len(found) + last - first >= MOST_SEEDS:
+            raise DiffalignError(f"{text[:60]!r}: more than {MOST_SEEDS} seeds; give fewer")
+        found |= dict.fromkeys(range(first, last + 1))
+    return list(found)
+
+
+@argument
+def device(text: str) -> str:
+    """cpu, mps, cuda or cuda:N; whether it is there, `device_of` asks."""
+    if not DEVICES.fullmatch(text):
+        raise DiffalignError(f"{text[:60]!r} is no device; give cpu, cuda, cuda:N or mps")
+    return text
+
+
+@argument
+def scorer(text: str) -> str:
+    """A scorer's name, with `~` in NAME=PATH as the home folder."""
+    name, sign, place = text.partition("=")
+    return f"{name}={expanded(place)}" if sign else name
+
+
+def device_of(given: str | None) -> str:
+    """The device that was named, or cuda where there is one, or cpu. Raises DiffalignError where it is not there."""
+    import torch
+
+    if given is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = given.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= there:
+        has = f"{there} of them (counted from 0)" if there else "none"
+        raise DiffalignError(f"--device {given}: this machine has {has}, as far as PyTorch sees; use --device cpu")
+    return given
+
+
+def named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
+    """NAME=PATH words as names with their paths; raises DiffalignError for a word of another form."""
+    from diffalign.evaluation.report import check_name
+
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, sign, place = text.partition("=")
+        words = f"{option} {text}".strip()
+        if not sign:
+            raise DiffalignError(f"{words}: write NAME=PATH, e.g. {f'{option} dpo={text}'.strip()}")
+        try:
+            check_name(name)
+            found.setdefault(name, []).append(expanded(place))
+        except DiffalignError as error:
+            raise DiffalignError(f"{words}: {error}") from None
+    return found
+
+
+def overwrite_argument(parser: argparse.ArgumentParser) -> None:
+    """`--overwrite`, for commands whose files may be there already."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def writable(files: Sequence[tuple[str, Path | None]], overwrite: bool) -> None:
+    """Refuses, before anything is computed, output files (option, path) that are there or cannot be."""
+    for option, file in files:
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ExistingFileError(f"{option} {file} is a folder; name a file in it")
+        if file.exists() and not overwrite:
+            raise ExistingFileError(f"{option} {file} exists; name another file, or give --overwrite to replace it")
+        parent = next(folder for folder in file.absolute().parents if folder.exists())
+        if not parent.is_dir():
+            raise ExistingFileError(f"{option} {file}: {parent} is a file, not a folder; name another place")
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,141 @@
+"""`diffalign data check | score | world`: looking at pairs, scoring them, and writing the embedded world's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from diffalign.cli.common import (
+    LAST_SEED,
+    count,
+    device,
+    device_of,
+    overwrite_argument,
+    path,
+    path_text,
+    scorer,
+    whole,
+    writable,
+)
+from diffalign.errors import DiffalignError
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
+    _pairs_arguments(sub)
+    sub.add_argument(
+        "--scores", type=path_text, nargs="+", default=[], metavar="FILE", help="files of scores, as in data.scores"
+    )
+    sub.add_argument("--aggregate", choices=("sum", "min", "all_agree"), default="sum", help="as data.aggregate")
+    sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
+    sub.add_argument("--resolution", type=count, help="say how many images are smaller than this")
+    sub.add_argument("--sample", type=path, metavar="PNG", help="write a contact sheet of a few pairs")
+    sub.add_argument("--json", type=path, metavar="FILE", help="write the report, with every problem, as JSON")
+    overwrite_argument(sub)
+    sub = actions.add_parser("score", help="score both images of every pair, into a file that data.scores names")
+    _pairs_arguments(sub)
+    sub.add_argument("--scorer", type=scorer, required=True, help="`diffalign list scorers`")
+    sub.add_argument(
+        "--out", type=path, required=True, metavar="JSONL", help="file of scores; goes on where it stopped"
+    )
+    sub.add_argument("--device", type=device, help="default: cuda where there is one")
+    sub = actions.add_parser("world", help="write preference pairs of the embedded world")
+    sub.add_argument("out", type=path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
+    sub.add_argument("--pairs", type=whole(1, 10**7), default=1024)
+    sub.add_argument("--seed", type=whole(0, LAST_SEED), default=0)
+    sub.add_argument(
+        "--source",
+        choices=("renders", "samples"),
+        default="renders",
+        help="samples: best and worst of four of the base's own",
+    )
+    sub.add_argument("--reward", choices=("world", "world-size"), default="world", help="which picture is better")
+    sub.add_argument(
+        "--users", type=whole(0, 10**6), default=0, help="so many users of different taste; 0: all prefer alike"
+    )
+    sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
+    overwrite_argument(sub)
+
+
+def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", type=path_text, help="file, folder or Hub id")
+    sub.add_argument("--format", default="auto")
+    sub.add_argument("--split", default="train")
+    sub.add_argument(
+        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help="names that differ, e.g. prompt=text"
+    )
+    sub.add_argument("--max-pairs", type=count, help="look at no more than this many usable pairs")
+
+
+def _score_pairs(args: argparse.Namespace) -> None:
+    from diffalign.data.table.open import open_pairs
+    from diffalign.data.table.scores import score_pairs
+    from diffalign.rewards import load_scorer, span_of
+
+    table = open_pairs(
+        args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
+    )
+    table.require_usable()
+    judge = load_scorer(args.scorer, device_of(args.device))
+    scored, unreadable = score_pairs(
+        table, args.scorer, lambda *of: judge.score(*of).tolist(), args.out, span_of(judge)
+    )
+    print(f"{args.out}: {len(table)} pairs, {scored} of them scored now, {unreadable} with an image that does not open")
+    print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
+
+
+def data(args: argparse.Namespace) -> None:
+    """Runs one of them."""
+    if args.action == "score":
+        _score_pairs(args)
+        return
+    if args.action == "world":
+        from diffalign.world.pairs import write_pairs
+
+        layout = "parquet" if args.out.suffix == ".parquet" else "folder"
+        write_pairs(
+            args.out,
+            n=args.pairs,
+            seed=args.seed,
+            source=args.source,
+            reward=args.reward,
+            layout=layout,
+            shuffle_labels=args.shuffle_labels,
+            users=args.users,
+            overwrite=args.overwrite,
+        )
+        print(f"{args.pairs} pairs in {args.out}")
+        return
+
+    writable([("--sample", args.sample), ("--json", args.json)], args.overwrite)
+    from diffalign.data.table.report import check_pairs
+    from diffalign.data.table.score_aggregation import Axis
+
+    report = check_pairs(
+        args.path,
+        format=args.format,
+        split=args.split,
+        columns=_columns(args.columns),
+        max_pairs=args.max_pairs,
+        verify="full" if args.full else "header",
+        resolution=args.resolution,
+        axes=[Axis(file, file) for file in args.scores],
+        aggregate=args.aggregate,
+    )
+    print(report.text())
+    if args.sample is not None:
+        report.contact_sheet(args.sample)
+        print(f"sample: {args.sample}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _columns(parts: Sequence[str]) -> dict[str, str]:
+    """PART=COLUMN words as a mapping; raises ValueError for a word of another form."""
+    for part in parts:
+        if not part.partition("=")[2]:
+            raise DiffalignError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
+    return dict(part.split("=", 1) for part in parts)

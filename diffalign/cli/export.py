@@ -1,0 +1,40 @@
+"""`diffalign export`: tuned weights as files of other programs."""
+
+from __future__ import annotations
+
+import argparse
+
+from diffalign.cli.common import overwrite_argument, path, path_text
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Run, target, file and base."""
+    parser.add_argument(
+        "tuned",
+        type=path_text,
+        metavar="RUN",
+        help="output_dir of a run, a checkpoint in it, a LoRA file or a unet folder",
+    )
+    parser.add_argument(
+        "--to", required=True, choices=("kohya", "single-file"), help="a LoRA in kohya's layout, or a full checkpoint"
+    )
+    parser.add_argument("--out", type=path, required=True, help="file to write, ending in .safetensors")
+    parser.add_argument(
+        "--base", type=path_text, help="what it was tuned from: folder, Hub id or single file (default: the run's own)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), help="of the file (default: fp32 for kohya, fp16 for single-file)"
+    )
+    overwrite_argument(parser)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Runs it. Raises ValueError for what cannot be exported so."""
+    from diffalign.export.kohya import export_kohya
+    from diffalign.export.single_file import export_single_file
+
+    write, dtype = (export_kohya, "fp32") if args.to == "kohya" else (export_single_file, "fp16")
+    dtype = args.dtype or dtype
+    written = write(args.tuned, args.out, base=args.base, dtype=dtype, overwrite=args.overwrite)
+    what = "a LoRA in kohya's layout" if args.to == "kohya" else "UNet, VAE and text encoders in one file"
+    print(f"{written}: {what}, {dtype}, {written.stat().st_size / 2**20:.1f} MiB")

@@ -1,0 +1,99 @@
+"""`diffalign list`: what comes with the package, each objective with its paper, file, configs and citation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffalign.errors import DiffalignError
+
+WHAT = ("objectives", "sources", "configs", "scorers")
+CITED = re.compile(r", (?:arXiv (?P<arxiv>\d{4}\.\d{5})|(?P<url>https://\S+))")
+
+
+@dataclass(frozen=True)
+class ObjectiveEntry:
+    """What there is to say about an objective."""
+
+    name: str
+    paper: str  # authors and title
+    citation: str  # arXiv id with its address, or the address alone
+    file: str  # path inside the repository
+    configs: tuple[str, ...]  # packaged configs that use it, e.g. world/dpo.yaml
+    settings: str  # fields with their defaults
+
+
+def list_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `diffalign list`."""
+    parser.add_argument("what", nargs="?", choices=WHAT, help="only these")
+
+
+def list_all(args: argparse.Namespace) -> None:
+    """Prints what was asked for, or all of it."""
+    from diffalign.config.schema import packaged_configs
+    from diffalign.rewards import scorer_names
+    from diffalign.sources import SOURCES
+
+    if args.what in (None, "objectives"):
+        print("objectives")
+        for entry in objective_entries():
+            print(_told(entry))
+    if args.what in (None, "sources"):
+        print("sources")
+        for name, source in SOURCES.items():
+            print(f"  {name:<12} {source.paper}; from {source.data}")
+    if args.what in (None, "configs"):
+        print("configs")
+        for path, purpose in packaged_configs():
+            print(f"  {path}\n      {purpose}")
+    if args.what in (None, "scorers"):
+        print("scorers")
+        print("  " + ", ".join(scorer_names()))
+
+
+def objective_entries() -> list[ObjectiveEntry]:
+    """Every registered objective, in the table's order. Raises ValueError for one whose `paper` cites nothing."""
+    from diffalign.config.schema import configs_by_objective
+    from diffalign.objectives import OBJECTIVES
+
+    configs = configs_by_objective()
+    entries = []
+    for name, cls in OBJECTIVES.items():
+        paper, citation = cited(cls.paper)
+        file = Path(str(sys.modules[cls.__module__].__file__))
+        settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        entries.append(
+            ObjectiveEntry(
+                name,
+                paper,
+                citation,
+                file.relative_to(Path(__file__).parents[2]).as_posix(),
+                tuple(configs.get(name, ())),
+                settings,
+            )
+        )
+    return entries
+
+
+def cited(paper: str) -> tuple[str, str]:
+    """An objective's `paper` as authors with title (and what follows), and its citation. Raises ValueError."""
+    found = CITED.search(paper)
+    if found is None:
+        raise DiffalignError(f"{paper!r} cites nothing; end it with ', arXiv NNNN.NNNNN' or ', https://...'")
+    text = paper[: found.start()] + paper[found.end() :]
+    arxiv = found["arxiv"]
+    return text, found["url"] if arxiv is None else f"arXiv {arxiv}, https://arxiv.org/abs/{arxiv}"
+
+
+def _told(entry: ObjectiveEntry) -> str:
+    lines = (
+        f"{entry.paper}. {entry.citation}",
+        f"file      {entry.file}",
+        f"configs   {', '.join(entry.configs) or 'none'}",
+        f"settings  {entry.settings or 'none'}",
+    )
+    return f"  {entry.name}\n" + "\n".join(f"      {line}" for line in lines)

@@ -1,0 +1,37 @@
+"""`diffalign merge`: sums of tuned weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from diffalign.cli.common import path, path_text
+from diffalign.errors import DiffalignError
+from diffalign.io.paths import expanded
+
+
+def merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Base, output and parts."""
+    parser.add_argument(
+        "base", type=path_text, help="what the tuned weights were tuned from: folder, Hub id or single file"
+    )
+    parser.add_argument("out", type=path, help="folder to write to, loadable as --tuned")
+    parser.add_argument("parts", nargs="+", metavar="PATH=WEIGHT", help="e.g. runs/a=0.5 runs/b=0.5, or runs/a=1.5")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Runs it. Raises ValueError for a part of another form."""
+    from diffalign.models.adapters.merge import check_weights, merge_tuned
+    from diffalign.models.loading.base import load_base
+
+    parts = []
+    for text in args.parts:
+        tuned, _, weight = text.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise DiffalignError(f"{text}: write PATH=WEIGHT, e.g. {text}=0.5") from None
+        parts.append((expanded(tuned), value))
+    check_weights(parts)  # before the base is read
+    written = merge_tuned(load_base(args.base, vae_and_text=False), parts, args.out)
+    total = sum(weight for _, weight in parts)
+    print(f"{written}: the base plus {' '.join(args.parts)} of what tuning changed (weights sum to {total:g})")

@@ -1,0 +1,153 @@
+"""`diffalign generate | evaluate`: pictures of a model, and a comparison with its base on the same seeds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from diffalign.cli.common import (
+    count,
+    device,
+    device_of,
+    guidance,
+    named,
+    path,
+    path_text,
+    pixels,
+    scorer,
+    seeds,
+    steps,
+    tie,
+)
+from diffalign.errors import DiffalignError
+
+SCHEDULERS = ("ddim", "euler", "dpmsolver")  # a test compares these with what the rooms know
+DTYPES = ("float32", "bfloat16", "float16")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts", required=True, help=".txt (one a line), .jsonl, .csv, .parquet, or one prompt itself"
+    )
+    parser.add_argument("--limit", type=count, help="use only the first prompts")
+    parser.add_argument("--seeds", type=seeds, default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")
+    parser.add_argument("--steps", type=steps, default=30)
+    parser.add_argument("--guidance", type=guidance, default=5.0, help="classifier-free guidance scale")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--resolution", type=pixels, help="pixels (default: the model's own)")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--batch", type=count, help="pictures at a time (default: by resolution)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--vae", type=path_text, help="another VAE, e.g. an fp16-safe one")
+    parser.add_argument("--prediction-type", choices=PREDICTIONS, help="override of the scheduler config's")
+    parser.add_argument(
+        "--users", type=path_text, help="file of users' embeddings (.json, .parquet, .safetensors), for --user"
+    )
+    parser.add_argument(
+        "--user", action="append", metavar="ID[=WEIGHT]", help="for whom, with user attention; several are averaged"
+    )
+    parser.add_argument("--out", type=path, required=True, help="folder to write to")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "steps",
+        "guidance",
+        "scheduler",
+        "resolution",
+        "negative_prompt",
+        "batch",
+        "dtype",
+        "vae",
+        "prediction_type",
+    )
+    return {
+        "device": device_of(args.device),
+        "out_dir": args.out,
+        "user": _user(args),
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def _user(args: argparse.Namespace) -> list[float] | None:
+    """The embedding of whom pictures are for: a user of the file, or some of them averaged."""
+    from diffalign.data.table.users import open_users, parse_mixture
+
+    if bool(args.users) != bool(args.user):
+        raise DiffalignError("--users FILE and --user ID belong together: a file of embeddings, and who of it")
+    return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, weights on it, and sampling."""
+    parser.add_argument("model", type=path_text, help="diffusers folder, Hub id or single-file checkpoint")
+    parser.add_argument("--tuned", type=path_text, help="LoRA file, full unet folder, or output_dir of a run")
+    parser.add_argument(
+        "--negative-tuned",
+        type=path_text,
+        metavar="PATH",
+        help="the same for guidance's unconditional branch, e.g. a run with data.invert_preference (Diffusion-NPO)",
+    )
+    _sampling_arguments(parser)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Makes the pictures."""
+    from diffalign.data.table.prompts import read_prompts
+    from diffalign.evaluation import generate as pictures_of
+
+    prompts = read_prompts(args.prompts, limit=args.limit)
+    weights = {"tuned": args.tuned, "negative_tuned": args.negative_tuned}
+    pictures = pictures_of.generate(args.model, prompts, args.seeds, **weights, **_sampling(args))
+    print(f"{len(pictures)} pictures in {args.out}")
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Base, tuned models by name, scorers, and sampling."""
+    parser.add_argument(
+        "base", type=path_text, help="what the tuned models were tuned from: folder, Hub id or single file"
+    )
+    parser.add_argument(
+        "--tuned",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a tuned model; give the same NAME again for runs that differ in their seed",
+    )
+    parser.add_argument(
+        "--negative-tuned",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="weights of the unconditional branch for NAME; without --tuned NAME=… the other branch is the base's",
+    )
+    parser.add_argument(
+        "--scorer", type=scorer, action="append", required=True, help="`diffalign list scorers`; may be repeated"
+    )
+    parser.add_argument("--faithfulness", type=scorer, help="scorer that guards faithfulness to the prompt")
+    parser.add_argument("--tie", type=tie, help="|dR| below this is a tie (default: the scorer's own)")
+    _sampling_arguments(parser)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Makes the pictures, scores them and prints the table."""
+    from diffalign.data.table.prompts import read_prompts
+    from diffalign.evaluation.evaluate import evaluate as compare_models
+
+    if not args.tuned and not args.negative_tuned:
+        raise DiffalignError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
+    result = compare_models(
+        args.base,
+        named(args.tuned, "--tuned"),
+        read_prompts(args.prompts, limit=args.limit),
+        args.seeds,
+        scorers=args.scorer,
+        faithfulness=args.faithfulness,
+        tie=args.tie,
+        negative_tuned=named(args.negative_tuned, "--negative-tuned"),
+        **_sampling(args),
+    )
+    print(result.table())
+    print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")

@@ -1,0 +1,1 @@
+"""One YAML file is one run: its schema, how it is read, overridden and checked."""

@@ -1,0 +1,44 @@
+"""The section `health` of a config: rules that watch a run, and what may follow from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from diffalign.config.value_types import Count, Decay, Fraction, Positive, Section
+from diffalign.errors import DiffalignError
+
+
+class HealthSection(Section):
+    """Rules that watch what a run logs (`training/callbacks/health.py`), and what happens when one speaks."""
+
+    action: Literal["none", "warn", "stop", "roll_back"] = "warn"
+    window: Annotated[Count, Field(ge=2, le=100)] = 3  # logged lines in a row that must be bad
+    displacement: Fraction = 0.8  # share of chosen images less likely than under the reference
+    saturation: Fraction = 0.5  # share of logits beyond ±4
+    drift: Positive = 0.5  # growth of the policy's errors over the reference's
+    backwards: Fraction = 0.35  # share of pairs with chosen above rejected
+    no_movement: Positive = 0.02  # mean size of a logit, and distance of the loss from log 2
+    no_movement_after: Fraction = 0.2  # share of the run's steps before which a loss may stay at log 2
+    dead_flips: Fraction = 0.02  # distance of SePPO's flip rate from 0 or 1
+    valid_pairs: Fraction = 0.02  # share of valid pairs among those that a source makes
+    clipped: Fraction = 0.95  # share of SPO's ratios outside the clip
+    lr_factor: Decay = 0.5  # of the learning rate at each roll back
+    max_roll_backs: Count = 2  # then the run stops
+
+
+def can_roll_back(health: HealthSection, training: Any, source: Any) -> None:
+    """Raises ValueError where a run could not go back to a checkpoint that was judged."""
+    if health.action != "roll_back":
+        return
+    if training.checkpointing_steps is None or training.checkpointing_steps % training.logging_steps:
+        raise DiffalignError(
+            "health.action: roll_back needs training.checkpointing_steps, a multiple of training.logging_steps "
+            f"({training.logging_steps}), so that nothing is saved unjudged"
+        )
+    if source is not None:
+        raise DiffalignError(
+            f"health.action: source {source.name} would go on with pairs of the policy that was given up; use "
+            "stop instead of roll_back"
+        )

@@ -1,0 +1,282 @@
+"""One YAML file is one run: parsed, overridden from the command line, checked whole, and written back resolved.
+
+Field names follow diffusers and TRL. Unknown keys and wrong values are errors, reported all at once, each with the
+nearest right name or the allowed values. The `objective` and `source` nodes parse straight into their own dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ValidationError, create_model, field_validator, model_validator
+
+from diffalign.config.compatibility import (
+    can_fuse_kernels,
+    can_have_a_reference,
+    can_keep_errors,
+    can_keep_trajectories,
+    can_train_in_bf16,
+    check_tuning,
+    check_users,
+    reference_batch_fits,
+    usable_together,
+)
+from diffalign.config.data_sections import packaged_asset as packaged_asset
+from diffalign.config.health_section import HealthSection, can_roll_back
+from diffalign.config.overrides import describe, override
+from diffalign.config.sections import (
+    ADAM_ONLY,
+    OBJECTIVE_ONLY,
+    DataSection,
+    ModelSection,
+    PreferenceModelSection,
+    TrainingSection,
+    TuningSection,
+    ValidationSection,
+)
+from diffalign.config.strict_yaml import ConfigError, dump_yaml, read_yaml
+from diffalign.config.value_types import PathText, Section, Seed, Switch, strict
+from diffalign.errors import DiffalignError
+from diffalign.io.plugins import name_of, nearest, resolve
+from diffalign.objectives import OBJECTIVES
+from diffalign.sources import SOURCES
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+class Config(Section):
+    """A whole run."""
+
+    output_dir: PathText
+    overwrite_output_dir: Switch = False  # false: a folder that holds a run is resumed or refused, never lost
+    seed: Seed = 0
+    model: ModelSection
+    tuning: TuningSection = TuningSection()
+    objective: Any  # an objective's dataclass
+    source: Any = None  # the settings of a source that makes pairs while training; null: the pairs of `data`
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    validation: ValidationSection = ValidationSection()
+    health: HealthSection = HealthSection()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, node: Any) -> Any:
+        return _parse_named(node, OBJECTIVES, "objective")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source(cls, node: Any) -> Any:
+        return None if node is None else _parse_named(node, SOURCES, "source")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        training = self.training
+        if training.lr_scheduler == "constant" and training.lr_warmup_steps:
+            raise DiffalignError(
+                "training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup"
+            )
+        reference_batch_fits(self)
+        if training.optimizer == "adafactor":
+            idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
+            if idle:
+                raise DiffalignError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
+        if self.model.compile and self.model.gradient_checkpointing == "selective":
+            raise DiffalignError(
+                "model.compile: a compiled block already makes its cheap activations again; use gradient_checkpointing "
+                "none, or full"
+            )
+        if self.model.fused_kernels:
+            can_fuse_kernels(self.model)
+        if training.bf16_weights:
+            can_train_in_bf16(self)
+        if self.data.cache_variants > 1 and self.data.cache_dir is None:
+            raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+        if self.data.aggregate != "sum" and len(self.data.axes) < 2:
+            raise DiffalignError(f"data.aggregate: {self.data.aggregate} needs several axes in data.scores")
+        if self.data.relabel and self.data.scores is None:
+            raise DiffalignError("data.relabel needs data.scores, a file that `diffalign data score` writes")
+        if self.data.cache_trajectories:
+            can_keep_trajectories(self)
+        if self.data.cache_reference_errors:
+            can_keep_errors(self)
+        check_tuning(self.tuning)
+        check_users(self)
+        if self.tuning.reference is not None:
+            can_have_a_reference(self)
+        if self.source is not None:
+            usable_together(self)
+        can_roll_back(self.health, self.training, self.source)
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain YAML-ready values, defaults filled in."""
+        plain = self.model_dump(mode="json", exclude={"objective", "source"})
+        source = None if self.source is None else _plain(self.source)
+        return {**plain, "objective": _plain(self.objective), "source": source}
+
+
+class PreferenceModelConfig(Section):
+    """A whole run that trains a preference model instead of the base."""
+
+    output_dir: PathText
+    overwrite_output_dir: Switch = False
+    seed: Seed = 0
+    model: ModelSection
+    preference_model: PreferenceModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _whole(self) -> PreferenceModelConfig:
+        for name, keys in OBJECTIVE_ONLY.items():
+            section = getattr(self, name)
+            idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
+            if idle:
+                raise DiffalignError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
+        if self.training.bf16_weights:
+            name = self.training.optimizer
+            raise DiffalignError(f"training.optimizer: {name} is for a base's UNet; use adamw for a preference model")
+        if self.training.mixed_precision == "fp16":
+            raise DiffalignError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain YAML-ready values, defaults filled in."""
+        return self.model_dump(mode="json")
+
+
+AnyConfig = Config | PreferenceModelConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), later: Sequence[str] = ()) -> AnyConfig:
+    """Reads a YAML file, applies `key.sub=value` overrides and checks the result.
+
+    A key is overridden once in each of the two lists; `later` wins over `overrides`.
+
+    With a section `preference_model` in place of `objective` it is a PreferenceModelConfig.
+
+    Raises ConfigError naming every fault at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; `diffalign list` names the ones that come with the package")
+    tree = read_yaml(path)
+    override(tree, overrides)
+    override(tree, later)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
+    """A checked config from nested dictionaries. Raises ConfigError naming every fault at once."""
+    kind = PreferenceModelConfig if "preference_model" in tree else Config
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as e:
+        lines = [f"  {describe(fault, kind)}" for fault in e.errors()]
+        raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
+
+
+def settings_of(section: type[_Settings], values: Mapping[str, Any], where: str) -> _Settings:
+    """A section of a config from values by name. Raises ConfigError naming every fault at once."""
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as e:
+        raise ConfigError(f"{where}: " + "; ".join(describe(fault, section) for fault in e.errors())) from None
+
+
+def save_config(config: AnyConfig, path: Path) -> None:
+    """Writes the resolved config; loading it gives the same config back."""
+    path.write_text(dump_yaml(config.resolved()), encoding="utf-8")
+
+
+def packaged_configs() -> list[tuple[Path, str]]:
+    """The configs that come with diffalign, each with the first line of its header: what it is for."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "training_configs", package / "_training_configs"):
+        if folder.is_dir():
+            files = sorted(folder.rglob("*.yaml"))
+            return [(file, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files]
+    return []
+
+
+def configs_by_objective() -> dict[str, list[str]]:
+    """The packaged configs of each objective, e.g. world/dpo.yaml; those of preference models have none."""
+    found: dict[str, list[str]] = {}
+    for path, _ in packaged_configs():
+        node = read_yaml(path).get("objective")
+        if node is not None:
+            found.setdefault(node["name"], []).append(path.as_posix().rpartition("training_configs/")[2])
+    return found
+
+
+def packaged_config(name: str) -> Path:
+    """The packaged config called e.g. world/dpo.yaml. Raises ConfigError where it is not installed."""
+    for file, _ in packaged_configs():
+        if file.as_posix().endswith(f"/{name}"):
+            return file
+    raise ConfigError(f"no config {name} comes with this installation; reinstall diffalign")
+
+
+def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
+    """The dataclass called `name` in a table, made from the node's other keys."""
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        _complete(node, what)
+        name_of(type(node), known)  # a saved config must find it again
+        return node
+    if not isinstance(node, dict) or "name" not in node:
+        raise DiffalignError(f"give a mapping with a name, one of: {', '.join(known)}")
+    name = node["name"]
+    cls = resolve(str(name), known, what)
+    if not dataclasses.is_dataclass(cls):
+        raise DiffalignError(f"{what} {name!r} is no dataclass; its fields are its settings")
+    _complete(cls, what)
+    allowed = [f.name for f in dataclasses.fields(cls)]
+    settings = {k: v for k, v in node.items() if k != "name"}
+    faults = [f"{k}: {name} has no such setting{nearest(k, allowed)}" for k in settings if k not in allowed]
+    if not faults:
+        try:
+            return cls(**_checked(cls, settings))
+        except ValidationError as e:
+            faults = [describe(fault, Section) for fault in e.errors()]
+        except DiffalignError as e:
+            faults = [f"{name}: {e}"]
+    raise DiffalignError("; ".join(faults))
+
+
+def _complete(settings: Any, what: str) -> None:
+    """Raises DiffalignError for a class that lacks what every objective or source has."""
+    missing = [name for name in _NEEDED[what] if not hasattr(settings, name)]
+    if missing:
+        cls = settings if isinstance(settings, type) else type(settings)
+        raise DiffalignError(
+            f"{what} {cls.__qualname__} lacks {', '.join(missing)}; CONTRIBUTING.md shows what one consists of"
+        )
+
+
+_NEEDED = {
+    "objective": ("name", "paper", "needs_reference", "needs_uncond", "probe", "score"),
+    "source": ("name", "paper", "data", "objectives", "own_reference", "build", "small"),
+}
+
+
+def _checked(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields, each of its type. Raises ValidationError."""
+    hints = get_type_hints(cls)
+    fields: Any = {f.name: (strict(hints[f.name]), ...) for f in dataclasses.fields(cls) if f.name in settings}
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    fields |= {name: (strict(hints[name]), ...) for name in required}
+    return dict(create_model(cls.__name__, __base__=Section, **fields).model_validate(settings))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings with its name, as YAML-ready values."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    known = OBJECTIVES if hasattr(settings, "score") else SOURCES
+    return {
+        "name": name_of(type(settings), known),
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+    }

@@ -1,0 +1,196 @@
+"""The sections of a config: every setting with its type, its bounds and its default."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from diffalign.config.data_sections import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
+from diffalign.config.value_types import (
+    Count,
+    CountOrNone,
+    Decay,
+    Fraction,
+    Guidance,
+    LearningRate,
+    NotNegative,
+    PathText,
+    Pixels,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Switch,
+    Text,
+    Workers,
+)
+from diffalign.data.table.score_aggregation import Aggregate, Axis
+
+# Settings that only a run with an objective has.
+OBJECTIVE_ONLY = {
+    "model": ("gradient_checkpointing", "compile", "channels_last", "fused_kernels"),
+    "data": (
+        "cache_dir",
+        "cache_variants",
+        "cache_dtype",
+        "cache_trajectories",
+        "draws_per_pair",
+        "cache_reference_errors",
+        "scores",
+        "aggregate",
+        "relabel",
+        "curriculum",
+        "users",
+        "proportion_empty_prompts",
+    ),
+    "training": ("ema_decay", "max_unet_forwards", "reference_batch_size"),
+}
+ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
+
+    pretrained_model_name_or_path: PathText  # diffusers folder, Hub id, or a single-file .safetensors checkpoint
+    pretrained_vae_model_name_or_path: PathText | None = None  # e.g. an fp16-safe SDXL VAE
+    revision: Text | None = None
+    variant: Text | None = None  # e.g. fp16
+    single_file_config: PathText | None = None  # folder with the configs of a single-file checkpoint, for work offline
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
+    # training alone, for bases that their releases trained otherwise than they are sampled; null: as the base says
+    rescale_betas_zero_snr: Switch | None = None  # SDXL-Turbo in Diffusion-DPO's release: true
+    force_zeros_for_empty_prompt: Switch | None = None  # SDXL's null prompt; Diffusion-DPO's release encodes "": false
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
+    # true means full, false none; auto: full for SDXL on CUDA
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    compile: Switch = False  # torch.compile of each transformer and resnet block
+    channels_last: Switch = False  # convolutions in NHWC
+    fused_kernels: Switch = False  # Triton kernels for GroupNorm with SiLU, and GEGLU; needs channels_last
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {"true": "full", "yes": "full", "false": "none", "no": "none"}.get(str(value).lower(), value)
+
+
+class TuningSection(Section):
+    """What is trained, and what it is compared with."""
+
+    method: Literal["lora", "full", "user_attention"] = "lora"
+    rank: Count = 16
+    alpha: Positive | None = None  # null: equal to rank
+    target_modules: tuple[Text, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    resume_lora: PathText | None = None  # start from these LoRA weights
+    reference: PathText | None = (
+        None  # tuned weights of the reference, from which the policy starts too; null: the base
+    )
+    user_tokens: Count = 4  # tokens that user attention makes of a user (IP-Adapter's 4)
+    user_scale: Positive = 1.0  # of what user attention adds to the text's
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha, or the rank where none is given."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+class DataSection(Section):
+    """The preference pairs and how they become latents."""
+
+    _shipped = field_validator("path", "users", mode="before")(packaged_asset)
+
+    path: PathText  # file, folder or Hub id
+    format: Text = "auto"
+    split: Text = "train"
+    # part -> column where names differ, e.g. {prompt: text, chosen: winner}
+    columns: dict[Text, Text] = {}  # noqa: RUF012 - pydantic copies it
+    max_pairs: Count | None = None
+    invert_preference: Switch = False
+    # files of scores by `diffalign data score`, in place of score columns: one, several, or named axes with weights
+    scores: Scores | None = None
+    aggregate: Aggregate = "sum"  # how several axes of scores become a pair's two
+    relabel: Switch = False  # the image with the higher of these scores is the chosen one, whatever the labels say
+    users: PathText | None = None  # file of users' embeddings, where the pairs name their user by an id
+    resolution: Pixels | None = None  # pixels; null: the model family's
+    center_crop: Switch = True
+    random_flip: Switch = False
+    proportion_empty_prompts: Fraction = 0.0
+    verify: Literal["none", "header", "full"] = "header"
+    cache_dir: PathText | None = None  # encode once, train without VAE and text encoders
+    cache_variants: Count = 1  # crops/flips of each pair kept in the cache
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of moments and embeddings in the cache
+    cache_trajectories: Switch = False  # keep the reference's inversions in the cache, for objectives that look at them
+    draws_per_pair: Count | None = None  # a pair's visits repeat after so many: latent, t, noise; null: never
+    cache_reference_errors: Switch = False  # ask the reference once for each draw and keep its errors in the cache
+    dataloader_num_workers: Workers = 0
+    curriculum: CurriculumSection | None = None  # null: every pair from the start
+
+    _scores = field_validator("scores", mode="before")(checked_scores)
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The files of scores with names and weights; empty without any."""
+        return axes_of(self.scores)
+
+
+class TrainingSection(Section):
+    """Optimisation, precision, checkpoints, logging."""
+
+    max_train_steps: Count = 2000
+    max_unet_forwards: Count | None = None  # end before the step that would exceed so many images through the UNet
+    train_batch_size: Count = 1  # pairs per device and micro-step
+    gradient_accumulation_steps: Count = 1
+    reference_batch_size: Count | None = None  # pairs in one forward of the reference; null: train_batch_size
+    learning_rate: LearningRate = 1e-5
+    scale_lr: Switch = False  # learning_rate × processes × accumulation × batch
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_warmup_steps: CountOrNone = 0
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "adamw_8bit_bf16", "adafactor"] = "adamw"
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_weight_decay: NotNegative = 1e-2
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive | None = 1.0  # null: no clipping; the norm is logged either way
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where CUDA computes in it, else no
+    allow_tf32: Switch = False
+    ema_decay: Decay | None = None  # null: no EMA
+    checkpointing_steps: Count | None = None  # null: only the final weights
+    checkpoints_total_limit: Count | None = None
+    resume_from_checkpoint: PathText | None = None  # a checkpoint folder, or "latest"
+    logging_steps: Count = 10
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
+    @property
+    def bf16_weights(self) -> bool:
+        """Whether the trained weights are bfloat16 themselves, without a float32 master."""
+        return self.optimizer in ("adamw_bf16", "adamw_8bit_bf16")
+
+
+class ValidationSection(Section):
+    """Pictures made during training."""
+
+    prompts: tuple[Text, ...] = ()
+    every: Count = 100  # optimiser steps
+    steps: Count = 25
+    guidance_scale: Guidance = 5.0
+    seed: Seed = 0
+    user: Text | None = None  # an id in data.users: for whom the pictures are, with user attention
+
+
+class PreferenceModelSection(Section):
+    """A step-aware preference model, trained to judge what the base is heading for at any timestep."""
+
+    _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
+
+    pretrained_model_name_or_path: PathText = "yuvalkirstain/PickScore_v1"  # the CLIP it starts from: folder or Hub id
+    tokenizer: PathText = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder holds none
+    guidance_scale: Guidance = 5.0  # of the base's predictions (the SPO release's)
+    relabel_with: Text | None = None  # a scorer whose verdict on the clean pictures replaces the labels
+    relabel_gap: Fraction = 0.1  # difference of probabilities within which that verdict is a tie

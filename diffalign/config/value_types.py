@@ -1,0 +1,114 @@
+"""What a value of a config may be: numbers with bounds, paths, texts.
+
+YAML's values are taken as they are: no text becomes a number, no switch becomes 1, and no number becomes a switch or a
+date. Every number is finite and has bounds, here or where a field narrows them.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from diffalign.errors import DiffalignError
+from diffalign.io.paths import expanded
+
+MOST = 10**9  # of anything that is counted: steps, pairs, images; far below what int64 and a disk hold
+LARGEST = 1e15  # of any other number: squares of it are finite in float32
+LAST_SEED = 2**63 - 1  # torch's generators take 64 bits, its tensors 63
+
+
+def _no_number(value: Any, what: str) -> None:
+    """Raises DiffalignError for what YAML does not read as a number."""
+    if isinstance(value, bool):
+        raise DiffalignError(f"{what} is needed, and {str(value).lower()} is a switch")
+    if isinstance(value, str):
+        hint = ""
+        if re.fullmatch(r"[-+]?0\d+", value.strip()):  # octal in YAML 1.1, decimal in 1.2
+            hint = f"; write {int(value)}, without leading zeros"
+        elif re.fullmatch(r"[-+]?\d[\d_.]*([eE][-+]?\d+)?", value.strip()):
+            hint = "; write it without quotes and separators"
+        raise DiffalignError(f"{what} is needed, and this is a text{hint}")
+
+
+def _finite(value: Any) -> Any:
+    _no_number(value, "a number")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        raise DiffalignError(f"must be a finite number of at most {LARGEST:g} in size")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    _no_number(value, "a whole number")
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")) or value != int(value):
+            raise DiffalignError("a whole number is needed")
+        return int(value)  # 1e3
+    return value
+
+
+def text(value: Any) -> Any:
+    """A text as it stands; a whole number without quotes is one too (a revision, an id). Raises DiffalignError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, bool | float) or value is None:
+        given = "null" if value is None else str(value).lower()
+        raise DiffalignError(f"a text is needed; put it in quotes if {given} is meant as one")
+    if isinstance(value, str) and (odd := next((c for c in value if c == "\0" or 0xD800 <= ord(c) < 0xE000), None)):
+        raise DiffalignError(f"the character U+{ord(odd):04X} is no text; delete it")
+    return value
+
+
+def _path(value: Any) -> Any:
+    value = text(value)
+    return expanded(value) if isinstance(value, str) else value
+
+
+def _switch(value: Any) -> Any:
+    """True or false, also as YAML 1.1 wrote them (yes, no, on, off). Raises DiffalignError for numbers."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise DiffalignError("a switch is needed; write true or false")
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+Number = Annotated[float, BeforeValidator(_finite)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-MOST, le=MOST)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[Number, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST)]
+CountOrNone = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Decay = Annotated[Number, Field(gt=0, lt=1)]
+Guidance = Annotated[Number, Field(ge=0, le=1000)]
+LearningRate = Annotated[Number, Field(gt=0, le=100)]
+Workers = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1024)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=LAST_SEED)]
+Pixels = Annotated[int, BeforeValidator(_whole), Field(ge=8, le=16384, multiple_of=8)]
+Text = Annotated[str, BeforeValidator(text)]
+PathText = Annotated[str, BeforeValidator(_path)]
+
+
+class Section(BaseModel):
+    """A mapping of settings: none unknown, none changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def strict(hint: Any) -> Any:
+    """A dataclass field's type with the same demands: `float | None` becomes `Number | None`.
+
+    Objectives and sources are plain dataclasses of a lower floor, which know nothing of YAML.
+    """
+    plain = {float: Number, int: Whole, bool: Switch, str: Text}
+    if hint in plain:
+        return plain[hint]
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(strict(part) for part in parts)]  # noqa: UP007 - made of a tuple
+    if get_origin(hint) is tuple:
+        return tuple[tuple(part if part is Ellipsis else strict(part) for part in parts)]  # type: ignore[misc]
+    return hint

@@ -1,0 +1,239 @@
+"""The encode cache: what it is a cache of, and reading it. `encode.py` writes it.
+
+    manifest.json              the key, and how items are spread over shards; written first
+    moments-00000.safetensors  moments, geometry, readable, text_row of consecutive pairs
+    text-00000.safetensors     prompt_embeds and pooled of consecutive unique prompts; row 0 is the null prompt
+
+Moments (mean and std), not samples, are stored, so every visit draws its own latent. A cache is complete when
+every shard of the manifest is there; shards appear by atomic rename, with their hash (`shards.py`). Reading is by
+memory map: opening costs the manifest and a directory listing, a pair costs its own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.data.cache.shards import MANIFEST, OpenShards, read_content
+from diffalign.data.cache.shards import manifest_text as hashed_text
+from diffalign.data.loader.dataset import sample_latents
+from diffalign.data.row import DataError, ImageError
+from diffalign.data.table.pairs import PairTable
+from diffalign.data.transforms import flips
+from diffalign.engine.random import pair_key
+
+FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Field of the key -> what to do when it differs.
+_REMEDY = {
+    "format_version": "encode again with this version of diffalign",
+    "encoder": "the VAE or text encoders are others: encode again with this model",
+    "dataset": "other pairs, prompts, labels, order or image files: use the data settings (path, split, columns, "
+    "keep_ties, invert_preference, max_pairs, verify) of the encode run, or encode again",
+    "pairs": "see dataset",
+    "resolution": "set the resolution that was encoded, or encode again",
+    "center_crop": "set center_crop as it was encoded, or encode again",
+    "random_flip": "set random_flip as it was encoded, or encode again",
+    "variants": "ask for the number of variants that was encoded, or encode again",
+    "run_seed": "random crops and flips were drawn from the run's seed: use that seed, or encode again",
+    "dtype": "ask for the dtype that was encoded, or encode again",
+}
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """Everything the contents of a cache depend on. In an expected key, variants and dtype may be None: any."""
+
+    format_version: int
+    encoder: str  # fingerprint
+    dataset: str  # PairTable.identity
+    pairs: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    variants: int | None  # crops and flips per pair; visit `draw` uses variant draw % variants
+    run_seed: int | None  # None when nothing about the pixels is random
+    dtype: str | None
+
+
+def cache_key(
+    table: PairTable,
+    fingerprint: str,
+    *,
+    resolution: int,
+    center_crop: bool,
+    random_flip: bool,
+    run_seed: int,
+    variants: int | None = None,
+    dtype: str | None = None,
+) -> CacheKey:
+    """The key of the cache that a run with these settings needs."""
+    if dtype is not None and dtype not in DTYPES:
+        raise DataError(f"dtype={dtype!r}; a cache is stored as {', '.join(DTYPES)}")
+    random = random_flip or not center_crop
+    if variants is not None and (variants < 1 or (variants > 1 and not random)):
+        raise DataError(
+            f"variants={variants}; with center_crop and without random_flip all variants are equal, so 1 is "
+            "needed; otherwise 1 or more"
+        )
+    return CacheKey(
+        FORMAT_VERSION,
+        fingerprint,
+        table.identity,
+        len(table),
+        resolution,
+        center_crop,
+        random_flip,
+        variants,
+        run_seed if random else None,
+        dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How pairs and unique prompts are spread over shards."""
+
+    pairs: int
+    pairs_per_shard: int
+    prompts: int
+    prompts_per_shard: int
+    pair_bytes: int = 0  # of all variants; 0: not known
+    prompt_bytes: int = 0
+
+    def moments_shards(self) -> list[str]:
+        """Shard files of the pairs, in order."""
+        return [f"moments-{i:05d}.safetensors" for i in range(-(-self.pairs // self.pairs_per_shard))]
+
+    def text_shards(self) -> list[str]:
+        """Shard files of the prompts, in order."""
+        return [f"text-{i:05d}.safetensors" for i in range(-(-self.prompts // self.prompts_per_shard))]
+
+    def missing(self, folder: Path) -> list[str]:
+        """Shards that are not there yet."""
+        there = {file.name for file in folder.iterdir()}
+        return [name for name in self.text_shards() + self.moments_shards() if name not in there]
+
+    def missing_bytes(self, folder: Path) -> int:
+        """About how many bytes the shards that are not there yet will take; 0 where that is not known."""
+        pairs = min(self.pairs, self.pairs_per_shard) * self.pair_bytes
+        prompts = min(self.prompts, self.prompts_per_shard) * self.prompt_bytes
+        return sum(pairs if name.startswith("moments") else prompts for name in self.missing(folder))
+
+
+def read_manifest(folder: Path) -> tuple[CacheKey, Plan, bool] | None:
+    """Key and plan of a cache folder and whether its shards carry hashes, or None when there is no manifest.
+
+    Raises DataError on a damaged one.
+    """
+    found = read_content(folder)
+    if found is None:
+        return None
+    content, hashed = found
+    try:
+        return CacheKey(**content["key"]), Plan(**content["plan"]), hashed
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f"{folder / MANIFEST} is not a manifest of this version ({error}); delete {folder} and encode again"
+        ) from error
+
+
+def manifest_text(key: CacheKey, plan: Plan) -> str:
+    """The manifest's json; equal for equal caches."""
+    return hashed_text({"key": asdict(key), "plan": asdict(plan)})
+
+
+def differences(found: CacheKey, expected: CacheKey) -> list[str]:
+    """One line per field that differs: its name, both values, what to do."""
+    lines = []
+    for name, remedy in _REMEDY.items():
+        has, needs = getattr(found, name), getattr(expected, name)
+        if has != needs and not (needs is None and name in ("variants", "dtype")):
+            lines.append(f"  {name}: the cache has {has!r}, this run needs {needs!r}; {remedy}")
+    return lines
+
+
+def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
+    """The cache in a folder, if it is complete and what this run needs; otherwise DataError."""
+    folder = Path(cache_dir)
+    found = read_manifest(folder)
+    if found is None:
+        raise DataError(f"{folder} holds no encode cache (no {MANIFEST}); make it with `diffalign encode`")
+    key, plan, _ = found
+    if lines := differences(key, expected):
+        raise DataError("\n".join([f"the encode cache {folder} is not the one this run needs:", *lines]))
+    if missing := plan.missing(folder):
+        total = len(plan.moments_shards()) + len(plan.text_shards())
+        raise DataError(
+            f"the encode cache {folder} is incomplete: {len(missing)} of {total} shards are missing "
+            f"(first: {missing[0]}); run the same `diffalign encode` again, it goes on where it stopped"
+        )
+    return PairCache(folder, key, plan)
+
+
+class PairCache:
+    """Encoded pairs by index: moments, geometry and text, without any model."""
+
+    def __init__(self, folder: Path, key: CacheKey, plan: Plan) -> None:
+        self.folder, self.key, self.plan = folder, key, plan
+        self.pairs = plan.pairs
+        self._shards = OpenShards(folder)
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        """c, h, w of the latents, where any pair could be read."""
+        shape = self._shards["moments-00000.safetensors"].get_slice("moments").get_shape()
+        return torch.Size((shape[3] // 2, *shape[4:]))
+
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
+        """One visit of a pair: latents [2 c h w], geometry [2 6], text (the null prompt's for `prompt` None).
+
+        Raises ImageError for a pair that could not be read when the cache was made.
+        """
+        moments, geometry = self.moments(index, draw)
+        latents = sample_latents(moments[None], torch.tensor([key], dtype=torch.int64))[0]
+        embeds, pooled = self.null_text() if prompt is None else self.text(index)
+        tensors = {"latents": latents, "geometry": geometry, "prompt_embeds": embeds}
+        return tensors if pooled is None else tensors | {"pooled": pooled}
+
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        """Whether the variant for this draw was mirrored."""
+        if not self.key.random_flip:
+            return False
+        return flips(pair_key(int(self.key.run_seed or 0), name, draw % int(self.key.variants or 1)))
+
+    def moments(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
+        """Moments float32 [2 2c h w] and geometry int64 [2 6] of a pair's variant for this draw."""
+        number, row = divmod(index, self.plan.pairs_per_shard)
+        shard = self._shards[f"moments-{number:05d}.safetensors"]
+        if not int(shard.get_slice("readable")[row : row + 1]):
+            problem = json.loads(shard.metadata()["unreadable"])[str(row)]
+            raise ImageError(problem["kind"], problem["reason"])
+        variant = draw % int(self.key.variants or 1)
+        return (
+            shard.get_slice("moments")[row : row + 1, variant][0].float(),
+            shard.get_slice("geometry")[row : row + 1, variant][0],
+        )
+
+    def text(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Float32 embeddings [tokens dim] of a pair's prompt and the pooled one [dim], where there is one."""
+        number, row = divmod(index, self.plan.pairs_per_shard)
+        rows = self._shards[f"moments-{number:05d}.safetensors"].get_slice("text_row")
+        return self._text_row(int(rows[row : row + 1]))
+
+    def null_text(self) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the null prompt, as `text` gives them."""
+        return self._text_row(0)
+
+    def _text_row(self, text_row: int) -> tuple[Tensor, Tensor | None]:
+        number, row = divmod(text_row, self.plan.prompts_per_shard)
+        shard = self._shards[f"text-{number:05d}.safetensors"]
+        names: Mapping[str, None] = dict.fromkeys(shard.keys())
+        pooled = shard.get_slice("pooled")[row : row + 1][0].float() if "pooled" in names else None
+        return shard.get_slice("prompt_embeds")[row : row + 1][0].float(), pooled

@@ -1,0 +1,44 @@
+"""The reference's errors, kept beside the encode cache: asked once for each pair and draw, read at every later visit.
+`record_reference.py` makes them.
+
+    CACHE/reference_errors/HASH/manifest.json                            the key that HASH is of, and pairs per shard
+    CACHE/reference_errors/HASH/errors-DRAW-00000.safetensors            e "pair side [point]" of consecutive pairs
+
+An error is a number: a pair with one point takes 8 bytes a draw. It belongs to the pair, to one of its `draws` (latent,
+t, ε, an emptied prompt), to the network and to the kernels that computed it; all of that is in the key, so what was
+made under other settings is never found. A pair that could not be read has NaN here and is never visited.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from diffalign.data.cache.latents import PairCache
+from diffalign.data.cache.shards import OpenShards
+
+
+class ReferenceErrors:
+    """Encoded pairs with the reference's errors at the visit; otherwise as the encode cache has them."""
+
+    def __init__(self, cache: PairCache, folder: Path, pairs_per_shard: int) -> None:
+        """`folder` is complete, and the visits of whoever reads it repeat after as many draws as it has."""
+        self.cache, self.folder, self.pairs_per_shard = cache, folder, pairs_per_shard
+        self._shards = OpenShards(folder)
+
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
+        """One visit of a pair as `PairCache.load` has it, with `reference` float32 "side [point]"."""
+        tensors = self.cache.load(index, key, draw, prompt)
+        number, row = divmod(index, self.pairs_per_shard)
+        kept = self._shards[shard_name(draw, number)].get_slice("e")[row : row + 1][0]
+        return {**tensors, "reference": kept}
+
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        """Whether the visit sees the pictures mirrored."""
+        return self.cache.flip(name, key, draw)
+
+
+def shard_name(draw: int, number: int) -> str:
+    """The file of one draw of the pairs of the shard with this number."""
+    return f"errors-{draw:03d}-{number:05d}.safetensors"

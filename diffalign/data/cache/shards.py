@@ -1,0 +1,179 @@
+"""Folders of safetensors shards that several processes and runs may fill at once, and read by memory map.
+
+Runs that fill one folder at the same time do not talk to each other: each takes the shards in an order of its
+own and leaves out those that have appeared, so they seldom make the same one, and then harmlessly.
+
+A shard carries its hash in its own header (`files.stamp`), and the manifest its own. Every run compares the shards it
+finds with their hashes once, when it opens the folder: a damaged one is named in the log and made again. Folders from
+before there were hashes are read with a warning; only headers and sizes show damage there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data.row import DataError
+from diffalign.io.files import EMPTY_STAMP, PARTIAL, READERS, has_stamp, room_for, stamp, stamp_fault, sync, temporary
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SHARD_BYTES = 256 << 20
+OPEN_SHARDS = 64  # memory maps held by each process
+REMEDY = "free some, or set data.cache_dir to a folder on another disk; finished shards are kept"
+ABANDONED = 6 * 3600  # seconds after which a temporary file belongs to a killed process, wherever that ran
+
+
+class OpenShards:
+    """The shards of a folder by name, the latest ones kept open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, "pt")
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}  # memory maps are opened anew in each loader worker
+
+
+def in_own_order(folder: Path, names: list[str], hashed: bool = True) -> Iterator[tuple[str, bool]]:
+    """The shards and whether each is to be made when its turn comes; those that are there and whole first.
+
+    hashed: whether all shards of this folder carry their hash. Damaged shards are removed and named in the log.
+    """
+    there = {file.name for file in folder.iterdir()}
+    whole = _whole(folder, [name for name in names if name in there], hashed)
+    yield from ((name, False) for name in names if name in whole)
+    todo = [name for name in names if name not in whole]
+    random.Random(uuid.uuid4().int).shuffle(todo)
+    yield from ((name, not (folder / name).exists()) for name in todo)
+
+
+def _whole(folder: Path, names: list[str], hashed: bool) -> set[str]:
+    """Which of some shards are as they were written. The others are removed."""
+    whole, without = set(), 0
+    with (
+        ThreadPoolExecutor(READERS) as readers,
+        tqdm(total=len(names), desc="checking shards", unit=" shards", delay=3.0, mininterval=1.0) as bar,
+    ):
+        for name, fault in zip(names, readers.map(lambda n: stamp_fault(folder / n, required=hashed), names)):
+            bar.update(1)
+            if fault is None:
+                whole.add(name)
+                without += not hashed and not has_stamp(folder / name)
+                continue
+            log.warning("%s is damaged and is made again: %s", folder / name, fault)
+            (folder / name).unlink(missing_ok=True)
+    if without:
+        log.warning(
+            "%d shards in %s carry no hashes (they are of an older version): damage may not show. Delete the folder to "
+            "have it made again",
+            *(without, folder),
+        )
+    return whole
+
+
+def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The shard appears whole, with its hash, or not at all. Raises NoSpaceError naming it and the size needed."""
+    partial = temporary(folder / name)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    try:
+        with room_for(folder / name, needed, "a shard of the cache", REMEDY):
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, partial, metadata={**metadata, "sha256": EMPTY_STAMP})
+            stamp(partial)
+            sync(partial)
+        os.replace(partial, folder / name)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_room(folder: Path, needed: int, what: str, remedy: str = "") -> None:
+    """Raises NoSpaceError where the disk of `folder` has not `needed` bytes free."""
+    with room_for(folder, needed, what, remedy or REMEDY):
+        pass
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """The manifest's json, with its hash; equal for equal contents."""
+    return json.dumps({**content, "sha256": _hash(content)}, indent=2) + "\n"
+
+
+def read_content(folder: Path) -> tuple[dict[str, Any], bool] | None:
+    """The content of a folder's manifest and whether it carries a hash, as its shards do then; None: no manifest.
+
+    Raises DataError for one that is damaged.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        content = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file} is not a manifest ({error}); delete {folder}, and it is made again") from error
+    stated = content.pop("sha256", None)
+    if stated not in (None, _hash(content)):
+        raise DataError(f"{file} is damaged (its SHA-256 differs); delete {folder}, and it is made again")
+    return content, stated is not None
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, text: str) -> None:
+    """Writes the folder's manifest unless another run was quicker; what is there afterwards is what counts."""
+    partial = temporary(folder / MANIFEST)
+    try:
+        with room_for(folder / MANIFEST, 0, "a cache's manifest", REMEDY):
+            partial.write_text(text)
+            sync(partial)
+        try:
+            os.link(partial, folder / MANIFEST)  # unlike a rename, fails when another run was quicker
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(partial, folder / MANIFEST)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left. Younger temporary files may be another run's, which is writing them."""
+    for file in [*folder.glob(f".*{PARTIAL}"), *folder.glob(".*.safetensors.*"), *folder.glob(f".{MANIFEST}.*")]:
+        try:
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
+        except FileNotFoundError:
+            continue  # that run has finished it, or swept it first
+
+
+def not_finite(values: Tensor) -> list[int]:
+    """Which entries of the first axis hold a value that is no finite number."""
+    return (~values.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()

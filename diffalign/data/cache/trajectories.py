@@ -1,0 +1,63 @@
+"""Trajectories of a frozen network, kept beside the encode cache: inverted once, looked at in every epoch and run.
+`record.py` makes them.
+
+    CACHE/trajectories/HASH/manifest.json                      the key that HASH is of, and pairs per shard
+    CACHE/trajectories/HASH/trajectory-00000.safetensors       x "pair variant side level c h w" of consecutive pairs
+
+Latents alone are stored, in float32 whatever the dtype of the encode cache: the noise of a transition is a small
+difference of two of them. The clean image of a trajectory is one draw from its moments, which no run's seed enters, so
+it is the same in every visit and every run.
+
+Left out: dropped prompts, which would need a second trajectory of every pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.data.cache.latents import PairCache
+from diffalign.data.cache.shards import OpenShards
+
+
+class Trajectories:
+    """Encoded pairs with the transitions that a visit looks at; otherwise as the encode cache has them."""
+
+    def __init__(
+        self, cache: PairCache, folder: Path, pairs_per_shard: int, levels: Tensor, visited: Callable[[Tensor], Tensor]
+    ) -> None:
+        """`levels` int64 [level] are the timesteps of the stored latents; `visited` as in `Recordable`."""
+        self.cache, self.folder, self.pairs_per_shard = cache, folder, pairs_per_shard
+        self.levels, self.visited = levels, visited
+        self._shards = OpenShards(folder)
+
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
+        """One visit of a pair as `PairCache.load` has it, with noisy, clean "side point c h w" and t, t_prev [point].
+
+        Raises ImageError for a pair that could not be read when the cache was made.
+        """
+        tensors = self.cache.load(index, key, draw, prompt)
+        number, row = divmod(index, self.pairs_per_shard)
+        stored = self._shards[shard_name(number)].get_slice("x")
+        variant = draw % int(self.cache.key.variants or 1)
+        points = self.visited(torch.tensor([key], dtype=torch.int64))[0]
+        if len(points) == len(self.levels) - 1:
+            whole = stored[row, variant]
+            clean, noisy = whole[:, :-1], whole[:, 1:]
+        else:
+            ends = torch.stack([stored[row, variant, :, k : k + 2] for k in points.tolist()], dim=1)
+            clean, noisy = ends[:, :, 0], ends[:, :, 1]
+        moves = {"clean": clean, "noisy": noisy, "t": self.levels[points + 1], "t_prev": self.levels[points]}
+        return {**tensors, "latents": stored[row, variant, :, 0], **moves}
+
+    def flip(self, name: str, key: int, draw: int) -> bool:
+        """As the encode cache has it."""
+        return self.cache.flip(name, key, draw)
+
+
+def shard_name(number: int) -> str:
+    """The file of the shard with this number."""
+    return f"trajectory-{number:05d}.safetensors"

@@ -1,0 +1,96 @@
+"""HPDv2's json: several images of one prompt with a preference (train.json) or a ranking (test.json) of them.
+
+Every ordered pair of images of an entry becomes a row, with the entry's weight, margin and mask where it has them.
+Image paths are relative to the json file or to the folder beside it that has its name (train.json and train/).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.formats.columns import ListColumns
+from diffalign.data.formats.text_files import odd, parse_json, read_text
+from diffalign.data.row import DataError
+from diffalign.data.weights import TERMS
+
+IMAGES = ("image_path", "file_path")
+NEEDED = "prompt, image_path, and human_preference (1 = preferred) or rank (1 = best)"
+
+
+def open_json(file: Path) -> ListColumns:
+    """A json list: HPDv2 entries, or plain rows with the columns of any other format. Raises DataError."""
+    try:
+        entries = parse_json(read_text(file))
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); one object per line belongs into a .jsonl") from error
+    if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{file} must be a non-empty list of objects ({NEEDED})")
+    ranked = any(isinstance(entry.get(name), list) for entry in entries if isinstance(entry, dict) for name in IMAGES)
+    rows: list[dict[str, Any]] = []
+    wheres, faults = [], {}
+    for number, entry in enumerate(entries):
+        where = f"{file.name} entry {number}"
+        fault = _fault(entry, ranked)
+        if fault or not ranked:
+            if fault:
+                faults[len(rows)] = fault
+            rows.append({} if fault else entry)
+            wheres.append(where)
+            continue
+        for first, second in combinations(range(len(_paths(entry))), 2):
+            rows.append(_row(entry, first, second, file))
+            wheres.append(f"{where} images {first}, {second}")
+    return ListColumns(rows, wheres, storage=file.name, base=file.parent, faults=faults)
+
+
+def _paths(entry: dict[str, Any]) -> Any:
+    return next((entry[name] for name in IMAGES if name in entry), [])
+
+
+def _fault(entry: Any, ranked: bool) -> str | None:
+    if not isinstance(entry, dict):
+        return f"a JSON {type(entry).__name__}; write an object"
+    if not ranked:
+        return None
+    order = entry.get("human_preference", entry.get("rank"))
+    if "prompt" not in entry or not isinstance(order, list):
+        return f"has the fields {sorted(entry)}; needed are {NEEDED}"
+    paths = _paths(entry)
+    if not isinstance(paths, list):
+        return f"its image paths are {paths!r:.60}; needed are {NEEDED}"
+    if len(paths) != len(order) or len(paths) < 2:
+        return f"{len(paths)} image paths for {len(order)} preferences; each image needs one, and two images at least"
+    return None
+
+
+def _row(entry: dict[str, Any], first: int, second: int, file: Path) -> dict[str, Any]:
+    paths = _paths(entry)
+    row = {
+        "prompt": entry["prompt"],
+        "image_0": _beside(paths[first], file),
+        "image_1": _beside(paths[second], file),
+        **{part: entry[part] for part in TERMS if part in entry},
+    }
+    if "human_preference" in entry:
+        a, b = entry["human_preference"][first], entry["human_preference"][second]
+    else:
+        a, b = entry["rank"][second], entry["rank"][first]  # rank 1 is the best
+    if all(isinstance(x, int) or (isinstance(x, float) and math.isfinite(x)) for x in (a, b)):
+        label = 0.5 if a == b else float(a > b)
+        return row | {"label_0": label, "label_1": 1 - label}
+    return row | {"label_0": a, "label_1": b}
+
+
+def _beside(path: Any, file: Path) -> Any:
+    """A path as written, or below the folder that has the name of the json where only that is there."""
+    if not isinstance(path, str) or odd(path):
+        return path  # its row is dropped, with the reason
+    in_folder = f"{file.stem}/{path}"
+    there = [os.path.exists(file.parent / each) for each in (path, in_folder)]
+    return in_folder if there == [False, True] else path

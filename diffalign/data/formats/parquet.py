@@ -1,0 +1,214 @@
+"""Parquet shards, read row group by row group.
+
+Parquet has no access to single rows: reading one reads its row group, and training visits rows in random order.
+Small groups are read directly and the last ones kept; files with large groups are laid out once as Arrow files in
+the Hugging Face cache instead, which gives single rows by memory map at the price of a second copy on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.data.cells import Absent
+from diffalign.data.formats.columns import Columns
+from diffalign.data.row import DataError, stand_in
+
+log = logging.getLogger(__name__)
+
+SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs about as much as decoding the pair
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
+KEPT_BYTES = 128 << 20  # bytes of row groups kept in memory by each process
+
+
+class ParquetColumns:
+    """Rows of several parquet files of one schema, in file order."""
+
+    in_memory = False
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.storage = f"{len(files)} parquet file" + "s" * (len(files) > 1)
+        self._starts: list[int] = []  # first row of each row group
+        self._groups: list[tuple[int, int, int]] = []  # (file, row group in it, its first row in the file)
+        self.rows, self.bytes = 0, 0
+        self.surplus = 0  # bytes of a row group beside one row of it, at most
+        self.row_bytes = 0  # of a row in that group
+        schema: pa.Schema | None = None
+        for number, file in enumerate(self.files):
+            metadata = _metadata(file)
+            found = metadata.schema.to_arrow_schema()
+            if schema is not None and found.names != schema.names:
+                raise DataError(
+                    f"{file} has the columns {found.names}, but {files[0]} has {schema.names}; "
+                    "give the folder of one data set at a time"
+                )
+            if len(set(found.names)) < len(found.names):
+                raise DataError(f"{file} has a column twice: {found.names}; give each a name of its own")
+            schema = found
+            in_file = 0
+            for group in range(metadata.num_row_groups):
+                self._starts.append(self.rows + in_file)
+                self._groups.append((number, group, in_file))
+                rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).total_byte_size
+                in_file += rows
+                self.bytes += size
+                row_bytes = size // max(1, rows)
+                if size - row_bytes > self.surplus:
+                    self.surplus, self.row_bytes = size - row_bytes, row_bytes
+            self.rows += in_file
+        self.names = tuple(schema.names) if schema is not None else ()
+        self._kept: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._kept_bytes = 0
+        self._footer: tuple[int, pq.FileMetaData] | None = None  # of the file read last
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def column(self, name: str) -> list[Any]:
+        values: list[Any] = []
+        for file in self.files:
+            with pq.ParquetFile(file, memory_map=True) as opened:
+                try:
+                    table = opened.read(columns=[name], use_threads=False)
+                except _UNREADABLE as error:
+                    raise _damage(opened, file, [name], error) from error
+                values += plain(table[name])
+        return values
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        group = bisect_right(self._starts, row) - 1
+        table = self._table(group, tuple(names))
+        place = row - self._starts[group]
+        return [plain(table[name].slice(place, 1))[0] for name in names]
+
+    def _table(self, group: int, names: tuple[str, ...]) -> pa.Table:
+        key = (group, names)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        number, in_file, _ = self._groups[group]
+        if self._footer is None or self._footer[0] != number:
+            self._footer = number, _metadata(self.files[number])
+        # The file is opened anew: open handles do not survive a fork into loader workers, and neither does pyarrow's
+        # thread pool. What takes long about it is parsing the footer, and that does survive.
+        with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer[1]) as file:
+            table = _read_group(file, self.files[number], in_file, list(names))
+        self._kept[key] = table
+        self._kept_bytes += table.nbytes
+        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        return table
+
+    def read_all(self) -> None:
+        """Read everything once. Raises DataError for a row group that is damaged."""
+        for file in self.files:
+            with pq.ParquetFile(file, memory_map=True) as opened:
+                for group in range(opened.num_row_groups):
+                    _read_group(opened, file, group, opened.schema_arrow.names)
+
+    def where(self, row: int) -> str:
+        group = bisect_right(self._starts, row) - 1
+        number, _, first = self._groups[group]
+        return f"{self.files[number].name} row {row - self._starts[group] + first}"
+
+    def fault(self, row: int) -> str | None:
+        return None
+
+    def base(self, row: int) -> Path | None:
+        return self.files[self._groups[bisect_right(self._starts, row) - 1][0]].parent
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": OrderedDict(), "_kept_bytes": 0, "_footer": None}
+
+
+def open_parquet(files: Sequence[Path]) -> Columns:
+    """The rows of the files, by whichever route gives single rows quickly."""
+    direct = ParquetColumns(files)
+    if direct.surplus <= SURPLUS:
+        return direct
+    from datasets.exceptions import DatasetGenerationError
+
+    from diffalign.data.formats.arrow import ArrowColumns, arrow_builder, free_bytes, laid_out, lay_out
+
+    builder = arrow_builder(files)
+    if not laid_out(builder):
+        each = f"a row is read with up to {direct.surplus >> 20} MB of its row group"
+        hint = f"write parquet with row_group_size={1 + SURPLUS // max(1, direct.row_bytes)} to avoid both"
+        if free_bytes(builder) < 1.1 * direct.bytes:
+            log.warning(
+                "%s, which is slow, and the disk of %s has no room for the %.1f GB of an Arrow copy; HF_DATASETS_CACHE "
+                "names another place, or %s",
+                *(each, builder.cache_dir, direct.bytes / 2**30, hint),
+            )
+            return direct
+        log.warning(
+            "%s: laying the rows out once as Arrow files in %s (%.1f GB; HF_DATASETS_CACHE moves it; %s)",
+            *(each, builder.cache_dir, direct.bytes / 2**30, hint),
+        )
+    try:
+        rows = lay_out(builder)
+    except DatasetGenerationError as error:
+        direct.read_all()  # names the file and row group, where one is damaged
+        raise DataError(
+            f"{direct.storage} cannot be laid out as Arrow files in {builder.cache_dir} ({error.__cause__ or error}); "
+            "free some space, or name another place by HF_DATASETS_CACHE"
+        ) from error
+    return ArrowColumns(rows, storage=direct.storage, where=direct.where, files=direct.files)
+
+
+def plain(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column; text that is not UTF-8 (Parquet does not check) has lone surrogates for its bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+        return Absent("a text in it is not UTF-8; write UTF-8")
+
+
+def _read_group(opened: pq.ParquetFile, file: Path, group: int, names: list[str]) -> pa.Table:
+    """A row group. Raises DataError for one that is damaged."""
+    try:
+        return opened.read_row_group(group, columns=names, use_threads=False)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{file}: row group {group} of {opened.num_row_groups} is damaged ({reason}); download the file again"
+        ) from error
+
+
+def _damage(opened: pq.ParquetFile, file: Path, names: list[str], error: Exception) -> DataError:
+    """The error for a file that does not read, with the row group where it can be found."""
+    try:
+        for group in range(opened.num_row_groups):
+            _read_group(opened, file, group, names)
+    except DataError as found:
+        return found
+    return DataError(f"{file}: {names} cannot be read ({error}); download the file again")
+
+
+def _metadata(file: Path) -> pq.FileMetaData:
+    try:
+        metadata = pq.read_metadata(file)
+        metadata.schema.to_arrow_schema()
+        return metadata
+    except _UNREADABLE as error:
+        with open(file, "rb") as opened:
+            if (instead := stand_in(opened.read(64))) is not None:
+                raise DataError(f"{file}: {instead}") from error
+        raise DataError(f"{file} is not a readable parquet file ({error}); download it again") from error

@@ -1,0 +1,61 @@
+"""Preference columns (`prompt`, `chosen`, `rejected`): the first image is the chosen one, by name."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.formats.pickapic import PROMPT, USER, Layout
+from diffalign.data.weights import TERMS
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", *(name for name in PROMPT if name != "prompt")),
+    "chosen": ("chosen", "chosen_image", "image_chosen", "chosen_path"),
+    "rejected": ("rejected", "rejected_image", "image_rejected", "rejected_path"),
+    "uid": ("uid", "pair_id"),
+    "chosen_score": ("chosen_score", "score_chosen"),
+    "rejected_score": ("rejected_score", "score_rejected"),
+    **{part: (part,) for part in TERMS},
+    **USER,
+}
+PAIRS_PER_GROUP = 16  # rows of a parquet row group, which is what reading one row costs
+OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *TERMS, *USER})
+
+
+def layout(found: Mapping[str, str]) -> Layout:
+    """The layout for the columns `found` for each part (part -> column)."""
+    scored = "chosen_score" in found and "rejected_score" in found
+    return Layout(
+        "preference",
+        found["prompt"],
+        (found["chosen"], found["rejected"]),
+        uids=(found["uid"],) if "uid" in found else (),
+        scores=(found["chosen_score"], found["rejected_score"]) if scored else None,
+        terms={part: found[part] for part in TERMS if part in found},
+        user=found.get("user"),
+        user_embed=found.get("user_embed"),
+    )
+
+
+def write_preferences(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows of prompt, chosen and rejected (encoded images) and chosen_score and rejected_score as parquet.
+
+    A few rows are in memory at a time; the file appears whole or not at all.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"prompt": pa.string(), "chosen": pa.binary(), "rejected": pa.binary()}
+    schema = pa.schema({**columns, "chosen_score": pa.float64(), "rejected_score": pa.float64()})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial, rest = file.with_name(f".{file.name}.{uuid.uuid4().hex}"), iter(rows)
+    try:
+        with pq.ParquetWriter(partial, schema) as writer:
+            while group := list(islice(rest, PAIRS_PER_GROUP)):
+                writer.write_table(pa.Table.from_pylist([dict(row) for row in group], schema))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,272 @@
+"""Writing an encode cache: shard by shard, resumable, by any number of processes and of runs at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffalign.data.cache.latents import (
+    DTYPES,
+    CacheKey,
+    Plan,
+    cache_key,
+    differences,
+    manifest_text,
+    read_manifest,
+)
+from diffalign.data.cache.shards import (
+    MANIFEST,
+    SHARD_BYTES,
+    in_own_order,
+    not_finite,
+    require_room,
+    sweep,
+    write_manifest,
+    write_shard,
+)
+from diffalign.data.encoder import Encoder
+from diffalign.data.finite import OVERFLOW
+from diffalign.data.loader.dataset import NULL_PROMPT, leave_signals_to_parent
+from diffalign.data.row import DataError, ImageError, Problem
+from diffalign.data.table.pairs import PairTable
+from diffalign.data.transforms import prepare_pair
+from diffalign.engine.random import pair_key
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call of `encode_cache` did."""
+
+    folder: Path
+    key: CacheKey
+    shards_written: int
+    shards_kept: int  # finished by an earlier, interrupted call or meanwhile by another run
+    shards_missing: int  # still to be written by other processes
+    problems: tuple[Problem, ...]  # pairs that could not be read; training substitutes them
+
+
+def encode_cache(
+    table: PairTable,
+    encoder: Encoder,
+    cache_dir: str | Path,
+    *,
+    resolution: int,
+    center_crop: bool = True,
+    random_flip: bool = False,
+    variants: int = 1,
+    run_seed: int = 0,
+    dtype: str = "float32",
+    batch_size: int = 4,
+    num_workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    process: int = 0,
+    processes: int = 1,
+) -> Encoded:
+    """Encode every usable pair and every unique prompt, and the null prompt.
+
+    variants: random crops and flips stored per pair; variant v is what online training with `run_seed` sees
+        at its visit v.
+    batch_size: pairs per VAE call. process, processes: this process writes shards process::processes.
+
+    Call it again after an interruption: finished shards are kept, and damaged ones are made again. Raises DataError
+    when the folder holds a cache of something else, and for a pair or prompt whose values are not finite, by name;
+    NoSpaceError when the disk has no room for what is missing.
+    """
+    key = cache_key(
+        table,
+        encoder.fingerprint,
+        resolution=resolution,
+        center_crop=center_crop,
+        random_flip=random_flip,
+        run_seed=run_seed,
+        variants=variants,
+        dtype=dtype,
+    )
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
+    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
+    sweep(folder)
+    require_room(folder, plan.missing_bytes(folder), "the encode cache")
+    problems: dict[int, Problem] = {}  # by index of the pair
+    written = 0
+
+    names = plan.text_shards()[process::processes]
+    with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
+        for name, missing in in_own_order(folder, names, hashed):
+            if missing:
+                part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
+                write_shard(folder, name, _encode_text(encoder, part, DTYPES[dtype], batch_size), {})
+                written += 1
+            bar.update(1)
+
+    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    names = plan.moments_shards()[process::processes]
+    total = sum(len(_range(name, plan)) for name in names)
+    with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
+        for name, missing in in_own_order(folder, names, hashed):
+            indices = _range(name, plan)
+            if not missing:
+                bar.update(len(indices))
+                continue
+            job = _Pixels(table, indices, key, run_seed)
+            tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
+            tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
+            write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)} if unreadable else {})
+            for row, each in unreadable.items():
+                index = indices[int(row)]
+                problems[index] = Problem(table.where(index), each["kind"], each["reason"])
+            written += 1
+    kept = len(plan.text_shards()[process::processes]) + len(names) - written
+    found = tuple(problem for _, problem in sorted(problems.items()))
+    return Encoded(folder, key, written, kept, len(plan.missing(folder)), found)
+
+
+def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan, bool]:
+    """The plan of the cache that is begun here, or a new one that is then written; and whether shards have hashes."""
+    leftovers = sorted(folder.glob("*.safetensors"))  # looked for first: another run may be just beginning
+    if read_manifest(folder) is None:
+        if leftovers:
+            raise DataError(f"{folder} holds {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache")
+        write_manifest(folder, manifest_text(key, make()))
+    found = read_manifest(folder)
+    if found is None:
+        raise DataError(f"{folder / MANIFEST} was removed while the cache was being begun; encode again")
+    if lines := differences(found[0], key):
+        head = f"{folder} holds an encode cache of something else; delete it or name another folder:"
+        raise DataError("\n".join([head, *lines]))
+    return found[1], found[2]
+
+
+def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Plan:
+    """Shard sizes, from the encoder's answer to one blank image and the null prompt."""
+    width = torch.finfo(DTYPES[str(key.dtype)]).bits // 8
+    with torch.no_grad():
+        moments = encoder.moments(torch.zeros(1, 3, key.resolution, key.resolution))
+        text = encoder.prompts([NULL_PROMPT])
+    pair_bytes = 2 * moments.numel() * int(key.variants or 1) * width
+    text_bytes = (text.prompt_embeds.numel() + (0 if text.pooled is None else text.pooled.numel())) * width
+    return Plan(
+        key.pairs,
+        max(1, shard_bytes // max(1, pair_bytes)),
+        prompts,
+        max(1, shard_bytes // max(1, text_bytes)),
+        pair_bytes,
+        text_bytes,
+    )
+
+
+def _range(name: str, plan: Plan) -> range:
+    first = int(name[8:13]) * plan.pairs_per_shard
+    return range(first, min(first + plan.pairs_per_shard, plan.pairs))
+
+
+class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
+    """All variants of the pairs of one shard: pixels and geometry, or why the pair cannot be read."""
+
+    def __init__(self, table: PairTable, indices: range, key: CacheKey, run_seed: int) -> None:
+        self.table, self.indices, self.key, self.run_seed = table, indices, key, run_seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor] | dict[str, str]:
+        index = self.indices[place]
+        sides = []
+        try:
+            row = self.table[index]
+            for variant in range(int(self.key.variants or 1)):
+                pixels_and_geometry = prepare_pair(
+                    row,
+                    self.key.resolution,
+                    key=pair_key(self.run_seed, row.id, variant),
+                    center_crop=self.key.center_crop,
+                    random_flip=self.key.random_flip,
+                )
+                sides.append(pixels_and_geometry)
+        except ImageError as error:
+            return {"kind": error.kind, "reason": str(error)}
+        return torch.stack([pixels for pixels, _ in sides]), torch.stack([geometry for _, geometry in sides])
+
+
+def _encode_pixels(
+    encoder: Encoder,
+    job: _Pixels,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_workers: int,
+    progress: Callable[[int], object],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors)."""
+    loader = DataLoader(
+        job,
+        batch_size,
+        collate_fn=list,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),
+    )
+    unreadable: dict[str, dict[str, str]] = {}
+    moments: Tensor | None = None
+    variants = int(job.key.variants or 1)
+    geometry = torch.zeros(len(job), variants, 2, 6, dtype=torch.int64)
+    readable = torch.zeros(len(job), dtype=torch.uint8)
+    place = 0
+    for batch in loader:
+        good = [i for i, each in enumerate(batch) if not isinstance(each, dict)]
+        unreadable |= {str(place + i): each for i, each in enumerate(batch) if isinstance(each, dict)}
+        if good:
+            pixels = torch.stack([batch[i][0] for i in good])  # "pair variant side 3 H W"
+            with torch.no_grad():
+                exact = encoder.moments(pixels.flatten(0, 2)).to("cpu")
+            encoded = exact.to(dtype)
+            for i in not_finite(encoded.unflatten(0, (len(good), -1)))[:1]:
+                index = job.indices[place + good[i]]
+                name = f"pair {job.table.ids[index]} ({job.table.where(index)})"
+                raise _no_number("latents", name, bool(exact.isfinite().all()), dtype)
+            if moments is None:
+                moments = torch.zeros(len(job), variants, 2, *encoded.shape[1:], dtype=dtype)
+            at = torch.tensor(good) + place
+            moments[at] = encoded.unflatten(0, (len(good), variants, 2))
+            geometry[at] = torch.stack([batch[i][1] for i in good])
+            readable[at] = 1
+        place += len(batch)
+        progress(len(batch))
+    stored = torch.zeros(len(job), variants, 2, 1, 1, 1, dtype=dtype) if moments is None else moments
+    return {"moments": stored, "geometry": geometry, "readable": readable}, unreadable
+
+
+def _encode_text(encoder: Encoder, prompts: list[str], dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
+    """Tensors of one text shard."""
+    embeds, pooled = [], []
+    for first in range(0, len(prompts), batch_size):
+        with torch.no_grad():
+            text = encoder.prompts(prompts[first : first + batch_size])
+        parts = [text.prompt_embeds] if text.pooled is None else [text.prompt_embeds, text.pooled]
+        for part, into in zip(parts, (embeds, pooled)):
+            into.append(part.to("cpu", dtype))
+            for i in not_finite(into[-1])[:1]:
+                raise _no_number(
+                    "embeddings", f"the prompt {prompts[first + i]!r}", bool(part[i].isfinite().all()), dtype
+                )
+    tensors = {"prompt_embeds": torch.cat(embeds)}
+    return tensors | {"pooled": torch.cat(pooled)} if pooled else tensors
+
+
+def _no_number(what: str, whose: str, fits: bool, dtype: torch.dtype) -> DataError:
+    """The error for values that must not enter the cache; `fits`: they were finite before they became `dtype`."""
+    kind = str(dtype).removeprefix("torch.")
+    if fits:
+        return DataError(
+            f"the {what} of {whose} are beyond the range of cache_dtype {kind}: set data.cache_dtype to bfloat16 or "
+            "float32"
+        )
+    remedy = OVERFLOW if what == "latents" else "Give another base, or its text encoders' weights anew"
+    return DataError(f"the {what} of {whose} are not finite and do not enter the cache. {remedy}")

@@ -1,0 +1,112 @@
+"""What examining a large data set found, remembered: rows are looked at once, not at every start.
+
+A note lies in the user's cache folder under the storage's paths, sizes and times of change, the settings that the data
+were opened with, and this version. When any of these is another, the rows are examined anew. Only storages that hold
+their images themselves have notes (parquet, Arrow, tar): files that rows name could change without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from array import array
+from contextlib import suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign import __version__
+from diffalign.data.formats.columns import Columns
+from diffalign.data.row import Problem
+from diffalign.data.table.file_hash import files_state, remembered
+from diffalign.io.files import EMPTY_STAMP, stamp, stamp_fault
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3
+FROM_ROWS = 10_000  # below, looking takes a second or two
+_TEXTS = ("problems", "ids", "prompts", "names_files", "negative_masks", "examined_rows")
+_TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array codes
+
+
+def remembered_at(stored: Columns, settings: dict[str, Any]) -> Path | None:
+    """Where the note on some rows opened with some settings is or will be; None for rows that have none."""
+    if len(stored) < FROM_ROWS or not stored.files:
+        return None
+    state = files_state(stored.files)
+    if state is None:
+        return None
+    facts = json.dumps([FORMAT_VERSION, __version__, state, len(stored), settings], sort_keys=True)
+    return remembered("tables") / f"{hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def remember(note: Path, index: dict[str, Any]) -> None:
+    """Writes `PairTable.index`; where that fails the next start looks again, and a warning says so."""
+    texts = {name: index[name] for name in _TEXTS}
+    texts["problems"] = [astuple(problem) for problem in index["problems"]]
+    unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(index["prompts"]))}
+    texts["prompts"] = list(unique)
+    tensors = {
+        "texts": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
+        "prompt_of": torch.tensor([unique[prompt] for prompt in index["prompts"]], dtype=torch.int64),
+        "_first": torch.tensor(list(index["_first"]), dtype=torch.uint8),
+        "_ties": torch.tensor(list(index["_ties"]), dtype=torch.uint8),
+        "_sizes": _tensor(index["_sizes"]),
+        "_rows": _tensor(index["_rows"]),
+        **{f"numbers.{part}": _tensor(values) for part, values in index["numbers"].items()},
+    }
+    if index["_scores"] is not None:
+        tensors["_scores"] = torch.tensor(index["_scores"], dtype=torch.float64).reshape(-1, 2)
+    partial = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"sha256": EMPTY_STAMP})
+        stamp(partial)
+        os.replace(partial, note)
+    except (OSError, SafetensorError) as error:
+        log.warning("what was found in the data cannot be remembered, so every start looks again (%s)", error)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def recall(note: Path) -> dict[str, Any] | None:
+    """The index that was written, or None where there is no whole one."""
+    try:
+        if stamp_fault(note) is not None:
+            return None
+        with safe_open(note, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        texts = json.loads(bytes(tensors["texts"].numpy()))
+        prompts = texts["prompts"]
+        scores = tensors.get("_scores")
+        return {
+            **texts,
+            "problems": [Problem(*problem) for problem in texts["problems"]],
+            "prompts": [prompts[place] for place in tensors["prompt_of"].tolist()],
+            "_first": bytearray(tensors["_first"].numpy()),
+            "_ties": bytearray(tensors["_ties"].numpy()),
+            "_sizes": _array("i", tensors["_sizes"]),
+            "_rows": _array("q", tensors["_rows"]),
+            "_scores": None if scores is None else [(one, two) for one, two in scores.tolist()],
+            "numbers": {
+                name.partition(".")[2]: _array("d", x) for name, x in tensors.items() if name.startswith("numbers.")
+            },
+        }
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError):
+        return None
+
+
+def _tensor(values: array[Any]) -> Tensor:
+    return torch.tensor(values.tolist(), dtype=_TYPES[values.typecode])
+
+
+def _array(code: str, values: Tensor) -> array[Any]:
+    return array(code, values.numpy().tobytes())

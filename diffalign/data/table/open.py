@@ -1,0 +1,235 @@
+"""`open_pairs`: from a path or Hub id to usable pairs, whatever the format.
+
+Storage (parquet, saved data set, Hub, listing, json, tar, folder) and column layout (Pick-a-Pic or preference)
+are found separately, so every layout works in every storage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffalign.data.formats import pickapic, preference, two_prompts
+from diffalign.data.formats.columns import Columns
+from diffalign.data.formats.hpdv2 import open_json
+from diffalign.data.formats.image_folder import is_pair_folder, open_folder
+from diffalign.data.formats.listing import SUFFIXES, open_listing
+from diffalign.data.formats.parquet import open_parquet
+from diffalign.data.formats.pickapic import Layout
+from diffalign.data.formats.splits import has_no_splits, of_split
+from diffalign.data.formats.webdataset import open_shards
+from diffalign.data.row import DataError
+from diffalign.data.table.index_cache import recall, remember, remembered_at
+from diffalign.data.table.pairs import PairTable, Verify
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("auto", "pickapic", "preference", two_prompts.FORMAT)
+_LAYOUTS = {"pickapic": pickapic, "preference": preference}
+_PARTS = {**_LAYOUTS, two_prompts.FORMAT: two_prompts}
+_STORED = (".parquet", *SUFFIXES, ".json", ".tar")  # endings of files with rows
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def open_pairs(
+    path: str | Path | Columns,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    keep_ties: bool = False,
+    max_pairs: int | None = None,
+    invert_preference: bool = False,
+    columns: Mapping[str, str] | None = None,
+    verify: Verify = "header",
+) -> PairTable:
+    """The usable pairs of a file, a folder or a Hub data set; `.problems` names every other row.
+
+    path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
+        rejected/ images, or written by `save_to_disk`; a Hub id; or rows that are open already (`object_columns`).
+    format: the column layout, "pickapic", "preference" or "two_prompts"; "auto" takes the one whose columns are there.
+    split: for data sets and parquet folders that have splits.
+    keep_ties: keep rows labelled 0.5/0.5 (`PairRow.tie`); without score columns the labels become the scores.
+    max_pairs: stop after this many usable pairs.
+    invert_preference: swap chosen and rejected.
+    columns: part -> column for data with other names, e.g. {"prompt": "text", "chosen": "winner"}; an optional part
+        with an empty name is left out although the data have its column, e.g. {"weight": ""}.
+    verify: "none" opens no image, "header" reads type and size of each, "full" decodes each.
+
+    Raises DataError when the file or folder as a whole cannot be read as pairs.
+    """
+    if verify not in ("none", "header", "full"):
+        raise DataError(f"verify={verify!r}; allowed are 'none', 'header' and 'full'")
+    stored = open_columns(path, split) if isinstance(path, str | Path) else path
+    stored, layout = find_layout(stored, format, columns or {})
+    table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
+    flags = [keep_ties, invert_preference, verify, max_pairs]
+    names = [format, split, sorted((columns or {}).items()), repr(layout)]
+    note = remembered_at(stored, {"flags": flags, "names": names})
+    found = None if note is None else recall(note)
+    if found is None:
+        table.examine(verify, max_pairs)
+        if note is not None and not table.names_files:
+            remember(note, table.index())
+    else:
+        table.take_index(found)
+        log.info("%s: rows examined earlier, as noted in %s", stored.storage, note)
+    return table
+
+
+def open_columns(path: str | Path, split: str = "train") -> Columns:
+    """The stored rows behind a path or Hub id, whatever their columns. Raises DataError."""
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:  # ~NAME of somebody who is not there
+        raise DataError(f"{path}: {error}; write the folder out") from error
+    if place.is_file():
+        has_no_splits(place, split)
+        return _open_file(place)
+    if place.is_dir():
+        return _open_folder(place, split)
+    text = str(path)
+    if text.startswith((".", "/", "~")) or place.suffix or not _HUB_ID.fullmatch(text):
+        near = difflib.get_close_matches(place.name, _listed(place.parent), n=1)
+        hint = f"; did you mean {place.parent / near[0]}?" if near else ""
+        raise DataError(f"there is no file or folder {path}{hint}")
+    from diffalign.data.formats.arrow import open_hub
+
+    return open_hub(text, split)
+
+
+def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tuple[Columns, Layout]:
+    """The layout whose columns are all there, and the rows as it sees them (rows with two prompts are two).
+
+    Raises DataError with the nearest names when none is.
+    """
+    if format not in FORMATS:
+        raise DataError(f"format={format!r}; allowed are {', '.join(FORMATS)}")
+    wanted = [format] if format != "auto" else list(_PARTS)
+    known = {part for name in wanted for part in _PARTS[name].PARTS}
+    for part, column in columns.items():
+        if part not in known:
+            raise DataError(f"columns names the part {part!r}; the parts are {', '.join(sorted(known))}")
+        if not column and any(part in _PARTS[name].OPTIONAL for name in wanted):
+            continue
+        if column not in stored.names:
+            raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
+    missing: dict[str, list[str]] = {}
+    fitting: dict[str, dict[str, str]] = {}
+    for name in wanted:
+        parts = _PARTS[name].PARTS
+        found = {part: column for part, column in columns.items() if part in parts}
+        for part, names in parts.items():
+            present = next((each for each in names if each in stored.names), None)
+            if part not in found and present is not None:
+                found[part] = present
+        found = {part: column for part, column in found.items() if column}
+        missing[name] = [part for part in parts if part not in found and part not in _PARTS[name].OPTIONAL]
+        if not missing[name]:
+            fitting[name] = found
+    meant = {name: found for name, found in fitting.items() if columns.keys() <= _PARTS[name].PARTS.keys()}
+    if len(meant) > 1:
+        raise _several(stored, meant)
+    for name, found in (meant or fitting).items():
+        _say_choices(stored, found, _PARTS[name].PARTS, columns)
+        if name == two_prompts.FORMAT:
+            rows = two_prompts.TwoPrompts(stored, found)
+            return rows, rows.layout
+        return stored, _LAYOUTS[name].layout(found)
+    lines = [f"{stored.storage} {_has(stored)}; no known layout fits:"]
+    for name in sorted(wanted, key=lambda each: len(missing[each])):
+        for part in missing[name]:
+            names = _PARTS[name].PARTS[part]
+            lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
+    lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
+    raise DataError("\n".join(lines))
+
+
+class SeveralFormatsError(DataError):
+    """Rows have the columns of several formats, and none was asked for."""
+
+
+def _several(stored: Columns, meant: Mapping[str, Mapping[str, str]]) -> SeveralFormatsError:
+    """The error for rows that have the columns of several formats."""
+    lines = [f"{stored.storage} has the columns of several formats:"]
+    for name, found in meant.items():
+        needed = [column for part, column in found.items() if part not in _PARTS[name].OPTIONAL]
+        lines.append(f"  {name}: {', '.join(needed)}")
+    lines.append(f"say which is meant: data.format: {next(iter(meant))} in a config, --format on the command line")
+    return SeveralFormatsError("\n".join(lines))
+
+
+def _say_choices(
+    stored: Columns, found: Mapping[str, str], parts: Mapping[str, Sequence[str]], named: Mapping[str, str]
+) -> None:
+    """Warn where a part could have been another column."""
+    for part, column in found.items():
+        others = [name for name in parts[part] if name in stored.names and name not in found.values()]
+        if others and part not in named:
+            log.warning(
+                "%s: %s is read from the column %s, not from %s; data.columns: {%s: %s} reads that one",
+                *(stored.storage, part, column, " or ".join(others), part, others[0]),
+            )
+
+
+def _has(stored: Columns) -> str:
+    return f"has the columns {', '.join(stored.names) or '(none)'}"
+
+
+def _near(name: str, stored: Columns) -> str:
+    near = difflib.get_close_matches(name, stored.names, n=1)
+    return f"; nearest here: {near[0]!r}" if near else ""
+
+
+def _open_file(file: Path) -> Columns:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return open_parquet([file])
+    if suffix in SUFFIXES:
+        return open_listing(file)
+    if suffix == ".json":
+        return open_json(file)
+    if suffix == ".tar":
+        return open_shards([file])
+    known = ", ".join(_STORED)
+    raise DataError(f"{file} ends in {file.suffix or 'nothing'}; pairs are read from {known} files and folders")
+
+
+def _open_folder(folder: Path, split: str) -> Columns:
+    if is_pair_folder(folder):
+        has_no_splits(folder, split)
+        return open_folder(folder)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        from diffalign.data.formats.arrow import open_saved
+
+        return open_saved(folder, split)
+    below = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _STORED and file.is_file())
+    below = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    kinds = {kind: [file for file in below if file.suffix.lower() == kind] for kind in (".parquet", ".tar")}
+    kinds[""] = [file for file in below if file.parent == folder and file not in (*kinds[".parquet"], *kinds[".tar"])]
+    there = [kind for kind, files in kinds.items() if files]
+    if len(there) > 1:
+        others = [file.name for kind in there[1:] for file in kinds[kind]]
+        log.warning("%s: only its %s files are read; left out: %s", folder, there[0], others[:8])
+    if there:
+        files = kinds[there[0]]
+        if there[0] == "":
+            return _open_file(_of_one_split(files, folder, split))
+        return (open_parquet if there[0] == ".parquet" else open_shards)(of_split(files, folder, split))
+    raise DataError(
+        f"{folder} holds {_listed(folder)[:8] or 'nothing'}; a folder of pairs has chosen/ and rejected/, "
+        "parquet or tar shards, one listing (jsonl, csv, json), or is a data set saved by save_to_disk"
+    )
+
+
+def _of_one_split(files: Sequence[Path], folder: Path, split: str) -> Path:
+    found = of_split(files, folder, split)
+    if len(found) > 1:
+        raise DataError(f"{folder} holds several listings, {[file.name for file in found]}; name one of them")
+    return found[0]
+
+
+def _listed(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,236 @@
+"""What `diffalign data check PATH` says: how many pairs are usable, why the others are not, sizes, a sample."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from diffalign.data.formats.two_prompts import FORMAT
+from diffalign.data.row import ImageError, Problem
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.pairs import PairTable, Verify
+from diffalign.data.table.score_aggregation import Aggregate, Axis, use_axes
+from diffalign.data.transforms import EXTREME
+from diffalign.errors import printable
+
+NAMED = 5  # rows named per kind of problem in the text; the json has all
+CELL, CAPTION = 256, 48  # pixels of one picture and of the prompt below it on the contact sheet
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings about one data set. `text()` is for people, `json()` for programs."""
+
+    path: str
+    format: str
+    storage: str
+    verify: str
+    total_rows: int
+    examined_rows: int
+    usable: int
+    ties: int  # kept ties; dropped ones are among the problems
+    problems: tuple[Problem, ...]
+    shorter_sides: tuple[int, ...]  # pixels, of each image of a usable pair; empty with verify="none"
+    size_range: tuple[str, str, str] | None  # "WxH" of the smallest, median and largest image by area
+    extreme: tuple[tuple[str, str], ...]  # row and "WxH" of pairs with an image more than EXTREME times as long as wide
+    resolution: int | None
+    prompt_lengths: tuple[int, int, int] | None  # characters: min, median, max
+    unique_prompts: int
+    most_repeated: tuple[str, int] | None  # a prompt and its number of pairs
+    table: PairTable
+
+    @property
+    def by_kind(self) -> dict[str, list[Problem]]:
+        """Problems by kind, most frequent kind first."""
+        kinds = Counter(problem.kind for problem in self.problems)
+        return {kind: [each for each in self.problems if each.kind == kind] for kind, _ in kinds.most_common()}
+
+    @property
+    def smaller(self) -> int | None:
+        """Images whose shorter side is below the resolution and will be enlarged."""
+        return None if self.resolution is None else sum(s < self.resolution for s in self.shorter_sides)
+
+    def json(self) -> dict[str, Any]:
+        """Everything in `text()`, with every problem."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "storage": self.storage,
+            "verify": self.verify,
+            "rows": self.total_rows,
+            "rows_examined": self.examined_rows,
+            "usable_pairs": self.usable,
+            "ties_kept": self.ties,
+            "problems": {
+                kind: [{"row": each.where, "reason": each.reason, "dropped": each.dropped} for each in found]
+                for kind, found in self.by_kind.items()
+            },
+            "sizes": dict(zip(("smallest", "median", "largest"), self.size_range)) if self.size_range else None,
+            "extreme_aspect_ratios": [{"row": where, "size": size} for where, size in self.extreme],
+            "resolution": self.resolution,
+            "images_smaller_than_resolution": self.smaller,
+            "prompt_characters": dict(zip(("min", "median", "max"), self.prompt_lengths))
+            if self.prompt_lengths
+            else None,
+            "unique_prompts": self.unique_prompts,
+        }
+
+    def text(self) -> str:
+        """A page for the terminal."""
+        layout = self.table.layout
+        lines = [
+            f"{self.path}: {self.format} columns in {self.storage}",
+            f"columns       prompt: {layout.prompt}; images: {', '.join(layout.images)}"
+            + (f"; label: {layout.labels[0]}" if layout.labels[0] else ""),
+            f"rows          {self.total_rows}"
+            + (f" = 2 for each of {self.total_rows // 2}" if self.format == FORMAT else "")
+            + (f" ({self.examined_rows} examined)" if self.examined_rows < self.total_rows else ""),
+            f"usable pairs  {self.usable}" + (f" (of them {self.ties} ties)" if self.ties else ""),
+        ]
+        if self.table.terms:
+            named = ", ".join(f"{part} (column {column})" for part, column in self.table.layout.terms.items())
+            lines.append(f"pair terms    {named}")
+        lines += self._problem_lines()
+        if self.size_range:
+            smallest, middle, largest = self.size_range
+            lines.append(f"image sizes   {smallest} smallest, {middle} median, {largest} largest")
+        if self.extreme:
+            some = ", ".join(f"{where} ({size})" for where, size in self.extreme[:NAMED])
+            share = f"{len(self.extreme)} of {self.usable} pairs have an image over {EXTREME} times as long as wide"
+            lines.append(f"              {share}, of which training sees a square: {some}")
+        if self.smaller is not None and self.shorter_sides:
+            count = len(self.shorter_sides)
+            lines.append(f"              {self.smaller} of {count} images are smaller than {self.resolution} px")
+        if self.prompt_lengths:
+            low, middle_length, high = self.prompt_lengths
+            lines.append(f"prompts       {low} to {high} characters, median {middle_length}")
+        if self.most_repeated:
+            prompt, times = self.most_repeated
+            repeated = f"; most repeated, {times} times: {_short(prompt)}" if times > 1 else ""
+            lines.append(f"              {self.unique_prompts} different{repeated}")
+        if self.usable:
+            lines.append("sample")
+            lines += [
+                f"  {self.table.where(index)}  [{self.table.ids[index][:24]}]  {_short(self.table.prompts[index])}"
+                for index in _spread(self.usable, 3)
+            ]
+        return printable("\n".join(lines))
+
+    def _problem_lines(self) -> list[str]:
+        lines = []
+        for kind, found in self.by_kind.items():
+            kept = "" if found[0].dropped else " (kept)"
+            lines.append(f"  {len(found)} x {kind}{kept}")
+            lines += [f"      {each.where}: {_without(each.where, each.reason)}" for each in found[:NAMED]]
+            if len(found) > NAMED:
+                lines.append(f"      … and {len(found) - NAMED} more")
+        return ["not usable" if any(p.dropped for p in self.problems) else "notes", *lines] if lines else []
+
+    def contact_sheet(self, path: str | Path, pairs: int = 6) -> Path:
+        """Write a PNG with some pairs, spread over the data: chosen left, rejected right, prompt below."""
+        indices = _spread(self.usable, pairs)
+        sheet = Image.new("RGB", (2 * CELL, max(1, len(indices)) * (CELL + CAPTION)), "white")
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+        for place, index in enumerate(indices):
+            top = place * (CELL + CAPTION)
+            caption = textwrap.wrap(self.table.prompts[index], 80)[:2]
+            try:
+                row = self.table[index]
+                for column, ref in enumerate((row.chosen, row.rejected)):
+                    picture = ImageOps.pad(ref.open(), (CELL - 4, CELL - 4), color="white")
+                    sheet.paste(picture, (column * CELL + 2, top + 2))
+            except ImageError as error:
+                caption = textwrap.wrap(f"unreadable: {error}", 80)[:2]
+            draw.multiline_text((4, top + CELL), "\n".join(caption), fill="black", font=font)
+        place_to = Path(path)
+        place_to.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(place_to, "PNG")
+        return place_to
+
+
+def check_pairs(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    keep_ties: bool = False,
+    max_pairs: int | None = None,
+    invert_preference: bool = False,
+    columns: Mapping[str, str] | None = None,
+    verify: Verify = "header",
+    resolution: int | None = None,
+    axes: Sequence[Axis] = (),
+    aggregate: Aggregate = "sum",
+) -> Report:
+    """Examine a data set as `open_pairs` does, with the same arguments, and report.
+
+    resolution: count the images that training at this size would enlarge.
+    axes, aggregate: files of scores as a config's data.scores; pairs that all_agree leaves out are among the problems.
+    Raises DataError when the file or folder as a whole cannot be read as pairs.
+    """
+    table = open_pairs(
+        path,
+        format=format,
+        split=split,
+        keep_ties=keep_ties,
+        max_pairs=max_pairs,
+        invert_preference=invert_preference,
+        columns=columns,
+        verify=verify,
+    )
+    if axes:
+        use_axes(table, axes, aggregate, relabel=False)
+    sizes = sorted(table.sizes, key=lambda size: size[0] * size[1])
+    lengths = sorted(map(len, table.prompts))
+    repeats = Counter(table.prompts)
+    return Report(
+        path=str(path),
+        format=table.format,
+        storage=table.storage,
+        verify=verify,
+        total_rows=table.total_rows,
+        examined_rows=table.examined_rows,
+        usable=len(table),
+        ties=table.ties,
+        problems=tuple(table.problems),
+        shorter_sides=tuple(min(size) for size in sizes),
+        size_range=(_size(sizes[0]), _size(sizes[len(sizes) // 2]), _size(sizes[-1])) if sizes else None,
+        extreme=_extreme(table),
+        resolution=resolution,
+        prompt_lengths=(lengths[0], int(median(lengths)), lengths[-1]) if lengths else None,
+        unique_prompts=len(repeats),
+        most_repeated=repeats.most_common(1)[0] if repeats else None,
+        table=table,
+    )
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """Up to `count` indices spread evenly over n."""
+    return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)}) if n else []
+
+
+def _extreme(table: PairTable) -> tuple[tuple[str, str], ...]:
+    sides = table.sizes
+    pairs = ((index, sides[2 * index : 2 * index + 2]) for index in range(len(sides) // 2))
+    longest = ((index, max(both, key=lambda size: max(size) / min(size))) for index, both in pairs)
+    return tuple((table.where(index), _size(size)) for index, size in longest if max(size) > EXTREME * min(size))
+
+
+def _size(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 70, placeholder=" …") or repr(text)
+
+
+def _without(where: str, reason: str) -> str:
+    """The reason without the row's name, where it begins with it."""
+    return reason.removeprefix(where).lstrip(" :") or reason

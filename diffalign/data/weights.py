@@ -1,0 +1,98 @@
+"""What a row may say of its pair besides the images: a weight, a margin, and a mask over the picture.
+
+    weight   a number ≥ 0 that the pair's loss is multiplied by; empty: 1
+    margin   a number subtracted from the logit; empty: 0
+    mask     rows of numbers in [−1, 1], a grid of any size laid over the whole picture; empty: 1 everywhere
+
+A mask is relative to the chosen image: 1 counts as the label says, 0 not at all, −1 with the sides swapped. Grids and
+not mask images, because 8 bits have no agreed zero for numbers with a sign: a black region would have to mean −1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.data.formats.text_files import parse_json
+from diffalign.data.row import BAD_TERM, ImageError, ImageRef
+from diffalign.data.transforms import resized
+
+TERMS = ("weight", "margin", "mask")  # the parts of a layout
+NEUTRAL = {"weight": 1.0, "margin": 0.0}
+LEAST = {"weight": 0.0, "margin": -math.inf}
+
+
+def read_number(cell: Any, part: str, where: str) -> float:
+    """A weight or margin. Raises ImageError (bad weight, margin or mask)."""
+    if cell is None or cell == "":
+        return NEUTRAL[part]
+    try:
+        value = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value) or value < LEAST[part]:
+        allowed = "a finite number, 0 or more" if part == "weight" else "a finite number"
+        raise ImageError(BAD_TERM, f"{where}: {part} is {cell!r}; write {allowed}, or leave it empty")
+    return value
+
+
+def read_mask(cell: Any, where: str) -> Tensor:
+    """A mask's grid, float64 [H W]. Raises ImageError (bad weight, margin or mask).
+
+    cell: nested lists or arrays of numbers, or JSON of them as text, bytes or a file inside a tar shard.
+    """
+    if isinstance(cell, ImageRef):
+        cell = cell.read()
+    if cell is None or (isinstance(cell, str | bytes) and not cell.strip()):
+        return torch.ones(1, 1, dtype=torch.float64)
+    try:
+        rows = parse_json(cell) if isinstance(cell, str | bytes) else cell
+        if isinstance(rows, dict) or any(isinstance(row, str | bytes | dict) for row in rows):
+            raise TypeError("its rows are not lists")
+        grid = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _bad_mask(where, f"is no grid of numbers ({error})") from error
+    if grid.ndim != 2 or not grid.numel():
+        raise _bad_mask(where, f"has the shape {tuple(grid.shape)}")
+    if not bool((grid.abs() <= 1).all()):
+        raise _bad_mask(where, f"has values from {float(grid.min()):g} to {float(grid.max()):g}")
+    return grid
+
+
+def _bad_mask(where: str, what: str) -> ImageError:
+    return ImageError(BAD_TERM, f"{where}: mask {what}; write rows of numbers in [-1, 1], all of one length")
+
+
+def on_latents(grid: Tensor, geometry: Tensor, *, flip: bool, side: int, where: str) -> Tensor:
+    """A grid cropped and flipped as its pair was, averaged by area over each place of the latents: float32 [side side].
+
+    geometry: int64 [2 6] of both images, see `images.prepare_pair`. Raises ImageError where the two images are not of
+    one shape, so that no grid fits both.
+    """
+    height, width, top, left, resolution, _ = geometry[0].tolist()
+    new_w, new_h = resized((width, height), resolution)
+    other = resized((int(geometry[1, 1]), int(geometry[1, 0])), resolution)
+    if max(abs(new_w - other[0]), abs(new_h - other[1])) * side > resolution:  # more than one place of the latents
+        shapes = f"{width}x{height} and {int(geometry[1, 1])}x{int(geometry[1, 0])} pixels"
+        raise ImageError(BAD_TERM, f"{where}: a mask needs images of one shape, and these have {shapes}")
+    if flip:
+        grid = grid.flip(-1)  # geometry's left is that of the mirrored image
+    rows = shares(top / new_h, resolution / new_h, grid.shape[0], side)
+    columns = shares(left / new_w, resolution / new_w, grid.shape[1], side)
+    return (rows @ grid @ columns.T).float().clamp(-1, 1)
+
+
+def shares(start: float, length: float, cells: int, parts: int) -> Tensor:
+    """The share of each of `cells` equal cells of [0, 1] in each of `parts` equal pieces of [start, start + length].
+
+    Float64 [parts cells]; rows sum to 1.
+    """
+    edges = (start + length * torch.arange(parts + 1, dtype=torch.float64) / parts) * cells
+    cell = torch.arange(cells, dtype=torch.float64)
+    low = torch.maximum(edges[:-1, None], cell)
+    high = torch.minimum(edges[1:, None], cell + 1)
+    overlap = (high - low).clamp(min=0)
+    return overlap / overlap.sum(1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Files, paths, locks and weight files: what everything above reads and writes with."""

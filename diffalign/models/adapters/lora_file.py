@@ -1,0 +1,344 @@
+"""LoRA files in the layouts that are in use, read as one: A, B and alpha by the names of this UNet's modules.
+
+    unet.MODULE.lora_A.weight               diffusers, with or without metadata; its older names (.lora.down) as well
+    MODULE.lora_A.weight                    a UNet's own file (diffusers' save_lora_adapter)
+    base_model.model.MODULE.lora_A.weight   peft; rank and alpha are in the adapter_config.json beside it
+    lora_unet_MODULE.lora_down.weight       kohya's sd-scripts
+
+A module without an alpha has alpha = rank, as in diffusers and sd-scripts. A file is used whole or refused by name:
+libraries only warn of tensors that match no layer, and apply the rest. Refused everywhere alike: DoRA, LoHa, LoKr and
+other LyCORIS kinds, biases, and adapters whose training changed the base (PiSSA, OLoRA).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffalign.io.loaded_weights import NAMED, is_finite, named
+from diffalign.io.weight_files import check_weights
+from diffalign.models.loading.family import ModelError
+
+log = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON in the file's header
+_PEFT_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+_TEXT = ("text_encoder.", "text_encoder_2.")
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_PART = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # a saved adapter's name may stand before the weight
+# kinds that are no plain LoRA: a piece of a tensor's name -> what it says
+_OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "lora_mid": "LoCon with a middle tensor",
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+    ".diff_b": "a full difference of weights",
+}
+_OTHER_SETTINGS = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "use_qalora")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A file that fits a UNet."""
+
+    file: Path
+    state: Mapping[str, Tensor]  # "module.lora_A.weight" and "module.lora_B.weight" of the UNet's modules
+    alphas: Mapping[str, float]  # of each of those modules; the update is (alpha / rank) · B A
+    text: Mapping[str, Tensor]  # what is for the text encoders, in diffusers' names
+    text_alphas: Mapping[str, float]
+    metadata: Mapping[str, Any]  # peft's fields, as the file has them
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module."""
+        return {name: len(self.state[f"{name}.lora_A.weight"]) for name in self.alphas}
+
+    def unet_only(self) -> LoraFile:
+        """This file. Raises ModelError where it holds more than a UNet's LoRA, or none."""
+        if self.text or not self.state:
+            parts = sorted({name.split(".")[0] for name in self.text})
+            raise ModelError(
+                f"{self.file} holds LoRA weights for {', '.join(parts) or 'nothing'}: {len(self.text)} of its "
+                f"{len(self.text) + len(self.state)} tensors. Only UNet adapters are tuned, merged and exported here, "
+                "and dropping the rest would change the picture. Train without the text encoders, or make this LoRA "
+                "part of the base first (diffusers' fuse_lora and save_pretrained)"
+            )
+        return self
+
+    def for_text(self, component: str, encoder: nn.Module) -> LoraFile:
+        """The part for one text encoder, e.g. "text_encoder_2". Raises ModelError unless it fits whole.
+
+        diffusers' own loader is not asked: where alphas differ it gives every layer the most frequent one.
+        """
+        flat = not hasattr(encoder, "text_model")  # newer transformers have a CLIPTextModel without this level
+
+        def own(names: Mapping[str, Any]) -> dict[str, Any]:
+            mine = {k.removeprefix(f"{component}."): v for k, v in names.items() if k.startswith(f"{component}.")}
+            return {_peft_name(k.removeprefix("text_model.") if flat else k): v for k, v in mine.items()}
+
+        state, metadata = own(self.text), own(self.metadata)
+        alphas = {_module_of(name): value for name, value in own(self.text_alphas).items()}
+        _check_fit(self.file, state, len(state), encoder)
+        return LoraFile(self.file, state, _alphas(self.file, state, alphas, metadata), {}, {}, metadata)
+
+    def config(self, unet: nn.Module) -> Any:
+        """peft's LoraConfig for it."""
+        written = self.metadata.get("target_modules")
+        targets = written if isinstance(written, list) and _meant(written, unet) == self.alphas.keys() else None
+        return lora_config(self.ranks, self.alphas, targets)
+
+
+def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: Sequence[str] | None = None) -> Any:
+    """A LoraConfig that gives each module its rank and alpha; `targets` for a shorter spelling of the same modules."""
+    from peft import LoraConfig
+
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted(ranks) if targets is None else list(targets),
+        rank_pattern={f"^{name}": own for name, own in ranks.items() if own != rank},
+        alpha_pattern={f"^{name}": own for name, own in alphas.items() if own != alpha},
+    )
+
+
+def lora_file(path: str | Path) -> Path:
+    """The LoRA file at `path`, which may be the folder that holds it."""
+    path = Path(path)
+    found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()] if path.is_dir() else [path]
+    if not found or not found[0].is_file():
+        raise ModelError(f"no LoRA file at {path}: expected a .safetensors file or a folder with {LORA_FILE}")
+    return found[0]
+
+
+def read_lora(path: str | Path, unet: nn.Module) -> LoraFile:
+    """The LoRA at `path`, which fits this UNet whole. Raises ModelError naming file, tensors and remedy."""
+    file = lora_file(path)
+    metadata = _metadata(file, check_weights(file).metadata)
+    weights = load_file(file)
+    _check_kind(file, weights, metadata)
+    state, text, alphas, text_alphas = _converted(file, weights, unet)
+    _check_finite(file, {**state, **text})
+    _check_fit(file, state, len(state) + len(text), unet)
+    found = LoraFile(file, state, _alphas(file, state, alphas, metadata), text, text_alphas, metadata)
+    log.info("%s: all %d tensors for the UNet have a layer; %d are for text encoders", file, len(state), len(text))
+    return found
+
+
+def _metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """What peft wrote of the adapter: in the file's header, or beside the file."""
+    text, where = header.get(METADATA_KEY), f"the header of {file}"
+    config = file.parent / _PEFT_CONFIG
+    if text is None and file.name == PEFT_FILE and config.is_file():
+        text, where = config.read_text(encoding="utf-8", errors="replace"), str(config)
+    try:
+        written = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where} is no JSON ({error}): download or save the LoRA again") from error
+    if not isinstance(written, dict):
+        raise ModelError(f"{where} is no JSON object: download or save the LoRA again")
+    found = {key.removeprefix("unet."): value for key, value in written.items()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = found.get(name) or {}
+        if not isinstance(patterns, dict) or not all(_is_pattern(pattern) for pattern in patterns):
+            raise ModelError(
+                f"{where}: {name} is {patterns!r:.80}, and peft writes a mapping of patterns of module names there: "
+                "save the LoRA again"
+            )
+    return found
+
+
+def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Raise ModelError for adapters that are no plain LoRA."""
+    for piece, kind in _OTHER_KINDS.items():
+        found = [name for name in weights if piece in name]
+        if found:
+            raise _other_kind(file, kind, f"{len(found)} of its {len(weights)} tensors say so, e.g. {found[0]}")
+    if not any("lora" in name for name in weights):
+        example = f" (e.g. {next(iter(weights))})" if weights else ""
+        raise ModelError(f"{file} is no LoRA: none of its {len(weights)} tensors is named so{example}")
+    for field in _OTHER_SETTINGS:
+        if metadata.get(field):
+            raise _other_kind(file, "an adapter of another kind", f"{field} = {metadata[field]!r}")
+    if metadata.get("peft_type", "LORA") != "LORA" or metadata.get("bias", "none") not in (None, "none"):
+        raise _other_kind(file, "an adapter of another kind", f"{metadata.get('peft_type')}, {metadata.get('bias')}")
+    init = str(metadata.get("init_lora_weights", "")).lower()
+    if init.startswith(_CHANGES_BASE):
+        raise _other_kind(file, "an adapter whose training changed the base", f"init_lora_weights = {init!r}")
+
+
+def _other_kind(file: Path, kind: str, why: str) -> ModelError:
+    return ModelError(
+        f"{file} is {kind}, and not a plain LoRA ({why}), which is not applied here: a part of it would be lost. Give "
+        "a plain LoRA, or make this adapter part of the base with the program that trained it"
+    )
+
+
+def _converted(
+    file: Path, weights: dict[str, Tensor], unet: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], dict[str, float]]:
+    """The UNet's tensors by "module.lora_A.weight", the text encoders', and the alphas of both.
+
+    Alphas of the UNet are by module; what is of text encoders has the names that diffusers takes.
+    """
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    names = list(weights)
+    given: dict[str, Any] = {name: weights[name] for name in names if name.endswith(".alpha")}
+    if all(name.startswith(_KOHYA) for name in names):
+        try:
+            converted, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(weights), unet_config=unet.config)
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{file} has kohya's layout, and diffusers cannot convert it ({' '.join(str(error).split())[:300]}): "
+                "some of its tensors are missing, or it is for another kind of model"
+            ) from error
+        given = dict(alphas or {})
+    else:
+        converted = {name: value for name, value in weights.items() if name not in given}
+    plain: dict[str, Tensor] = {}
+    bare = {_bare(name): value for name, value in converted.items()}
+    text = {name: value for name, value in bare.items() if name.startswith(_TEXT)}
+    own = {name: value for name, value in bare.items() if name not in text}
+    for name, value in convert_unet_state_dict_to_peft(own).items():
+        part = _PART.fullmatch(name)
+        plain[name if part is None else f"{part[1]}.lora_{part[2]}.weight"] = value
+    if len(plain) + len(text) < len(converted):
+        raise ModelError(f"{file} gives some layers twice, e.g. as two adapters in one file: give one adapter a file")
+    alphas = {_bare(name): value for name, value in given.items()}
+    for name, value in alphas.items():
+        if not _is_number(value):
+            raise ModelError(f"{file}: {name} is {value!r:.60}; an alpha is one finite number above 0")
+    text_alphas = {name: float(value) for name, value in alphas.items() if name.startswith(_TEXT)}
+    own_alphas = {name: float(value) for name, value in alphas.items() if name not in text_alphas}
+    modules = {_module_of(name): value for name, value in convert_unet_state_dict_to_peft(own_alphas).items()}
+    return plain, text, modules, text_alphas
+
+
+def _peft_name(name: str) -> str:
+    """A text encoder's tensor in peft's names, from diffusers' (.lora_linear_layer.down; older: to_q_lora.down)."""
+    name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", name)
+    for theirs, ours in ((".down.", ".lora_A."), (".up.", ".lora_B.")):
+        name = name.replace(f".lora_linear_layer{theirs}", ours).replace(f".lora{theirs}", ours)
+    return name
+
+
+def _module_of(alpha: str) -> str:
+    """The module that an alpha is of: kohya's are keyed by a weight of it once they are converted."""
+    return re.sub(r"(\.lora_[AB](\.weight)?)?\.alpha$", "", alpha)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(_PEFT_PREFIX).removeprefix("unet.")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return False
+    try:
+        return math.isfinite(float(value)) and float(value) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
+    bad = [name for name, value in weights.items() if not is_finite(value)]
+    if bad:
+        raise ModelError(
+            f"{file} has NaN or infinite values in {named(bad)}, {len(bad)} of {len(weights)} tensors: the training "
+            "that wrote it had broken down; give an earlier checkpoint"
+        )
+
+
+def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, unet: nn.Module) -> None:
+    """Raise ModelError unless every tensor has a layer of its shape, and every layer A and B."""
+    modules = dict(unet.named_modules())
+    homeless, misshapen = [], []
+    for name, value in state.items():
+        part = _PART.fullmatch(name)
+        layer = modules.get(part[1]) if part else None
+        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        if part is None or not isinstance(weight, Tensor) or weight.ndim not in (2, 4):
+            homeless.append(name)
+            continue
+        other = state.get(f"{part[1]}.lora_{'B' if part[2] == 'A' else 'A'}.weight")
+        rank = None if other is None or other.ndim < 2 else other.shape[1 if part[2] == "A" else 0]
+        own = (rank, *weight.shape[1:]) if part[2] == "A" else (weight.shape[0], rank, *(1,) * (weight.ndim - 2))
+        if tuple(value.shape) != own or not rank:
+            wanted = "its other half" if other is None else f"{list(own)}"
+            misshapen.append(f"{name} is {list(value.shape)} and {wanted} is needed")
+    if not homeless and not misshapen:
+        return
+    kind = ""
+    if any(name.startswith("transformer.") for name in homeless):
+        kind = " (transformer.…: it was made for a transformer such as SD3 or Flux, not for a UNet)"
+    parts = ([f"no layer for {named(homeless)}{kind}"] if homeless else []) + misshapen[:NAMED]
+    raise ModelError(
+        f"{file} does not fit this base: {total - len(homeless) - len(misshapen)} of its {total} tensors have a layer "
+        f"of their shape. {'; '.join(parts)}. Nothing was applied; give the base that it was made for"
+    )
+
+
+def _alphas(
+    file: Path, state: Mapping[str, Tensor], given: Mapping[str, float], metadata: Mapping[str, Any]
+) -> dict[str, float]:
+    """The alpha of every module: peft's fields, else what the file gives a module, else its rank."""
+    from peft.utils.other import get_pattern_key
+
+    ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in state.items() if ".lora_A." in name}
+    if strange := sorted(given.keys() - ranks.keys()):
+        raise ModelError(f"{file} does not fit this base: it has an alpha and no LoRA for {named(strange)}")
+    if "r" not in metadata and "lora_alpha" not in metadata:
+        if state and file.name == PEFT_FILE:
+            raise ModelError(
+                f"{file} is in peft's layout, and the {_PEFT_CONFIG} beside it is missing, which has its alpha: put "
+                "it there"
+            )
+        return {name: given.get(name, float(rank)) for name, rank in ranks.items()}
+    alphas = {}
+    for name, rank in ranks.items():
+        said, alpha = (
+            (metadata.get(pattern) or {}).get(get_pattern_key((metadata.get(pattern) or {}).keys(), name), value)
+            for pattern, value in (("rank_pattern", metadata.get("r")), ("alpha_pattern", metadata.get("lora_alpha")))
+        )
+        if said != rank or not _is_number(alpha):
+            raise ModelError(
+                f"{file}: peft's fields say rank {said!r} and alpha {alpha!r} of {name}, whose tensors have rank "
+                f"{rank}: weights and fields are not of one adapter; save it again"
+            )
+        alphas[name] = float(alpha) * (math.sqrt(rank) if metadata.get("use_rslora") else 1.0)
+    return alphas
+
+
+def _meant(targets: Sequence[Any], unet: nn.Module) -> set[str]:
+    """The modules whose names end in a target, as peft takes them."""
+    names = {str(target) for target in targets}
+    endings = tuple(f".{target}" for target in names)
+    return {name for name, _ in unet.named_modules() if name in names or name.endswith(endings)}

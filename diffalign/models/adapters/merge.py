@@ -1,0 +1,136 @@
+"""Sums of tuned weights: soups, extrapolations, and the negative networks of Diffusion-NPO.
+
+    θ = θ_base + Σ_i w_i (θ_i − θ_base)
+
+    Σ w = 1                an average: model soup (arXiv 2203.05482), the soup reference of SALSA (arXiv 2411.01798)
+    one part, w > 1        extrapolation past a tuned model: ExPO, w = 1 + α (arXiv 2404.16792)
+    A = 1 + w, B = −w      momentum: on from an earlier checkpoint B through a later one A
+    POSITIVE = a, NPO = 1  Diffusion-NPO's negative network in front of a tuned positive one; see `negative.py`
+
+LoRA files give a LoRA file, exactly: ranks are concatenated, [A_1; A_2] and [w_1 s_1 B_1, w_2 s_2 B_2] with s = alpha /
+rank, since averaging the A and the B would not average their products. Its rank is the sum of the ranks. With a full
+UNet among them the result is a full UNet, summed in float64.
+
+Left out: merging by sign or size (TIES, DARE), text encoders, truncating the rank back by an SVD.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.models.adapters.lora import write_lora
+from diffalign.models.adapters.lora_file import LORA_FILE, lora_config, read_lora
+from diffalign.models.adapters.save_load import UNET_FOLDER, Tuned, find_tuned, load_full
+from diffalign.models.loading.base import Base
+from diffalign.models.loading.family import ModelError
+
+MERGE_FILE = "merge.json"
+
+Parts = Sequence[tuple[str, float]]  # tuned weights, as `find_tuned` takes them, and the weight of each
+
+
+LARGEST_WEIGHT = 100.0  # of a part; published extrapolations stay below 10
+
+
+def check_weights(parts: Parts) -> None:
+    """Raises ModelError for weights that make no sum: not finite, 0, far too large, or 0 together."""
+    for path, weight in parts:
+        if not 0 < abs(weight) <= LARGEST_WEIGHT:
+            raise ModelError(
+                f"{path}={weight:g}: a weight is a finite number other than 0, at most {LARGEST_WEIGHT:g} in size"
+            )
+    total = sum(weight for _, weight in parts)
+    if parts and abs(total) < 1e-6:
+        words = " ".join(f"{path}={weight:g}" for path, weight in parts)
+        raise ModelError(
+            f"the weights of {words} sum to {total:g}, so that what the parts share is lost; give weights that sum to "
+            "1 (an average), or to another number than 0"
+        )
+
+
+def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
+    """Write base + Σ w (tuned − base) into `output_dir`, loadable wherever tuned weights are; returns file or folder.
+
+    A `merge.json` beside it says what it was made of. `base` is used up where the result is a full UNet.
+    Raises ModelError for weights that are not finite or do not fit the base, and for a folder that holds a model.
+    """
+    folder = Path(output_dir)
+    check_weights(parts)
+    found = _found(parts)
+    for name in (LORA_FILE, f"{UNET_FOLDER}/config.json", "config.json", "model_index.json"):
+        if (folder / name).exists():
+            raise ModelError(f"{folder} holds {name} already, and nothing is overwritten; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(tuned.kind == "lora" for tuned, _ in found):
+        config, state = _merge_loras(base.unet, found)
+        written = write_lora(config, state, folder, base.family)
+    else:
+        _merge_into(base.unet, found)
+        written = folder / UNET_FOLDER
+        base.unet.save_pretrained(written, safe_serialization=True)
+    record = {"base": base.source, "parts": [{"tuned": str(tuned.path), "weight": w} for tuned, w in found]}
+    (folder / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    return written
+
+
+def merge_into(unet: nn.Module, parts: Parts) -> None:
+    """Put base + Σ w (tuned − base) onto a base's UNet without LoRA layers, in place. Raises ModelError."""
+    _merge_into(unet, _found(parts))
+
+
+def lora_updates(unet: nn.Module, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
+    lora = read_lora(file, unet).unet_only()
+    for name, alpha in lora.alphas.items():
+        down = lora.state[f"{name}.lora_A.weight"]
+        yield name, down, lora.state[f"{name}.lora_B.weight"], alpha / len(down)
+
+
+def _found(parts: Parts) -> list[tuple[Tuned, float]]:
+    if not parts:
+        raise ModelError("nothing to merge: give at least one PATH=WEIGHT")
+    if bad := [f"{path}={weight}" for path, weight in parts if not math.isfinite(weight)]:
+        raise ModelError(f"{', '.join(bad)}: a weight is a finite number")
+    found = [(find_tuned(path), float(weight)) for path, weight in parts]
+    if users := [str(tuned.path) for tuned, _ in found if tuned.kind == "user"]:
+        raise ModelError(f"{', '.join(users)}: user attention adds to the base's weights and changes none; not merged")
+    return found
+
+
+def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:
+    """peft config and weights of the LoRA whose update is the weighted sum of the files' updates."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for tuned, weight in found:
+        for name, down, up, scale in lora_updates(unet, tuned.path):
+            parts.setdefault(name, []).append((down, (weight * scale * up.double()).float()))
+    state = {}
+    for name, sides in parts.items():
+        state[f"{name}.lora_A.weight"] = torch.cat([down for down, _ in sides]).contiguous()
+        state[f"{name}.lora_B.weight"] = torch.cat([up for _, up in sides], dim=1).contiguous()
+    ranks = {name: state[f"{name}.lora_A.weight"].shape[0] for name in parts}
+    config = lora_config(ranks, ranks)  # alpha = rank everywhere: the scales are in B
+    return config, state
+
+
+@torch.no_grad()
+def _merge_into(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> None:
+    full = sum(weight for tuned, weight in found if tuned.kind == "unet")
+    total = {name: (1.0 - full) * p.double() for name, p in unet.named_parameters()}
+    for tuned, weight in found:
+        if tuned.kind == "lora":
+            for name, down, up, scale in lora_updates(unet, tuned.path):
+                place = total[f"{name}.weight"]
+                place += weight * scale * (up.double().flatten(1) @ down.double().flatten(1)).view_as(place)
+        else:
+            load_full(unet, tuned.path)  # the base is in `total` by now
+            for name, p in unet.named_parameters():
+                total[name] += weight * p.double()
+    for name, p in unet.named_parameters():
+        p.copy_(total[name])

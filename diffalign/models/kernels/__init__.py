@@ -1,0 +1,1 @@
+"""How a UNet computes: attention kernels, compilation, checkpointing."""

@@ -1,0 +1,244 @@
+"""A base model: what is tuned, what encodes for it, and the noise it was trained on.
+
+Everything a model says of itself is read from its configs (prediction type, zero terminal SNR, VAE scaling, the null
+prompt); the one thing a config may get wrong, the prediction type, can be overridden.
+Left out: refiners, inpainting and depth UNets (other inputs), and flow-matching transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.engine.schedule import NoiseSchedule
+from diffalign.models.loading.components import (
+    Where,
+    check_tokenizer,
+    load_scheduler_config,
+    load_text,
+    load_unet,
+    load_vae,
+    outline_unet,
+    read_index,
+    schedule_of,
+)
+from diffalign.models.loading.family import Family, ModelError, TextEncoders
+from diffalign.models.loading.sd import StableDiffusion
+from diffalign.models.loading.sdxl import StableDiffusionXL
+from diffalign.models.loading.single_file import is_single_file, load_single_file
+
+
+@dataclass
+class Base:
+    """A loaded base; every module is frozen, in eval mode and on the CPU until someone moves it."""
+
+    family: Family
+    unet: nn.Module
+    schedule: NoiseSchedule
+    scheduler_config: dict[str, Any]  # complete: missing keys are filled with the scheduler class's defaults
+    vae: nn.Module | None
+    text: TextEncoders | None
+    source: str  # what was asked for, for messages and manifests
+
+
+def load_base(
+    pretrained_model_name_or_path: str,
+    *,
+    pretrained_vae_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    vae_and_text: bool = True,
+    single_file_config: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+) -> Base:
+    """Load an SD- or SDXL-like model from a diffusers folder, a Hub id or one .safetensors file.
+
+    `pretrained_vae_model_name_or_path` replaces the VAE (e.g. the fp16-fix one); `prediction_type` overrides the
+    scheduler config; `vae_and_text=False` loads the UNet and schedule alone, for training on a cache;
+    `single_file_config` is a local folder with the configs of a single file's pipeline.
+
+    Raises ModelError (a ValueError) when something is missing, pickled, or of a kind that is not tuned here.
+    """
+    hide_loading_bars()
+    name = str(pretrained_model_name_or_path)
+    where = Where(revision, variant, torch_dtype)
+    own_vae = pretrained_vae_model_name_or_path is None
+    if is_single_file(name):
+        base = _from_single_file(name, single_file_config, vae_and_text, where, own_vae)
+    else:
+        base = _from_pretrained(name, vae_and_text, where, own_vae)
+    if pretrained_vae_model_name_or_path is not None and vae_and_text:
+        base.vae = load_vae(pretrained_vae_model_name_or_path, None, Where(None, None, torch_dtype))
+    if prediction_type is not None:
+        base.scheduler_config = base.scheduler_config | {"prediction_type": prediction_type}
+        base.schedule = schedule_of(base.scheduler_config, name)
+    return checked(base)
+
+
+def checked(base: Base) -> Base:
+    """A base whose parts belong together, frozen, in eval mode. Raises ModelError for one that is not tuned here."""
+    check_unet(base.unet, base.source)
+    _check_widths(base)
+    for module in (base.unet, base.vae, *(base.text.models if base.text else ())):
+        if module is not None:
+            module.requires_grad_(False).eval()
+    if base.vae is not None:
+        base.family = replace(base.family, default_resolution=_resolution(base))
+    return base
+
+
+def outline_base(
+    pretrained_model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    single_file_config: str | None = None,
+) -> Base:
+    """What `load_base` gives without VAE and text encoders, and with a UNet of shapes alone (on the meta device).
+
+    Only configs are read, but for a single file, whose shapes are its weights'. Raises ModelError.
+    """
+    name = str(pretrained_model_name_or_path)
+    if is_single_file(name):
+        base = load_base(
+            name, prediction_type=prediction_type, vae_and_text=False, single_file_config=single_file_config
+        )
+        base.unet.to("meta")
+        return base
+    read_index(name, revision)
+    scheduler_config = load_scheduler_config(name, revision)
+    unet = outline_unet(name, Where(revision, variant, torch.float32))
+    if prediction_type is not None:
+        scheduler_config = scheduler_config | {"prediction_type": prediction_type}
+    check_unet(unet, name)
+    schedule = schedule_of(scheduler_config, name)
+    return Base(family_of(unet, name), unet, schedule, scheduler_config, None, None, name)
+
+
+def hide_loading_bars() -> None:
+    """Turns off the bars that libraries draw for reading local files (several a model); downloads keep theirs."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    from huggingface_hub.utils import enable_progress_bars
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # switches the Hub's bars off as well
+    enable_progress_bars()
+
+
+def vae_factor(vae: nn.Module) -> int:
+    """How many pixels one latent position spans in each direction (diffusers' own rule)."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_unet(unet: nn.Module, source: str) -> None:
+    """Raise ModelError for a UNet whose inputs or outputs are not those of plain text-to-image epsilon/v/x0 models."""
+    config = unet.config
+    if config.out_channels == 2 * config.in_channels:
+        raise ModelError(
+            f"the UNet of {source!r} has {config.out_channels} output channels for {config.in_channels} inputs: it "
+            "predicts a variance as well (learned sigma), and no objective here says what to do with it"
+        )
+    if config.in_channels != config.out_channels:
+        raise ModelError(
+            f"the UNet of {source!r} takes {config.in_channels} channels and returns {config.out_channels}: an "
+            "inpainting, depth or upscaling model. Only text-to-image models are tuned here"
+        )
+    for field in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if config.get(field) is not None:
+            raise ModelError(
+                f"the UNet of {source!r} has {field} = {config[field]!r}, an input that nothing here provides; "
+                "allowed is a UNet without it"
+            )
+
+
+def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool) -> Base:
+    index = read_index(name, where.revision)
+    scheduler_config = load_scheduler_config(name, where.revision)  # first: it may refuse, and is small
+    unet = load_unet(name, where)
+    family = family_of(unet, name)
+    vae = text = None
+    if vae_and_text:
+        suffixes = ("", "_2") if family.name == "sdxl" else ("",)
+        for suffix in suffixes:
+            if not (index.get(f"text_encoder{suffix}") or [None])[0]:
+                raise ModelError(
+                    f"{name!r} has no text_encoder{suffix}, which a {family.name} base needs; refiners and pipelines "
+                    "saved in parts are not tuned here"
+                )
+        text = TextEncoders(
+            *load_text(name, suffixes, where),
+            zero_empty_prompt=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
+        )
+        if own_vae:
+            vae = load_vae(name, "vae", where)
+    schedule = schedule_of(scheduler_config, name)
+    return Base(family, unet, schedule, scheduler_config, vae, text, name)
+
+
+def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: Where, own_vae: bool) -> Base:
+    pipeline, scheduler_config = load_single_file(name, config, vae_and_text, where.dtype, own_vae)
+    family = family_of(pipeline.unet, name)
+    text = None
+    if vae_and_text:
+        suffixes = ("", "_2") if family.name == "sdxl" else ("",)
+        text = TextEncoders(
+            tokenizers=tuple(getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes),
+            models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
+            zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        )
+        for suffix, tokenizer, model in zip(suffixes, text.tokenizers, text.models, strict=True):
+            check_tokenizer(f"the tokenizer{suffix} in {config or 'the Hub config of'} for {name!r}", tokenizer, model)
+    schedule = schedule_of(scheduler_config, name)
+    return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, name)
+
+
+def family_of(unet: nn.Module, source: str) -> StableDiffusion | StableDiffusionXL:
+    """The family of a UNet, by its conditioning. Raises ModelError for neither SD nor SDXL."""
+    kind = unet.config.get("addition_embed_type")
+    if kind is None:
+        return StableDiffusion()
+    if kind == "text_time":
+        return StableDiffusionXL()
+    raise ModelError(
+        f"the UNet of {source!r} has addition_embed_type = {kind!r}; SD-like models have none, SDXL-like 'text_time'"
+    )
+
+
+def _check_widths(base: Base) -> None:
+    """The text encoders must fit the UNet: catches refiners and mixed-up folders before a shape error does."""
+    if base.text is None:
+        return
+    config = base.unet.config
+    width = sum(model.config.hidden_size for model in base.text.models)
+    expected = config.cross_attention_dim
+    if width != expected:
+        raise ModelError(
+            f"the text encoders of {base.source!r} give {width} numbers per token, its UNet's cross_attention_dim is "
+            f"{expected}: these parts do not belong together"
+        )
+    latents = None if base.vae is None else base.vae.config.get("latent_channels")
+    if latents is not None and latents != config.in_channels:
+        raise ModelError(
+            f"the VAE of {base.source!r} makes latents of {latents} channels, its UNet takes {config.in_channels}: "
+            "these parts do not belong together; name the VAE it was trained with (pretrained_vae_model_name_or_path)"
+        )
+    if base.family.name == "sdxl":
+        pooled = base.text.models[-1].config.projection_dim
+        wants = config.projection_class_embeddings_input_dim - pooled
+        if wants != 6 * config.addition_time_embed_dim:
+            raise ModelError(
+                f"the UNet of {base.source!r} does not take six time ids (sizes and crop); refiners, which take an "
+                "aesthetic score instead, are not tuned here"
+            )
+
+
+def _resolution(base: Base) -> int:
+    size = base.unet.config.sample_size
+    side = size if isinstance(size, int) else max(size)
+    return side * vae_factor(base.vae)

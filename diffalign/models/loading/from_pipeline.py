@@ -1,0 +1,55 @@
+"""A base model from a diffusers pipeline that is open already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffalign.io.loaded_weights import check_module
+from diffalign.models.loading.base import Base, checked, family_of
+from diffalign.models.loading.components import complete_scheduler_config, schedule_of
+from diffalign.models.loading.family import ModelError, TextEncoders
+
+NEEDED = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+
+
+def base_of_pipeline(pipeline: Any) -> Base:
+    """The parts of an open StableDiffusionPipeline or StableDiffusionXLPipeline as a base; nothing is copied.
+
+    Training changes its UNet in place. Raises ModelError for another kind of pipeline, for a missing part, for
+    weights that are not float32 (the trained copy would be rounded at every step) or not finite, and for a UNet with
+    adapters.
+    """
+    kind = type(pipeline).__name__
+    missing = [name for name in NEEDED if getattr(pipeline, name, None) is None]
+    if missing:
+        raise ModelError(
+            f"model: {kind} has no {', '.join(missing)}; give a Hub id, a path, or a StableDiffusionPipeline or "
+            "StableDiffusionXLPipeline with all of its parts"
+        )
+    parameter = next(pipeline.unet.parameters())
+    if parameter.dtype != torch.float32:
+        raise ModelError(
+            f"model: the pipeline's UNet is {parameter.dtype}; load it in torch.float32 (training.mixed_precision "
+            "chooses what it computes in)"
+        )
+    if getattr(pipeline.unet, "peft_config", None):
+        raise ModelError(
+            "model: the pipeline's UNet has adapters; call pipeline.fuse_lora() and unload_lora_weights() first"
+        )
+    suffixes = ("", "_2") if getattr(pipeline, "text_encoder_2", None) is not None else ("",)
+    text = TextEncoders(
+        tokenizers=tuple(getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes),
+        models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
+        zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)) and len(suffixes) == 2,
+    )
+    for name in ("unet", "vae", *(f"text_encoder{suffix}" for suffix in suffixes)):
+        check_module(f"model: the pipeline's {name}", getattr(pipeline, name))
+    source = str(pipeline.config.get("_name_or_path") or f"an open {kind}")
+    scheduler_config = complete_scheduler_config(
+        {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, source
+    )
+    schedule = schedule_of(scheduler_config, source)
+    family = family_of(pipeline.unet, source)
+    return checked(Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, source))

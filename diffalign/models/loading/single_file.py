@@ -1,0 +1,123 @@
+"""Bases in one .safetensors file, as ComfyUI and A1111 use them, read by diffusers' own converter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.io.loaded_weights import check_module, named
+from diffalign.io.weight_files import check_weights, refuse_pickle
+from diffalign.models.loading.components import complete_scheduler_config
+from diffalign.models.loading.family import ModelError
+
+_UNET_KEY = "model.diffusion_model."
+_VAE_KEYS = ("first_stage_model.", "vae.")
+_CONFIG_IS = (
+    "single_file_config, a folder with the configs and tokenizers of the matching pipeline (model_index.json, "
+    "unet/config.json, tokenizer/, …)"
+)
+_FAMILY_KEYS = {"sdxl": "conditioner.embedders.", "sd": "cond_stage_model."}
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a base is given as one weights file. Raises ModelError for pickled checkpoints."""
+    refuse_pickle(name)
+    return name.endswith(".safetensors")
+
+
+def load_single_file(
+    path: str, config: str | None, vae_and_text: bool, dtype: torch.dtype, own_vae: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """The diffusers pipeline in the file, and its completed scheduler config.
+
+    `config` is a folder with the matching pipeline's configs and tokenizers (no weights); without it diffusers
+    asks the Hub. Checkpoints that carry the keys `v_pred` and `ztsnr` (NoobAI's convention) are taken at their word:
+    v-prediction, zero terminal SNR. `own_vae=False` leaves the file's VAE out: another one takes its place. Raises
+    ModelError, also where the file lacks tensors that its config asks for.
+    """
+    import diffusers
+
+    keys = check_weights(path).shapes.keys()
+    family = next((name for name, key in _FAMILY_KEYS.items() if any(k.startswith(key) for k in keys)), None)
+    if family is None:
+        raise ModelError(
+            f"{path!r} is no full SD or SDXL checkpoint: none of its {len(keys)} tensors starts with "
+            f"{' or '.join(_FAMILY_KEYS.values())}. A LoRA or a bare UNet belongs in the tuned weights, not the base"
+        )
+    edm = sorted(key for key in keys if key.startswith("edm_"))
+    if edm:
+        raise ModelError(
+            f"{path!r} has the tensor{'s' * (len(edm) > 1)} {', '.join(edm)}: it was trained on continuous EDM noise "
+            "(CosXL, Playground v2.5), and only models with a discrete table of betas are tuned here. Take another base"
+        )
+    if vae_and_text and own_vae and not any(key.startswith(_VAE_KEYS) for key in keys):
+        raise ModelError(
+            f"{path!r} has no VAE (none of its {len(keys)} tensors starts with {_VAE_KEYS[0]}): name one with "
+            "pretrained_vae_model_name_or_path (--vae), a diffusers folder or Hub id"
+        )
+    if config is not None and not (Path(config) / "model_index.json").is_file():
+        raise ModelError(f"single_file_config: {config!r} has no model_index.json; {_CONFIG_IS}")
+    cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    without = {} if vae_and_text else dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    if not own_vae:
+        without["vae"] = None
+    if not vae_and_text and family == "sdxl":
+        without |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+    try:
+        pipeline = cls.from_single_file(path, config=config, torch_dtype=dtype, **without)
+    except NotImplementedError as error:  # diffusers moves a tensor that the file lacks
+        raise ModelError(
+            f"{path!r} is not whole: {_missing(path, config) or 'it lacks tensors that its config asks for'}. Download "
+            "it again, or give the configs of its own pipeline as single_file_config"
+        ) from error
+    except Exception as error:  # diffusers raises many kinds here, all with the same remedies
+        raise ModelError(
+            f"cannot read {path!r} (single_file_config: {config}): {' '.join(str(error).split())[:400]}. Give "
+            f"{_CONFIG_IS}; without it they are fetched from the Hub, which needs a connection"
+        ) from error
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if (module := getattr(pipeline, name, None)) is not None:
+            check_module(f"the {name} of {path!r}", module)
+    _check_all_used(path, keys, pipeline.unet)
+    scheduler = dict(pipeline.scheduler.config)
+    if "v_pred" in keys:
+        scheduler["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        scheduler["rescale_betas_zero_snr"] = True
+    return pipeline, complete_scheduler_config(scheduler | {"_class_name": type(pipeline.scheduler).__name__}, path)
+
+
+def _missing(path: str, config: str | None) -> str | None:
+    """Which tensors of UNet or VAE a file lacks, by the local configs; None where that cannot be told."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
+    for name, cls, convert in (
+        ("unet", diffusers.UNet2DConditionModel, convert_ldm_unet_checkpoint),
+        ("vae", diffusers.AutoencoderKL, convert_ldm_vae_checkpoint),
+    ):
+        try:
+            facts = cls.load_config(str(config), subfolder=name)
+            with torch.device("meta"):
+                needed = cls.from_config(facts).state_dict()
+                given = {key: torch.empty(shape) for key, shape in check_weights(path).shapes.items()}
+            missing = sorted(needed.keys() - convert(given, config=facts).keys())
+        except Exception:  # diffusers' converters fail in many ways on a file of another structure
+            continue
+        if missing:
+            return f"of its {name} {len(missing)} of {len(needed)} tensors are missing ({named(missing)})"
+    return None
+
+
+def _check_all_used(path: str, keys: Collection[str], unet: nn.Module) -> None:
+    """Raises ModelError where the file's UNet has more tensors than the config's: diffusers leaves them out."""
+    given, used = sum(key.startswith(_UNET_KEY) for key in keys), len(unet.state_dict())
+    if given != used:
+        raise ModelError(
+            f"the UNet in {path!r} has {given} tensors, and the one of its config has {used}: it is of another "
+            f"structure and would be used in part. Give {_CONFIG_IS}"
+        )

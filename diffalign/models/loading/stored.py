@@ -1,0 +1,106 @@
+"""The weight files of one component's folder: which set of them counts, and their tensors one at a time.
+
+    STEM.safetensors, STEM-00001-of-00002.safetensors           the plain set, in one file or several
+    STEM.fp16.safetensors, STEM.fp16-00001-of-00002.safetensors a variant
+
+STEM is diffusion_pytorch_model for diffusers' models and model for transformers'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffalign.io.weight_files import CONVERT, check_weights
+from diffalign.models.loading.family import ModelError
+
+UNET_STEM = "diffusion_pytorch_model"
+# older shards have the variant last
+_NAME = r"(?:\.(?P<variant>[^-]+?))?(?:-\d+-of-(?P<parts>\d+)(?:\.(?P<late>[^-]+?))?)?\.safetensors"
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def weight_sets(folder: Path, stem: str) -> dict[str | None, list[Path]]:
+    """The weight files in a folder by variant, None being the plain ones. Raises ModelError where parts are missing."""
+    found: dict[str | None, list[Path]] = {}
+    parts: dict[str | None, int] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = re.fullmatch(re.escape(stem) + _NAME, file.name)
+        if name is not None:
+            variant = name["variant"] or name["late"]
+            found.setdefault(variant, []).append(file)
+            parts[variant] = max(parts.get(variant, 0), int(name["parts"] or 0))
+    for variant, files in found.items():
+        whole = [file for file in files if "-of-" not in file.name]
+        if whole:
+            found[variant] = whole
+        elif len(files) != parts[variant]:
+            raise ModelError(
+                f"{folder} holds {len(files)} of the {parts[variant]} parts of its weights ({files[0].name}, …): "
+                "download or copy the missing ones"
+            )
+    return found
+
+
+def weights_in(folder: Path, stem: str, variant: str | None) -> tuple[str | None, list[Path]]:
+    """The set of files that counts, examined: the variant asked for; without one the plain set, or the only other.
+
+    Returns the variant that it is. Raises ModelError where there is none, or several and none was named.
+    """
+    sets = weight_sets(folder, stem)
+    if variant is None and None not in sets and len(sets) == 1:
+        (variant,) = sets
+    if variant not in sets:
+        raise ModelError(_none_there(folder, sets, variant))
+    for file in sets[variant]:
+        check_weights(file)
+    return variant, sets[variant]
+
+
+def _none_there(folder: Path, sets: dict[str | None, list[Path]], variant: str | None) -> str:
+    if not folder.is_dir():
+        return f"cannot load the weights in {folder}: the folder is missing; download or copy the model again"
+    names = sorted(file.name for file in folder.iterdir())
+    what = f"cannot load the weights in {folder} (variant: {'null' if variant is None else variant})"
+    if sets:
+        there = ", ".join(f"variant: {'null' if name is None else name}" for name in sorted(sets, key=str))
+        return f"{what}: found {', '.join(names)}. Set model.variant to what is there ({there})"
+    if any(name.endswith(_PICKLED) for name in names):
+        return (
+            f"{what}: only pickled weights are there ({', '.join(names)}), and those are not opened because they can "
+            "run code. If you trust them, convert them once: load the pipeline with diffusers' "
+            "from_pretrained(..., use_safetensors=False) and save it with save_pretrained(..., safe_serialization=True)"
+            f"; for one file, {CONVERT}"
+        )
+    return f"{what}: found {', '.join(names) or 'nothing'}; download or copy the model again"
+
+
+def stored_unet(folder: Path, unet: nn.Module) -> Callable[[str], Tensor]:
+    """The tensors of a UNet's folder by name, each read when it is asked for.
+
+    Raises ModelError unless their names and shapes are those of `unet`.
+    """
+    own = unet.state_dict()
+    stored: dict[str, Any] = {}  # name -> the open file that has it
+    _, files = weights_in(folder, UNET_STEM, None)
+    unlike = []
+    for file in files:
+        opened = safe_open(file, framework="pt")
+        for name, shape in check_weights(file).shapes.items():
+            if name in stored:
+                raise ModelError(f"{folder} holds {name} twice, once in {file.name}; leave one set of files there")
+            stored[name] = opened
+            if name in own and shape != tuple(own[name].shape):
+                unlike.append(f"{name} is {list(shape)} there, {list(own[name].shape)} in the base")
+    if different := sorted(stored.keys() ^ own.keys()):
+        unlike.append(f"{len(different)} tensors are on one side only, e.g. {different[0]}")
+    if unlike:
+        raise ModelError(
+            f"the tuned UNet in {folder} does not fit this base: {unlike[0]}. Give the base it was tuned from"
+        )
+    return lambda name: stored[name].get_tensor(name)

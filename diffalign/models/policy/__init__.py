@@ -1,0 +1,1 @@
+"""The policy and what it is compared with, as the engine calls them."""

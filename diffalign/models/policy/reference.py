@@ -1,0 +1,170 @@
+"""What the policy is compared with. Six kinds:
+
+    lora_off   the policy's own network with its LoRA layers switched off: no second UNet in memory
+    held       the policy's own network with other LoRA weights put in: a soup, or any tuned weights
+    user_off   the policy's own network without its user attention: the base
+    copy       a frozen copy, made before training starts
+    former     a former policy, which a source chooses (`former.py`)
+    none       objectives that need no reference
+
+With equal weights reference and policy give bitwise the same output: same kernels, same dtypes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.models.adapters.lora import lora_layers
+from diffalign.models.adapters.user_attention import user_branch
+from diffalign.models.kernels.checkpointing import store_for_autocast
+from diffalign.models.loading.family import ModelError
+
+ReferenceKind = Literal["lora_off", "user_off", "held", "copy", "former", "none"]
+
+
+class Reference(Protocol):
+    """A frozen network, available inside `active()`."""
+
+    @property
+    def kind(self) -> ReferenceKind:
+        """Which of them this is."""
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """Within the block, the module that answers for the reference."""
+
+
+class LoraOff:
+    """The policy's unwrapped UNet without its LoRA update.
+
+    peft's `disable_adapters()` walks all modules (43 ms on SDXL); here the layers are known and one attribute of each
+    is set. It is the attribute peft's own layers read; their `enable_adapters` would also flip requires_grad, which
+    must stay as the optimiser and DDP found it. Runs outside the DDP wrapper, so it never touches gradient buckets.
+    """
+
+    kind: ReferenceKind = "lora_off"
+
+    def __init__(self, unet: nn.Module) -> None:
+        """Raises ModelError when `unet` has no LoRA layers."""
+        layers = lora_layers(unet)
+        if not layers:
+            raise ModelError(
+                "reference lora_off: this UNet has no LoRA layers to switch off, so the reference would be the policy "
+                "itself. Add LoRA, or use reference copy"
+            )
+        self._unet = unet
+        # The layers' attribute dictionaries: nn.Module.__setattr__ costs 20 times as much for each of 560 layers.
+        self._switches = [layer.__dict__ for layer in layers]
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """LoRA off inside the block, and back on however it ends."""
+        try:
+            for switch in self._switches:
+                switch["_disable_adapters"] = True
+            yield self._unet
+        finally:
+            for switch in self._switches:
+                switch["_disable_adapters"] = False
+
+
+class HeldLora:
+    """The policy's own network with other weights in its adapter: those at the start, or what it is given to hold."""
+
+    kind: ReferenceKind = "held"
+
+    def __init__(self, unet: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+        """`weights` by parameter name, as `lora.adapter_weights` gives them; None: the adapter as it is now."""
+        self._unet = unet
+        self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+        if not self._own:
+            raise ModelError("reference held: this UNet has no LoRA layers to put other weights in; use reference copy")
+        self.hold({name: p.detach().clone() for name, p in self._own.items()} if weights is None else weights)
+
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """From now on answers with these, moved to where the adapter's own weights are."""
+        self._held = {name: weights[name].to(p.device, p.dtype) for name, p in self._own.items()}
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
+        own = {name: p.data for name, p in self._own.items()}
+        try:
+            for name, p in self._own.items():
+                p.data = self._held[name]
+            yield self._unet
+        finally:
+            for name, p in self._own.items():
+                p.data = own[name]
+
+
+class UserOff:
+    """The policy's unwrapped UNet without its user attention: exactly the base, whoever the batch's users are."""
+
+    kind: ReferenceKind = "user_off"
+
+    def __init__(self, unet: nn.Module) -> None:
+        """Raises ModelError when `unet` has no user attention."""
+        branch = user_branch(unet)
+        if branch is None:
+            raise ModelError(
+                "reference user_off: this UNet has no user attention to switch off, so the reference would be the "
+                "policy itself. Add it with add_user_attention, or use reference copy"
+            )
+        self._unet, self._branch = unet, branch
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """User attention off inside the block, and back on however it ends."""
+        try:
+            self._branch.enabled = False
+            yield self._unet
+        finally:
+            self._branch.enabled = True
+
+
+class FrozenCopy:
+    """A copy of the network as it is now; make it before the first optimiser step."""
+
+    kind: ReferenceKind = "copy"
+
+    def __init__(self, unet: nn.Module, autocast_dtype: torch.dtype | None = None) -> None:
+        """With `autocast_dtype` the copy keeps its matmul and conv weights in it: half the memory, the same bits."""
+        self.module = copy.deepcopy(unet).requires_grad_(False).eval()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        if autocast_dtype is not None:
+            store_for_autocast(self.module, autocast_dtype)
+        # Nothing of it is ever trained: it is called without grad. But torch's matmul looks at whether a weight
+        # requires grad to choose between kernels that round differently, so the flags must be the policy's.
+        for own, trained in zip(self.module.parameters(), unet.parameters(), strict=True):
+            own.requires_grad_(trained.requires_grad)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The copy."""
+        yield self.module
+
+
+def make_reference(kind: ReferenceKind, unet: nn.Module, autocast_dtype: torch.dtype | None = None) -> Reference | None:
+    """The reference of a run, from its unwrapped policy before training; None for kind "none"."""
+    if kind == "none":
+        return None
+    if kind == "lora_off":
+        return LoraOff(unet)
+    if kind == "user_off":
+        return UserOff(unet)
+    if kind == "copy":
+        if lora_layers(unet):
+            raise ModelError(
+                "reference copy: this UNet has LoRA layers, and a copy would hold a second UNet for nothing; use "
+                "reference lora_off"
+            )
+        return FrozenCopy(unet, autocast_dtype)
+    raise ModelError(f"reference = {kind!r}; allowed: lora_off, user_off, copy, none")

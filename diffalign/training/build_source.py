@@ -1,0 +1,268 @@
+"""From a config to the run's source of batches: offline pairs, online or cached, or a source that makes its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffalign.config.schema import Config
+from diffalign.data.cache.latents import CacheKey, PairCache, open_cache
+from diffalign.data.cache.reference_errors import ReferenceErrors
+from diffalign.data.cache.trajectories import Trajectories
+from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.precompute.latents import encode_cache
+from diffalign.data.precompute.reference_errors import record_reference, reference_key
+from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
+from diffalign.data.row import DataError
+from diffalign.data.sampler import CurriculumOrder
+from diffalign.data.table.pairs import PairTable
+from diffalign.data.table.prompts import Table
+from diffalign.engine.measure import errors
+from diffalign.experimental.kernels import kernels_by
+from diffalign.models.loading.base import vae_factor
+from diffalign.models.loading.encoder import Encoder
+from diffalign.models.loading.fingerprint import network_fingerprint
+from diffalign.models.policy.networks import Networks
+from diffalign.models.policy.snapshot_reference import Former
+from diffalign.objectives.base import ask
+from diffalign.sources import Context, Source
+from diffalign.training.checkpoints.checkpoint import source_states
+from diffalign.training.optim.optimizers import effective_batch
+from diffalign.types import PairBatch
+
+log = logging.getLogger(__name__)
+
+SOURCE_FOLDER = "source"  # in a run's folder: what a source that makes its pairs keeps on disk
+
+Feed = Callable[[Networks, nn.Module, Former | None], Source]
+
+
+def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int) -> Feed:
+    """What makes the run's source once its networks are there.
+
+    What needs no UNet is done here, before that takes its memory: filling an encode cache, and looking at the base's
+    weights while they are still as they were loaded.
+    """
+    if config.source is not None:
+        return partial(_own_pairs, config, accelerator, table, encoder, resolution)
+    pairs = cast("PairTable", table)
+    make = _source_maker(config, accelerator, pairs, encoder)
+    content = _content(config, accelerator, pairs, encoder, resolution)
+    keep = {"trajectories": config.data.cache_trajectories, "errors": config.data.cache_reference_errors}
+    if not isinstance(content, PairCache) or not any(keep.values()):
+        return lambda networks, unet, former: make(content)
+    fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
+    kept = _trajectories if keep["trajectories"] else _reference_errors
+
+    def with_kept(networks: Networks, unet: nn.Module, former: Former | None) -> Source:
+        return make(kept(config, accelerator, make(content), content, networks, fingerprint))
+
+    return with_kept
+
+
+def encode_run(
+    config: Config, table: PairTable, encoder: Encoder, resolution: int, process: int, processes: int
+) -> CacheKey:
+    """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
+
+    Returns the key of that cache.
+    """
+    data = config.data
+    done = encode_cache(
+        table,
+        encoder,
+        str(data.cache_dir),
+        resolution=resolution,
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        variants=data.cache_variants,
+        run_seed=config.seed,
+        dtype=data.cache_dtype,
+        num_workers=data.dataloader_num_workers,
+        process=process,
+        processes=processes,
+    )
+    if done.shards_written:
+        log.info("encoded %d shards into %s", done.shards_written, done.folder)
+    for problem in done.problems:
+        log.warning("pair left out of the cache: %s", problem)
+    return done.key
+
+
+def _own_pairs(
+    config: Config,
+    accelerator: Accelerator,
+    table: Table,
+    encoder: Encoder,
+    resolution: int,
+    networks: Networks,
+    unet: nn.Module,
+    former: Former | None,
+) -> Source:
+    """The source of a run that makes its pairs, and what it is given to work with."""
+    side = resolution // vae_factor(encoder.base.vae)
+    output_dir = Path(config.output_dir)
+    context = Context(
+        networks=networks,
+        unet=unet,
+        former=former,
+        family=networks.family,
+        encoder=encoder,
+        table=table,
+        seed=config.seed,
+        train_batch_size=config.training.train_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+        folder=output_dir / SOURCE_FOLDER,
+        saved=lambda: source_states(output_dir),
+        latent_shape=(unet.config.in_channels, side, side),
+        resolution=resolution,
+        device=accelerator.device,
+        center_crop=config.data.center_crop,
+        random_flip=config.data.random_flip,
+        prompt_dropout=config.data.proportion_empty_prompts,
+        with_uncond=config.objective.needs_uncond,
+    )
+    return config.source.build(context)
+
+
+def _source_maker(
+    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
+) -> Callable[[Online | PairCache | Trajectories | ReferenceErrors], OfflinePairs]:
+    """From where the pixels come from to the run's source of batches."""
+    data, training = config.data, config.training
+    order = None
+    if data.curriculum is not None:
+        steps = data.curriculum.steps or training.max_train_steps
+        positions = steps * effective_batch(training, accelerator.num_processes)
+        order = curriculum(table, config.seed, data.curriculum.chunks, positions)
+    return partial(
+        OfflinePairs,
+        table,
+        run_seed=config.seed,
+        train_batch_size=config.training.train_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        time_ids=encoder.time_ids,
+        prompt_dropout=data.proportion_empty_prompts,
+        draws=data.draws_per_pair,
+        with_uncond=config.objective.needs_uncond,
+        num_workers=data.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        signed_masks=getattr(config.objective, "takes_signs", False),
+        order=order,
+    )
+
+
+def curriculum(table: PairTable, seed: int, chunks: int, positions: int) -> CurriculumOrder:
+    """Easy pairs first, by the table's scores. Raises DataError when it has none."""
+    scores = [table.scores(index) for index in range(len(table))]
+    if any(pair is None for pair in scores):
+        raise DataError(
+            "data.curriculum sorts pairs by the gap between their scores, and these data have none; make some with "
+            "`diffalign data score` and name the file in data.scores"
+        )
+    gaps = [one - two for one, two in cast("list[tuple[float, float]]", scores)]
+    return CurriculumOrder(gaps, seed, chunks, positions)
+
+
+def _content(
+    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
+) -> Online | PairCache:
+    """The pixels themselves, or the encode cache, which is filled as far as it is not yet."""
+    data = config.data
+    if data.cache_dir is None:
+        return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
+    key = encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    return open_cache(data.cache_dir, key)
+
+
+def _trajectories(
+    config: Config,
+    accelerator: Accelerator,
+    source: OfflinePairs,
+    cache: PairCache,
+    networks: Networks,
+    fingerprint: str,
+) -> Trajectories:
+    """The trajectories of all pairs, made as far as they are not there yet; each process makes its share."""
+    objective = config.objective
+    facts = {
+        "network": fingerprint,
+        "precision": config.training.mixed_precision,
+        "objective": objective.name,
+        "recording": objective.recording,
+    }
+    levels = objective.levels(networks.schedule)
+    folder, per_shard = record_trajectories(
+        source,
+        cache,
+        trajectory_key(cache, facts),
+        lambda batch: objective.record(batch.to(accelerator.device), networks),
+        len(levels),
+        batch_size=config.training.train_batch_size,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        counts=networks,
+    )
+    accelerator.wait_for_everyone()
+    return Trajectories(cache, folder, per_shard, levels, objective.visited)
+
+
+def _reference_errors(
+    config: Config,
+    accelerator: Accelerator,
+    source: OfflinePairs,
+    cache: PairCache,
+    networks: Networks,
+    fingerprint: str,
+) -> ReferenceErrors:
+    """The reference's errors at all draws, asked as far as they are not there yet; then the reference can go."""
+    objective, device = config.objective, accelerator.device
+
+    def asked(batch: PairBatch) -> Tensor:
+        with torch.no_grad():
+            return errors(networks.reference, ask(objective, batch.to(device), networks))
+
+    facts = {"network": fingerprint, "drawn": objective.drawn, "kernels": _kernels(config, device)}
+    folder, per_shard = record_reference(
+        source,
+        cache,
+        reference_key(source, cache, facts),
+        asked,
+        config.data.draws_per_pair,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        counts=networks,
+    )
+    accelerator.wait_for_everyone()
+    networks.forget_reference()
+    return ReferenceErrors(cache, folder, per_shard)
+
+
+def _kernels(config: Config, device: torch.device) -> dict[str, Any]:
+    """What decides how a forward rounds: kept errors must be those that the reference would give now."""
+    fused = kernels_by(device) if config.model.fused_kernels else None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "tuning": config.tuning.method,  # matmul looks at requires_grad to choose between kernels
+        "precision": config.training.mixed_precision,
+        "allow_tf32": config.training.allow_tf32,
+        "attention": config.model.attention,
+        "compile": config.model.compile,
+        "channels_last": config.model.channels_last,
+        "text": "once for both sides",  # matmuls of other sizes may round otherwise
+        **({} if fused is None else {"fused_kernels": fused}),
+    }

@@ -1,0 +1,1 @@
+"""What watches a run: health rules, recovery, validation pictures, signals."""

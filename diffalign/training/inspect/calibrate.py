@@ -1,0 +1,350 @@
+"""Which scale of the logit, and which learning rate, fit this model and these pairs? Measured, before a run.
+
+Where a run starts, policy and reference are equal and every logit is exactly 0, whatever β is: β can only be judged
+after a small movement. So a few optimiser steps are taken with the run's own optimiser and pairs, and at pairs not
+trained on two things are watched as the policy moves away:
+
+    movement m   rms change of the network's predictions, divided by the rms error of the reference there
+    spread       of the logit for a scale of 1, over pairs, t and noise: half the distance between its 10th and 90th
+                 percentiles over 1.2816, which is the standard deviation of a normal variable (these have long tails)
+
+    scale  the logit's spread is 1 where m = 5 %: 80 % of the pairs then have a σ(−h) within about .22 and .78
+    lr     highest: one step has m = 5 %; lowest: all steps of the run have m = 5 %, if they all agree
+
+The steps follow the gradient that the loss has at the start (the logit's own, which no σ damps), so the scale that was
+configured has no part in the measurement. They are repeated at another learning rate until 5 % is reached between the
+2nd and the last of them, so neither has the configured learning rate. Adam's first steps have every parameter move by
+about lr, whatever the gradient's size; what that does to the predictions is measured and not assumed.
+
+docs/calibration.md has the reasons and the limits. Memory is a training step and a copy of what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.config.schema import Config
+from diffalign.engine.measure import measure_and_backward, predictions
+from diffalign.errors import DiffalignError
+from diffalign.objectives import Objective
+from diffalign.objectives.base import ask
+from diffalign.training.build import Run
+from diffalign.training.inspect.calibration_report import LARGEST_STEP, MOVEMENT, Calibration, Point
+from diffalign.training.optim.optimizers import make_lr_scheduler, make_optimizer
+from diffalign.types import Evidence, Probe, Score
+
+NORMAL_90 = 1.2816  # the 90th percentile of a standard normal variable
+ATTEMPTS = 8  # learning rates tried
+LIFT = 1e3  # of the loss that is followed: as large as the loss of a usual β, so that Adam's epsilon is nothing to it
+BATCH = 64  # pairs of a step, at least, where a step of the run has more
+
+# Fields that may scale a logit; whether one does is tried out, not believed.
+FIELDS = ("beta", "num_train_timesteps")
+# The spread wanted of the reported logit, where that is not what σ is applied to.
+WANTED = {"kto": 2.0}  # its arguments are half the difference of rewards
+
+
+class CalibrationError(DiffalignError):
+    """A run whose scale cannot be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The field of an objective that scales its logit."""
+
+    field: str
+    wanted: float = 1.0  # spread aimed at, of the value of the field times the spread
+    in_logit: bool = True  # False (ipo): the reported logit is the bare difference of errors
+
+
+def calibratable(config: Config) -> Scale:
+    """The scale that `calibrate` can propose for this config.
+
+    Raises CalibrationError for an objective without one, and for runs whose start is not the reference.
+    """
+    if config.source is not None:
+        raise CalibrationError(
+            f"source {config.source.name} makes its pairs while training: there are none to measure at before a run. "
+            "Calibrate the same objective on pairs of the same kind that are there already, without the source"
+        )
+    if config.tuning.resume_lora is not None:
+        raise CalibrationError(
+            "tuning.resume_lora: the policy has left its reference already, so no logit is 0; calibrate without it"
+        )
+    if config.training.mixed_precision == "fp16":
+        raise CalibrationError(
+            "training.mixed_precision: fp16 skips its first steps to find a loss scale; calibrate with "
+            "training.mixed_precision=bf16 (or '\"no\"'): what is proposed holds for fp16 as well"
+        )
+    return scale_of(config.objective)
+
+
+def scale_of(objective: Objective) -> Scale:
+    """The field to which an objective's logit is proportional, found by doubling it near the reference.
+
+    Raises CalibrationError where there is none.
+    """
+    if objective.name == "ipo":
+        return Scale("tau", in_logit=False)
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.full((2, 8), 0.2, dtype=torch.float64)
+    policy = reference + 1e-9 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    evidence = Evidence(policy, reference, weight=torch.ones(8, dtype=torch.float64))
+    logit = objective.score(evidence).logit
+    if logit is not None:
+        for field in FIELDS:
+            doubled = None if not hasattr(objective, field) else _with(objective, field, 2 * getattr(objective, field))
+            if doubled is not None and torch.allclose(doubled.score(evidence).logit, 2 * logit, rtol=1e-3, atol=0):
+                return Scale(field, WANTED.get(objective.name, 1.0))
+    raise CalibrationError(
+        f"{objective.name} has no setting that scales a logit, so there is nothing to calibrate: "
+        + ("it has no pairwise term" if logit is None else "its margin is one of errors, not of a logit")
+    )
+
+
+def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
+    """Measures and proposes. The run's weights are as before when it returns, and nothing is written.
+
+    steps: optimiser steps of the path, a power of two, at least 4. pairs: those at which the spread is measured.
+    Raises CalibrationError for runs that cannot be calibrated (see `calibratable`), for an objective without gradient
+    at its start, and where no learning rate moves the policy by 5 % in so many steps. One process only.
+    """
+    if run.accelerator.num_processes > 1:
+        raise CalibrationError("calibrate runs in one process; start it without a launcher")
+    if steps < 4 or steps & (steps - 1):
+        raise CalibrationError(f"steps = {steps}: give a power of two, at least 4")
+    scale, objective, training = calibratable(run.config), run.objective, run.config.training
+    unit = objective if not scale.in_logit else _with(objective, scale.field, 1)
+    views = _views(run, unit, steps, pairs)
+    configured, anchored = float(getattr(objective, scale.field)), objective.needs_reference
+    start = _look(run, unit, views)
+    followed = unit
+    if not anchored:
+        followed = _with(objective, scale.field, scale.wanted / start.spread)
+    path, logits, lr = _find_path(run, unit, followed, views, steps, anchored)
+    spread = _spread_at(path, MOVEMENT) if anchored else start.spread
+    nearest = min(logits, key=lambda p: abs(math.log(p[0] / MOVEMENT)))[1] if anchored else start.logits
+    h = nearest / _spread(nearest) * (1.0 if anchored else scale.wanted)
+    factor = torch.sigmoid(-h)
+    peak = _steps_at_peak(run)
+    low, high = _learning_rates(path, lr, peak)
+    scaling = run.lr / training.learning_rate
+    inside = low <= run.lr <= high
+    proposed = run.lr if inside else math.sqrt(low * high) if low < high else high
+    return Calibration(
+        objective=objective.name,
+        field=scale.field,
+        configured=configured,
+        proposed=_rounded(scale.wanted / spread),
+        anchored=anchored,
+        spread=spread,
+        wanted=scale.wanted,
+        movement_at_configured=_movement_at(path, scale.wanted / configured) if anchored else None,
+        factor=(float(factor.mean()), *(float(factor.quantile(q)) for q in (0.1, 0.9))),
+        learning_rate=training.learning_rate,
+        lowest=low / scaling,
+        highest=high / scaling,
+        proposed_learning_rate=training.learning_rate if inside else _rounded(proposed / scaling),
+        lr_scaling=scaling,
+        steps=peak,
+        path=tuple(path),
+        path_lr=lr,
+        batch=training.train_batch_size * _micro_batches(run),
+        pairs=sum(len(view.base_errors[0]) for view in views),
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """Points at which the policy is looked at, and what the base said there."""
+
+    probe: Probe
+    base: Tensor  # predictions
+    base_errors: Tensor
+    base_square: float  # mean squared error, whatever masks the data have
+
+
+@dataclass(frozen=True)
+class _Look:
+    movement: float
+    spread: float
+    logits: Tensor
+
+
+def _views(run: Run, unit: Objective, steps: int, pairs: int) -> list[_View]:
+    """Pairs that come after those of the path; the points are made by the base and stay."""
+    views, found = [], 0
+    batches = run.source.batches(steps)
+    while found < pairs:
+        batch = next(batches).to(run.accelerator.device)
+        probe = ask(unit, batch, run.networks)
+        base = predictions(run.networks.policy, probe)
+        views.append(_View(probe, base, _errors(base, probe), float(((base - probe.target) ** 2).mean())))
+        found += batch.pairs
+    if not any(view.base_square for view in views):  # Inversion-DPO as released
+        raise CalibrationError(
+            f"{unit.name} with these settings has no gradient where training starts: the base answers as asked"
+        )
+    return views
+
+
+def _look(run: Run, unit: Objective, views: list[_View]) -> _Look:
+    change, base, logits = 0.0, 0.0, []
+    for view in views:
+        now = predictions(run.networks.policy, view.probe)
+        change += float(((now - view.base) ** 2).mean())
+        base += view.base_square
+        reference = view.base_errors if view.probe.needs_reference else None
+        evidence = Evidence(_errors(now, view.probe), reference, view.probe.t, view.probe.weight)
+        logits.append(_logit(unit.score(evidence)).double())
+    joined = torch.cat(logits).cpu()
+    return _Look(math.sqrt(change / base), _spread(joined), joined)
+
+
+def _find_path(
+    run: Run, unit: Objective, followed: Objective, views: list[_View], steps: int, anchored: bool
+) -> tuple[list[Point], list[tuple[float, Tensor]], float]:
+    """The path at a learning rate at which 5 % is reached after the 2nd step and before the end."""
+    kept = [p.detach().clone() for p in run.parameters]
+    lr = run.lr
+    try:
+        for _ in range(ATTEMPTS):
+            path, logits = _path(run, unit, followed, views, lr, steps, anchored, kept)
+            last = path[-1].movement
+            second = [p for p in path if p.step <= 2][-1].movement
+            if second < MOVEMENT <= last < math.inf:
+                return path, logits, lr
+            # 5 % in the middle between them; not too boldly, since movement is proportional only where it is small
+            between = math.sqrt(second * last)
+            lr *= min(100.0, max(0.01, MOVEMENT / between)) if between < math.inf else 0.01
+    finally:
+        _restore(run, kept)
+    raise CalibrationError(
+        f"no learning rate was found with which {steps} steps move the predictions by {MOVEMENT:.0%} "
+        f"(the last one tried was {lr:.2g}): look at the data and at training.optimizer's settings"
+    )
+
+
+def _path(
+    run: Run,
+    unit: Objective,
+    followed: Objective,
+    views: list[_View],
+    lr: float,
+    steps: int,
+    anchored: bool,
+    kept: list[Tensor],
+) -> tuple[list[Point], list[tuple[float, Tensor]]]:
+    """Steps from the base at a constant learning rate, looked at after 1, 2, 4, … of them."""
+    training = run.config.training
+    _restore(run, kept)
+    optimizer = make_optimizer(run.parameters, training, lr)
+    batches, micro = run.source.batches(0), _micro_batches(run)
+    limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
+    norm = math.sqrt(sum(float((w.double() ** 2).sum()) for w in kept))
+    path, logits = [], []
+
+    def score(evidence: Evidence) -> Score:
+        found = followed.score(evidence)
+        return replace(found, loss=-LIFT * _logit(found)) if anchored else found
+
+    for step in range(1, steps + 1):
+        for _ in range(micro):
+            batch = next(batches).to(run.accelerator.device)
+            probe = ask(followed, batch, run.networks)
+            measure_and_backward(run.networks, probe, score, scale=1 / micro)
+        gradient = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
+        if step == 1 and float(gradient) == 0:  # weight decay alone would move something
+            raise CalibrationError(f"{run.objective.name} with these settings has no gradient where training starts")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step & (step - 1):
+            continue
+        now = _look(run, unit, views)
+        moved = math.sqrt(sum(float(((p.detach() - w).double() ** 2).sum()) for p, w in zip(run.parameters, kept)))
+        finite = math.isfinite(now.movement)
+        path.append(Point(step, now.movement if finite else math.inf, now.spread, moved / norm))
+        if not finite:
+            break
+        if now.movement > 0:
+            logits.append((now.movement, now.logits))
+    return path, logits
+
+
+def _spread(logits: Tensor) -> float:
+    """The standard deviation, if the logits were normal, from their inner 80 %."""
+    low, high = logits.quantile(torch.tensor([0.1, 0.9], dtype=logits.dtype))
+    return float(high - low) / (2 * NORMAL_90)
+
+
+def _learning_rates(path: list[Point], lr: float, peak: float) -> tuple[float, float]:
+    """The lowest and the highest learning rate that make sense; movement is taken as proportional to it."""
+    whole = path[-1].movement * peak / path[-1].step
+    return lr * MOVEMENT / whole, lr * LARGEST_STEP / path[0].movement
+
+
+def _spread_at(path: list[Point], movement: float) -> float:
+    """The spread at a movement, between the path's points by a power law."""
+    i = next(i for i, p in enumerate(path) if p.movement >= movement)
+    a, b = path[i - 1], path[i]
+    share = math.log(movement / a.movement) / math.log(b.movement / a.movement)
+    return a.spread * (b.spread / a.spread) ** share
+
+
+def _movement_at(path: list[Point], spread: float) -> float:
+    """The movement that has a spread: near 5 % both grow alike (m² of it is second order), so in proportion."""
+    return MOVEMENT * spread / _spread_at(path, MOVEMENT)
+
+
+def _steps_at_peak(run: Run) -> float:
+    """The run's steps, each counted by its share of the peak learning rate."""
+    training = run.config.training
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, total = make_lr_scheduler(optimizer, training), 0.0
+    for _ in range(training.max_train_steps):
+        total += schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+    return max(total, 1.0)
+
+
+def _micro_batches(run: Run) -> int:
+    """Of a step on the path: the run's, but no more than a few pairs need."""
+    training = run.config.training
+    return min(training.gradient_accumulation_steps, -(-BATCH // training.train_batch_size))
+
+
+def _logit(score: Score) -> Tensor:
+    assert score.logit is not None  # scale_of has looked
+    return score.logit
+
+
+def _errors(prediction: Tensor, probe: Probe) -> Tensor:
+    square = (prediction - probe.target) ** 2
+    if probe.mask is not None:  # as in the engine, which asks the network itself
+        places = probe.mask.to(square)[:, None]
+        square = square * (places if probe.points is None else places[:, None])
+    return square.mean((-3, -2, -1))
+
+
+def _with(objective: Any, field: str, value: float) -> Any:
+    """The objective with another scale; a count stays a count."""
+    whole = next(f.type for f in fields(objective) if f.name == field) in ("int", int)
+    return replace(objective, **{field: max(1, round(value)) if whole else float(value)})
+
+
+@torch.no_grad()
+def _restore(run: Run, kept: list[Tensor]) -> None:
+    for p, w in zip(run.parameters, kept, strict=True):
+        p.copy_(w)
+        p.grad = None
+
+
+def _rounded(value: float) -> float:
+    """Two digits: more would be a pretence."""
+    return float(f"{value:.1e}")

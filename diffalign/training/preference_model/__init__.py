@@ -1,0 +1,1 @@
+"""Training a step-aware preference model, a judge of half-made pictures."""
