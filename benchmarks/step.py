@@ -41,7 +41,6 @@ from benchmarks.timing import Timed, copy_rate, kernels, matmul_rate, parts, pro
 from diffalign.data.table.file_hash import SETTLED
 from diffalign.models.adapters.lora import lora_layers
 from diffalign.objectives import OBJECTIVES
-from diffalign.objectives.base import Drawn
 
 PUBLISHED = "peer as published"
 REPLICA = "replica of the peer"
@@ -114,7 +113,7 @@ class Benchmark:
         cache = {"data.cache_dir": str(self.work / f"cache-{time.time_ns()}")}
         ours = {OURS: self.ours(OURS, cache)}
         objective = ours[OURS].run.objective
-        if isinstance(objective, Drawn) and objective.needs_reference:
+        if objective.drawn is not None and objective.needs_reference:
             ours[KEPT] = self.ours(KEPT, {**cache, **KEPT_ERRORS})
         steps: dict[str, Callable[[], None]] = {}
         closing = []

@@ -2,34 +2,27 @@
 
     python examples/own_objective.py
 
-An objective says where the networks are asked (`probe`) and what the loss of each pair is, given the errors of policy
-and reference there (`score`). A config names it as `objective: {name: "own_objective:HingeDPO", beta: 2000}`, with
-the folder of this file on PYTHONPATH.
+An objective says where the networks are asked (here `OnSharedNoise`: at one timestep and one noise for each pair) and
+what the loss of each pair is, given the errors of policy and reference there (`score`). A config names it as
+`objective: {name: "own_objective:HingeDPO", beta: 2000}`, with the folder of this file on PYTHONPATH.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign import Evidence, PairBatch, Probe, Score, Trainer, TrainingArguments, load_pairs
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, shared_noise
+from diffalign import Evidence, Score, Trainer, TrainingArguments, load_pairs
+from diffalign.objectives.base import OnSharedNoise, dpo_logit
 from diffalign.world import base_path, pairs_path
 
 
 @dataclass(frozen=True)
-class HingeDPO:
+class HingeDPO(OnSharedNoise):
     """max(0, 1 - logit): pairs whose margin is large enough stop to pull (SLiC's loss on Diffusion-DPO's logit)."""
 
     beta: float = 2000.0  # scale of the logit, as in Diffusion-DPO
 
     name: ClassVar[str] = "hinge_dpo"
     paper: ClassVar[str] = "Zhao et al., SLiC-HF, arXiv 2305.10425"
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One timestep and one noise for each pair, shared by its two pictures."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """The hinge of each pair's logit."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import Drawn, Recordable
+from diffalign.objectives import OBJECTIVES
+from diffalign.objectives.base import OnSharedNoise
 
 LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
 USERS_ONLY = ("user_tokens", "user_scale")
@@ -89,11 +90,10 @@ def can_have_a_reference(config: Any) -> None:
 def can_keep_trajectories(config: Any) -> None:
     """Trajectories can be kept only where no training changes them."""
     objective = config.objective
-    if not isinstance(objective, Recordable) or objective.recording is None:
+    if objective.recording is None:
         raise DiffalignError(
             f"data.cache_trajectories: {objective.name} with these settings inverts by the network being trained, "
-            "or not at all; only trajectories of a frozen reference can be kept (inversion_dpo, trajectory: "
-            "reference)"
+            "or not at all; only trajectories of a frozen reference can be cached"
         )
     if config.data.cache_dir is None:
         raise DiffalignError("data.cache_trajectories needs data.cache_dir: trajectories lie beside the encoded images")
@@ -105,11 +105,11 @@ def can_keep_trajectories(config: Any) -> None:
 
 def can_keep_errors(config: Any) -> None:
     """A reference's errors can be kept only at points that come back and that no network chose."""
-    if not isinstance(config.objective, Drawn) or not config.objective.needs_reference:
+    if config.objective.drawn is None or not config.objective.needs_reference:
+        drawn = [n for n, each in OBJECTIVES.items() if issubclass(each, OnSharedNoise) and each.needs_reference]
         raise DiffalignError(
             f"data.cache_reference_errors: {config.objective.name} has no reference, or its points come from a "
-            "network; only errors at points that are drawn can be kept (dpo, cdpo, robust_dpo, ipo, f_dpo, kto, "
-            "dso_dro)"
+            f"network; only errors at points that are drawn can be cached ({', '.join(drawn)})"
         )
     if config.data.draws_per_pair is None:
         raise DiffalignError(

@@ -258,7 +258,7 @@ def _complete(settings: Any, what: str) -> None:
 
 
 _NEEDED = {
-    "objective": ("name", "paper", "needs_reference", "needs_uncond", "probe", "score"),
+    "objective": ("name", "paper", "needs_reference", "drawn", "scale_field", "probe", "score"),
     "source": ("name", "paper", "data", "objectives", "own_reference", "build", "small"),
 }
 

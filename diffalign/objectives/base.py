@@ -1,18 +1,17 @@
 """What an objective is, and the two things most of them share: the shared-noise probe and the reward metrics.
 
-An objective is a frozen dataclass whose fields are its hyper-parameters. It has two methods and no base class:
-`probe` says where the networks are asked and what they should answer, `score` is the paper's equation.
+An objective is a frozen dataclass whose fields are its hyper-parameters. It inherits from `Objective`, which declares
+every trait with its default, or from `OnSharedNoise`, and says where the networks are asked (`probe`) and what the
+loss of a pair is (`score`, the paper's equation).
 
-A pair may carry a weight, a margin and a mask (`PairBatch`). The engine sees to weights and masks. An objective whose
-loss is made of log σ(logit) says `takes_margin = True` and takes the logit `less_margin`. One that compares the sides
-by a plain difference, so that a mask of −1 is the pair with its sides swapped, says `takes_signs = True`.
-`require_terms` refuses the rest.
+A pair may carry a weight, a margin and a mask (`PairBatch`). The engine applies weights and masks. `require_terms`
+refuses a margin or a signed mask where the objective has not declared that it takes them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -25,16 +24,37 @@ from diffalign.types import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch,
 
 
 class Objective(Protocol):
-    """A preference objective, as the training loop sees it."""
+    """A preference objective, as a run sees it. An objective inherits from this class, and so has its defaults."""
 
     name: ClassVar[str]  # the name in configs
     paper: ClassVar[str]  # "Authors, title, arXiv id"
-    needs_reference: ClassVar[bool]
+    needs_reference: ClassVar[bool] = True  # False: no reference model is made or called
+    takes_margin: ClassVar[bool] = False  # its loss is made of log σ(logit), of which it takes the logit `less_margin`
+    takes_signs: ClassVar[bool] = False  # it compares the sides by a plain difference: a mask of −1 swaps them
+    scale_field: ClassVar[str | None] = None  # the field to which the logit is proportional near the reference
+    scale_spread: ClassVar[float] = 1.0  # the spread of logits that `diffalign calibrate` aims at
+    scale_in_logit: ClassVar[bool] = True  # False: the reported logit is the bare difference of errors
 
     @property
     def needs_uncond(self) -> bool:
         """Whether batches must carry the null prompt's conditioning (guidance)."""
-        ...
+        return False
+
+    @property
+    def drawn(self) -> dict[str, Any] | None:
+        """All settings that its points depend on, plain values by name, where they follow from a pair and its draw and
+        from no network: the reference's errors there can be cached. None: a network chooses the points.
+        """
+        return None
+
+    @property
+    def recording(self) -> dict[str, Any] | None:
+        """All settings that a trajectory depends on (`Recordable`), plain values by name; None: it cannot be cached."""
+        return None
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Raises DiffalignError where the settings do not fit a model's schedule."""
+        return
 
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """The points to ask at, made without grad."""
@@ -45,18 +65,12 @@ class Objective(Protocol):
         ...
 
 
-@runtime_checkable
-class Recordable(Protocol):
-    """An objective that looks at transitions of a trajectory which no training changes: it can be made once and kept.
+class Recordable(Objective, Protocol):
+    """An objective that asks at transitions of a trajectory which no training changes: it can be made once and cached.
 
     The trajectory of a pair depends on its images, prompt and base model and on what `recording` says. A batch that
     carries `PairBatch.transitions` needs no inversion.
     """
-
-    @property
-    def recording(self) -> dict[str, Any] | None:
-        """All settings that a trajectory depends on, plain values by name; None: it cannot be kept."""
-        ...
 
     def record(self, batch: PairBatch, models: Models) -> Tensor:
         """Whole trajectories without grad, "side pair level c h w"; level 0 is the clean image."""
@@ -67,20 +81,50 @@ class Recordable(Protocol):
         ...
 
     def visited(self, keys: Tensor) -> Tensor:
-        """Transitions looked at in a visit, int64 [pair, point]; k leads from level k to level k + 1."""
+        """Transitions that a visit asks at, int64 [pair, point]; k leads from level k to level k + 1."""
         ...
 
 
-@runtime_checkable
-class Drawn(Protocol):
-    """An objective whose points follow from a pair and its draw, and from no network: the reference's errors there can
-    be kept.
-    """
+@dataclass(frozen=True)
+class SharedNoise:
+    """Points by `shared_noise`: called, it makes the probe; `drawn` says what the probe depends on."""
+
+    timesteps: tuple[int, ...] | None = None
+    sides: int = 2
+    needs_reference: bool = True
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """All settings that its points depend on, plain values by name."""
-        ...
+        """See `Objective.drawn`."""
+        found = {"points": "shared_noise", "timesteps": None if self.timesteps is None else list(self.timesteps)}
+        return found if self.sides == 2 else {**found, "sides": self.sides}
+
+    def __call__(self, batch: PairBatch, schedule: NoiseSchedule) -> Probe:
+        return shared_noise(
+            batch, schedule, timesteps=self.timesteps, sides=self.sides, needs_reference=self.needs_reference
+        )
+
+
+class OnSharedNoise(Objective, Protocol):
+    """An objective that asks at one (t, ε) for each pair, shared by its sides, as Diffusion-DPO does."""
+
+    @property
+    def points(self) -> SharedNoise:
+        """Where it asks."""
+        return SharedNoise(needs_reference=self.needs_reference)
+
+    @property
+    def drawn(self) -> dict[str, Any] | None:
+        """What its points depend on; None where a subclass has a probe of its own."""
+        return self.points.drawn if type(self).probe is OnSharedNoise.probe else None
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Raises DiffalignError for a timestep that the schedule does not have."""
+        timesteps_fit(self.points.timesteps, schedule)
+
+    def probe(self, batch: PairBatch, models: Models) -> Probe:
+        """One (t, ε) for each pair."""
+        return self.points(batch, models.schedule)
 
 
 def shared_noise(
@@ -112,11 +156,6 @@ def shared_noise(
     )
 
 
-def shared_noise_facts(timesteps: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """`Drawn.drawn` of an objective that asks at `shared_noise`."""
-    return {"points": "shared_noise", "timesteps": None if timesteps is None else list(timesteps)}
-
-
 def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
     """The objective's probe, without grad, with what the data say of each pair: weight, margin and mask,
     and the reference's errors where they were kept.
@@ -136,23 +175,16 @@ def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
 
 def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:
     """Raises ValueError where pairs have margins, or masks below 0, and the objective can do nothing with them."""
-    if margin and not getattr(objective, "takes_margin", False):
+    if margin and not objective.takes_margin:
         raise DiffalignError(
             f"the data have a margin for each pair, and {objective.name} has no log σ(logit) to subtract it from: "
             "remove or rename the column, or use an objective that has, e.g. dpo"
         )
-    if signs and not getattr(objective, "takes_signs", False):
+    if signs and not objective.takes_signs:
         raise DiffalignError(
             f"a mask below 0 swaps the sides of a part of the picture, and {objective.name} does not compare the sides "
             "by a plain difference: use masks in [0, 1], or an objective that does, e.g. dpo"
         )
-
-
-def require_schedule(objective: Objective, schedule: NoiseSchedule) -> None:
-    """Raises ValueError where an objective's settings do not fit the model's schedule (`check_schedule`)."""
-    check = getattr(objective, "check_schedule", None)
-    if check is not None:
-        check(schedule)
 
 
 def less_margin(logit: Tensor, evidence: Evidence) -> Tensor:

@@ -10,17 +10,16 @@ log 2 at h = 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise, shared_noise_facts
-from diffalign.types import Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, dpo_logit, less_margin, noise_rate, positive
+from diffalign.types import Evidence, Score
 
 
 @dataclass(frozen=True)
-class ConservativeDPO:
+class ConservativeDPO(OnSharedNoise):
     """Diffusion-DPO with smoothed labels."""
 
     beta: float = 5000.0  # as DiffusionDPO
@@ -30,23 +29,13 @@ class ConservativeDPO:
     paper: ClassVar[str] = (
         "Mitchell, A note on DPO with noisy preferences & relationship to IPO, 2023, https://ericmitchell.ai/cdpo.pdf"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         noise_rate(self.label_smoothing)
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts()
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """As Diffusion-DPO."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """Cross-entropy against labels (1−ε, ε)."""

@@ -25,13 +25,12 @@ from typing import ClassVar
 
 from torch.nn.functional import relu
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive, shared_noise
-from diffalign.types import Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, dpo_logit, positive
+from diffalign.types import Evidence, Score
 
 
 @dataclass(frozen=True)
-class DiffusionDRO:
+class DiffusionDRO(OnSharedNoise):
     """Hinge on the difference of denoising rewards between experts' pictures and the policy's own."""
 
     margin: float = 0.001  # m, in units of the error; the released code's default
@@ -41,16 +40,10 @@ class DiffusionDRO:
         "Wu et al., Ranking-based Preference Optimization for Diffusion Models from Implicit User Feedback "
         "(Diffusion-DRO), arXiv 2510.18353"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
     takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("margin", self.margin)
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """The hinge; the logit is R_expert − R_policy."""

@@ -15,26 +15,16 @@ loss = log(1 + e^−1) = .3133.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.measure import Models
-from diffalign.engine.schedule import NoiseSchedule
-from diffalign.objectives.base import (
-    dpo_logit,
-    less_margin,
-    positive,
-    shared_noise,
-    shared_noise_facts,
-    timesteps_fit,
-    timesteps_valid,
-)
-from diffalign.types import Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, SharedNoise, dpo_logit, less_margin, positive, timesteps_valid
+from diffalign.types import Evidence, Score
 
 
 @dataclass(frozen=True)
-class DiffusionDPO:
+class DiffusionDPO(OnSharedNoise):
     """Direct preference optimisation of a denoiser against a frozen reference."""
 
     beta: float = 5000.0  # errors are means over c·h·w; the released SDXL and SD1.5 launchers use 5000
@@ -42,8 +32,7 @@ class DiffusionDPO:
 
     name: ClassVar[str] = "dpo"
     paper: ClassVar[str] = "Wallace et al., Diffusion Model Alignment Using DPO, arXiv 2311.12908"
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
 
@@ -52,17 +41,9 @@ class DiffusionDPO:
         timesteps_valid(self.timesteps)
 
     @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts(self.timesteps)
-
-    def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """See `objectives.base.require_schedule`."""
-        timesteps_fit(self.timesteps, schedule)
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair."""
-        return shared_noise(batch, models.schedule, timesteps=self.timesteps)
+    def points(self) -> SharedNoise:
+        """One shared (t, ε) for each pair, at the timesteps given."""
+        return SharedNoise(self.timesteps)
 
     def score(self, evidence: Evidence) -> Score:
         """−log σ of the logit."""

@@ -20,17 +20,16 @@ With m = .05: L = .4 − min(.6, .55) = −.15, slopes (1, 0).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch.nn.functional import relu
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive, shared_noise, shared_noise_facts
-from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, dpo_logit, positive
+from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 
 
 @dataclass(frozen=True)
-class DSODRO:
+class DSODRO(OnSharedNoise):
     """Denoising loss of chosen images minus that of rejected ones, bounded against the reference."""
 
     margin: float = 0.001  # m, in units of the error; our choice: where DPO's reward of x_r is −2.5 at its β of 5000
@@ -39,20 +38,9 @@ class DSODRO:
     paper: ClassVar[str] = (
         "Li et al., DSO: Aligning 3D Generators with Simulation Feedback for Physical Soundness, arXiv 2503.22677"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive("margin", self.margin)
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts()
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """The difference of the errors, the rejected one bounded; rewards are E_reference − E_policy."""

@@ -25,23 +25,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise, shared_noise_facts
-from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, less_margin, positive, reward_metrics
+from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 
 MAX_EXPONENT = 40.0  # e^40 · 1e10 is far from float32's largest number, which is e^88.7
 LINKS = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
 @dataclass(frozen=True)
-class FDPO:
+class FDPO(OnSharedNoise):
     """Diffusion-DPO with the link of an f-divergence."""
 
     beta: float = 5000.0  # as DiffusionDPO
@@ -55,8 +54,7 @@ class FDPO:
         "Wang et al., Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence "
         "Constraints, arXiv 2309.16240"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -75,15 +73,6 @@ class FDPO:
             raise DiffalignError(
                 f"alpha = {self.alpha}: link alpha needs it in (0, 1); its ends are the links reverse_kl and forward_kl"
             )
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts()
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """−log σ of the difference of the linked log-ratios; p·g is the implicit reward."""

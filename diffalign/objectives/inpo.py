@@ -39,7 +39,7 @@ from diffalign.engine.predictor import predictor
 from diffalign.engine.random import integers, normal
 from diffalign.engine.schedule import NoiseSchedule, spread
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import dpo_logit, less_margin, positive
+from diffalign.objectives.base import Objective, dpo_logit, less_margin, positive
 from diffalign.types import Evidence, PairBatch, Probe, Score
 
 Grid = Literal["exact", "released"]
@@ -47,7 +47,7 @@ Inverter = Literal["policy", "reference"]
 
 
 @dataclass(frozen=True)
-class InPO:
+class InPO(Objective):
     """Direct preference optimisation at DDIM-inverted points."""
 
     beta: float = 5000.0  # as DiffusionDPO; the release uses 5000 for SDXL, 2000 for SD1.5
@@ -60,8 +60,7 @@ class InPO:
     paper: ClassVar[str] = (
         "Lu et al., InPO: Inversion Preference Optimization with Reparametrized DDIM, arXiv 2503.18454"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
 
@@ -74,7 +73,7 @@ class InPO:
             )
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """See `objectives.base.require_schedule`."""
+        """See `Objective.check_schedule`."""
         steps_fit(schedule, self.steps)
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ from diffalign.engine.predictor import predictor
 from diffalign.engine.random import normal
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import less_margin, positive, reward_metrics
+from diffalign.objectives.base import Recordable, less_margin, positive, reward_metrics
 from diffalign.objectives.inpo import Grid, Inverter, inversion_valid, steps_fit
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score, Transitions
 
@@ -58,7 +58,7 @@ Weighting = Literal["inverse_alpha", "uniform"]
 
 
 @dataclass(frozen=True)
-class InversionDPO:
+class InversionDPO(Recordable):
     """Preference optimisation over DDIM-inverted trajectories."""
 
     beta: float = 2000.0  # the released code
@@ -77,7 +77,7 @@ class InversionDPO:
     paper: ClassVar[str] = (
         "Li et al., Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models, arXiv 2507.11554"
     )
-    needs_reference: ClassVar[bool] = True
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
 
@@ -106,13 +106,13 @@ class InversionDPO:
 
     @property
     def recording(self) -> dict[str, Any] | None:
-        """See `objectives.base.Recordable`: only the reference's trajectories stay as they are."""
+        """See `Objective.recording`: only the reference's trajectories stay as they are."""
         if self.trajectory == "policy":
             return None
         return {"steps": self.steps, "substeps": self.substeps, "guidance": self.guidance, "grid": self.grid}
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """See `objectives.base.require_schedule`; raises as `probe` does for an infinite w, too."""
+        """See `Objective.check_schedule`; raises as `probe` does for an infinite w, too."""
         steps_fit(schedule, self.steps * self.substeps, "steps" if self.substeps == 1 else "steps · substeps")
         self._weights(schedule, self.levels(schedule)[1:])
 

@@ -11,15 +11,14 @@ By hand: D = (−.1, 0), τ = 10 → (.1 − .05)² = .0025.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, positive, shared_noise, shared_noise_facts
-from diffalign.types import Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, dpo_logit, positive
+from diffalign.types import Evidence, Score
 
 
 @dataclass(frozen=True)
-class IPO:
+class IPO(OnSharedNoise):
     """Identity preference optimisation of a denoiser."""
 
     tau: float = 5000.0  # the margin of errors aimed at is 1/(2τ)
@@ -28,21 +27,12 @@ class IPO:
     paper: ClassVar[str] = (
         "Azar et al., A General Paradigm to Understand Learning from Human Preferences (IPO), arXiv 2310.12036"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "tau"
+    scale_in_logit: ClassVar[bool] = False
     takes_signs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts()
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """As Diffusion-DPO."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """Squared distance of the margin from 1/(2τ)."""

@@ -22,22 +22,21 @@ loss = 1 − σ(1) = .2689. E_policy = (.3, .5): g = (.2, 0), kl = .1, the argum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import positive, reward_metrics, shared_noise, shared_noise_facts
-from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, positive, reward_metrics
+from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 
 REFERENCE_POINTS = ("pair", "zero")
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(OnSharedNoise):
     """Saturating utility of each image against a reference, without comparing the two."""
 
     beta: float = 1000.0  # errors are means over c·h·w; the released code's default
@@ -49,8 +48,8 @@ class KTO:
     paper: ClassVar[str] = (
         "Li et al., Aligning Diffusion Models by Optimizing Human Utility (Diffusion-KTO), arXiv 2404.04465"
     )
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
+    scale_spread: ClassVar[float] = 2.0  # the arguments of σ are half the difference of rewards
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -58,15 +57,6 @@ class KTO:
         positive("lambda_undesirable", self.lambda_undesirable)
         if self.reference_point not in REFERENCE_POINTS:
             raise DiffalignError(f"reference_point = {self.reference_point!r}; allowed: {', '.join(REFERENCE_POINTS)}")
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts()
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """Mean of the two images' losses; the logit is the difference of their rewards β·g, for the metrics."""

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
-from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, less_margin, positive, reward_metrics
+from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 
 SERIES_BELOW = 0.25  # from here on the closed form's slope loses less than a digit; the series is exact below
 # x/(e^x − 1) = Σ B_n x^n / n!, the Bernoulli numbers up to x¹⁰; the next term is 3e-17 at x = .25
@@ -32,7 +31,7 @@ SERIES = (1.0, -1 / 2, 1 / 12, 0.0, -1 / 720, 0.0, 1 / 30240, 0.0, -1 / 1209600,
 
 
 @dataclass(frozen=True)
-class MaPO:
+class MaPO(OnSharedNoise):
     """Denoising loss on the chosen side plus a margin between bounded likelihoods; no reference forward."""
 
     beta: float = 0.1  # weight of the margin term
@@ -43,18 +42,14 @@ class MaPO:
     paper: ClassVar[str] = (
         "Hong et al., Margin-aware Preference Optimization without Reference (MaPO), arXiv 2406.06424"
     )
+    scale_field: ClassVar[str | None] = "num_train_timesteps"
     needs_reference: ClassVar[bool] = False
-    needs_uncond: ClassVar[bool] = False
     takes_margin: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         positive("snr", self.snr)
         positive("num_train_timesteps", self.num_train_timesteps)
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair, no reference."""
-        return shared_noise(batch, models.schedule, needs_reference=False)
 
     def score(self, evidence: Evidence) -> Score:
         """The chosen side's error and the margin term."""

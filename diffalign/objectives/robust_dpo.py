@@ -10,41 +10,21 @@ as −log σ(h) − ε h / (1 − 2ε), which is exactly log 2 at h = 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import dpo_logit, less_margin, noise_rate, positive, shared_noise, shared_noise_facts
-from diffalign.types import Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import dpo_logit, less_margin
+from diffalign.objectives.cdpo import ConservativeDPO
+from diffalign.types import Evidence, Score
 
 
 @dataclass(frozen=True)
-class RobustDPO:
-    """Diffusion-DPO with the unbiased correction for label noise."""
-
-    beta: float = 5000.0  # as DiffusionDPO
-    label_smoothing: float = 0.1  # ε, the share of labels believed to be wrong
+class RobustDPO(ConservativeDPO):
+    """Diffusion-DPO with the unbiased correction for label noise; its settings are those of conservative DPO."""
 
     name: ClassVar[str] = "robust_dpo"
     paper: ClassVar[str] = "Chowdhury et al., Provably Robust DPO, arXiv 2403.00409"
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
-    takes_margin: ClassVar[bool] = True
-    takes_signs: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        noise_rate(self.label_smoothing)
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """See `objectives.base.Drawn`."""
-        return shared_noise_facts()
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """As Diffusion-DPO."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """The loss whose mean over flipped labels is the clean one."""

@@ -27,16 +27,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffalign.engine.measure import Models
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import less_margin, positive, reward_metrics, shared_noise
-from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, less_margin, positive, reward_metrics
+from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 
 FLIPS = ("anchor", "indicator", "none")
 
 
 @dataclass(frozen=True)
-class SePPO:
+class SePPO(OnSharedNoise):
     """DPO whose rejected side changes its sign where the policy has become worse at the chosen one."""
 
     beta: float = 2000.0  # errors are means over c·h·w; the paper's value for SD1.5, second-hand
@@ -44,18 +43,13 @@ class SePPO:
 
     name: ClassVar[str] = "seppo"
     paper: ClassVar[str] = "Zhang et al., SePPO: Semi-Policy Preference Optimization, arXiv 2410.05255"
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         if self.flip not in FLIPS:
             raise DiffalignError(f"flip = {self.flip!r}; allowed: {', '.join(FLIPS)}")
-
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """One shared (t, ε) for each pair."""
-        return shared_noise(batch, models.schedule)
 
     def score(self, evidence: Evidence) -> Score:
         """−log σ of the logit with the flipped rejected side; rewards are DPO's, before the flip."""

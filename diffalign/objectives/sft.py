@@ -10,23 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign.engine.measure import Models
-from diffalign.objectives.base import shared_noise
-from diffalign.types import CHOSEN, Evidence, PairBatch, Probe, Score
+from diffalign.objectives.base import OnSharedNoise, SharedNoise
+from diffalign.types import CHOSEN, Evidence, Score
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(OnSharedNoise):
     """The denoising loss on chosen images."""
 
     name: ClassVar[str] = "sft"
     paper: ClassVar[str] = "Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239, eq. 14"
     needs_reference: ClassVar[bool] = False
-    needs_uncond: ClassVar[bool] = False
 
-    def probe(self, batch: PairBatch, models: Models) -> Probe:
+    @property
+    def points(self) -> SharedNoise:
         """A (t, ε) for each chosen image; rejected images are not asked at."""
-        return shared_noise(batch, models.schedule, sides=1, needs_reference=False)
+        return SharedNoise(sides=1, needs_reference=False)
 
     def score(self, evidence: Evidence) -> Score:
         """The chosen side's error."""

@@ -30,13 +30,13 @@ from diffalign.engine.measure import Models
 from diffalign.engine.random import integers
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import dpo_logit, less_margin, positive
+from diffalign.objectives.base import Objective, dpo_logit, less_margin, positive
 from diffalign.objectives.inpo import Grid, Inverter, ascent_to, inversion_valid, inverted, steps_fit
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)
-class SmPO:
+class SmPO(Objective):
     """Preference optimisation at inverted points, each pair weighted by how much better its chosen side is."""
 
     beta: float = 5000.0  # as DiffusionDPO; the release uses 5000 for SDXL, 2000 for SD1.5
@@ -51,8 +51,7 @@ class SmPO:
 
     name: ClassVar[str] = "smpo"
     paper: ClassVar[str] = "Lu et al., Smoothed Preference Optimization via ReNoise Inversion, arXiv 2506.02698"
-    needs_reference: ClassVar[bool] = True
-    needs_uncond: ClassVar[bool] = False
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
 
@@ -68,7 +67,7 @@ class SmPO:
             positive("tolerance", self.tolerance)
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """See `objectives.base.require_schedule`."""
+        """See `Objective.check_schedule`."""
         steps_fit(schedule, self.steps)
 
     @torch.no_grad()

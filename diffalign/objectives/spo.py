@@ -36,12 +36,12 @@ from diffalign.engine import ddim
 from diffalign.engine.measure import Models
 from diffalign.engine.schedule import spread
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import less_margin, positive, reward_metrics
+from diffalign.objectives.base import Objective, less_margin, positive, reward_metrics
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
 @dataclass(frozen=True)
-class SPO:
+class SPO(Objective):
     """Preference optimisation of single sampling steps, on the transitions that a sampler recorded."""
 
     beta: float = 10.0  # the released code; log-densities are means over c·h·w
@@ -54,7 +54,7 @@ class SPO:
         "Liang et al., Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
         "Optimization, arXiv 2406.04314"
     )
-    needs_reference: ClassVar[bool] = True
+    scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
 

@@ -49,7 +49,7 @@ from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, make_former
 from diffalign.objectives import Objective
-from diffalign.objectives.base import require_schedule, require_terms
+from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
 from diffalign.training.build_source import make_feed
 from diffalign.training.checkpoints.identity import Identity, refuse_others, run_identity
@@ -262,7 +262,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     _check_start(config, base.unet)
     identity = run_identity(config, table, base)
     refuse_others(config, identity)
-    require_schedule(objective, base.schedule)
+    objective.check_schedule(base.schedule)
     encoder = Encoder(base, device)
     resolution = config.data.resolution or base.family.default_resolution
     if base.vae is not None:

@@ -159,7 +159,7 @@ def _source_maker(
         with_uncond=config.objective.needs_uncond,
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        signed_masks=getattr(config.objective, "takes_signs", False),
+        signed_masks=config.objective.takes_signs,
         order=order,
     )
 

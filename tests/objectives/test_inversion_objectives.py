@@ -19,7 +19,7 @@ from diffalign.models.adapters.lora import add_lora
 from diffalign.models.loading.base import load_base
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import make_reference
-from diffalign.objectives.base import Objective, require_schedule
+from diffalign.objectives.base import Objective
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.inpo import InPO, ascent_to
 from diffalign.objectives.inversion_dpo import InversionDPO
@@ -322,10 +322,10 @@ def test_inversion_takes_the_steps_that_are_set(steps: int) -> None:
 )
 def test_settings_that_the_schedule_has_no_room_for_are_refused_first(objective: Objective, words: str) -> None:
     with pytest.raises(DiffalignError, match=words):
-        require_schedule(objective, toy_models().schedule)
+        objective.check_schedule(toy_models().schedule)
 
 
 def test_an_infinite_weight_is_refused_first() -> None:
     schedule = toy_models(rescale_betas_zero_snr=True).schedule
     with pytest.raises(DiffalignError, match="weighting: uniform"):
-        require_schedule(InversionDPO(weighting="inverse_alpha"), schedule)
+        InversionDPO(weighting="inverse_alpha").check_schedule(schedule)

@@ -10,7 +10,6 @@ import torch
 
 from diffalign.engine.measure import measure
 from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO, SePPO
-from diffalign.objectives.base import Drawn
 from diffalign.objectives.mapo import bounded_likelihood
 from diffalign.types import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
@@ -249,8 +248,8 @@ def test_faulty_settings_are_named(make: object, words: str) -> None:
 def test_points_are_drawn_where_an_objective_says_so(name: str) -> None:
     """Kept errors rest on this: the points of a batch are the same whatever the networks are, and none is asked."""
     objective = OBJECTIVES[name]()
-    assert isinstance(objective, Drawn) == (name not in (*FOUND, "sft", "mapo", "seppo", "diffusion_dro"))
-    if not isinstance(objective, Drawn):
+    assert (objective.drawn is not None) == (name not in FOUND)
+    if objective.drawn is None:
         return
     one, other = toy_models(), toy_models(apart=0.5)
     first, second = objective.probe(toy_batch(3), one), objective.probe(toy_batch(3), other)
@@ -258,5 +257,6 @@ def test_points_are_drawn_where_an_objective_says_so(name: str) -> None:
         assert torch.equal(getattr(first, field), getattr(second, field))
     assert one.policy_calls == one.reference_calls == 0
     plain = DiffusionDPO().probe(toy_batch(3), one)
-    assert objective.drawn == DiffusionDPO().drawn  # so what was kept for the one serves the other
-    assert torch.equal(first.xt, plain.xt)
+    if first.xt.shape[0] == 2:
+        assert objective.drawn == DiffusionDPO().drawn  # so what was cached for the one serves the other
+    assert torch.equal(first.xt, plain.xt[: len(first.xt)])

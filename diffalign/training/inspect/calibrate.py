@@ -43,11 +43,6 @@ ATTEMPTS = 8  # learning rates tried
 LIFT = 1e3  # of the loss that is followed: as large as the loss of a usual β, so that Adam's epsilon is nothing to it
 BATCH = 64  # pairs of a step, at least, where a step of the run has more
 
-# Fields that may scale a logit; whether one does is tried out, not believed.
-FIELDS = ("beta", "num_train_timesteps")
-# The spread wanted of the reported logit, where that is not what σ is applied to.
-WANTED = {"kto": 2.0}  # its arguments are half the difference of rewards
-
 
 class CalibrationError(DiffalignError):
     """A run whose scale cannot be measured; the message says why."""
@@ -85,26 +80,16 @@ def calibratable(config: Config) -> Scale:
 
 
 def scale_of(objective: Objective) -> Scale:
-    """The field to which an objective's logit is proportional, found by doubling it near the reference.
+    """The field to which an objective's logit is proportional near the reference, as the objective declares it.
 
     Raises CalibrationError where there is none.
     """
-    if objective.name == "ipo":
-        return Scale("tau", in_logit=False)
-    generator = torch.Generator().manual_seed(0)
-    reference = torch.full((2, 8), 0.2, dtype=torch.float64)
-    policy = reference + 1e-9 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
-    evidence = Evidence(policy, reference, weight=torch.ones(8, dtype=torch.float64))
-    logit = objective.score(evidence).logit
-    if logit is not None:
-        for field in FIELDS:
-            doubled = None if not hasattr(objective, field) else _with(objective, field, 2 * getattr(objective, field))
-            if doubled is not None and torch.allclose(doubled.score(evidence).logit, 2 * logit, rtol=1e-3, atol=0):
-                return Scale(field, WANTED.get(objective.name, 1.0))
-    raise CalibrationError(
-        f"{objective.name} has no setting that scales a logit, so there is nothing to calibrate: "
-        + ("it has no pairwise term" if logit is None else "its margin is one of errors, not of a logit")
-    )
+    if objective.scale_field is None:
+        raise CalibrationError(
+            f"{objective.name} has no setting that scales a logit, so there is nothing to calibrate; choose "
+            "its learning rate by the health rules of a short run"
+        )
+    return Scale(objective.scale_field, objective.scale_spread, objective.scale_in_logit)
 
 
 def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:

@@ -26,6 +26,7 @@ from diffalign.training.inspect.calibrate import (
     scale_of,
 )
 from diffalign.training.inspect.calibration_report import Calibration, Point, report
+from diffalign.types import Evidence
 
 MakeConfig = Callable[..., Config]
 TUNED = 2000.0  # beta of training_configs/world/dpo.yaml
@@ -45,8 +46,17 @@ def world(tmp_path: Path, *overrides: str, config: str = "dpo") -> Calibration:
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in NO_SCALE])
-def test_the_field_that_scales_the_logit_is_found(name: str) -> None:
-    assert scale_of(OBJECTIVES[name]()).field == SCALES.get(name, "beta")
+def test_the_field_that_an_objective_declares_scales_its_logit(name: str) -> None:
+    """Near the reference, doubling the field doubles the logit; where the logit is bare (ipo), it stays."""
+    objective = OBJECTIVES[name]()
+    scale = scale_of(objective)
+    assert scale.field == SCALES.get(name, "beta")
+    reference = torch.full((2, 8), 0.2, dtype=torch.float64)
+    away = 1e-9 * torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    evidence = Evidence(reference + away, reference, weight=torch.ones(8, dtype=torch.float64))
+    doubled = replace(objective, **{scale.field: 2 * getattr(objective, scale.field)})
+    logit, twice = objective.score(evidence).logit, doubled.score(evidence).logit
+    assert torch.allclose(twice, (2 if scale.in_logit else 1) * logit, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", NO_SCALE)
