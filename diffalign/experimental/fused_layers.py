@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.experimental.fused_geglu import geglu
 from diffalign.experimental.fused_norm import NHWC, group_norm_silu
+from diffalign.models.loading.modules import UNet
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -91,7 +92,7 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(hidden_states))
 
 
-def fuse(unet: nn.Module) -> dict[str, int]:
+def fuse(unet: UNet) -> dict[str, int]:
     """Swaps the classes of the UNet's plain layers in place; returns how many there were of each kind."""
     found = {"resnet blocks": 0, "transformers": 0, "last norms": 0, "GEGLU layers": 0}
     for layer in unet.modules():

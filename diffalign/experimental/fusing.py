@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import nn
 
 from diffalign.experimental.kernels import missing
+from diffalign.models.loading.modules import UNet
 
 log = logging.getLogger(__name__)
 
 
-def fuse_kernels(unet: nn.Module, device: torch.device | str) -> int:
+def fuse_kernels(unet: UNet, device: torch.device | str) -> int:
     """Gives the UNet's plain resnet blocks, its last norm and its GEGLU layers fused forwards; returns their number.
 
     In place. Where the kernels cannot run on `device` nothing is changed, and the log says why.

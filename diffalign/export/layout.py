@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.export.files import Entry
 from diffalign.export.names import (
@@ -22,6 +22,7 @@ from diffalign.export.names import (
     vae_module,
 )
 from diffalign.models.loading.base import Base
+from diffalign.models.loading.modules import VAE, TextModel, UNet
 
 _CLIP = {"sd": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}
 _OPEN_CLIP = {"sd": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
@@ -55,7 +56,7 @@ def model_entries(base: Base, unet_weight: Callable[[str], Tensor]) -> list[Entr
     return entries + [Entry(name, (0,), lambda: torch.zeros(0)) for name, holds in marks if holds]
 
 
-def unet_entries(unet: nn.Module, weight: Callable[[str], Tensor]) -> list[Entry]:
+def unet_entries(unet: UNet, weight: Callable[[str], Tensor]) -> list[Entry]:
     """The UNet's tensors, of the shapes it has, with the weights that `weight` gives for its own names."""
     entries = []
     for name, own in unet.state_dict().items():
@@ -65,7 +66,7 @@ def unet_entries(unet: nn.Module, weight: Callable[[str], Tensor]) -> list[Entry
     return entries
 
 
-def _vae_entries(vae: nn.Module) -> Iterator[Entry]:
+def _vae_entries(vae: VAE) -> Iterator[Entry]:
     levels = len(vae.config.block_out_channels)
     for name, value in vae.state_dict().items():
         module, _, leaf = name.rpartition(".")
@@ -74,12 +75,12 @@ def _vae_entries(vae: nn.Module) -> Iterator[Entry]:
         yield _plain(f"{VAE_PREFIX}{vae_module(module, levels)}.{leaf}", value)
 
 
-def _clip_entries(encoder: nn.Module, prefix: str) -> Iterator[Entry]:
+def _clip_entries(encoder: TextModel, prefix: str) -> Iterator[Entry]:
     for name, value in encoder.state_dict().items():
         yield _plain(f"{prefix}text_model.{name.removeprefix('text_model.')}", value)
 
 
-def _open_clip_entries(encoder: nn.Module, prefix: str) -> Iterator[Entry]:
+def _open_clip_entries(encoder: TextModel, prefix: str) -> Iterator[Entry]:
     # transformers' releases differ in whether a CLIPTextModel holds its parts below text_model
     state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
     yield _plain(f"{prefix}token_embedding.weight", state.pop("embeddings.token_embedding.weight"))

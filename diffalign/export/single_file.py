@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.export.files import DTYPES, check_out, write_entries
@@ -22,6 +22,7 @@ from diffalign.export.what import find_what
 from diffalign.models.adapters.merge import lora_updates
 from diffalign.models.adapters.save_load import Tuned
 from diffalign.models.loading.base import Base, load_base
+from diffalign.models.loading.modules import UNet
 from diffalign.models.loading.stored import stored_unet
 
 _SCALING = {"sd": 0.18215, "sdxl": 0.13025}  # latents are multiplied by it; a constant in every reader
@@ -88,7 +89,7 @@ def check_released(base: Base) -> None:
         raise ExportError(f"{base.source!r} predicts x0 (prediction_type: sample), for which a single file has no mark")
 
 
-def tuned_weights(unet: nn.Module, tuned: Tuned) -> Callable[[str], Tensor]:
+def tuned_weights(unet: UNet, tuned: Tuned) -> Callable[[str], Tensor]:
     """The tuned UNet's weights by name, each read or merged when it is asked for; `unet` is the base's, unchanged.
 
     Raises ModelError for tuned weights that do not fit the base.

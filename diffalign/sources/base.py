@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.models.loading.modules import UNet
 from diffalign.objectives.base import positive
 from diffalign.types import PairBatch
 
@@ -61,7 +62,7 @@ class Context:
     """All that a source may use. Networks are called without grad; every process has a context of its own."""
 
     networks: Networks  # policy and reference, raw predictions
-    unet: nn.Module  # the policy without wrappers: its weights as they are now
+    unet: UNet  # the policy without wrappers: its weights as they are now
     former: Former | None  # the reference that `networks` calls, where a source with `own_reference` chooses it
     family: Family
     encoder: Encoder  # text encoders and VAE

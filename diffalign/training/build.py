@@ -45,6 +45,7 @@ from diffalign.models.kernels.compile import compile_blocks
 from diffalign.models.loading.base import Base, load_base, vae_factor
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import ModelError, check_resolution
+from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, make_former
@@ -70,7 +71,7 @@ class Run:
     config: Config
     accelerator: Accelerator
     base: Base
-    unet: nn.Module  # the policy, unwrapped
+    unet: UNet  # the policy, unwrapped
     networks: Networks
     source: Source
     objective: Objective
@@ -331,7 +332,7 @@ def _check_reference(config: Config) -> None:
         )
 
 
-def _check_start(config: Config, unet: nn.Module) -> None:
+def _check_start(config: Config, unet: UNet) -> None:
     """Raises ModelError for adapters that the base's UNet cannot take, before anything is encoded."""
     tuning = config.tuning
     given = [path for path in (tuning.resume_lora, tuning.reference) if path is not None]
@@ -341,7 +342,7 @@ def _check_start(config: Config, unet: nn.Module) -> None:
         check_targets(unet, tuning.target_modules, tuning.rank)
 
 
-def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: int | None = None) -> nn.Module:
+def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: int | None = None) -> UNet:
     """The base's UNet made trainable as configured: attention, checkpointing, and LoRA, user attention or all weights.
 
     `user_dim` is the length of the users' embeddings, for user attention.

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.config.schema import Config
 from diffalign.data.cache.latents import CacheKey, PairCache, open_cache
@@ -29,6 +29,7 @@ from diffalign.experimental.kernels import kernels_by
 from diffalign.models.loading.base import vae_factor
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.fingerprint import network_fingerprint
+from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.snapshot_reference import Former
 from diffalign.objectives.base import ask
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 SOURCE_FOLDER = "source"  # in a run's folder: what a source that makes its pairs keeps on disk
 
-Feed = Callable[[Networks, nn.Module, Former | None], Source]
+Feed = Callable[[Networks, UNet, Former | None], Source]
 
 
 def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int) -> Feed:
@@ -61,7 +62,7 @@ def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: E
     fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
     kept = _trajectories if keep["trajectories"] else _reference_errors
 
-    def with_kept(networks: Networks, unet: nn.Module, former: Former | None) -> Source:
+    def with_kept(networks: Networks, unet: UNet, former: Former | None) -> Source:
         return make(kept(config, accelerator, make(content), content, networks, fingerprint))
 
     return with_kept
@@ -103,7 +104,7 @@ def _own_pairs(
     encoder: Encoder,
     resolution: int,
     networks: Networks,
-    unet: nn.Module,
+    unet: UNet,
     former: Former | None,
 ) -> Source:
     """The source of a run that makes its pairs, and what it is given to work with."""

@@ -34,7 +34,8 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's answer "... out" for x "... in"; further arguments are peft's."""
         # Dictionaries, not attributes: nn.Module.__getattr__ is the larger part of a small layer's time.
-        own, modules = self.__dict__, self._modules
+        own = self.__dict__
+        modules: dict[str, Any] = self._modules  # all of them there
         base = modules["base_layer"]._parameters
         kind = x.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
@@ -56,7 +57,8 @@ class LoraLinear(Linear):
         return _LoraLinear.apply(x, base["weight"], base["bias"], a, b, own["scaling"][name], own.get("in_place", True))
 
     def _drops(self, name: str) -> bool:
-        dropout = self._modules["lora_dropout"]._modules[name]
+        parts: dict[str, Any] = self._modules
+        dropout = parts["lora_dropout"]._modules[name]
         return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
 
 

@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, read_lora
 from diffalign.models.loading.family import Family, ModelError
+from diffalign.models.loading.modules import UNet
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -28,7 +29,7 @@ _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pa
 
 
 def add_lora(
-    unet: nn.Module,
+    unet: UNet,
     rank: int,
     alpha: float | None = None,
     target_modules: Sequence[str] = DEFAULT_TARGETS,
@@ -50,9 +51,10 @@ def add_lora(
     if lora_layers(unet):
         raise ModelError("this UNet already has LoRA layers; load a fresh base to start another adapter")
     check_targets(unet, target_modules, rank)
+    scale: Any = rank if alpha is None else alpha  # peft's annotation says int, and any number is right
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=scale,
         target_modules=list(target_modules),
         init_lora_weights="gaussian",
     )
@@ -79,19 +81,19 @@ def refuse_dropout(network: nn.Module) -> None:
         )
 
 
-def lora_layers(unet: nn.Module) -> list[Any]:
+def lora_layers(unet: UNet) -> list[Any]:
     """The peft layers of `unet` in module order; empty without LoRA. Walks the network: call it once."""
     from peft.tuners.lora import LoraLayer
 
     return [module for module in unet.modules() if isinstance(module, LoraLayer)]
 
 
-def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+def lora_parameters(unet: UNet) -> list[nn.Parameter]:
     """The trainable LoRA weights, in module order."""
     return [part.weight for layer in lora_layers(unet) for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])]
 
 
-def leave_casts_to_autocast(unet: nn.Module) -> None:
+def leave_casts_to_autocast(unet: UNet) -> None:
     """Stop peft from casting each LoRA input to float32, which autocast only casts back: same numbers, fewer copies.
 
     For networks that are called under autocast, or whose base computes in float32 as well.
@@ -100,14 +102,14 @@ def leave_casts_to_autocast(unet: nn.Module) -> None:
         layer.cast_input_dtype_enabled = False
 
 
-def fuse_lora(unet: nn.Module) -> None:
+def fuse_lora(unet: UNet) -> None:
     """Gives the LoRA layers a forward of fewer operators, for training; other rounding than peft's, nothing else."""
     from diffalign.models.adapters.fast_lora import fuse
 
     fuse(unet)
 
 
-def save_lora(unet: nn.Module, directory: str | Path, family: Family) -> Path:
+def save_lora(unet: UNet, directory: str | Path, family: Family) -> Path:
     """Write `pytorch_lora_weights.safetensors`, loadable by the family's pipeline with `load_lora_weights`."""
     from peft.utils import get_peft_model_state_dict
 
@@ -129,7 +131,7 @@ def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, fam
     return Path(directory) / LORA_FILE
 
 
-def load_lora(unet: nn.Module, path: str | Path) -> None:
+def load_lora(unet: UNet, path: str | Path) -> None:
     """Load a LoRA (`read_lora`: a file or a folder with one) to look at or to train on, exactly: float32, its alpha.
 
     A UNet without an adapter gets the file's; one that has an adapter must have the same shape of it.
@@ -141,7 +143,7 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
     place_lora(unet, lora)
 
 
-def place_lora(unet: nn.Module, lora: LoraFile) -> None:
+def place_lora(unet: UNet, lora: LoraFile) -> None:
     """Put a file's weights onto a UNet that it fits, into the adapter that is there or a new one."""
     if not lora_layers(unet):
         _inject(unet, lora.config(unet))
@@ -151,7 +153,7 @@ def place_lora(unet: nn.Module, lora: LoraFile) -> None:
                 parameter.copy_(lora.state[name.replace(f".{ADAPTER}.weight", ".weight")])
 
 
-def adapter_weights(unet: nn.Module, path: str | Path) -> dict[str, Tensor]:
+def adapter_weights(unet: UNet, path: str | Path) -> dict[str, Tensor]:
     """The weights in a LoRA file by the names of the parameters that they are for, of a UNet with an adapter.
 
     Raises ModelError unless the file's adapter has the shape of this one: rank, alpha, modules.
@@ -161,7 +163,7 @@ def adapter_weights(unet: nn.Module, path: str | Path) -> dict[str, Tensor]:
     return {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in lora.state.items()}
 
 
-def _check_same(unet: nn.Module, lora: LoraFile) -> None:
+def _check_same(unet: UNet, lora: LoraFile) -> None:
     """Raise ModelError unless the UNet's adapter is of the file's shape."""
     present, config = unet.peft_config[ADAPTER], lora.config(unet)
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
@@ -179,7 +181,7 @@ def _check_same(unet: nn.Module, lora: LoraFile) -> None:
         )
 
 
-def _inject(unet: nn.Module, config: Any) -> None:
+def _inject(unet: UNet, config: Any) -> None:
     """Add the adapter, freeze everything else, and hold its weights in float32 whatever the base is in."""
     unet.requires_grad_(False)
     unet.add_adapter(config, adapter_name=ADAPTER)
@@ -188,7 +190,7 @@ def _inject(unet: nn.Module, config: Any) -> None:
         parameter.requires_grad_(True)
 
 
-def check_targets(unet: nn.Module, targets: Sequence[str], rank: int) -> None:
+def check_targets(unet: UNet, targets: Sequence[str], rank: int) -> None:
     """Raise ModelError for targets that match no module, and for a rank above what one of them can have."""
     names = [name for name, _ in unet.named_modules()]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
@@ -200,7 +202,7 @@ def check_targets(unet: nn.Module, targets: Sequence[str], rank: int) -> None:
         )
     for name, module in unet.named_modules():
         if any(name == t or name.endswith(f".{t}") for t in targets):
-            weight = getattr(module, "weight", None)
+            weight: Any = getattr(module, "weight", None)
             largest = min(weight.shape[0], weight[0].numel()) if isinstance(weight, nn.Parameter) else rank
             if rank > largest:
                 raise ModelError(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from diffalign.io.loaded_weights import NAMED, is_finite, named
 from diffalign.io.weight_files import check_weights
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import TextModel, UNet
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class LoraFile:
             )
         return self
 
-    def for_text(self, component: str, encoder: nn.Module) -> LoraFile:
+    def for_text(self, component: str, encoder: TextModel) -> LoraFile:
         """The part for one text encoder, e.g. "text_encoder_2". Raises ModelError unless it fits whole.
 
         diffusers' own loader is not asked: where alphas differ it gives every layer the most frequent one.
@@ -98,7 +99,7 @@ class LoraFile:
         _check_fit(self.file, state, len(state), encoder)
         return LoraFile(self.file, state, _alphas(self.file, state, alphas, metadata), {}, {}, metadata)
 
-    def config(self, unet: nn.Module) -> Any:
+    def config(self, unet: UNet) -> Any:
         """peft's LoraConfig for it."""
         written = self.metadata.get("target_modules")
         targets = written if isinstance(written, list) and _meant(written, unet) == self.alphas.keys() else None
@@ -110,7 +111,7 @@ def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: 
     from peft import LoraConfig
 
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    alpha: Any = Counter(alphas.values()).most_common(1)[0][0]  # peft's annotation says int
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -129,7 +130,7 @@ def lora_file(path: str | Path) -> Path:
     return found[0]
 
 
-def read_lora(path: str | Path, unet: nn.Module) -> LoraFile:
+def read_lora(path: str | Path, unet: UNet) -> LoraFile:
     """The LoRA at `path`, which fits this UNet whole. Raises ModelError naming file, tensors and remedy."""
     file = lora_file(path)
     metadata = _metadata(file, check_weights(file).metadata)
@@ -193,7 +194,7 @@ def _other_kind(file: Path, kind: str, why: str) -> ModelError:
 
 
 def _converted(
-    file: Path, weights: dict[str, Tensor], unet: nn.Module
+    file: Path, weights: dict[str, Tensor], unet: UNet
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], dict[str, float]]:
     """The UNet's tensors by "module.lora_A.weight", the text encoders', and the alphas of both.
 
@@ -277,9 +278,9 @@ def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, unet: nn.Module) -> None:
+def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, network: nn.Module) -> None:
     """Raise ModelError unless every tensor has a layer of its shape, and every layer A and B."""
-    modules = dict(unet.named_modules())
+    modules = dict(network.named_modules())
     homeless, misshapen = [], []
     for name, value in state.items():
         part = _PART.fullmatch(name)
@@ -324,8 +325,10 @@ def _alphas(
         return {name: given.get(name, float(rank)) for name, rank in ranks.items()}
     alphas = {}
     for name, rank in ranks.items():
+        said: Any
+        alpha: Any
         said, alpha = (
-            (metadata.get(pattern) or {}).get(get_pattern_key((metadata.get(pattern) or {}).keys(), name), value)
+            (metadata.get(pattern) or {}).get(get_pattern_key(list(metadata.get(pattern) or {}), name), value)
             for pattern, value in (("rank_pattern", metadata.get("r")), ("alpha_pattern", metadata.get("lora_alpha")))
         )
         if said != rank or not _is_number(alpha):
@@ -337,7 +340,7 @@ def _alphas(
     return alphas
 
 
-def _meant(targets: Sequence[Any], unet: nn.Module) -> set[str]:
+def _meant(targets: Sequence[Any], unet: UNet) -> set[str]:
     """The modules whose names end in a target, as peft takes them."""
     names = {str(target) for target in targets}
     endings = tuple(f".{target}" for target in names)

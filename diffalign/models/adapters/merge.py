@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.models.adapters.lora import write_lora
 from diffalign.models.adapters.lora_file import LORA_FILE, lora_config, read_lora
 from diffalign.models.adapters.save_load import UNET_FOLDER, Tuned, find_tuned, load_full
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import UNet
 
 MERGE_FILE = "merge.json"
 
@@ -80,12 +81,12 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     return written
 
 
-def merge_into(unet: nn.Module, parts: Parts) -> None:
+def merge_into(unet: UNet, parts: Parts) -> None:
     """Put base + Σ w (tuned − base) onto a base's UNet without LoRA layers, in place. Raises ModelError."""
     _merge_into(unet, _found(parts))
 
 
-def lora_updates(unet: nn.Module, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+def lora_updates(unet: UNet, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
     lora = read_lora(file, unet).unet_only()
     for name, alpha in lora.alphas.items():
@@ -104,7 +105,7 @@ def _found(parts: Parts) -> list[tuple[Tuned, float]]:
     return found
 
 
-def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:
+def _merge_loras(unet: UNet, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:
     """peft config and weights of the LoRA whose update is the weighted sum of the files' updates."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for tuned, weight in found:
@@ -120,7 +121,7 @@ def _merge_loras(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> tuple
 
 
 @torch.no_grad()
-def _merge_into(unet: nn.Module, found: Sequence[tuple[Tuned, float]]) -> None:
+def _merge_into(unet: UNet, found: Sequence[tuple[Tuned, float]]) -> None:
     full = sum(weight for tuned, weight in found if tuned.kind == "unet")
     total = {name: (1.0 - full) * p.double() for name, p in unet.named_parameters()}
     for tuned, weight in found:

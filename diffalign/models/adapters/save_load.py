@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.io.loaded_weights import is_finite
 from diffalign.io.weight_files import check_weights, refuse_pickle
@@ -31,6 +31,7 @@ from diffalign.models.adapters.user_attention import (
 )
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.family import Family, ModelError
+from diffalign.models.loading.modules import UNet
 from diffalign.models.loading.stored import UNET_STEM, stored_unet, weights_in
 
 UNET_FOLDER = "unet"
@@ -44,7 +45,7 @@ class Tuned:
     path: Path  # the unet folder, or the file
 
 
-def save_tuned(unet: nn.Module, output_dir: str | Path, family: Family) -> Path:
+def save_tuned(unet: UNet, output_dir: str | Path, family: Family) -> Path:
     """Write the unwrapped UNet's adapter, or without one its `unet/` folder, into `output_dir`; returns which."""
     if user_branch(unet) is not None:
         return save_user_attention(unet, output_dir)
@@ -87,7 +88,7 @@ def find_tuned(path: str | Path) -> Tuned:
     )
 
 
-def check_tuned(unet: nn.Module, path: str | Path) -> None:
+def check_tuned(unet: UNet, path: str | Path) -> None:
     """Raises ModelError unless the tuned weights at `path` are whole and fit this UNet, which stays as it is."""
     tuned = find_tuned(path)
     if tuned.kind == "lora":
@@ -96,7 +97,7 @@ def check_tuned(unet: nn.Module, path: str | Path) -> None:
         stored_unet(tuned.path, unet)
 
 
-def load_tuned(unet: nn.Module, path: str | Path) -> Tuned:
+def load_tuned(unet: UNet, path: str | Path) -> Tuned:
     """Put tuned weights onto a base's UNet, in place; LoRA layers stay separate.
 
     Raises ModelError if they do not fit.
@@ -210,7 +211,7 @@ def make_pipeline(base: Base) -> Any:
     )
 
 
-def load_full(unet: nn.Module, folder: Path) -> None:
+def load_full(unet: UNet, folder: Path) -> None:
     """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
     read = stored_unet(folder, unet)
     with torch.no_grad():

@@ -31,6 +31,7 @@ from diffalign.io.loaded_weights import is_finite
 from diffalign.io.weight_files import check_weights
 from diffalign.models.kernels.attention import cross_attentions, is_plain
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import UNet
 
 USER_FILE = "user_attention.safetensors"
 _BRANCH = "user_attention"  # the UNet's submodule
@@ -48,6 +49,7 @@ class UserBranch(nn.Module):
         self.enabled = True
         self.proj = nn.Linear(dim, tokens * width)
         self.norm = nn.LayerNorm(width)
+        self.default: Tensor | None
         self.register_buffer("default", None, persistent=False)  # [dim], the user of calls that name none
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -88,7 +90,7 @@ class WithUser:
 
 
 def add_user_attention(
-    unet: nn.Module,
+    unet: UNet,
     dim: int,
     tokens: int = 4,
     scale: float = 1.0,
@@ -122,12 +124,12 @@ def add_user_attention(
     return branch
 
 
-def user_branch(unet: nn.Module) -> UserBranch | None:
+def user_branch(unet: UNet) -> UserBranch | None:
     """The user attention of a UNet, or None."""
     return cast("UserBranch | None", getattr(unet, _BRANCH, None))
 
 
-def user_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+def user_parameters(unet: UNet) -> dict[str, nn.Parameter]:
     """The weights of user attention by name, in module order; empty without."""
     return {name: p for name, p in unet.named_parameters() if is_user_weight(name)}
 
@@ -137,7 +139,7 @@ def is_user_weight(name: str) -> bool:
     return name.startswith(f"{_BRANCH}.") or ".to_k_user." in name or ".to_v_user." in name
 
 
-def set_user(unet: nn.Module, embedding: Tensor | Sequence[float] | None) -> None:
+def set_user(unet: UNet, embedding: Tensor | Sequence[float] | None) -> None:
     """Who is drawn for in calls that name no user, a pipeline's for example; None: nobody, which is the base.
 
     Both halves of guidance see the user: for one user the network is an ordinary network.
@@ -160,7 +162,7 @@ def set_user(unet: nn.Module, embedding: Tensor | Sequence[float] | None) -> Non
     branch.default = user.to(branch.proj.weight)
 
 
-def save_user_attention(unet: nn.Module, directory: str | Path) -> Path:
+def save_user_attention(unet: UNet, directory: str | Path) -> Path:
     """Write `user_attention.safetensors`, with number of tokens, dim and scale in its header; returns its path."""
     branch = user_branch(unet)
     if branch is None:
@@ -178,7 +180,7 @@ def holds_user_attention(file: Path) -> bool:
     return _METADATA_KEY in check_weights(file).metadata
 
 
-def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.float32) -> None:
+def load_user_attention(unet: UNet, file: Path, dtype: torch.dtype = torch.float32) -> None:
     """Put a file's user attention onto a UNet: onto the one it has, or onto a base, in `dtype`.
 
     Raises ModelError when the file is none, or does not fit.
@@ -216,7 +218,7 @@ def load_user_attention(unet: nn.Module, file: Path, dtype: torch.dtype = torch.
             parameter.copy_(state[name])
 
 
-def _fits(file: Path, unet: nn.Module, state: dict[str, Tensor]) -> None:
+def _fits(file: Path, unet: UNet, state: dict[str, Tensor]) -> None:
     """Raise ModelError for a base with other cross-attention layers, before anything is added to it."""
     cross = set(cross_attentions(unet))
     own = {
@@ -251,7 +253,7 @@ def _join_user(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return args, {**kwargs, "encoder_hidden_states": (kwargs["encoder_hidden_states"], tokens)}
 
 
-def _cross_attentions(unet: nn.Module) -> list[Any]:
+def _cross_attentions(unet: UNet) -> list[Any]:
     layers = cross_attentions(unet)
     if not layers:
         raise ModelError("this UNet has no cross-attention layers, and user attention goes beside them")

@@ -22,11 +22,12 @@ import inspect
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import UNet
 
 AttentionBackend = Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"]
 
@@ -70,7 +71,7 @@ class SharedText:
         if text is not None and attention_mask is not None:
             text = text.repeat(len(hidden_states) // len(text), 1, 1)
         if text is None or len(text) == len(hidden_states):
-            return self.processor(attn, hidden_states, text, attention_mask, temb)  # type: ignore[no-any-return]
+            return self.processor(attn, hidden_states, text, attention_mask, temb)
         q, k, v = (
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
@@ -78,16 +79,16 @@ class SharedText:
         copies = len(q) // len(k), 1, 1, 1
         out = functional.scaled_dot_product_attention(q, k.repeat(copies), v.repeat(copies))
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
-        return attn.to_out[1](out)  # type: ignore[no-any-return]
+        return attn.to_out[1](out)
 
 
-def shares_text(unet: nn.Module) -> bool:
+def shares_text(unet: UNet) -> bool:
     """Whether all cross-attentions of a UNet take fewer rows of text than of images."""
     layers = cross_attentions(unet)
     return bool(layers) and all(is_plain(x) and getattr(x.processor, "shares_text", False) for x in layers)
 
 
-def cross_attentions(unet: nn.Module) -> list[Any]:
+def cross_attentions(unet: UNet) -> list[Any]:
     """A UNet's cross-attention layers, in module order."""
     from diffusers.models.attention_processor import Attention
 
@@ -133,7 +134,7 @@ class PinnedAttention:
             ) from error
 
 
-def set_attention(unet: nn.Module, backend: str, device: torch.device | str) -> str:
+def set_attention(unet: UNet, backend: str, device: torch.device | str) -> str:
     """Choose the attention kernel of a UNet, LoRA layers or not; returns what was chosen, for the log.
 
     `device` is where the UNet will run, which need not be where it is now. Raises ModelError for a backend that is
@@ -162,7 +163,7 @@ def _signed(processor: Any) -> Any:
     out anew takes longer than a small layer's arithmetic. A call itself goes to the class and never sees this."""
 
     def call(*args: Any) -> Tensor:
-        return processor(*args)  # type: ignore[no-any-return]
+        return processor(*args)
 
     call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
     processor.__call__ = call

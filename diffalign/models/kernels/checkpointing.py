@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from diffalign.models.loading.modules import UNet
+
 Checkpointing = Literal["none", "selective", "full"]
 ALIGNMENT = 64  # bytes; of all that torch allocates on a CPU
 
@@ -36,7 +38,7 @@ _KEPT = {
 _AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
-def set_checkpointing(unet: nn.Module, which: Checkpointing) -> None:
+def set_checkpointing(unet: UNet, which: Checkpointing) -> None:
     """Which activations of each resnet and transformer block are kept for the backward pass, and which are made again.
 
         none        all are kept
@@ -46,6 +48,7 @@ def set_checkpointing(unet: nn.Module, which: Checkpointing) -> None:
 
     Loss and gradient stay the same.
     """
+    layer: Any
     for layer in unet.modules():
         if hasattr(type(layer), "in_place"):  # a LoRA layer: no kept output may be written to
             layer.in_place = which != "selective"

@@ -11,7 +11,8 @@ their own, and going from one to the other compiles nothing.
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from diffalign.models.loading.modules import UNet
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 BACKEND = "inductor"
@@ -20,7 +21,7 @@ BACKEND = "inductor"
 GRAPHS_PER_BLOCK = 96
 
 
-def compile_blocks(unet: nn.Module, backend: str | None = None) -> int:
+def compile_blocks(unet: UNet, backend: str | None = None) -> int:
     """Compiles every transformer and resnet block at its first call; returns their number.
 
     backend: of torch.compile; None means inductor. Shapes are fixed: another batch or picture size compiles anew.

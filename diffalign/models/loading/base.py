@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.loading.components import (
@@ -25,7 +24,8 @@ from diffalign.models.loading.components import (
     read_index,
     schedule_of,
 )
-from diffalign.models.loading.family import Family, ModelError, TextEncoders
+from diffalign.models.loading.family import ModelError, TextEncoders
+from diffalign.models.loading.modules import VAE, UNet
 from diffalign.models.loading.sd import StableDiffusion
 from diffalign.models.loading.sdxl import StableDiffusionXL
 from diffalign.models.loading.single_file import is_single_file, load_single_file
@@ -35,11 +35,11 @@ from diffalign.models.loading.single_file import is_single_file, load_single_fil
 class Base:
     """A loaded base; every module is frozen, in eval mode and on the CPU until someone moves it."""
 
-    family: Family
-    unet: nn.Module
+    family: StableDiffusion | StableDiffusionXL
+    unet: UNet
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]  # complete: missing keys are filled with the scheduler class's defaults
-    vae: nn.Module | None
+    vae: VAE | None
     text: TextEncoders | None
     source: str  # what was asked for, for messages and manifests
 
@@ -87,7 +87,7 @@ def checked(base: Base) -> Base:
         if module is not None:
             module.requires_grad_(False).eval()
     if base.vae is not None:
-        base.family = replace(base.family, default_resolution=_resolution(base))
+        base.family = replace(base.family, default_resolution=_resolution(base.unet, base.vae))
     return base
 
 
@@ -131,12 +131,12 @@ def hide_loading_bars() -> None:
     enable_progress_bars()
 
 
-def vae_factor(vae: nn.Module) -> int:
+def vae_factor(vae: VAE) -> int:
     """How many pixels one latent position spans in each direction (diffusers' own rule)."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def check_unet(unet: nn.Module, source: str) -> None:
+def check_unet(unet: UNet, source: str) -> None:
     """Raise ModelError for a UNet whose inputs or outputs are not those of plain text-to-image epsilon/v/x0 models."""
     config = unet.config
     if config.out_channels == 2 * config.in_channels:
@@ -198,7 +198,7 @@ def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: 
     return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, name)
 
 
-def family_of(unet: nn.Module, source: str) -> StableDiffusion | StableDiffusionXL:
+def family_of(unet: UNet, source: str) -> StableDiffusion | StableDiffusionXL:
     """The family of a UNet, by its conditioning. Raises ModelError for neither SD nor SDXL."""
     kind = unet.config.get("addition_embed_type")
     if kind is None:
@@ -238,7 +238,7 @@ def _check_widths(base: Base) -> None:
             )
 
 
-def _resolution(base: Base) -> int:
-    size = base.unet.config.sample_size
+def _resolution(unet: UNet, vae: VAE) -> int:
+    size = unet.config.sample_size
     side = size if isinstance(size, int) else max(size)
-    return side * vae_factor(base.vae)
+    return side * vae_factor(vae)

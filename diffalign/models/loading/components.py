@@ -18,6 +18,7 @@ from diffalign.errors import DiffalignError
 from diffalign.io.hub import is_hub_id, why_not_fetched
 from diffalign.io.loaded_weights import check_module, check_report
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import VAE, TextModel, UNet
 from diffalign.models.loading.stored import UNET_STEM, weight_sets, weights_in
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Where:
     variant: str | None
     dtype: torch.dtype
 
-    def load(self, cls: Any, source: str, subfolder: str | None, stem: str, **dtype: torch.dtype) -> nn.Module:
+    def load(self, cls: Any, source: str, subfolder: str | None, stem: str, **dtype: torch.dtype) -> Any:
         """`cls.from_pretrained` of safetensors weights, whole and finite; `stem`: `stored.weight_sets`.
 
         A folder that has one variant of the weights and no plain ones is read as that variant. Raises ModelError
@@ -95,14 +96,14 @@ def read_index(source: str, revision: str | None) -> dict[str, Any]:
         raise ModelError(_why_no_pipeline(source, error)) from error
 
 
-def load_unet(source: str, where: Where) -> nn.Module:
+def load_unet(source: str, where: Where) -> UNet:
     """UNet2DConditionModel of a pipeline."""
     from diffusers import UNet2DConditionModel
 
     return where.load(UNet2DConditionModel, source, "unet", UNET_STEM, torch_dtype=where.dtype)
 
 
-def outline_unet(source: str, where: Where) -> nn.Module:
+def outline_unet(source: str, where: Where) -> UNet:
     """The UNet of a pipeline as its config describes it, without weights, on the meta device."""
     from diffusers import UNet2DConditionModel
 
@@ -114,7 +115,7 @@ def outline_unet(source: str, where: Where) -> nn.Module:
         raise ModelError(_why_no_component(f"the unet of {source!r}", source, where.variant, error)) from error
 
 
-def load_vae(source: str, subfolder: str | None, where: Where) -> nn.Module:
+def load_vae(source: str, subfolder: str | None, where: Where) -> VAE:
     """The autoencoder in `source[/subfolder]`, of the class its config names; of a whole pipeline its vae."""
     if source.endswith(".safetensors"):
         raise ModelError(
@@ -144,7 +145,7 @@ def _has_vae(source: str, revision: str | None) -> bool:
     return False
 
 
-def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[Any, ...], tuple[nn.Module, ...]]:
+def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[Any, ...], tuple[TextModel, ...]]:
     """Tokenizers and text models; `names` are the model_index keys, e.g. ("", "_2") for both of SDXL."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -155,7 +156,8 @@ def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[
         what = f"the tokenizer{suffix} of {source!r}"
         _need_tokenizer_files(what, local_folder(source, where.revision), f"tokenizer{suffix}")
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=f"tokenizer{suffix}", revision=where.revision)
+            loader: Any = CLIPTokenizer  # its annotation wants a revision
+            tokenizer = loader.from_pretrained(source, subfolder=f"tokenizer{suffix}", revision=where.revision)
         except Exception as error:  # a damaged file fails in as many ways as there are tokens
             raise ModelError(_why_no_component(what, source, None, error)) from error
         check_tokenizer(what, tokenizer, model)

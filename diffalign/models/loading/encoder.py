@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from diffalign.errors import DiffalignError
 from diffalign.models.loading.base import Base, vae_factor
 from diffalign.models.loading.decoder import SLICE_ABOVE_PIXELS, decode, latent_scaling
-from diffalign.models.loading.family import PromptEmbeds
+from diffalign.models.loading.family import PromptEmbeds, TextEncoders
 from diffalign.models.loading.fingerprint import hash_module
+from diffalign.models.loading.modules import VAE
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Encoder:
         parts = [self._moments(vae, part) for part in pixels.split(chunk)]
         return torch.cat(parts)
 
-    def _moments(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+    def _moments(self, vae: VAE, pixels: Tensor) -> Tensor:
         # copied first and cast there: a cast on the CPU would leave pinned memory, and the copy would block
         placed = pixels.to(self.device, non_blocking=True).to(self.vae_dtype)
         mean, std = _posterior(vae.encode(placed))
@@ -137,7 +138,7 @@ class Encoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _loaded(self) -> tuple[nn.Module, Any]:
+    def _loaded(self) -> tuple[VAE, TextEncoders]:
         if self.base.vae is None or self.base.text is None:
             raise RuntimeError("this encoder was unloaded; make a new one from load_base(...) to encode again")
         return self.base.vae, self.base.text

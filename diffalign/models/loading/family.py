@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.errors import ModelError as ModelError  # at home here for the rooms above
+from diffalign.models.loading.modules import TextModel
 from diffalign.types import Conditioning
 
 
@@ -39,7 +40,7 @@ class TextEncoders:
     """The tokenizers and text models of a base, in the order in which their embeddings are joined."""
 
     tokenizers: tuple[Any, ...]
-    models: tuple[nn.Module, ...]
+    models: tuple[TextModel, ...]
     zero_empty_prompt: bool = False  # SDXL's force_zeros_for_empty_prompt: the null prompt is all zeros
 
     def tokenize(self, index: int, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

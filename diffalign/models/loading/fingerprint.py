@@ -13,11 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.models.loading.modules import UNet
 
 SAMPLED = 1024  # numbers of each tensor in an outline
 
 
-def network_fingerprint(unet: nn.Module, schedule: NoiseSchedule) -> str:
+def network_fingerprint(unet: UNet, schedule: NoiseSchedule) -> str:
     """SHA-256 of all that decides a network's predictions as noise: weights as they compute, config, schedule.
 
     Reads every weight once (seconds for SDXL).
@@ -68,7 +69,7 @@ def hash_module(digest: Any, module: nn.Module) -> None:
 
 
 def _config(module: nn.Module) -> Any:
-    config = module.config
+    config: Any = module.config
     if not hasattr(config, "to_diff_dict"):
         return config
     # transformers: only what differs from the class's defaults, less the version that happened to read it

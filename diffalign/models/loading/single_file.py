@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from diffalign.io.loaded_weights import check_module, named
 from diffalign.io.weight_files import check_weights, refuse_pickle
 from diffalign.models.loading.components import complete_scheduler_config
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import UNet
 
 _UNET_KEY = "model.diffusion_model."
 _VAE_KEYS = ("first_stage_model.", "vae.")
@@ -113,7 +113,7 @@ def _missing(path: str, config: str | None) -> str | None:
     return None
 
 
-def _check_all_used(path: str, keys: Collection[str], unet: nn.Module) -> None:
+def _check_all_used(path: str, keys: Collection[str], unet: UNet) -> None:
     """Raises ModelError where the file's UNet has more tensors than the config's: diffusers leaves them out."""
     given, used = sum(key.startswith(_UNET_KEY) for key in keys), len(unet.state_dict())
     if given != used:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.io.weight_files import CONVERT, check_weights
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import UNet
 
 UNET_STEM = "diffusion_pytorch_model"
 # older shards have the variant last
@@ -80,7 +81,7 @@ def _none_there(folder: Path, sets: dict[str | None, list[Path]], variant: str |
     return f"{what}: found {', '.join(names) or 'nothing'}; download or copy the model again"
 
 
-def stored_unet(folder: Path, unet: nn.Module) -> Callable[[str], Tensor]:
+def stored_unet(folder: Path, unet: UNet) -> Callable[[str], Tensor]:
     """The tensors of a UNet's folder by name, each read when it is asked for.
 
     Raises ModelError unless their names and shapes are those of `unet`.

@@ -6,6 +6,7 @@ Sampling loops, losses and optimisers know nothing of families, wrappers or dtyp
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from diffalign.models.kernels.attention import shares_text
 from diffalign.models.kernels.checkpointing import memory_format
 from diffalign.models.loading.base import check_unet
 from diffalign.models.loading.family import Family, ModelError
+from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.reference import Reference
 from diffalign.types import Conditioning
 
@@ -112,10 +114,10 @@ class Networks:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> UNet:
     """The UNet inside DDP and torch.compile wrappers."""
     while True:
         inner = getattr(module, "module", None) or getattr(module, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
-            return module
+            return cast("UNet", module)
         module = inner

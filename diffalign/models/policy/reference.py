@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.models.adapters.lora import lora_layers
 from diffalign.models.adapters.user_attention import user_branch
 from diffalign.models.kernels.checkpointing import store_for_autocast
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.modules import UNet
 
 ReferenceKind = Literal["lora_off", "user_off", "held", "copy", "former", "none"]
 
@@ -36,7 +37,7 @@ class Reference(Protocol):
         """Which of them this is."""
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """Within the block, the module that answers for the reference."""
 
 
@@ -50,7 +51,7 @@ class LoraOff:
 
     kind: ReferenceKind = "lora_off"
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: UNet) -> None:
         """Raises ModelError when `unet` has no LoRA layers."""
         layers = lora_layers(unet)
         if not layers:
@@ -63,7 +64,7 @@ class LoraOff:
         self._switches = [layer.__dict__ for layer in layers]
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """LoRA off inside the block, and back on however it ends."""
         try:
             for switch in self._switches:
@@ -79,7 +80,7 @@ class HeldLora:
 
     kind: ReferenceKind = "held"
 
-    def __init__(self, unet: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, unet: UNet, weights: Mapping[str, Tensor] | None = None) -> None:
         """`weights` by parameter name, as `lora.adapter_weights` gives them; None: the adapter as it is now."""
         self._unet = unet
         self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
@@ -92,7 +93,7 @@ class HeldLora:
         self._held = {name: weights[name].to(p.device, p.dtype) for name, p in self._own.items()}
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
         own = {name: p.data for name, p in self._own.items()}
         try:
@@ -109,7 +110,7 @@ class UserOff:
 
     kind: ReferenceKind = "user_off"
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: UNet) -> None:
         """Raises ModelError when `unet` has no user attention."""
         branch = user_branch(unet)
         if branch is None:
@@ -120,7 +121,7 @@ class UserOff:
         self._unet, self._branch = unet, branch
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """User attention off inside the block, and back on however it ends."""
         try:
             self._branch.enabled = False
@@ -134,7 +135,7 @@ class FrozenCopy:
 
     kind: ReferenceKind = "copy"
 
-    def __init__(self, unet: nn.Module, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, unet: UNet, autocast_dtype: torch.dtype | None = None) -> None:
         """With `autocast_dtype` the copy keeps its matmul and conv weights in it: half the memory, the same bits."""
         self.module = copy.deepcopy(unet).requires_grad_(False).eval()
         for parameter in self.module.parameters():
@@ -147,12 +148,12 @@ class FrozenCopy:
             own.requires_grad_(trained.requires_grad)
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """The copy."""
         yield self.module
 
 
-def make_reference(kind: ReferenceKind, unet: nn.Module, autocast_dtype: torch.dtype | None = None) -> Reference | None:
+def make_reference(kind: ReferenceKind, unet: UNet, autocast_dtype: torch.dtype | None = None) -> Reference | None:
     """The reference of a run, from its unwrapped policy before training; None for kind "none"."""
     if kind == "none":
         return None

@@ -18,12 +18,13 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.io.files import file_faults, list_files, written_whole
 from diffalign.io.weight_files import check_weights
 from diffalign.models.adapters.lora import adapter_weights, lora_layers, save_lora
 from diffalign.models.loading.family import Family, ModelError
+from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.reference import FrozenCopy, HeldLora, ReferenceKind
 
 DELTA_FILE = "delta.safetensors"
@@ -38,7 +39,7 @@ class Former(Protocol):
         """ "former"."""
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """Within the block, the module that answers for the reference."""
 
     def save(self, folder: Path) -> None:
@@ -53,13 +54,13 @@ class FormerLora:
 
     kind: ReferenceKind = "former"
 
-    def __init__(self, unet: nn.Module, family: Family) -> None:
+    def __init__(self, unet: UNet, family: Family) -> None:
         self._unet, self._family = unet, family
         self._start = {name: p.detach().clone() for name, p in unet.named_parameters() if ".lora_" in name}
         self._reference = HeldLora(unet, self._start)
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
         with self._reference.active() as module:
             yield module
@@ -85,14 +86,14 @@ class FormerCopy:
 
     kind: ReferenceKind = "former"
 
-    def __init__(self, unet: nn.Module, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, unet: UNet, autocast_dtype: torch.dtype | None = None) -> None:
         self._unet = unet
         self._copy = FrozenCopy(unet, autocast_dtype)
         self.module = self._copy.module
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in self._copy.module.named_parameters()}
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[UNet]:
         """The second UNet."""
         with self._copy.active() as module:
             yield module
@@ -123,7 +124,7 @@ class FormerCopy:
                 p.copy_(start if name not in delta else start.float() + delta[name].float())
 
 
-def make_former(unet: nn.Module, family: Family, autocast_dtype: torch.dtype | None = None) -> Former:
+def make_former(unet: UNet, family: Family, autocast_dtype: torch.dtype | None = None) -> Former:
     """The exchangeable reference of a run, from its unwrapped policy before training."""
     return FormerLora(unet, family) if lora_layers(unet) else FormerCopy(unet, autocast_dtype)
 

@@ -19,6 +19,7 @@ from diffalign.data.sampler import PairOrder, positions_for
 from diffalign.data.table.pairs import PairTable
 from diffalign.engine.predictor import predict_x0
 from diffalign.models.loading.decoder import decode
+from diffalign.models.loading.modules import VAE
 from diffalign.models.policy.networks import Networks
 from diffalign.objectives.base import shared_noise
 from diffalign.rewards import Scorer
@@ -28,7 +29,7 @@ from diffalign.types import PairBatch
 
 
 @torch.no_grad()
-def half_made(batch: PairBatch, networks: Networks, vae: torch.nn.Module, guidance: float) -> tuple[Tensor, Tensor]:
+def half_made(batch: PairBatch, networks: Networks, vae: VAE, guidance: float) -> tuple[Tensor, Tensor]:
     """Decoded x̂_0 "side pair 3 H W" (nominally in [−1, 1]) and their timesteps int64 [pair] on the CPU."""
     probe = shared_noise(batch, networks.schedule)
     sides = probe.xt.shape[:2]
