@@ -29,6 +29,7 @@ from world_lines import finished, line_file, name_of, train
 
 from diffalign.config.schema import load_config, packaged_config
 from diffalign.evaluation.evaluate import evaluate
+from diffalign.evaluation.sampling import Sampling
 from diffalign.training.run import environment
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import prompts
@@ -108,8 +109,7 @@ def measured(
             range(pictures),
             scorers=[*SCORERS, Liking()],
             faithfulness="world-accuracy",
-            steps=20,
-            guidance=5.0,
+            sampling=Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu"),
             user=None if user is None else user.embedding,
             out_dir=runs[0].parent / f"evaluation-{split}",
             grid_rows=8,

@@ -165,13 +165,13 @@ def executed() -> dict[str, Any]:
     """A cached DPO run on the embedded world, one of its steps, its set-up, and one picture of `evaluate`."""
     from diffalign.config.schema import load_config, packaged_config
     from diffalign.evaluation.evaluate import evaluate
+    from diffalign.evaluation.sampling import Sampling
     from diffalign.training import loop
     from diffalign.training.run import run_training
     from diffalign.world import base_path
 
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"output_dir={folder}/run",
             f"data.cache_dir={folder}/cache",
             "data.max_pairs=8",
             "training.train_batch_size=2",
@@ -196,7 +196,11 @@ def executed() -> dict[str, Any]:
         loop.optimizer_step = followed_step
         try:
             with whole:
-                _silently(lambda: run_training(load_config(packaged_config("world/dpo.yaml"), settings)))
+                _silently(
+                    lambda: run_training(
+                        load_config(packaged_config("world/dpo.yaml"), [*settings, f"output_dir={folder}/run"])
+                    )
+                )
         finally:
             loop.optimizer_step = original
         picture = Followed()
@@ -210,7 +214,7 @@ def executed() -> dict[str, Any]:
                     [0],
                     scorers=["world"],
                     out_dir=f"{folder}/eval",
-                    steps=1,
+                    sampling=Sampling(num_inference_steps=1),
                 )
             )
     return {

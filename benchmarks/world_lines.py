@@ -17,6 +17,7 @@ import torch
 
 from diffalign.config.schema import load_config, packaged_config, parse_config
 from diffalign.evaluation.evaluate import evaluate
+from diffalign.evaluation.sampling import Sampling
 from diffalign.training.run import environment, run_training
 from diffalign.world import base_path
 from diffalign.world.captions import prompts
@@ -86,8 +87,7 @@ def measured(
         range(pictures),
         scorers=SCORERS,
         faithfulness="world-accuracy",
-        steps=20,
-        guidance=5.0,
+        sampling=Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu"),
         out_dir=runs[0].parent / "evaluation",
         grid_rows=8,
         progress=False,

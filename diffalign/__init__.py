@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffalign.evaluation.compare import compare as compare
     from diffalign.evaluation.evaluate import evaluate as evaluate
     from diffalign.evaluation.generate import generate as generate
+    from diffalign.evaluation.sampling import Sampling as Sampling
     from diffalign.objectives import DSODRO as DSODRO
     from diffalign.objectives import FDPO as FDPO
     from diffalign.objectives import IPO as IPO
@@ -53,6 +54,7 @@ _HOME = {
     "compare": "diffalign.evaluation.compare",
     "evaluate": "diffalign.evaluation.evaluate",
     "generate": "diffalign.evaluation.generate",
+    "Sampling": "diffalign.evaluation.sampling",
     **dict.fromkeys(_OBJECTIVES.split(), "diffalign.objectives"),
     **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.types"),
     **dict.fromkeys(

@@ -6,7 +6,7 @@ The model and the pairs are the small ones that come with the package, so this r
 the two paths, e.g. by "stabilityai/stable-diffusion-xl-base-1.0" and a folder of pairs, and drop `resolution`.
 """
 
-from diffalign import DiffusionDPO, FullFineTuning, Trainer, TrainingArguments, load_pairs
+from diffalign import DiffusionDPO, FullFineTuning, Sampling, Trainer, TrainingArguments, load_pairs
 from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 
@@ -23,7 +23,9 @@ def main(output_dir: str = "runs/examples/first_run", steps: int = 100, seeds: i
         ),
     )
     trainer.train()
-    result = trainer.evaluate(prompts("heldout"), range(seeds), scorers=["world"], steps=10)
+    result = trainer.evaluate(
+        prompts("heldout"), range(seeds), scorers=["world"], sampling=Sampling(num_inference_steps=10)
+    )
     print(result.table())
 
 

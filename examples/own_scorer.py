@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffalign import generate
+from diffalign import Sampling, generate
 from diffalign.world import base_path
 from diffalign.world.captions import prompts
 
@@ -34,7 +34,9 @@ class Colourfulness:
 
 def main(out_dir: str = "runs/examples/own_scorer", steps: int = 10) -> torch.Tensor:
     """Draws four prompts with the small model of the package and returns their scores."""
-    pictures = generate(str(base_path()), prompts("heldout")[:4], [0], out_dir=out_dir, steps=steps)
+    pictures = generate(
+        str(base_path()), prompts("heldout")[:4], [0], out_dir=out_dir, sampling=Sampling(num_inference_steps=steps)
+    )
     opened = [Image.open(picture.file) for picture in pictures]
     return Colourfulness().score(opened, [picture.prompt for picture in pictures])
 

@@ -6,7 +6,7 @@ python examples/sweep_beta.py
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffalign import DiffusionDPO, FullFineTuning, Trainer, TrainingArguments, evaluate, load_pairs
+from diffalign import DiffusionDPO, FullFineTuning, Sampling, Trainer, TrainingArguments, evaluate, load_pairs
 from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 
@@ -34,7 +34,7 @@ def main(
         range(seeds),
         scorers=["world"],
         out_dir=Path(output_dir) / "evaluation",
-        steps=10,
+        sampling=Sampling(num_inference_steps=10),
     )
     print(result.table())
 

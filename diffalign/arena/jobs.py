@@ -31,6 +31,7 @@ from tqdm import tqdm
 from diffalign.config.schema import ConfigError, parse_config
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.sampling import Sampling
 from diffalign.training.loop import TrainingError
 from diffalign.training.run import run_training
 from diffalign.world import base_path
@@ -183,9 +184,7 @@ def _draw(job: Job) -> list[Picture]:
         job.seeds,
         out_dir=job.folder / "pictures",
         tuned=None if job.config is None else str(job.folder),
-        steps=STEPS,
-        guidance=GUIDANCE,
-        batch=96,
+        sampling=Sampling(STEPS, GUIDANCE, batch_size=96, device="cpu"),
         progress=False,
     )
 

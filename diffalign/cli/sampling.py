@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffalign.cli.common import (
     count,
@@ -20,6 +20,9 @@ from diffalign.cli.common import (
     tie,
 )
 from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from diffalign.evaluation.sampling import Sampling
 
 SCHEDULERS = ("ddim", "euler", "dpmsolver")  # a test compares these with what the rooms know
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,24 +54,21 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path, required=True, help="folder to write to")
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = (
-        "steps",
-        "guidance",
-        "scheduler",
-        "resolution",
-        "negative_prompt",
-        "batch",
-        "dtype",
-        "vae",
-        "prediction_type",
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from diffalign.evaluation.sampling import Sampling
+
+    return Sampling(
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        scheduler=args.scheduler,
+        resolution=args.resolution,
+        negative_prompt=args.negative_prompt,
+        batch_size=args.batch,
+        dtype=args.dtype,
+        device=device_of(args.device),
+        vae=args.vae,
+        prediction_type=args.prediction_type,
     )
-    return {
-        "device": device_of(args.device),
-        "out_dir": args.out,
-        "user": _user(args),
-        **{name: getattr(args, name) for name in names},
-    }
 
 
 def _user(args: argparse.Namespace) -> list[float] | None:
@@ -99,8 +99,16 @@ def generate(args: argparse.Namespace) -> None:
     from diffalign.evaluation import generate as pictures_of
 
     prompts = read_prompts(args.prompts, limit=args.limit)
-    weights = {"tuned": args.tuned, "negative_tuned": args.negative_tuned}
-    pictures = pictures_of.generate(args.model, prompts, args.seeds, **weights, **_sampling(args))
+    pictures = pictures_of.generate(
+        args.model,
+        prompts,
+        args.seeds,
+        out_dir=args.out,
+        tuned=args.tuned,
+        sampling=_sampling(args),
+        negative_tuned=args.negative_tuned,
+        user=_user(args),
+    )
     print(f"{len(pictures)} pictures in {args.out}")
 
 
@@ -147,7 +155,9 @@ def evaluate(args: argparse.Namespace) -> None:
         faithfulness=args.faithfulness,
         tie=args.tie,
         negative_tuned=named(args.negative_tuned, "--negative-tuned"),
-        **_sampling(args),
+        out_dir=args.out,
+        sampling=_sampling(args),
+        user=_user(args),
     )
     print(result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")

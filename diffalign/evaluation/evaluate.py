@@ -23,6 +23,7 @@ from diffalign.evaluation.generate import PATHS, generate, settings_of
 from diffalign.evaluation.grid import comparison_grid
 from diffalign.evaluation.manifest import Picture
 from diffalign.evaluation.report import BASE, Result, check_name
+from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import write_rows
 from diffalign.io.folder_lock import folder_lock
 from diffalign.rewards import Scorer, load_scorer
@@ -40,16 +41,7 @@ def evaluate(
     scorers: Sequence[str | Scorer],
     out_dir: str | Path,
     faithfulness: str | Scorer | None = None,
-    steps: int = 30,
-    guidance: float = 5.0,
-    scheduler: str = "ddim",
-    resolution: int | None = None,
-    negative_prompt: str = "",
-    batch: int | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    vae: str | None = None,
-    prediction_type: str | None = None,
+    sampling: Sampling | None = None,
     negative_tuned: Mapping[str, str | Sequence[str]] | None = None,
     user: Sequence[float] | None = None,
     tie: float | None = None,
@@ -72,24 +64,15 @@ def evaluate(
         raise DiffalignError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")
     for name in models:
         check_name(name)
-    loaded = [_scorer(scorer, device) for scorer in scorers]
-    faithful = _scorer(faithfulness, device) if faithfulness is not None else None
-    sampling = {
-        "steps": steps,
-        "guidance": guidance,
-        "scheduler": scheduler,
-        "resolution": resolution,
-        "negative_prompt": negative_prompt,
-        "dtype": dtype,
-        "vae": vae,
-        "prediction_type": prediction_type,
-    }
+    sampling = sampling or Sampling()
+    loaded = [_scorer(scorer, sampling.device) for scorer in scorers]
+    faithful = _scorer(faithfulness, sampling.device) if faithfulness is not None else None
     folder = Path(out_dir)
     check_prompts([*loaded, faithful], prompts)
     prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     paths = {BASE: [(None, None)], **models}
     settings = {
-        name: [settings_of(base, path, negative_tuned=away, user=path and user, **sampling) for path, away in some]
+        name: [settings_of(base, path, sampling, negative_tuned=away, user=path and user) for path, away in some]
         for name, some in paths.items()
     }
     for name, some in settings.items():
@@ -106,10 +89,8 @@ def evaluate(
                     tuned=path,
                     negative_tuned=away,
                     user=path and user,
-                    batch=batch,
-                    device=device,
+                    sampling=sampling,
                     progress=progress,
-                    **sampling,
                 )
                 for run, (path, away) in enumerate(some)
             ]

@@ -21,41 +21,27 @@ from diffalign.engine.random import noise_seed
 from diffalign.errors import DiffalignError, out_of_memory
 from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
-from diffalign.evaluation.sampling import SCHEDULERS, default_batch, default_resolution, sample_images
+from diffalign.evaluation.sampling import Sampling, default_batch, default_resolution, sample_images
 from diffalign.io.folder_lock import folder_lock
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATHS = ("model", "tuned", "negative_tuned", "vae")  # where the weights lay; their fingerprints say what they were
 
 
 def settings_of(
     model: str,
     tuned: str | None,
+    sampling: Sampling,
     *,
-    steps: int,
-    guidance: float,
-    scheduler: str,
-    resolution: int | None,
-    negative_prompt: str,
-    dtype: str,
-    vae: str | None,
-    prediction_type: str | None,
     negative_tuned: str | None = None,
     user: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Everything a picture depends on besides prompt and seed, as it is written to the manifest."""
-    if scheduler not in SCHEDULERS:
-        raise DiffalignError(f"scheduler '{scheduler}' is unknown; allowed: {', '.join(SCHEDULERS)}")
-    if dtype not in DTYPES:
-        raise DiffalignError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
-    if steps < 1:
-        raise DiffalignError(f"steps is {steps}; at least 1 is needed")
-    if negative_tuned is not None and guidance <= 1:
+    if negative_tuned is not None and sampling.guidance_scale <= 1:
         raise DiffalignError(
-            f"negative-tuned {negative_tuned} answers the unconditional branch, and guidance {guidance} has none; give "
-            "a guidance above 1"
+            f"negative-tuned {negative_tuned} answers the unconditional branch, and guidance_scale "
+            f"{sampling.guidance_scale} has none; give one above 1"
         )
-    weights: dict[str, str | None] = {"model": model, "vae": vae, "tuned": None, "negative_tuned": None}
+    weights: dict[str, str | None] = {"model": model, "vae": sampling.vae, "tuned": None, "negative_tuned": None}
     for name, path in (("tuned", tuned), ("negative_tuned", negative_tuned)):
         if path is not None:
             from diffalign.models.adapters.save_load import find_tuned
@@ -64,13 +50,7 @@ def settings_of(
     return {
         **weights,
         "fingerprint": {name: fingerprint(path) for name, path in weights.items() if path},
-        "steps": steps,
-        "guidance": float(guidance),
-        "scheduler": scheduler,
-        "resolution": resolution,
-        "negative_prompt": negative_prompt,
-        "dtype": dtype,
-        "prediction_type": prediction_type,
+        **sampling.recorded(),
         "user": None if user is None else _user_hash(user),
     }
 
@@ -82,16 +62,7 @@ def generate(
     *,
     out_dir: str | Path,
     tuned: str | None = None,
-    steps: int = 30,
-    guidance: float = 5.0,
-    scheduler: str = "ddim",
-    resolution: int | None = None,
-    negative_prompt: str = "",
-    batch: int | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    vae: str | None = None,
-    prediction_type: str | None = None,
+    sampling: Sampling | None = None,
     negative_tuned: str | None = None,
     user: Sequence[float] | None = None,
     progress: bool = True,
@@ -101,32 +72,20 @@ def generate(
     `model` is a diffusers folder, Hub id or single-file checkpoint; `tuned` a full UNet folder, a LoRA file or a
     training output folder to be put on it; `negative_tuned` the same for the unconditional branch of guidance, which
     otherwise has the weights of the other one (Diffusion-NPO); `user` the embedding of whom the pictures are for, with
-    user attention only. `resolution` in pixels (None: what the model was made for). Pictures that the manifest already
+    user attention only. `sampling` says how (None: `Sampling()`). Pictures that the manifest already
     lists with the same settings are not made again, and the model is not even loaded when none is missing. Raises
     DiffalignError when `out_dir` holds pictures made with other settings, FolderInUseError while another process makes
     pictures there.
     """
-    settings = settings_of(
-        model,
-        tuned,
-        steps=steps,
-        guidance=guidance,
-        scheduler=scheduler,
-        resolution=resolution,
-        negative_prompt=negative_prompt,
-        dtype=dtype,
-        vae=vae,
-        prediction_type=prediction_type,
-        negative_tuned=negative_tuned,
-        user=user,
-    )
+    sampling = sampling or Sampling()
+    settings = settings_of(model, tuned, sampling, negative_tuned=negative_tuned, user=user)
     folder = Path(out_dir)
     wanted = [(prompt, int(seed)) for prompt in unique(prompts) for seed in dict.fromkeys(seeds)]
     done, numbers = _resume(folder, settings)
     missing = [key for key in wanted if key not in done]
     if not missing:
         return [done[key] for key in wanted]
-    with folder_lock(folder, "a process that makes pictures"), _with_remedies(batch, resolution, dtype):
+    with folder_lock(folder, "a process that makes pictures"), _with_remedies(sampling):
         done, numbers = _resume(folder, settings)  # another process may have made some meanwhile
         missing = [key for key in wanted if key not in done]
         from diffalign.models.adapters.save_load import load_pipeline
@@ -134,19 +93,18 @@ def generate(
         pipe = load_pipeline(
             model,
             tuned=tuned,
-            pretrained_vae_model_name_or_path=vae,
-            torch_dtype=DTYPES[dtype],
-            device=device,
-            prediction_type=prediction_type,
+            pretrained_vae_model_name_or_path=sampling.vae,
+            torch_dtype=sampling.torch_dtype,
+            device=sampling.device,
+            prediction_type=sampling.prediction_type,
             user=user,
         )
         negative = None
         if negative_tuned is not None:
             from diffalign.models.policy.negative_guidance import load_negative
 
-            negative = load_negative(model, negative_tuned, torch_dtype=DTYPES[dtype], device=device)
-        size = resolution or default_resolution(pipe)
-        batch = batch or default_batch(size)
+            negative = load_negative(model, negative_tuned, torch_dtype=sampling.torch_dtype, device=sampling.device)
+        batch = sampling.batch_size or default_batch(sampling.resolution or default_resolution(pipe))
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).is_file():
             mend_end(folder)
@@ -156,18 +114,8 @@ def generate(
         ):
             for start in range(0, len(missing), batch):
                 keys = missing[start : start + batch]
-                images = sample_images(
-                    pipe,
-                    [prompt for prompt, _ in keys],
-                    [seed for _, seed in keys],
-                    steps=steps,
-                    guidance=guidance,
-                    scheduler=scheduler,
-                    resolution=size,
-                    negative_prompt=negative_prompt,
-                    batch=batch,
-                    negative=negative,
-                )
+                drawn, own = [prompt for prompt, _ in keys], [seed for _, seed in keys]
+                images = sample_images(pipe, drawn, own, sampling, negative=negative)
                 for (prompt, seed), image in zip(keys, images, strict=True):
                     number = numbers.setdefault(prompt, len(numbers))
                     file = f"{number:05d}_{seed}.png"
@@ -181,7 +129,7 @@ def generate(
 
 
 @contextmanager
-def _with_remedies(batch: int | None, resolution: int | None, dtype: str) -> Iterator[None]:
+def _with_remedies(sampling: Sampling) -> Iterator[None]:
     """Memory that runs out within the block is told with what to change."""
     try:
         yield
@@ -189,8 +137,9 @@ def _with_remedies(batch: int | None, resolution: int | None, dtype: str) -> Ite
         if (said := out_of_memory(error)) is None:
             raise
         raise DiffalignError(
-            f"{said}: lower batch (now {batch or 'by resolution'}; 1 needs the least, and no picture depends on it) or "
-            f"resolution (now {resolution or 'that of the model'}), or take dtype bfloat16 (now {dtype})"
+            f"{said}: lower batch_size (now {sampling.batch_size or 'by resolution'}; 1 needs the least, and no "
+            f"picture depends on it) or resolution (now {sampling.resolution or 'that of the model'}), or take dtype "
+            f"bfloat16 (now {sampling.dtype})"
         ) from error
 
 

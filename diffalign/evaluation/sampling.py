@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +32,56 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "dpmsolver": "DPMSolverMultistepScheduler",
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def best_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made, apart from model, prompts and seeds; names as in diffusers.
+
+    Raises DiffalignError for a value that no picture can be made with.
+    """
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 5.0  # of classifier-free guidance; at most 1: none
+    scheduler: str = "ddim"  # a name of SCHEDULERS
+    resolution: int | None = None  # pixels per side; None: what the model was made for
+    negative_prompt: str = ""
+    batch_size: int | None = None  # pictures at a time; None: by resolution. No picture depends on it
+    dtype: str = "float32"  # a name of DTYPES
+    device: str = field(default_factory=best_device)
+    vae: str | None = None  # another VAE, e.g. an fp16-safe one
+    prediction_type: str | None = None  # in place of the scheduler config's
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("scheduler", self.scheduler, SCHEDULERS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise DiffalignError(f"{name} '{value}' is unknown; allowed: {', '.join(known)}")
+        if self.num_inference_steps < 1:
+            raise DiffalignError(f"num_inference_steps is {self.num_inference_steps}; at least 1 is needed")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that the pipeline is loaded in."""
+        return DTYPES[self.dtype]
+
+    def recorded(self) -> dict[str, Any]:
+        """What a picture depends on, under the keys of manifests."""
+        return {
+            "steps": self.num_inference_steps,
+            "guidance": float(self.guidance_scale),
+            "scheduler": self.scheduler,
+            "resolution": self.resolution,
+            "negative_prompt": self.negative_prompt,
+            "dtype": self.dtype,
+            "prediction_type": self.prediction_type,
+        }
 
 
 def make_scheduler(pipe: Any, name: str) -> Any:
@@ -41,8 +91,6 @@ def make_scheduler(pipe: Any, name: str) -> Any:
     """
     import diffusers
 
-    if name not in SCHEDULERS:
-        raise DiffalignError(f"scheduler '{name}' is unknown; allowed: {', '.join(SCHEDULERS)}")
     check_class(type(pipe.scheduler).__name__)
     config = dict(pipe.scheduler.config)
     # DDIMScheduler clips x_0 unless told otherwise, which is wrong for latents; configs written by other
@@ -66,56 +114,52 @@ def sample_images(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    sampling: Sampling,
     *,
-    steps: int = 30,
-    guidance: float = 5.0,
-    scheduler: str = "ddim",
-    resolution: int | None = None,
-    negative_prompt: str = "",
-    batch: int | None = None,
     negative: nn.Module | None = None,
 ) -> list[Image.Image]:
     """Picture i shows `prompts[i]` from `seeds[i]`; both lists have the same length.
 
-    `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them. It is left as
-    it was found: scheduler, training flags, progress bar, and no global random state is read or written.
-    `guidance` ≤ 1 means no classifier-free guidance. `negative` is a UNet that answers the unconditional branch of it
-    (`models/policy/negative_guidance.py`). Raises ValueError naming prompt and seed when a picture comes out as NaN.
+    `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them; its device, dtype,
+    VAE and prediction type count, not those of `sampling`. It is left as it was found: scheduler, training flags,
+    progress bar, and no global random state is read or written. `negative` is a UNet that answers the unconditional
+    branch of guidance (`models/policy/negative_guidance.py`). Raises ValueError naming prompt and seed when a picture
+    comes out as NaN.
     """
-    size = resolution or default_resolution(pipe)
+    size = sampling.resolution or default_resolution(pipe)
     check_resolution(pipe.unet, pipe.vae_scale_factor, size, "resolution")
-    batch = batch or default_batch(size)
+    batch = sampling.batch_size or default_batch(size)
     images: list[Image.Image] = []
     branch = nullcontext() if negative is None else negative_branch(pipe, negative)
-    with _ready(pipe, make_scheduler(pipe, scheduler)), branch:
+    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), branch:
         for start in range(0, len(prompts), batch):
             some, own = prompts[start : start + batch], seeds[start : start + batch]
             latent = size // pipe.vae_scale_factor
-            embeds = _encode(pipe, some, negative_prompt, guidance)
+            embeds = _encode(pipe, some, sampling)
             noise = initial_noise(some, own, (pipe.unet.config.in_channels, latent, latent))
             pixels = pipe(
                 **embeds,
                 latents=noise.to(embeds["prompt_embeds"]),
                 height=size,
                 width=size,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
                 output_type="pt",
             ).images
             images += pictures(pixels, some, own)
     return images
 
 
-def _encode(pipe: Any, prompts: Sequence[str], negative_prompt: str, guidance: float) -> dict[str, Tensor]:
+def _encode(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> dict[str, Tensor]:
     """The pipeline's own text embeddings, each prompt encoded once, rows in the order of `prompts`."""
     texts = list(dict.fromkeys(prompts))
     embeds = pipe.encode_prompt(
         texts,
         device=pipe._execution_device,
         num_images_per_prompt=1,
-        do_classifier_free_guidance=guidance > 1,
+        do_classifier_free_guidance=sampling.guidance_scale > 1,
         # None, not "": SDXL replaces a negative prompt that was not given by zeros, as it was trained
-        negative_prompt=[negative_prompt] * len(texts) if negative_prompt else None,
+        negative_prompt=[sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
     )
     place = {text: i for i, text in enumerate(texts)}
     rows = torch.tensor([place[prompt] for prompt in prompts], device=pipe._execution_device)

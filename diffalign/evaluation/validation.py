@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffalign.evaluation.grid import comparison_grid
-from diffalign.evaluation.sampling import sample_images
+from diffalign.evaluation.sampling import Sampling, sample_images
 
 
 def validation_pictures(
@@ -20,10 +20,8 @@ def validation_pictures(
     *,
     step: int,
     folder: Path,
-    steps: int,
-    guidance: float,
     seed: int,
-    resolution: int | None,
+    sampling: Sampling,
     autocast: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """One picture of each prompt from the pipeline as it is, written as `folder`/step-000100.png and returned.
@@ -32,9 +30,7 @@ def validation_pictures(
     that the network is trained in; the VAE decodes in its own (SDXL's overflows in float16).
     """
     with _as_trained(pipe, autocast):
-        images = sample_images(
-            pipe, prompts, [seed] * len(prompts), steps=steps, guidance=guidance, resolution=resolution
-        )
+        images = sample_images(pipe, prompts, [seed] * len(prompts), sampling)
     folder.mkdir(parents=True, exist_ok=True)
     comparison_grid(prompts, {f"step {step}": images}).save(folder / f"step-{step:06d}.png")
     return images

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from diffalign.config.health_section import HealthSection
 from diffalign.config.overrides import ConfigError
 from diffalign.config.schema import (
@@ -207,11 +205,11 @@ class Trainer:
 
         return run_training(self.config, table=self.table, base=self.base, on_built=built)
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), **sampling: Any) -> list[Picture]:
-        """Pictures of the tuned model in `output_dir`/pictures; `sampling` as in `diffalign.generate`."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), **settings: Any) -> list[Picture]:
+        """Pictures of the tuned model in `output_dir`/pictures; `settings` as in `diffalign.generate`."""
         from diffalign.evaluation.generate import generate
 
-        settings = {"out_dir": self.output_dir / "pictures", "device": _device(), **sampling}
+        settings = {"out_dir": self.output_dir / "pictures", **settings}
         return generate(self._model_path(), prompts, seeds, tuned=str(self._finished()), **settings)
 
     def evaluate(
@@ -228,7 +226,7 @@ class Trainer:
         """
         from diffalign.evaluation.evaluate import evaluate
 
-        settings = {"out_dir": self.output_dir / "evaluation", "device": _device(), **settings}
+        settings = {"out_dir": self.output_dir / "evaluation", **settings}
         tuned = {self.config.objective.name: str(self._finished())}
         return evaluate(self._model_path(), tuned, prompts, seeds, scorers=scorers, **settings)
 
@@ -268,7 +266,3 @@ def _tuning(tuning: LoRA | FullFineTuning) -> TuningSection:
         "reference": tuning.reference,
     }
     return settings_of(TuningSection, {k: v for k, v in settings.items() if v is not None}, "LoRA")
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -247,9 +247,9 @@ def test_every_number_of_the_command_line_has_bounds() -> None:
 
 
 def test_choices_are_those_of_the_rooms() -> None:
-    from diffalign.evaluation import generate, sampling
+    from diffalign.evaluation import sampling
 
-    assert (tuple(sampling.SCHEDULERS), tuple(generate.DTYPES)) == (SCHEDULERS, DTYPES)
+    assert (tuple(sampling.SCHEDULERS), tuple(sampling.DTYPES)) == (SCHEDULERS, DTYPES)
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.manifest import MANIFEST, Picture
+from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import score_folder
 from diffalign.models.loading.family import ModelError
 from diffalign.rewards import ScorerError
@@ -119,7 +120,7 @@ def test_evaluate_writes_everything_and_reuses_pictures(tiny, tuned, tmp_path, m
             scorers=[Brightness(), Redness()],
             faithfulness=Brightness(),
             out_dir=tmp_path,
-            steps=2,
+            sampling=Sampling(num_inference_steps=2),
             progress=False,
         )
 
@@ -222,7 +223,7 @@ def test_the_world_shows_what_a_damaged_base_loses(tmp_path):
         scorers=["world"],
         faithfulness="world-accuracy",
         out_dir=tmp_path / "out",
-        steps=10,
+        sampling=Sampling(num_inference_steps=10),
         progress=False,
     )
     score = result.models[0].scores["world"]

@@ -9,14 +9,16 @@ import pytest
 from diffalign.engine.random import noise_seed
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import MANIFEST, read_manifest
+from diffalign.evaluation.sampling import Sampling
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [3, 5]
+TWO = Sampling(num_inference_steps=2)
 
 
 @pytest.fixture
 def made(tiny, tmp_path):
     out = tmp_path / "out"
-    return out, generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, steps=2, progress=False)
+    return out, generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False)
 
 
 def no_loading(monkeypatch):
@@ -36,7 +38,21 @@ def test_files_and_manifest(made):
     ]
     rows = [json.loads(line) for line in (out / MANIFEST).read_text().splitlines()]
     assert [row["noise_seed"] for row in rows] == [noise_seed(p, s) for p in PROMPTS for s in SEEDS]
-    assert rows[0]["settings"]["steps"] == 2
+    made_with = [
+        "steps",
+        "guidance",
+        "scheduler",
+        "resolution",
+        "negative_prompt",
+        "dtype",
+        "vae",
+        "prediction_type",
+        "user",
+    ]
+    assert {key: rows[0]["settings"][key] for key in made_with} == {
+        **dict.fromkeys(made_with),
+        **{"steps": 2, "guidance": 5.0, "scheduler": "ddim", "negative_prompt": "", "dtype": "float32"},
+    }  # these keys do not change: they tell whether the pictures of a folder can be used again
     assert pictures[0].open().size == (64, 64)
     assert read_manifest(out) == pictures
 
@@ -44,7 +60,7 @@ def test_files_and_manifest(made):
 def test_finished_pictures_are_not_made_again(made, tiny, monkeypatch):
     out, pictures = made
     no_loading(monkeypatch)
-    assert generate(tiny["sdxl"], PROMPTS[1:], SEEDS, out_dir=out, steps=2, progress=False) == pictures[2:]
+    assert generate(tiny["sdxl"], PROMPTS[1:], SEEDS, out_dir=out, sampling=TWO, progress=False) == pictures[2:]
 
 
 def test_a_stopped_run_is_completed(made, tiny):
@@ -53,7 +69,7 @@ def test_a_stopped_run_is_completed(made, tiny):
     lines = (out / MANIFEST).read_text().splitlines(keepends=True)
     (out / MANIFEST).write_text("".join(lines[:2]) + lines[2][:40])  # torn in the third line
     pictures[0].file.unlink()  # and a picture was lost
-    again = generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, steps=2, progress=False)
+    again = generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False)
     assert again == pictures
     for picture, pixels in zip(again, before, strict=True):
         assert np.abs(np.asarray(picture.open(), int) - pixels).max() <= 1
@@ -62,7 +78,7 @@ def test_a_stopped_run_is_completed(made, tiny):
 
 def test_new_prompts_get_new_files(made, tiny):
     out, _ = made
-    more = generate(tiny["sdxl"], ["the small photo", *PROMPTS], SEEDS[:1], out_dir=out, steps=2, progress=False)
+    more = generate(tiny["sdxl"], ["the small photo", *PROMPTS], SEEDS[:1], out_dir=out, sampling=TWO, progress=False)
     assert [p.file.name for p in more] == ["00002_3.png", "00000_3.png", "00001_3.png"]
     assert len(read_manifest(out)) == 5
 
@@ -70,29 +86,29 @@ def test_new_prompts_get_new_files(made, tiny):
 def test_other_settings_need_another_folder(made, tiny, tuned):
     out, _ = made
     with pytest.raises(ValueError, match="steps 2 there, 3 now"):
-        generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, steps=3, progress=False)
+        generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=Sampling(num_inference_steps=3), progress=False)
     with pytest.raises(ValueError, match="fingerprint"):
-        generate(tiny["sdxl"], PROMPTS, SEEDS, tuned=tuned, out_dir=out, steps=2, progress=False)
+        generate(tiny["sdxl"], PROMPTS, SEEDS, tuned=tuned, out_dir=out, sampling=TWO, progress=False)
 
 
 def test_a_moved_model_is_the_same_model(made, tiny, tmp_path, monkeypatch):
     out, pictures = made
     moved = shutil.copytree(tiny["sdxl"], tmp_path / "moved")
     no_loading(monkeypatch)
-    assert generate(str(moved), PROMPTS, SEEDS, out_dir=out, steps=2, progress=False) == pictures
+    assert generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False) == pictures
     weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1  # one bit of one weight
     weights.write_bytes(raw)
     with pytest.raises(ValueError, match="fingerprint"):
-        generate(str(moved), PROMPTS, SEEDS, out_dir=out, steps=2, progress=False)
+        generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False)
 
 
 def test_tuned_weights_change_the_picture(made, tiny, tuned, tmp_path):
     _, pictures = made
     for path in (tuned, f"{tuned}/unet"):
         folder = tmp_path / path.replace("/", "_")
-        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=path, out_dir=folder, steps=2, progress=False)
+        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=path, out_dir=folder, sampling=TWO, progress=False)
         assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
 
 
@@ -111,14 +127,21 @@ def test_a_lora_file_is_tuned_weights_too(made, tiny, tmp_path):
     file = save_lora(base.unet, tmp_path / "lora", base.family)
     for path in (file, tmp_path / "lora"):
         folder = tmp_path / f"from-{path.name}"
-        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=str(path), out_dir=folder, steps=2, progress=False)
+        changed = generate(
+            tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=str(path), out_dir=folder, sampling=TWO, progress=False
+        )
         assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
 
 
 def test_half_precision_makes_nearly_the_same_picture(made, tiny, tmp_path):
     _, pictures = made
     half = generate(
-        tiny["sdxl"], PROMPTS[:1], SEEDS[:1], out_dir=tmp_path / "half", steps=2, dtype="bfloat16", progress=False
+        tiny["sdxl"],
+        PROMPTS[:1],
+        SEEDS[:1],
+        out_dir=tmp_path / "half",
+        sampling=Sampling(num_inference_steps=2, dtype="bfloat16"),
+        progress=False,
     )
     difference = np.asarray(half[0].open(), int) - np.asarray(pictures[0].open(), int)
     assert 0 < np.abs(difference).mean() < 8
@@ -128,10 +151,10 @@ def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, monkeypatch
     no_loading(monkeypatch)
     arguments = {"out_dir": tmp_path, "progress": False}
     with pytest.raises(ValueError, match="scheduler 'ddpm' is unknown"):
-        generate(tiny["sd"], PROMPTS, SEEDS, scheduler="ddpm", **arguments)
+        generate(tiny["sd"], PROMPTS, SEEDS, sampling=Sampling(scheduler="ddpm"), **arguments)
     with pytest.raises(ValueError, match="dtype 'fp16' is unknown; allowed: float32"):
-        generate(tiny["sd"], PROMPTS, SEEDS, dtype="fp16", **arguments)
-    with pytest.raises(ValueError, match="steps is 0"):
-        generate(tiny["sd"], PROMPTS, SEEDS, steps=0, **arguments)
+        generate(tiny["sd"], PROMPTS, SEEDS, sampling=Sampling(dtype="fp16"), **arguments)
+    with pytest.raises(ValueError, match="num_inference_steps is 0"):
+        generate(tiny["sd"], PROMPTS, SEEDS, sampling=Sampling(num_inference_steps=0), **arguments)
     with pytest.raises(FileNotFoundError, match="diffalign generate"):
         read_manifest(tmp_path)

@@ -10,7 +10,7 @@ import torch
 
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
-from diffalign.evaluation.sampling import sample_images
+from diffalign.evaluation.sampling import Sampling, sample_images
 from diffalign.models.adapters.lora import add_lora, save_lora
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.loading.family import ModelError
@@ -48,8 +48,10 @@ def latents(pipe, **settings):
 
 
 def test_an_equal_network_gives_ordinary_guidance(pipe):
-    plain = sample_images(pipe, PROMPTS, SEEDS, steps=3, guidance=4.0)
-    split = sample_images(pipe, PROMPTS, SEEDS, steps=3, guidance=4.0, negative=copy.deepcopy(pipe.unet))
+    plain = sample_images(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, guidance_scale=4.0))
+    split = sample_images(
+        pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, guidance_scale=4.0), negative=copy.deepcopy(pipe.unet)
+    )
     for one, two in zip(plain, split, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
     pipe.to(torch.float64)
@@ -105,8 +107,10 @@ def test_two_networks_are_combined_as_the_formula_says(pipe, negative_prompt):
 def test_without_guidance_there_is_no_branch_to_answer(pipe, tuned, tmp_path, tiny):
     with negative_branch(pipe, pipe.unet), pytest.raises(ModelError, match="guidance_scale ≤ 1 has none"):
         latents(pipe.to(torch.float64), guidance_scale=1.0)
-    with pytest.raises(ValueError, match=r"guidance 1.0 has none; give a guidance above 1"):
-        generate(tiny["sdxl"], PROMPTS, [0], out_dir=tmp_path, guidance=1.0, negative_tuned=tuned)
+    with pytest.raises(ValueError, match=r"guidance_scale 1.0 has none; give one above 1"):
+        generate(
+            tiny["sdxl"], PROMPTS, [0], out_dir=tmp_path, sampling=Sampling(guidance_scale=1.0), negative_tuned=tuned
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,13 +127,13 @@ def test_a_lora_answers_as_it_does_in_a_pipeline(tiny, tmp_path, dtype):
     negative = load_negative(tiny["sdxl"], str(tmp_path), torch_dtype=dtype)
     pipeline = load_pipeline(tiny["sdxl"], tuned=str(tmp_path), torch_dtype=dtype)
     assert {p.dtype for p in negative.parameters()} == {dtype}
-    alone = sample_images(pipeline, PROMPTS[:1], [0], steps=2)
-    both = sample_images(pipeline, PROMPTS[:1], [0], steps=2, negative=negative)
+    alone = sample_images(pipeline, PROMPTS[:1], [0], Sampling(num_inference_steps=2))
+    both = sample_images(pipeline, PROMPTS[:1], [0], Sampling(num_inference_steps=2), negative=negative)
     assert np.abs(np.asarray(alone[0], int) - np.asarray(both[0], int)).max() <= (1 if dtype is torch.float32 else 8)
 
 
 def test_folders_know_their_negative_network(tiny, tuned, tmp_path):
-    make = {"seeds": [0], "steps": 2, "progress": False}
+    make = {"seeds": [0], "sampling": Sampling(num_inference_steps=2), "progress": False}
     plain = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "a", **make)
     away = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "b", negative_tuned=tuned, **make)
     same = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "c", negative_tuned=tuned, tuned=tuned, **make)
@@ -150,7 +154,7 @@ def test_evaluation_names_the_branch_of_each_model(tiny, tuned, tmp_path):
         scorers=[Brightness()],
         out_dir=tmp_path,
         negative_tuned={"both": tuned, "npo": tuned},
-        steps=2,
+        sampling=Sampling(num_inference_steps=2),
         progress=False,
     )
     gains = {model.name: model.scores["brightness"].gain.value for model in result.models}

@@ -12,6 +12,7 @@ from diffalign.engine.random import initial_noise, noise_seed
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.sampling import (
     SCHEDULERS,
+    Sampling,
     default_batch,
     make_scheduler,
     sample_images,
@@ -32,9 +33,9 @@ def arrays(images):
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_only(pipe):
-    together = arrays(sample_images(pipe, PROMPTS, SEEDS, steps=3, batch=5))
-    batches = arrays(sample_images(pipe, PROMPTS, SEEDS, steps=3, batch=2))
-    alone = arrays(sample_images(pipe, PROMPTS[3:4], SEEDS[3:4], steps=3))
+    together = arrays(sample_images(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, batch_size=5)))
+    batches = arrays(sample_images(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, batch_size=2)))
+    alone = arrays(sample_images(pipe, PROMPTS[3:4], SEEDS[3:4], Sampling(num_inference_steps=3)))
     assert np.abs(together - batches).max() <= 1  # kernels round differently for other batch sizes
     assert np.abs(together[3] - alone[0]).max() <= 1
     assert np.abs(together[0] - together[2]).max() > 1  # same prompt, other seed
@@ -45,7 +46,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_only(pipe):
 def test_plain_diffusers_makes_the_same_picture(pipe, guidance):
     from diffusers import DDIMScheduler
 
-    ours = arrays(sample_images(pipe, PROMPTS[:1], [7], steps=3, guidance=guidance))
+    ours = arrays(sample_images(pipe, PROMPTS[:1], [7], Sampling(num_inference_steps=3, guidance_scale=guidance)))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(noise_seed(PROMPTS[0], 7)))
     theirs = arrays(
@@ -55,8 +56,10 @@ def test_plain_diffusers_makes_the_same_picture(pipe, guidance):
 
 
 def test_a_negative_prompt_changes_the_picture(pipe):
-    plain = arrays(sample_images(pipe, PROMPTS[:1], [0], steps=3))
-    steered = arrays(sample_images(pipe, PROMPTS[:1], [0], steps=3, negative_prompt="a blue square"))
+    plain = arrays(sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=3)))
+    steered = arrays(
+        sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=3, negative_prompt="a blue square"))
+    )
     assert np.abs(plain - steered).max() > 0
 
 
@@ -68,7 +71,7 @@ def test_schedulers_keep_the_models_own_settings(pipe, name):
         assert scheduler.config[key] == pipe.scheduler.config[key]
     if name == "ddim":
         assert not scheduler.config.clip_sample
-    assert len(sample_images(pipe, PROMPTS[:1], [0], steps=3, scheduler=name)) == 1
+    assert len(sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=3, scheduler=name))) == 1
 
 
 def test_a_pipeline_of_other_noise_is_refused():
@@ -84,7 +87,7 @@ def test_training_goes_on_as_if_nothing_had_happened(pipe):
     modes = [module.training for module in pipe.unet.modules()]
     before = pipe.scheduler
     states = (torch.get_rng_state().clone(), random.getstate(), np.random.get_state()[1].copy())
-    sample_images(pipe, PROMPTS[:2], SEEDS[:2], steps=2)
+    sample_images(pipe, PROMPTS[:2], SEEDS[:2], Sampling(num_inference_steps=2))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
@@ -96,19 +99,19 @@ def test_training_goes_on_as_if_nothing_had_happened(pipe):
 def test_dropout_is_off_while_sampling(pipe):
     from torch import nn
 
-    expected = arrays(sample_images(pipe, PROMPTS[:1], [0], steps=2))
+    expected = arrays(sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=2)))
     pipe.unet.train()
     for module in pipe.unet.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.9
-    assert (arrays(sample_images(pipe, PROMPTS[:1], [0], steps=2)) == expected).all()
+    assert (arrays(sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=2))) == expected).all()
 
 
 def test_a_picture_of_nan_is_named(pipe):
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="prompt 'a red circle', seed 5 is NaN"):
-        sample_images(pipe, PROMPTS[:1], [5], steps=2)
+        sample_images(pipe, PROMPTS[:1], [5], Sampling(num_inference_steps=2))
     assert pipe.scheduler.config._class_name != "DDIMScheduler"  # restored although it failed
 
 
@@ -129,11 +132,11 @@ def test_batches_shrink_with_resolution():
 @pytest.mark.parametrize("pixels", [1, 33])
 def test_a_resolution_that_the_network_cannot_halve_is_refused(pipe, pixels):
     least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    assert len(sample_images(pipe, ["a"], [0], steps=1, resolution=least)) == 1
+    assert len(sample_images(pipe, ["a"], [0], Sampling(num_inference_steps=1, resolution=least))) == 1
     with pytest.raises(DiffalignError, match=rf"resolution: {pixels} pixels .* give a multiple .* at least {least}"):
-        sample_images(pipe, ["a"], [0], steps=1, resolution=pixels)
+        sample_images(pipe, ["a"], [0], Sampling(num_inference_steps=1, resolution=pixels))
 
 
 def test_unknown_scheduler(pipe):
     with pytest.raises(ValueError, match="allowed: ddim, euler, dpmsolver"):
-        sample_images(pipe, ["a"], [0], scheduler="dddim")
+        sample_images(pipe, ["a"], [0], Sampling(scheduler="dddim"))

@@ -16,6 +16,7 @@ from diffalign.cli.main import main
 from diffalign.config.schema import Config
 from diffalign.data.table.scores import score_pairs
 from diffalign.errors import DiffalignError, explain, lost_worker
+from diffalign.evaluation.sampling import Sampling
 from diffalign.io.folder_lock import FolderInUseError, folder_lock
 from diffalign.training import processes
 from diffalign.training.build import make_accelerator
@@ -139,7 +140,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
         with pytest.raises(FolderInUseError, match=rf"out is in use by a training run \(pid {os.getpid()}"):
             run_training(config)
         with pytest.raises(FolderInUseError, match="Name another folder"):
-            generate(str(tiny_sd), ["a cat"], [0], out_dir=tmp_path / "out", steps=1)
+            generate(str(tiny_sd), ["a cat"], [0], out_dir=tmp_path / "out", sampling=Sampling(num_inference_steps=1))
         with pytest.raises(SystemExit):
             main(["arena", "--quick", "--out", str(tmp_path / "out")])
         assert "is in use by" in capsys.readouterr().err
@@ -228,5 +229,11 @@ def test_pictures_that_do_not_fit_are_told_with_their_settings(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
     monkeypatch.setattr(module, "sample_images", fails)
-    with pytest.raises(DiffalignError, match=r"3\.00 GiB.*batch \(now 4;.*resolution \(now 32\).*dtype bfloat16"):
-        module.generate(str(tiny_sd), ["a cat"], [0], out_dir=tmp_path, steps=1, batch=4, resolution=32)
+    with pytest.raises(DiffalignError, match=r"3\.00 GiB.*batch_size \(now 4;.*resolution \(now 32\).*dtype bfloat16"):
+        module.generate(
+            str(tiny_sd),
+            ["a cat"],
+            [0],
+            out_dir=tmp_path,
+            sampling=Sampling(num_inference_steps=1, batch_size=4, resolution=32),
+        )

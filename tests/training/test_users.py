@@ -18,6 +18,7 @@ from diffalign.config.schema import Config, ConfigError
 from diffalign.data.row import DataError
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
+from diffalign.evaluation.sampling import Sampling
 from diffalign.models.adapters.user_attention import USER_FILE
 from diffalign.models.loading.family import ModelError
 from diffalign.training.run import run_training
@@ -162,11 +163,18 @@ def test_pictures_for_somebody(
             [0],
             out_dir=tmp_path / "pictures/anna",
             tuned=str(tmp_path / "anna"),
-            steps=2,
+            sampling=Sampling(2),
             user=USERS["ben"],
         )
     with pytest.raises(ModelError, match="no user was given"):
-        generate(str(tiny_sd), ["x"], [0], out_dir=tmp_path / "none", tuned=str(tmp_path / "anna"), steps=2)
+        generate(
+            str(tiny_sd),
+            ["x"],
+            [0],
+            out_dir=tmp_path / "none",
+            tuned=str(tmp_path / "anna"),
+            sampling=Sampling(2),
+        )
     with pytest.raises(SystemExit):
         main(["generate", str(tiny_sd), "--prompts", "x", "--user", "anna", "--out", str(tmp_path / "none")])
     assert "--users FILE and --user ID belong together" in capsys.readouterr().err
@@ -186,7 +194,7 @@ def test_pictures_for_somebody(
             [0],
             scorers=[Brightness()],
             out_dir=tmp_path / "evaluation",
-            steps=2,
+            sampling=Sampling(2),
             user=user,
             grid_rows=0,
             progress=False,

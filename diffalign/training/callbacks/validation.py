@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 def validate(run: Run, step: int) -> None:
     """Pictures of the policy as it stands, from the main process; what fails there does not end the training."""
+    from diffalign.evaluation.sampling import Sampling
     from diffalign.evaluation.validation import validation_pictures
 
     if not run.accelerator.is_main_process:
@@ -26,10 +27,8 @@ def validate(run: Run, step: int) -> None:
             settings.prompts,
             step=step,
             folder=run.output_dir / "validation",
-            steps=settings.steps,
-            guidance=settings.guidance_scale,
             seed=settings.seed,
-            resolution=run.config.data.resolution,
+            sampling=Sampling(settings.steps, settings.guidance_scale, resolution=run.config.data.resolution),
             autocast=run.networks.autocast_dtype,
         )
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
