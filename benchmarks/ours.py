@@ -10,8 +10,8 @@ import torch
 
 from diffalign.config.schema import Config, parse_config
 from diffalign.training.build import Run, build, make_accelerator
-from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import JsonLines, Meter
+from diffalign.training.step import optimizer_step
 
 Overrides = Mapping[str, Any]  # "section.key" -> value
 

@@ -25,8 +25,8 @@ from diffalign.config.schema import Config
 from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, InPO, InversionDPO, MaPO, SmPO
 from diffalign.training.build import build, make_accelerator
-from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
+from diffalign.training.step import optimizer_step
 from tests.gpu_models import SDXL_UNET
 
 TERA = 1e12

@@ -96,8 +96,8 @@ def steps(where: str, folder: str) -> None:
 
     from diffalign.config.schema import load_config
     from diffalign.training.build import build, make_accelerator
-    from diffalign.training.loop import optimizer_step
     from diffalign.training.metrics import Meter
+    from diffalign.training.step import optimizer_step
 
     config = load_config(where)
     accelerator = make_accelerator(config)

@@ -11,8 +11,8 @@ from torch import nn
 
 from diffalign.config.schema import Config, ConfigError
 from diffalign.training.build import Run, build, make_accelerator
-from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
+from diffalign.training.step import optimizer_step
 
 MakeConfig = Callable[..., Config]
 

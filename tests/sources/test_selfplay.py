@@ -20,9 +20,9 @@ from diffalign.models.loading.family import ModelError
 from diffalign.sources.rounds import NO_SEED, About, Round
 from diffalign.sources.selfplay import SelfPlay
 from diffalign.training.build import build
-from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.run import run_training
+from diffalign.training.step import optimizer_step
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]

@@ -28,9 +28,9 @@ from diffalign.objectives import OBJECTIVES, DiffusionDPO
 from diffalign.objectives.base import shared_noise
 from diffalign.training import build as setup
 from diffalign.training.build import Run
-from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter, observe
 from diffalign.training.run import run_training
+from diffalign.training.step import optimizer_step
 from diffalign.types import Conditioning, Evidence, PairBatch, Score, Transitions
 from tests.gpu_models import sdxl_base
 from tests.training.test_run import metrics, same, weights

@@ -11,9 +11,9 @@ from diffalign.models.adapters.save_load import UNET_FOLDER
 from diffalign.models.adapters.user_attention import USER_FILE, is_user_weight, user_branch
 from diffalign.training.build import Run
 from diffalign.training.inspect.activation_memory import Kept
-from diffalign.training.loop import optimizer_step
 from diffalign.training.metrics import Meter
 from diffalign.training.optim.optimizers import effective_batch
+from diffalign.training.step import optimizer_step
 from diffalign.types import PairBatch
 
 TINY_LATENT = 32  # side of the latents of the trial step on a CPU; its activations are scaled up to the run's
