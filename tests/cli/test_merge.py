@@ -53,9 +53,9 @@ def test_merge_then_generate_and_evaluate(runs: list[Path], tmp_path: Path, caps
     ("command", "words"),
     [
         (["merge", str(BASE), "OUT", "runs/a"], "runs/a: write PATH=WEIGHT, e.g. runs/a=0.5"),
-        (["merge", str(BASE), "OUT", "a=nan"], "a=nan: a weight is a finite number other than 0, at most 100"),
-        (["merge", str(BASE), "OUT", "a=1e300"], "a=1e+300: a weight is a finite number other than 0"),
-        (["merge", str(BASE), "OUT", "a=0", "b=1"], "a=0: a weight is a finite number other than 0"),
+        (["merge", str(BASE), "OUT", "a=nan"], "a=nan: a weight is a finite number, at most 100"),
+        (["merge", str(BASE), "OUT", "a=1e300"], "a=1e+300: a weight is a finite number, at most 100"),
+        (["merge", str(BASE), "OUT", "a=0", "b=0"], "the weights of a=0 b=0 sum to 0"),
         (["merge", str(BASE), "OUT", "a=1", "b=-1"], "the weights of a=1 b=-1 sum to 0"),
         (["merge", "nowhere", "OUT", "a=0.5", "a=-0.5"], "sum to 0"),
         (["merge", str(BASE), "OUT", "=1"], "the path is empty"),

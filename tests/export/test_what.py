@@ -79,6 +79,7 @@ def test_user_attention_and_judges_are_refused(model: Model, tmp_path: Path, mak
     with pytest.raises(ExportError, match="is user attention, a layer that no other program has"):
         find_what(tmp_path, str(model.folder))
     tree = make_config(model.folder).resolved()
+    del tree["model"]["gradient_checkpointing"]  # a setting of runs with an objective
     judge = {key: tree[key] for key in ("model", "data", "output_dir")} | {"preference_model": {}}
     save_config(parse_config(judge), tmp_path / "config.yaml")
     with pytest.raises(ExportError, match="trained a preference model"):

@@ -41,12 +41,10 @@ LARGEST_WEIGHT = 100.0  # of a part; published extrapolations stay below 10
 
 
 def check_weights(parts: Parts) -> None:
-    """Raises ModelError for weights that make no sum: not finite, 0, far too large, or 0 together."""
+    """Raises ModelError for weights that make no sum: not finite, far too large, or 0 together."""
     for path, weight in parts:
-        if not 0 < abs(weight) <= LARGEST_WEIGHT:
-            raise ModelError(
-                f"{path}={weight:g}: a weight is a finite number other than 0, at most {LARGEST_WEIGHT:g} in size"
-            )
+        if not abs(weight) <= LARGEST_WEIGHT:
+            raise ModelError(f"{path}={weight:g}: a weight is a finite number, at most {LARGEST_WEIGHT:g} in size")
     total = sum(weight for _, weight in parts)
     if parts and abs(total) < 1e-6:
         words = " ".join(f"{path}={weight:g}" for path, weight in parts)
