@@ -99,7 +99,7 @@ def test_the_sources_reference_is_the_dataclass(name: str) -> None:
     assert table(page, name) == expected
     assert re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)[1] in part(page, name)  # type: ignore[index]
     assert f"[`{name}`]({page.replace('online.md', '')}#{name})" in part(
-        "online.md", "Online: pairs made while training"
+        "online.md", "Online: pairs generated during training"
     )
 
 
