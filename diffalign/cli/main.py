@@ -270,7 +270,7 @@ def _encode(args: argparse.Namespace) -> None:
     state = make_state()
     with with_remedies(config):
         table = open_table(config, state)
-        base = load_run_base(config)
+        base = load_run_base(config.model)
         encoder = Encoder(base, state.device)
         resolution = config.data.resolution or base.family.default_resolution
         encode_run(config, table, encoder, resolution, state.process_index, state.num_processes)

@@ -23,6 +23,7 @@ from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
 from diffalign.evaluation.sampling import Sampling, default_batch, default_resolution, sample_images
 from diffalign.io.folder_lock import folder_lock
+from diffalign.models.loading.spec import ModelSpec
 
 PATHS = ("model", "tuned", "negative_tuned", "vae")  # where the weights lay; their fingerprints say what they were
 
@@ -90,15 +91,10 @@ def generate(
         missing = [key for key in wanted if key not in done]
         from diffalign.models.adapters.save_load import load_pipeline
 
-        pipe = load_pipeline(
-            model,
-            tuned=tuned,
-            pretrained_vae_model_name_or_path=sampling.vae,
-            torch_dtype=sampling.torch_dtype,
-            device=sampling.device,
-            prediction_type=sampling.prediction_type,
-            user=user,
+        spec = ModelSpec(
+            model, pretrained_vae_model_name_or_path=sampling.vae, prediction_type=sampling.prediction_type
         )
+        pipe = load_pipeline(spec, tuned=tuned, torch_dtype=sampling.torch_dtype, device=sampling.device, user=user)
         negative = None
         if negative_tuned is not None:
             from diffalign.models.policy.negative_guidance import load_negative

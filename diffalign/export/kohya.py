@@ -50,7 +50,7 @@ def export_kohya(
             "tuning.method=lora"
         )
     check_out(out, overwrite, [what.tuned.path])
-    outline = outline_base(**what.base_arguments())
+    outline = outline_base(what.base_spec())
     modules = [
         (kohya_module(name, outline), down, up, scale * down.shape[0])
         for name, down, up, scale in lora_updates(outline.unet, what.tuned.path)

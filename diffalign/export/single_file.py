@@ -51,7 +51,7 @@ def export_single_file(
     name = what.base.pretrained_model_name_or_path
     check_out(out, overwrite, [what.tuned.path, Path(name)])
     vae = what.base.pretrained_vae_model_name_or_path
-    loaded = load_base(**what.base_arguments(), pretrained_vae_model_name_or_path=vae)
+    loaded = load_base(what.base_spec(vae))
     check_released(loaded)
     entries = model_entries(loaded, tuned_weights(loaded.unet, what.tuned))
     write_entries(out, entries, DTYPES[dtype], what.provenance())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diffalign import __version__
 from diffalign.config.schema import Config, ModelSection, PreferenceModelConfig, load_config
@@ -13,6 +12,7 @@ from diffalign.export.names import ExportError
 from diffalign.models.adapters.merge import MERGE_FILE
 from diffalign.models.adapters.save_load import Tuned, find_tuned
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.spec import ModelSpec
 
 _CONFIG = "config.yaml"  # the settings that a run, and each of its checkpoints, keeps beside its weights
 
@@ -25,10 +25,11 @@ class What:
     base: ModelSection
     objective: str | None  # None where no config.yaml says what was trained
 
-    def base_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `load_base` and `outline_base`, besides the VAE's."""
-        names = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "single_file_config")
-        return {name: getattr(self.base, name) for name in names}
+    def base_spec(self, vae: str | None = None) -> ModelSpec:
+        """What `load_base` and `outline_base` take, with another VAE if given in place of the model's own."""
+        names = ("revision", "variant", "prediction_type", "single_file_config")
+        same = {name: getattr(self.base, name) for name in names}
+        return ModelSpec(self.base.pretrained_model_name_or_path, vae, **same)
 
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for a file's metadata: keys of our own."""

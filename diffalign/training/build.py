@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from diffalign.models.loading.base import Base, load_base, vae_factor
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import ModelError, check_resolution
 from diffalign.models.loading.modules import UNet
+from diffalign.models.loading.spec import ModelSpec
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, make_former
@@ -174,17 +175,9 @@ def no_terms(table: PairTable, why: str) -> None:
         )
 
 
-def load_run_base(config: Config | PreferenceModelConfig) -> Base:
-    """The base model that the config names, in float32 on the CPU."""
-    model = config.model
-    base = load_base(
-        model.pretrained_model_name_or_path,
-        pretrained_vae_model_name_or_path=model.pretrained_vae_model_name_or_path,
-        revision=model.revision,
-        variant=model.variant,
-        prediction_type=model.prediction_type,
-        single_file_config=model.single_file_config,
-    )
+def load_run_base(model: ModelSection) -> Base:
+    """The base model that a config names, in float32 on the CPU."""
+    base = load_base(ModelSpec(**model.model_dump(include={field.name for field in fields(ModelSpec)})))
     return trained_as(base, model)
 
 
@@ -257,7 +250,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
 
     _check_reference(config)
-    base = load_run_base(config) if base is None else trained_as(base, config.model)
+    base = load_run_base(config.model) if base is None else trained_as(base, config.model)
     config = settled(config, device, base.family.name)
     training = config.training
     _check_start(config, base.unet)

@@ -17,6 +17,7 @@ from diffalign.export.single_file import export_single_file
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.spec import ModelSpec
 from tests.conftest import ROOT
 from tests.export.structures import make_deep
 from tests.models.adapters.test_merge import PIPELINES, by_hand, write_full, write_lora
@@ -131,7 +132,7 @@ def test_v_prediction_and_zero_snr_are_marked(models, folder: Path, tmp_path: Pa
     edit(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     file = export_single_file(run, tmp_path / "tuned.safetensors", base=str(folder))
     assert {"v_pred", "ztsnr"} <= load_file(file).keys()
-    again = load_base(str(file), single_file_config=str(models["sdxl"].folder))  # whose configs say neither
+    again = load_base(ModelSpec(str(file), single_file_config=str(models["sdxl"].folder)))  # whose configs say neither
     assert again.schedule.prediction_type == "v_prediction"
     assert again.schedule.alphas_cumprod[-1] == 0
     plain = export_single_file(run, tmp_path / "plain.safetensors", base=str(models["sdxl"].folder))

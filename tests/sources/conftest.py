@@ -10,6 +10,7 @@ import torch
 from diffalign.data.table.prompts import PromptTable
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.encoder import Encoder
+from diffalign.models.loading.spec import ModelSpec
 from diffalign.models.policy.networks import Networks
 from diffalign.sources.base import Context
 
@@ -19,7 +20,9 @@ def make_context(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...
     """`make_context("sdxl", prompts)`: a context around a tiny pipeline, as training builds it."""
 
     def make(family: str, prompts: list[str], **changes: Any) -> Context:
-        base = load_base(str(request.getfixturevalue(f"tiny_{family}")), prediction_type=changes.pop("kind", None))
+        base = load_base(
+            ModelSpec(request.getfixturevalue(f"tiny_{family}"), prediction_type=changes.pop("kind", None))
+        )
         networks = Networks(base.unet, family=base.family, schedule=base.schedule)
         settings: dict[str, Any] = {
             "networks": networks,

@@ -14,6 +14,7 @@ from diffalign.data.loader.offline_pairs import TextMemo
 from diffalign.data.transforms import pictures
 from diffalign.engine.random import initial_noise
 from diffalign.models.adapters.save_load import load_pipeline
+from diffalign.models.loading.spec import ModelSpec
 from diffalign.sources.base import Context
 from diffalign.sources.sampling import sample_latents
 
@@ -38,7 +39,7 @@ def test_latents_and_pictures_are_the_pipelines(
     context = make_context(family, PROMPTS, kind=kind)
     ours = sample(context, PROMPTS, SEEDS, guidance)
     folder: Path = request.getfixturevalue(f"tiny_{family}")
-    pipe = load_pipeline(str(folder), prediction_type=kind)
+    pipe = load_pipeline(ModelSpec(folder, prediction_type=kind))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 4, "guidance_scale": guidance, "width": 64, "height": 64}

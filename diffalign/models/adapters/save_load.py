@@ -32,6 +32,7 @@ from diffalign.models.adapters.user_attention import (
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
+from diffalign.models.loading.spec import ModelSpec
 from diffalign.models.loading.stored import UNET_STEM, stored_unet, weights_in
 
 UNET_FOLDER = "unet"
@@ -151,31 +152,18 @@ def _apply_lora(pipeline: Any, lora: LoraFile) -> None:
 
 
 def load_pipeline(
-    pretrained_model_name_or_path: str,
+    model: str | Path | ModelSpec,
     *,
     tuned: str | None = None,
-    pretrained_vae_model_name_or_path: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    single_file_config: str | None = None,
     user: Tensor | Sequence[float] | None = None,
 ) -> Any:
     """The family's diffusers pipeline, with tuned weights if given, ready to generate; no safety checker.
 
     Loads like `load_base`, so whatever trains also generates. `user` as in `apply_tuned`. Raises ModelError.
     """
-    base = load_base(
-        pretrained_model_name_or_path,
-        pretrained_vae_model_name_or_path=pretrained_vae_model_name_or_path,
-        revision=revision,
-        variant=variant,
-        prediction_type=prediction_type,
-        single_file_config=single_file_config,
-        torch_dtype=torch_dtype,
-    )
+    base = load_base(model, torch_dtype=torch_dtype)
     pipeline = make_pipeline(base)
     if tuned is not None:
         apply_tuned(pipeline, tuned, user)

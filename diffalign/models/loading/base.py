@@ -8,6 +8,7 @@ Left out: refiners, inpainting and depth UNets (other inputs), and flow-matching
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from diffalign.models.loading.modules import VAE, UNet
 from diffalign.models.loading.sd import StableDiffusion
 from diffalign.models.loading.sdxl import StableDiffusionXL
 from diffalign.models.loading.single_file import is_single_file, load_single_file
+from diffalign.models.loading.spec import ModelSpec, spec_of
 
 
 @dataclass
@@ -45,37 +47,23 @@ class Base:
 
 
 def load_base(
-    pretrained_model_name_or_path: str,
-    *,
-    pretrained_vae_model_name_or_path: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    vae_and_text: bool = True,
-    single_file_config: str | None = None,
-    torch_dtype: torch.dtype = torch.float32,
+    model: str | Path | ModelSpec, *, vae_and_text: bool = True, torch_dtype: torch.dtype = torch.float32
 ) -> Base:
-    """Load an SD- or SDXL-like model from a diffusers folder, a Hub id or one .safetensors file.
+    """Load an SD- or SDXL-like model: a diffusers folder, a Hub id or one .safetensors file, or a spec of one.
 
-    `pretrained_vae_model_name_or_path` replaces the VAE (e.g. the fp16-fix one); `prediction_type` overrides the
-    scheduler config; `vae_and_text=False` loads the UNet and schedule alone, for training on a cache;
-    `single_file_config` is a local folder with the configs of a single file's pipeline.
+    `vae_and_text=False` loads the UNet and schedule alone, for training on a cache.
 
     Raises ModelError (a ValueError) when something is missing, pickled, or of a kind that is not tuned here.
     """
     hide_loading_bars()
-    name = str(pretrained_model_name_or_path)
-    where = Where(revision, variant, torch_dtype)
-    own_vae = pretrained_vae_model_name_or_path is None
-    if is_single_file(name):
-        base = _from_single_file(name, single_file_config, vae_and_text, where, own_vae)
-    else:
-        base = _from_pretrained(name, vae_and_text, where, own_vae)
-    if pretrained_vae_model_name_or_path is not None and vae_and_text:
-        base.vae = load_vae(pretrained_vae_model_name_or_path, None, Where(None, None, torch_dtype))
-    if prediction_type is not None:
-        base.scheduler_config = base.scheduler_config | {"prediction_type": prediction_type}
-        base.schedule = schedule_of(base.scheduler_config, name)
+    spec = spec_of(model)
+    where = Where(spec.revision, spec.variant, torch_dtype)
+    base = (_from_single_file if is_single_file(spec.name) else _from_pretrained)(spec, vae_and_text, where)
+    if spec.pretrained_vae_model_name_or_path is not None and vae_and_text:
+        base.vae = load_vae(spec.pretrained_vae_model_name_or_path, None, Where(None, None, torch_dtype))
+    if spec.prediction_type is not None:
+        base.scheduler_config = base.scheduler_config | {"prediction_type": spec.prediction_type}
+        base.schedule = schedule_of(base.scheduler_config, spec.name)
     return checked(base)
 
 
@@ -91,33 +79,24 @@ def checked(base: Base) -> Base:
     return base
 
 
-def outline_base(
-    pretrained_model_name_or_path: str,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    single_file_config: str | None = None,
-) -> Base:
+def outline_base(model: str | Path | ModelSpec) -> Base:
     """What `load_base` gives without VAE and text encoders, and with a UNet of shapes alone (on the meta device).
 
     Only configs are read, but for a single file, whose shapes are its weights'. Raises ModelError.
     """
-    name = str(pretrained_model_name_or_path)
-    if is_single_file(name):
-        base = load_base(
-            name, prediction_type=prediction_type, vae_and_text=False, single_file_config=single_file_config
-        )
+    spec = spec_of(model)
+    if is_single_file(spec.name):
+        base = load_base(spec, vae_and_text=False)
         base.unet.to("meta")
         return base
-    read_index(name, revision)
-    scheduler_config = load_scheduler_config(name, revision)
-    unet = outline_unet(name, Where(revision, variant, torch.float32))
-    if prediction_type is not None:
-        scheduler_config = scheduler_config | {"prediction_type": prediction_type}
-    check_unet(unet, name)
-    schedule = schedule_of(scheduler_config, name)
-    return Base(family_of(unet, name), unet, schedule, scheduler_config, None, None, name)
+    read_index(spec.name, spec.revision)
+    scheduler_config = load_scheduler_config(spec.name, spec.revision)
+    unet = outline_unet(spec.name, Where(spec.revision, spec.variant, torch.float32))
+    if spec.prediction_type is not None:
+        scheduler_config = scheduler_config | {"prediction_type": spec.prediction_type}
+    check_unet(unet, spec.name)
+    schedule = schedule_of(scheduler_config, spec.name)
+    return Base(family_of(unet, spec.name), unet, schedule, scheduler_config, None, None, spec.name)
 
 
 def hide_loading_bars() -> None:
@@ -157,7 +136,8 @@ def check_unet(unet: UNet, source: str) -> None:
             )
 
 
-def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool) -> Base:
+def _from_pretrained(spec: ModelSpec, vae_and_text: bool, where: Where) -> Base:
+    name = spec.name
     index = read_index(name, where.revision)
     scheduler_config = load_scheduler_config(name, where.revision)  # first: it may refuse, and is small
     unet = load_unet(name, where)
@@ -175,13 +155,15 @@ def _from_pretrained(name: str, vae_and_text: bool, where: Where, own_vae: bool)
             *load_text(name, suffixes, where),
             zero_empty_prompt=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
         )
-        if own_vae:
+        if spec.pretrained_vae_model_name_or_path is None:
             vae = load_vae(name, "vae", where)
     schedule = schedule_of(scheduler_config, name)
     return Base(family, unet, schedule, scheduler_config, vae, text, name)
 
 
-def _from_single_file(name: str, config: str | None, vae_and_text: bool, where: Where, own_vae: bool) -> Base:
+def _from_single_file(spec: ModelSpec, vae_and_text: bool, where: Where) -> Base:
+    name, config = spec.name, spec.single_file_config
+    own_vae = spec.pretrained_vae_model_name_or_path is None
     pipeline, scheduler_config = load_single_file(name, config, vae_and_text, where.dtype, own_vae)
     family = family_of(pipeline.unet, name)
     text = None

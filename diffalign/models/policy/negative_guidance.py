@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,17 +27,15 @@ from torch import Tensor, nn
 from diffalign.models.adapters.save_load import find_tuned, load_tuned
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.spec import ModelSpec
 
 
 def load_negative(
-    pretrained_model_name_or_path: str,
+    model: str | Path | ModelSpec,
     negative_tuned: str,
     *,
     torch_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
-    variant: str | None = None,
-    single_file_config: str | None = None,
 ) -> nn.Module:
     """The base's UNet with tuned weights (full or LoRA, as `find_tuned` takes them), to answer the negative branch.
 
@@ -46,14 +45,7 @@ def load_negative(
         raise ModelError(
             f"{negative_tuned} is user attention, and a negative network draws for nobody; give other weights"
         )
-    base = load_base(
-        pretrained_model_name_or_path,
-        revision=revision,
-        variant=variant,
-        single_file_config=single_file_config,
-        vae_and_text=False,
-        torch_dtype=torch_dtype,
-    )
+    base = load_base(model, vae_and_text=False, torch_dtype=torch_dtype)
     load_tuned(base.unet, negative_tuned)
     return base.unet.requires_grad_(False).eval().to(device, torch_dtype)
 

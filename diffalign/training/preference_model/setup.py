@@ -74,7 +74,7 @@ def build_preference_run(
     no_terms(table, "a preference model learns which picture is better and nothing else")
     clip = load_clip(settings.pretrained_model_name_or_path, settings.tokenizer, str(device))
     judge = None if settings.relabel_with is None else load_scorer(settings.relabel_with, str(device))
-    base = load_run_base(config)
+    base = load_run_base(config.model)
     identity = run_identity(config, table, base)
     refuse_others(config, identity)
     _needs_x0(base)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.models.adapters.lora import add_lora
 from diffalign.models.adapters.save_load import apply_tuned, find_tuned, load_pipeline, load_tuned, save_tuned
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.spec import ModelSpec
 from tests.models.conftest import Model, move_lora, picture
 from tests.tolerance import assert_same_picture
 
@@ -84,7 +85,7 @@ def test_half_precision_pipelines(model: Model, kind: str, tmp_path: Path):
 
 
 def test_prediction_type_reaches_the_sampler(model: Model):
-    pipeline = load_pipeline(str(model.folder), prediction_type="v_prediction")
+    pipeline = load_pipeline(ModelSpec(model.folder, prediction_type="v_prediction"))
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 

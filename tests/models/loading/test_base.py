@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.export.layout import model_entries
 from diffalign.models.loading.base import load_base, outline_base
 from diffalign.models.loading.family import ModelError
+from diffalign.models.loading.spec import ModelSpec
 from tests.models.conftest import Model
 from tests.tiny import make_tiny
 
@@ -68,11 +69,11 @@ def test_half_precision_weights_are_loaded_as_float32(folder: Path):
 def test_prediction_type_comes_from_the_config_and_can_be_overridden(tmp_path: Path):
     folder = str(make_tiny(tmp_path / "v", "sdxl", prediction_type="v_prediction"))
     assert load_base(folder).schedule.prediction_type == "v_prediction"
-    overridden = load_base(folder, prediction_type="sample", vae_and_text=False)
+    overridden = load_base(ModelSpec(folder, prediction_type="sample"), vae_and_text=False)
     assert overridden.schedule.prediction_type == "sample"
     assert overridden.scheduler_config["prediction_type"] == "sample"
     with pytest.raises(ValueError, match="epsilon, v_prediction, sample"):
-        load_base(folder, prediction_type="velocity", vae_and_text=False)
+        load_base(ModelSpec(folder, prediction_type="velocity"), vae_and_text=False)
 
 
 def test_zero_terminal_snr_is_read(folder: Path):
@@ -119,14 +120,14 @@ def test_a_single_file_with_edm_keys_is_refused(models, tmp_path: Path):
     state = single_file_state(models["sdxl"].base)
     save_file(state | {"edm_vpred.sigma_max": torch.tensor(120.0)}, file)
     with pytest.raises(ModelError, match=r"cosxl.safetensors.*edm_vpred.sigma_max.*EDM.*another base"):
-        load_base(str(file), single_file_config=str(models["sdxl"].folder))
+        load_base(ModelSpec(str(file), single_file_config=str(models["sdxl"].folder)))
 
 
 def test_another_vae_replaces_the_folders_own(models, tmp_path: Path):
     model = models["sdxl"]
     other = AutoencoderKL.from_config(model.base.vae.config)
     other.save_pretrained(tmp_path / "vae")
-    base = load_base(str(model.folder), pretrained_vae_model_name_or_path=str(tmp_path / "vae"))
+    base = load_base(ModelSpec(str(model.folder), pretrained_vae_model_name_or_path=str(tmp_path / "vae")))
     assert same_weights(base.vae, other)
     assert not same_weights(base.vae, model.base.vae)
 
@@ -140,13 +141,13 @@ def test_force_zeros_for_empty_prompt_is_read(folder: Path, forces: bool):
 def test_single_file_holds_the_same_model(model: Model, tmp_path: Path):
     file = tmp_path / "model.safetensors"
     save_file(single_file_state(model.base), file)
-    base = load_base(str(file), single_file_config=str(model.folder))
+    base = load_base(ModelSpec(str(file), single_file_config=str(model.folder)))
     assert base.family == model.base.family
     assert base.scheduler_config == model.base.scheduler_config
     assert base.text.zero_empty_prompt == model.base.text.zero_empty_prompt
     for ours, theirs in zip(modules(base), modules(model.base), strict=True):
         assert same_weights(ours, theirs)
-    alone = load_base(str(file), single_file_config=str(model.folder), vae_and_text=False)
+    alone = load_base(ModelSpec(str(file), single_file_config=str(model.folder)), vae_and_text=False)
     assert alone.vae is None
     assert same_weights(alone.unet, model.base.unet)
     with pytest.raises(ModelError, match="single_file_config"):
@@ -157,7 +158,7 @@ def test_v_prediction_markers_of_a_single_file_are_believed(models, tmp_path: Pa
     model, file = models["sdxl"], tmp_path / "model.safetensors"
     markers = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
     save_file(single_file_state(model.base) | markers, file)
-    base = load_base(str(file), single_file_config=str(model.folder), vae_and_text=False)
+    base = load_base(ModelSpec(str(file), single_file_config=str(model.folder)), vae_and_text=False)
     assert base.schedule.prediction_type == "v_prediction"
     assert base.schedule.alphas_cumprod[-1] == 0
 
@@ -174,7 +175,7 @@ def test_pickled_weights_are_refused_with_a_way_out(folder: Path):
 
 def test_a_missing_variant_lists_what_is_there(folder: Path):
     with pytest.raises(ModelError, match=r"variant: fp16.*diffusion_pytorch_model.safetensors"):
-        load_base(str(folder), variant="fp16")
+        load_base(ModelSpec(str(folder), variant="fp16"))
 
 
 @pytest.mark.parametrize(

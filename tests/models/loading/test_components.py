@@ -20,6 +20,7 @@ from diffalign.models.loading import components
 from diffalign.models.loading.base import load_base, outline_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.from_pipeline import base_of_pipeline
+from diffalign.models.loading.spec import ModelSpec
 from tests.models.conftest import Model
 from tests.models.loading.test_base import same_weights, single_file_state
 
@@ -163,7 +164,7 @@ def hub_of_pipelines(name: str, subfolder: str | None = None, revision: str | No
 
 def test_a_vae_may_be_a_whole_pipelines(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["sdxl"]
-    base = load_base(str(model.folder), pretrained_vae_model_name_or_path=str(models["sd"].folder))
+    base = load_base(ModelSpec(str(model.folder), pretrained_vae_model_name_or_path=str(models["sd"].folder)))
     assert same_weights(base.vae, models["sd"].base.vae)
     monkeypatch.setattr(AutoencoderKL, "load_config", hub_of_pipelines)
     assert components._has_vae("org/pipeline", None)
@@ -171,11 +172,11 @@ def test_a_vae_may_be_a_whole_pipelines(models, tmp_path: Path, monkeypatch: pyt
     assert not components._has_vae("org/nothing", None)
     monkeypatch.undo()
     with pytest.raises(ModelError, match=r"one file.*AutoencoderKL.from_single_file"):
-        load_base(str(model.folder), pretrained_vae_model_name_or_path="sdxl_vae.safetensors")
+        load_base(ModelSpec(str(model.folder), pretrained_vae_model_name_or_path="sdxl_vae.safetensors"))
     wide = AutoencoderKL.from_config({**model.base.vae.config, "latent_channels": 8})
     wide.save_pretrained(tmp_path / "vae")
     with pytest.raises(ModelError, match=r"latents of 8 channels, its UNet takes 4"):
-        load_base(str(model.folder), pretrained_vae_model_name_or_path=str(tmp_path / "vae"))
+        load_base(ModelSpec(str(model.folder), pretrained_vae_model_name_or_path=str(tmp_path / "vae")))
 
 
 def test_a_single_file_without_a_vae_takes_another(models, tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_a_single_file_without_a_vae_takes_another(models, tmp_path: Path) -> No
     save_file({name: value for name, value in state.items() if not name.startswith("first_stage")}, file)
     config = {"single_file_config": str(model.folder)}
     with pytest.raises(ModelError, match=r"has no VAE .*pretrained_vae_model_name_or_path"):
-        load_base(str(file), **config)
-    base = load_base(str(file), pretrained_vae_model_name_or_path=str(models["sd"].folder), **config)
+        load_base(ModelSpec(str(file), **config))
+    base = load_base(ModelSpec(str(file), pretrained_vae_model_name_or_path=str(models["sd"].folder), **config))
     assert same_weights(base.vae, models["sd"].base.vae)
     assert same_weights(base.unet, model.base.unet)
 
@@ -208,7 +209,7 @@ def test_a_single_file_that_is_not_whole(models, tmp_path: Path, change, message
     change(state)
     save_file(state, file)
     with pytest.raises(ModelError, match=message) as error:
-        load_base(str(file), single_file_config=str(model.folder))
+        load_base(ModelSpec(str(file), single_file_config=str(model.folder)))
     assert str(file) in str(error.value)
 
 
