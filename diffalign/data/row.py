@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from diffalign.errors import DiffalignError, printable
 
 MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images carry no picture
+DRAWN = ("EPS", "WMF", "EMF")  # Pillow hands these to Ghostscript or to the system
 MAX_PIXELS = 89_478_485  # of one image: 256 MB of RGB, decoded at every visit; Pillow warns from there on
 
 # Fault kinds, in the order in which a row is examined: a row is reported once, with its first fault.
@@ -155,7 +156,10 @@ def check_size(size: tuple[int, int], where: str) -> None:
 
 
 def _check_header(image: Image.Image, where: str) -> None:
-    """Raise ImageError for an image that is too large, or whose numbers have no known range; nothing is decoded."""
+    """Raise ImageError for an image that is too large, that another program would draw, or whose numbers have no known
+    range; nothing is decoded."""
+    if image.format in DRAWN:
+        raise ImageError(NOT_IMAGE, f"{where}: {image.format} is drawn by another program; save it as PNG or JPEG")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             HUGE,

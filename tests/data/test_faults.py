@@ -166,3 +166,17 @@ def test_labels_by_the_rule() -> None:
         assert judge(1, 0, has_label)[0] == "no label"  # type: ignore[index]
     for labels in ((None, None), ("x", "y"), (1, math.nan)):
         assert judge(*labels)[0] == "bad label"  # type: ignore[index]
+
+
+def test_a_picture_that_another_program_would_draw_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import EpsImagePlugin
+
+    from diffalign.data.row import ImageError, ImageRef
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
+    for look in (ImageRef.open, ImageRef.size):
+        with pytest.raises(ImageError, match=r"a\.png: EPS is drawn by another program; save it as PNG or JPEG"):
+            look(ImageRef(None, str(tmp_path / "a.png"), "a.png"))

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign.config.schema import Config
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, ModelError
 from diffalign.io import files
 from diffalign.io.files import NoSpaceError
+from diffalign.models.adapters.save_load import find_tuned
 from diffalign.training.checkpoints import final_weights as final
 from diffalign.training.checkpoints.checkpoint import (
     CheckpointError,
@@ -115,7 +116,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(
 
 def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 2)
-    monkeypatch.setattr("diffalign.training.checkpoints.manifest.FORMAT", 0)
+    monkeypatch.setattr("diffalign.io.manifest.FORMAT", 0)
     with pytest.raises(DiffalignError, match=r"manifest\.json has format 1, .* reads up to 0: use the version"):
         damage(path)
 
@@ -262,7 +263,13 @@ def test_torn_final_weights_are_not_taken_for_a_finished_run(
     run_training(config)
     out = Path(config.output_dir)
     assert is_finished(out)
+    assert find_tuned(out).kind == ("lora" if method == "lora" else "unet")
     name = "pytorch_lora_weights.safetensors" if method == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    whole = (out / name).read_bytes()
+    (out / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight
+    for path in (out, out / name if method == "lora" else out / "unet"):
+        with pytest.raises(ModelError, match=rf"not as the run wrote them: {name} has another.*Copy them"):
+            find_tuned(path)
     os.truncate(out / name, 1000)
     assert not is_finished(out)
     again = {"tuning.method": method, "training.resume_from_checkpoint": "latest"}

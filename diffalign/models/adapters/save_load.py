@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from diffalign.io.files import file_faults
 from diffalign.io.loaded_weights import is_finite
+from diffalign.io.manifest import MANIFEST, read_manifest
 from diffalign.io.weight_files import check_weights, refuse_pickle
 from diffalign.models.adapters.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
 from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
@@ -67,12 +70,14 @@ def find_tuned(path: str | Path) -> Tuned:
         refuse_pickle(path)
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is not a .safetensors file; give one, or a run's output folder")
+        _refuse_damaged(path)
         return Tuned("user" if holds_user_attention(path) else "lora", path)
     found = [Tuned("unet", p.parent) for p in (path / "config.json", path / UNET_FOLDER / "config.json") if p.is_file()]
     found += [Tuned("lora", path / name) for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
     if (path / USER_FILE).is_file():
         found.append(Tuned("user", path / USER_FILE))
     if len(found) == 1:
+        _refuse_damaged(found[0].path)
         if found[0].kind == "unet":
             weights_in(found[0].path, UNET_STEM, None)
         else:
@@ -87,6 +92,32 @@ def find_tuned(path: str | Path) -> Tuned:
         f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/, {LORA_FILE} or {USER_FILE}, "
         f"a unet folder, or a LoRA file{hint}"
     )
+
+
+def _refuse_damaged(weights: Path) -> None:
+    """Raises ModelError where the manifest of the run that wrote the weights says that their content was another."""
+    folder = weights.parent
+    content = read_manifest(folder) if (folder / MANIFEST).is_file() else "there is none"
+    if isinstance(content, str):
+        return  # of another program, or of a run that was killed: nothing is known of the weights
+    files = {name: facts for name, facts in content.get("files", {}).items() if (folder / name).is_relative_to(weights)}
+    listed = tuple((name, facts["bytes"], facts["sha256"], _state(folder / name)) for name, facts in files.items())
+    faults = _faults(folder, listed)
+    if faults:
+        raise ModelError(
+            f"the tuned weights in {folder} are not as the run wrote them: {faults}. Copy them again, or use a "
+            f"checkpoint of the run; if you replaced them yourself, delete {folder / MANIFEST}"
+        )
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@lru_cache
+def _faults(folder: Path, listed: tuple[tuple[str, int, str, tuple[int, int] | None], ...]) -> str:
+    """What differs from the manifest; a file is hashed once as long as its size and time stay as they are."""
+    return "; ".join(file_faults(folder, {name: {"bytes": size, "sha256": sha} for name, size, sha, _ in listed}))
 
 
 def check_tuned(unet: UNet, path: str | Path) -> None:

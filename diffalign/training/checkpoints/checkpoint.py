@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.io import manifest
 from diffalign.io.files import PARTIAL, list_files, remove, sync, written_whole
-from diffalign.training.checkpoints import manifest
-from diffalign.training.checkpoints.manifest import MANIFEST
+from diffalign.io.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 

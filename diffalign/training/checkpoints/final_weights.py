@@ -11,16 +11,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from diffalign.io import manifest
 from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, take_place, temporary
+from diffalign.io.manifest import MANIFEST
 from diffalign.models.adapters.lora import LORA_FILE
 from diffalign.models.adapters.save_load import UNET_FOLDER
 from diffalign.models.adapters.user_attention import USER_FILE
 from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.build_source import SOURCE_FOLDER
 from diffalign.training.callbacks.recovery import HEALTH_FILE, METRICS_FILE
-from diffalign.training.checkpoints import manifest
 from diffalign.training.checkpoints.checkpoint import NO_ROOM, CheckpointError, checkpoints, sweep
-from diffalign.training.checkpoints.manifest import MANIFEST
 
 WEIGHTS = (UNET_FOLDER, WEIGHTS_FOLDER)  # final weights of any kind of run, as folders
 WEIGHT_FILES = (LORA_FILE, USER_FILE)
