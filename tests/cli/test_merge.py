@@ -67,7 +67,7 @@ def test_merge_then_generate_and_evaluate(runs: list[Path], tmp_path: Path, caps
         ),
         (
             ["generate", str(BASE), "--negative-tuned", "x", "--guidance", "1", "--prompts", "p", "--out", "OUT"],
-            "guidance 1.0 has none",
+            "guidance_scale 1.0 has none",
         ),
     ],
 )
