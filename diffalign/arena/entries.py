@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.schema import Config, ConfigError, load_config, packaged_asset, packaged_config
+from diffalign.config.schema import Config, load_config, packaged_asset, packaged_config
+from diffalign.config.strict_yaml import ConfigError
 from diffalign.errors import DiffalignError, MissingFileError
 from diffalign.objectives import OBJECTIVES
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from diffalign.arena.entries import Protocol
 from diffalign.arena.jobs import Job
 from diffalign.world.captions import prompts
-from diffalign.world.pairs import write_pairs
+from diffalign.world.pairs import Reward, write_pairs
 
 PAIRS, PAIRS_SEED = 1024, 0  # the packaged pairs' number and seed: the same pictures under every preference
 
@@ -25,7 +26,14 @@ class Field:
         file = self.folder / "pairs" / f"{preference}{'-shuffled' if shuffled else ''}.parquet"
         if not file.is_file():
             partial = file.with_suffix(".partial")
-            write_pairs(partial, n=PAIRS, seed=PAIRS_SEED, reward=preference, shuffle_labels=shuffled, overwrite=True)
+            write_pairs(
+                partial,
+                n=PAIRS,
+                seed=PAIRS_SEED,
+                reward=cast("Reward", preference),
+                shuffle_labels=shuffled,
+                overwrite=True,
+            )
             partial.replace(file)
         return file
 

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
             raise argparse.ArgumentError(action, "'--' is no value")  # argparse makes an empty list of it
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        return super()._get_values(action, arg_strings)
 
 
 def whole(least: int, most: int = MOST, *, multiple: int = 1) -> Callable[[str], int]:

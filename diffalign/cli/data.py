@@ -95,14 +95,13 @@ def data(args: argparse.Namespace) -> None:
     if args.action == "world":
         from diffalign.world.pairs import write_pairs
 
-        layout = "parquet" if args.out.suffix == ".parquet" else "folder"
         write_pairs(
             args.out,
             n=args.pairs,
             seed=args.seed,
             source=args.source,
             reward=args.reward,
-            layout=layout,
+            layout="parquet" if args.out.suffix == ".parquet" else "folder",
             shuffle_labels=args.shuffle_labels,
             users=args.users,
             overwrite=args.overwrite,

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, cast
 
 from diffalign.config.schema import packaged_config
 from diffalign.errors import DiffalignError
@@ -72,7 +73,7 @@ def run_demo(out: Path, steps: int | None = None) -> None:
     print(f"{time.perf_counter() - begun:.0f} seconds in all")
 
 
-def _start(arguments: Sequence[str], *, launch: bool = False, output: object = None) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], *, launch: bool = False, output: IO[str] | None = None) -> subprocess.Popen[bytes]:
     """Starts a diffalign command and prints it as a user would type it."""
     words = ["accelerate", "launch", *LAUNCH, "-m", "diffalign"] if launch else ["diffalign"]
     print(f"\n$ {shlex.join([*words, *arguments])}", flush=True)
@@ -82,7 +83,7 @@ def _start(arguments: Sequence[str], *, launch: bool = False, output: object = N
     return subprocess.Popen(
         [sys.executable, *prefix, "-m", "diffalign", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
-        stdout=output,  # type: ignore[arg-type]
+        stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=output is not None,
     )
@@ -90,4 +91,6 @@ def _start(arguments: Sequence[str], *, launch: bool = False, output: object = N
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
     if process.wait() != 0:
-        raise DemoError(f"{shlex.join(map(str, process.args))} ended with status {process.returncode}")  # type: ignore[arg-type]
+        raise DemoError(
+            f"{shlex.join(map(str, cast('list[str]', process.args)))} ended with status {process.returncode}"
+        )

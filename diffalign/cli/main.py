@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from diffalign import __version__
 from diffalign.cli.arena import arena, arena_arguments
@@ -37,6 +37,7 @@ from diffalign.training.processes import one_process
 
 if TYPE_CHECKING:
     from diffalign.config.schema import Config
+    from diffalign.data.table.pairs import PairTable
 
 CONFIG_HELP = "YAML file; `diffalign list` names those that come with the package"
 SEVERAL_PROCESSES = ("train", "check", "encode")  # commands that share their work among launched processes
@@ -60,8 +61,8 @@ def _run(argv: Sequence[str] | None) -> None:
             one_process(args.command)
         args.run(args)
     except KeyboardInterrupt as stop:
-        said, signum = printable(str(stop)) or "interrupted", getattr(stop, "signum", signal.SIGINT)
-        print(f"diffalign {args.command}: {said}", file=sys.stderr)
+        reason, signum = printable(str(stop)) or "interrupted", getattr(stop, "signum", signal.SIGINT)
+        print(f"diffalign {args.command}: {reason}", file=sys.stderr)
         sys.exit(128 + signum)
     except BrokenPipeError:  # whatever read our output has gone, as `head` does
         with suppress(
@@ -269,7 +270,7 @@ def _encode(args: argparse.Namespace) -> None:
         raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = make_state()
     with with_remedies(config):
-        table = open_table(config, state)
+        table = cast("PairTable", open_table(config, state))  # a run with a source has no cache
         base = load_run_base(config.model)
         encoder = Encoder(base, state.device)
         resolution = config.data.resolution or base.family.default_resolution

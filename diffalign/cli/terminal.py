@@ -58,7 +58,7 @@ def guarded() -> Iterator[None]:
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 cannot end a command
-    sys.stdout, sys.stderr = Terminal(before[0], moves=False), Terminal(before[1], moves=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Terminal(before[0], moves=False), Terminal(before[1], moves=True)
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

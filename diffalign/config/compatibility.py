@@ -106,7 +106,7 @@ def can_keep_trajectories(config: Any) -> None:
 def can_keep_errors(config: Any) -> None:
     """A reference's errors can be kept only at points that come back and that no network chose."""
     if config.objective.drawn is None or not config.objective.needs_reference:
-        drawn = [n for n, each in OBJECTIVES.items() if issubclass(each, OnSharedNoise) and each.needs_reference]
+        drawn = [n for n, cls in OBJECTIVES.items() if cls.probe is OnSharedNoise.probe and cls.needs_reference]
         raise DiffalignError(
             f"data.cache_reference_errors: {config.objective.name} has no reference, or its points come from a "
             f"network; only errors at points that are drawn can be cached ({', '.join(drawn)})"

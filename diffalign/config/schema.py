@@ -7,7 +7,7 @@ nearest right name or the allowed values. The `objective` and `source` nodes par
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -231,6 +231,7 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
         raise DiffalignError(f"give a mapping with a name, one of: {', '.join(known)}")
     name = node["name"]
     cls = resolve(str(name), known, what)
+    make: Callable[..., Any] = cls
     if not dataclasses.is_dataclass(cls):
         raise DiffalignError(f"{what} {name!r} is no dataclass; its fields are its settings")
     _complete(cls, what)
@@ -239,7 +240,7 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
     faults = [f"{k}: {name} has no such setting{nearest(k, allowed)}" for k in settings if k not in allowed]
     if not faults:
         try:
-            return cls(**_checked(cls, settings))
+            return make(**_checked(cls, settings))
         except ValidationError as e:
             faults = [describe(fault, Section) for fault in e.errors()]
         except DiffalignError as e:

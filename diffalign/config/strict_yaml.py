@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -38,22 +38,21 @@ _PREFIX = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Composes nodes; what they stand for is decided by `scalar`."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [(MERGE, re.compile("^<<$"))]}
-
-    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         quoted = self.peek_event().tag == _PREFIX + "str"
         node = super().compose_scalar_node(anchor)
         node.style = node.style or ("'" if quoted else None)  # !!str 5 is the text 5
         return node
 
 
+_Loader.yaml_implicit_resolvers = {"<": [(MERGE, re.compile("^<<$"))]}
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts in quotes what either version of YAML would read as something else than a text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        key: list(found) for key, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
 
+_Dumper.yaml_implicit_resolvers = {k: list(found) for k, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
 for _kind, _pattern in _KINDS.items():
     _Dumper.add_implicit_resolver(
@@ -104,9 +103,9 @@ def parse_yaml(text: str, where: str) -> Any:
         hint = "; indent with spaces, not tabs" if "'\\t'" in what else ""
         raise ConfigError(f"{where}{line}: not valid YAML: {what}{hint}") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        number = text.count("\n", 0, error.position) + 1
         raise ConfigError(
-            f"{where}, line {line}: not valid YAML: the character U+{ord(text[error.position]):04X} is not allowed; "
+            f"{where}, line {number}: not valid YAML: the character U+{ord(text[error.position]):04X} is not allowed; "
             "delete it"
         ) from None
     except RecursionError:

@@ -56,10 +56,10 @@ def fit(image: Image.Image, cell: int) -> Image.Image:
     image = image.convert("RGB")
     largest = max(image.size)
     if largest > cell:
-        size = tuple(max(1, round(side * cell / largest)) for side in image.size)
-        return image.resize(size, Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * cell / largest)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
     factor = cell // largest
-    return image.resize(tuple(side * factor for side in image.size), Image.Resampling.NEAREST)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:

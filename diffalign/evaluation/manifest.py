@@ -67,7 +67,8 @@ def manifest_rows(folder: Path) -> list[dict[str, Any]]:
 
     A last line without an end that is no whole row was being written when the run was stopped: it is left out.
     """
-    file, rows, places = folder / MANIFEST, [], {}
+    file, rows = folder / MANIFEST, []
+    places: dict[tuple[str, int], tuple[int, str]] = {}  # line and file by prompt and seed
     lines, torn = _lines(file)
     for number, line in enumerate(lines, start=1):
         last = torn and number == len(lines)
@@ -116,7 +117,7 @@ def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise DiffalignError(f"{where}: {row!r:.80} is no picture; write {FIELDS}")
     for field, kind, words in (("file", str, "a file name"), ("prompt", str, "a text"), ("seed", int, "a number")):
-        value = row.get(field)
+        value: Any = row.get(field)
         good = isinstance(value, kind) and not isinstance(value, bool)
         if good and kind is str:
             good = "\0" not in value and not any(0xD800 <= ord(c) < 0xE000 for c in value)

@@ -93,4 +93,4 @@ def _bytes(entry: Entry, dtype: torch.dtype) -> memoryview:
             f"{entry.name} has values that are not finite"
             + (f" in {name} (up to {made.abs().max():.3g}); give --dtype bf16" if made.isfinite().all() else "")
         )
-    return memoryview(cast.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return cast.contiguous().reshape(-1).view(torch.uint8).numpy().data

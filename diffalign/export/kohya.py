@@ -9,6 +9,7 @@ sd-scripts trains SDXL on the original UNet and SD on diffusers', so modules hav
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def export_kohya(
     entries = []
     for name, down, up, alpha in modules:
         entries += [_entry(f"{name}.lora_down.weight", down), _entry(f"{name}.lora_up.weight", up)]
-        entries.append(Entry(f"{name}.alpha", (), lambda alpha=alpha: torch.tensor(alpha), torch.float32))
+        entries.append(Entry(f"{name}.alpha", (), partial(torch.tensor, alpha), torch.float32))
     ranks = {down.shape[0] for _, down, _, _ in modules}
     alphas = {alpha for _, _, _, alpha in modules}
     write_entries(out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | what.provenance())

@@ -8,6 +8,7 @@ written either: OpenCLIP's logit_scale and SD2's last text layer, which no pictu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def unet_entries(unet: UNet, weight: Callable[[str], Tensor]) -> list[Entry]:
     for name, own in unet.state_dict().items():
         module, _, leaf = name.rpartition(".")
         original = f"{UNET_PREFIX}{unet_module(module, unet.config)}.{leaf}"
-        entries.append(Entry(original, tuple(own.shape), lambda name=name: weight(name)))
+        entries.append(Entry(original, tuple(own.shape), partial(weight, name)))
     return entries
 
 
@@ -95,7 +96,7 @@ def _open_clip_entries(encoder: TextModel, prefix: str) -> Iterator[Entry]:
         if module == "self_attn.q_proj":
             parts = [state[f"encoder.layers.{number}.self_attn.{x}_proj.{leaf}"] for x in "qkv"]
             shape = (sum(part.shape[0] for part in parts), *value.shape[1:])
-            yield Entry(f"{block}.attn.in_proj_{leaf}", shape, lambda parts=parts: torch.cat(parts))
+            yield Entry(f"{block}.attn.in_proj_{leaf}", shape, partial(torch.cat, parts))
         elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
             yield _plain(f"{block}.{open_clip_layer_module(module)}.{leaf}", value)
 

@@ -61,7 +61,7 @@ def export_single_file(
 def check_released(base: Base) -> None:
     """Raises ExportError for a base with something a single file cannot say: VAE, its scaling, noise, prediction."""
     vae, name = base.vae, base.family.name
-    if type(vae).__name__ != "AutoencoderKL":
+    if vae is None or type(vae).__name__ != "AutoencoderKL":
         raise ExportError(
             f"the VAE of {base.source!r} is an {type(vae).__name__}; a single file holds the AutoencoderKL of SD and "
             "SDXL and no other. This model stays a diffusers folder with its tuned weights beside it"
@@ -97,7 +97,7 @@ def tuned_weights(unet: UNet, tuned: Tuned) -> Callable[[str], Tensor]:
     own = unet.state_dict()
     if tuned.kind == "unet":
         return stored_unet(tuned.path, unet)
-    updates = {f"{name}.weight": update for name, *update in lora_updates(unet, tuned.path)}
+    updates = {f"{name}.weight": (down, up, scale) for name, down, up, scale in lora_updates(unet, tuned.path)}
 
     def merged(name: str) -> Tensor:
         if name not in updates:

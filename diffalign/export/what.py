@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign import __version__
-from diffalign.config.schema import Config, ModelSection, PreferenceModelConfig, load_config
+from diffalign.config.schema import Config, PreferenceModelConfig, load_config
+from diffalign.config.sections import ModelSection
 from diffalign.export.names import ExportError
 from diffalign.models.adapters.merge import MERGE_FILE
 from diffalign.models.adapters.save_load import Tuned, find_tuned

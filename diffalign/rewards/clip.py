@@ -26,7 +26,7 @@ BATCH = 32  # pictures or prompts per forward: ViT-H in float32 stays below 3 Gi
 class Clip:
     """A frozen CLIPModel with its tokenizer, in float32 on one device."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, device: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: str) -> None:
         self.model: Any = model.requires_grad_(False).eval().to(device, torch.float32)
         self.tokenizer = tokenizer
         self.device = device
@@ -82,10 +82,11 @@ def load_clip(path: str, tokenizer: str, device: str) -> Clip:
     """
     from transformers import CLIPModel
 
+    cls: Any = CLIPModel  # its annotation has no loading info
     if Path(path).is_dir():
         check_folder(Path(path))
     model, report = load_or_explain(
-        path, lambda: CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        path, lambda: cls.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     )
     check_report(f"the CLIP model {path!r}", report)
     check_module(f"the CLIP model {path!r}", model)

@@ -44,7 +44,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Vectors "n width"."""
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(timestep_embedding(t).to(first.weight.dtype))
 
 
 class StepAwareClip(nn.Module):
@@ -63,6 +64,7 @@ class StepAwareClip(nn.Module):
         width = self.config.vision_config.hidden_size
         self.t_embedder = TimestepEmbedder(width)
         generator = torch.Generator().manual_seed(seed)
+        layer: Any
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=INIT_STD, generator=generator)
             nn.init.zeros_(layer.bias)

@@ -93,7 +93,8 @@ def branching_chain(
     for a pool. The last pool is judged as it is, at t = 0.
     """
     prompts = torch.arange(len(x), device=x.device)
-    here, path, start = x[None], [], 0
+    path: list[Tensor] = []
+    here, start = x[None], 0
     for i, (t, t_next) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
         answer = _answer(s, predict, here, t, prompts)
         if i in branch_at:

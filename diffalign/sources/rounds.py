@@ -105,7 +105,7 @@ def write_share(
     file = place / f"share-{process:05d}-of-{processes:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     if records is not None and len(records):
-        values = {f.name: getattr(records, f.name) for f in fields(Records)}
+        values: dict[str, Any] = {f.name: getattr(records, f.name) for f in fields(Records)}
         tensors = {name: value.contiguous() for name, value in values.items() if value is not None}
     header = {**about.header(0 if records is None else len(records)), "sha256": EMPTY_STAMP}
     if made is not None:
@@ -219,4 +219,5 @@ def join(parts: list[Records]) -> Records | None:
     if not parts:
         return None
     values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Records)}
-    return Records(**{name: None if held[0] is None else torch.cat(held) for name, held in values.items()})
+    joined: dict[str, Any] = {name: None if each[0] is None else torch.cat(each) for name, each in values.items()}
+    return Records(**joined)

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +40,7 @@ from diffalign.models.adapters.merge import merge_into
 from diffalign.models.adapters.save_load import check_tuned, find_tuned
 from diffalign.models.adapters.user_attention import add_user_attention, set_user, user_branch
 from diffalign.models.kernels.attention import set_attention
-from diffalign.models.kernels.checkpointing import place, set_checkpointing, store_for_autocast
+from diffalign.models.kernels.checkpointing import Checkpointing, place, set_checkpointing, store_for_autocast
 from diffalign.models.kernels.compile import compile_blocks
 from diffalign.models.loading.base import Base, load_base, vae_factor
 from diffalign.models.loading.encoder import Encoder
@@ -371,10 +371,10 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
     if tuning.method != "full" and autocast is not None:
         store_for_autocast(unet, autocast)
     if config.model.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no overload of torch's has it
     if config.model.fused_kernels:
         fuse_kernels(unet, device)
-    set_checkpointing(unet, config.model.gradient_checkpointing)
+    set_checkpointing(unet, cast("Checkpointing", config.model.gradient_checkpointing))  # "auto" is settled
     return unet
 
 

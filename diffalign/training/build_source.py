@@ -108,6 +108,7 @@ def _own_pairs(
     former: Former | None,
 ) -> Source:
     """The source of a run that makes its pairs, and what it is given to work with."""
+    assert encoder.base.vae is not None, "only a run with a cache unloads its encoder"
     side = resolution // vae_factor(encoder.base.vae)
     output_dir = Path(config.output_dir)
     context = Context(
@@ -230,7 +231,8 @@ def _reference_errors(
     fingerprint: str,
 ) -> ReferenceErrors:
     """The reference's errors at all draws, asked as far as they are not there yet; then the reference can go."""
-    objective, device = config.objective, accelerator.device
+    objective, device, draws = config.objective, accelerator.device, config.data.draws_per_pair
+    assert draws is not None, "a config without it is refused"
 
     def asked(batch: PairBatch) -> Tensor:
         with torch.no_grad():
@@ -242,7 +244,7 @@ def _reference_errors(
         cache,
         reference_key(source, cache, facts),
         asked,
-        config.data.draws_per_pair,
+        draws,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         counts=networks,

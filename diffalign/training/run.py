@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from diffalign.config.schema import AnyConfig, Config, ConfigError, parse_config, save_config
-from diffalign.config.strict_yaml import read_yaml
+from diffalign.config.schema import AnyConfig, Config, parse_config, save_config
+from diffalign.config.strict_yaml import ConfigError, read_yaml
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.errors import DiffalignError
@@ -41,7 +41,7 @@ PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "pe
 def run_training(
     config: Config,
     *,
-    table: Table | None = None,
+    table: PairTable | None = None,
     base: Base | None = None,
     on_built: Callable[[Run], None] | None = None,
 ) -> dict[str, float]:
@@ -82,12 +82,12 @@ def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
 def _run(
     config: Config,
     accelerator: Accelerator,
-    table: Table | None,
+    opened: PairTable | None,
     base: Base | None,
     on_built: Callable[[Run], None] | None,
 ) -> dict[str, float]:
     output_dir = Path(config.output_dir)
-    table = open_table(config, accelerator) if table is None else prepared(config, table)
+    table = open_table(config, accelerator) if opened is None else prepared(config, opened)
     if accelerator.is_main_process:
         report_rows(table, config.data.path)
     run = build(config, accelerator, table, base)
@@ -107,7 +107,7 @@ def _run(
     return values
 
 
-def report_rows(table: PairTable, path: str) -> None:
+def report_rows(table: Table, path: str) -> None:
     """Logs how many rows are usable, and names the first of the others."""
     log.info("%d usable pairs of %d rows in %s", len(table), table.total_rows, path)
     left_out = [problem for problem in table.problems if problem.dropped]

@@ -8,7 +8,7 @@ On a CPU both are what they were without `auto`: float32, every activation kept.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -23,7 +23,7 @@ def with_precision(config: C, device: torch.device) -> C:
         return config
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     training = config.training.model_copy(update={"mixed_precision": "bf16" if able else "no"})
-    return config.model_copy(update={"training": training})
+    return cast("C", config.model_copy(update={"training": training}))
 
 
 def settled(config: Config, device: torch.device, family: str) -> Config:

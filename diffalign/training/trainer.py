@@ -23,17 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.config.health_section import HealthSection
-from diffalign.config.overrides import ConfigError
-from diffalign.config.schema import (
-    Config,
-    DataSection,
-    ModelSection,
-    TrainingSection,
-    TuningSection,
-    ValidationSection,
-    parse_config,
-    settings_of,
-)
+from diffalign.config.schema import Config, parse_config, settings_of
+from diffalign.config.sections import DataSection, ModelSection, TrainingSection, TuningSection, ValidationSection
+from diffalign.config.strict_yaml import ConfigError
 from diffalign.data.formats.arrow import object_columns
 from diffalign.data.formats.columns import Columns
 from diffalign.data.table.open import open_pairs

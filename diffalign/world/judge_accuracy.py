@@ -78,6 +78,7 @@ def half_made(base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float
             guidance,
             _conditioning(encoder, [""] * len(latents)),
         )
+        assert base.vae is not None, "the encoder has encoded with it"
         for side, pictures in zip(made, decode(base.vae, x0).chunk(2), strict=True):
             side.append(pictures)
     values = torch.cat(made[0] + made[1]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

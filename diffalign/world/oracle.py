@@ -113,7 +113,8 @@ def _templates() -> tuple[Tensor, Tensor]:
     """Masks [shape radius offset 256] and the radii."""
     radii = np.linspace(*RADIUS, RADII)
     axis = np.linspace(-OFFSET, OFFSET, OFFSETS)
-    grid = np.array(np.meshgrid(np.arange(len(SHAPES)), radii, axis, axis, indexing="ij")).reshape(4, -1)
+    corners = np.meshgrid(np.arange(len(SHAPES)), radii, axis, axis, indexing="ij")
+    grid = np.array(corners, dtype=np.float64).reshape(4, -1)
     drawn = masks(grid[0].astype(np.int64), grid[1], grid[2:].T)
     bank = torch.from_numpy(drawn).float().view(len(SHAPES), RADII, OFFSETS**2, SIZE * SIZE)
     return bank, torch.from_numpy(radii).float()

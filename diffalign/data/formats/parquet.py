@@ -34,7 +34,7 @@ class ParquetColumns:
     in_memory = False
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.files = list(files)
+        self.files: Sequence[Path] = list(files)
         self.storage = f"{len(files)} parquet file" + "s" * (len(files) > 1)
         self._starts: list[int] = []  # first row of each row group
         self._groups: list[tuple[int, int, int]] = []  # (file, row group in it, its first row in the file)

@@ -157,10 +157,10 @@ class Visits(Dataset[Loaded]):
         mask = self._mask(index, name, key, draw, tensors["geometry"])
         if mask is not None:
             tensors = {**tensors, "mask": mask}
-        numbers = (self.table.number(part, index) for part in ("weight", "margin"))
+        weight, margin = self.table.number("weight", index), self.table.number("margin", index)
         scores = self.table.scores(index)
         user = self.table.user(index)
-        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems, *numbers, user=user)
+        return Visit(name, key, NULL_PROMPT if dropped else prompt, tensors, scores, problems, weight, margin, user)
 
     def _mask(self, index: int, name: str, key: int, draw: int, geometry: Tensor) -> Tensor | None:
         """The pair's mask on the latents as they are cropped and flipped at this visit."""

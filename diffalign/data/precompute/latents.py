@@ -245,7 +245,8 @@ def _encode_pixels(
 
 def _encode_text(encoder: Encoder, prompts: list[str], dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
     """Tensors of one text shard."""
-    embeds, pooled = [], []
+    embeds: list[Tensor] = []
+    pooled: list[Tensor] = []
     for first in range(0, len(prompts), batch_size):
         with torch.no_grad():
             text = encoder.prompts(prompts[first : first + batch_size])

@@ -10,6 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 from diffalign.data.row import ImageError, ImageRef
 from diffalign.data.table.pairs import PairTable
@@ -55,7 +56,11 @@ def _samples(table: Table) -> Iterator[bytes]:
             yield from _read(partial(table.stored, files[place]))
     elif hasattr(table, "chosen"):  # a protocol, `Winners`
         for index in _spread(len(table)):
-            yield from _read(lambda index=index: (table.chosen(index),))
+            yield from _read(partial(_winner, table, index))
+
+
+def _winner(table: Any, index: int) -> tuple[ImageRef]:
+    return (table.chosen(index),)
 
 
 def _spread(count: int) -> list[int]:
@@ -71,7 +76,7 @@ def _read(refs: Callable[[], Iterable[ImageRef]]) -> list[bytes]:
         return []
 
 
-def _hash(parts: Iterable[bytes | bytearray | array]) -> str:
+def _hash(parts: Iterable[bytes | bytearray | array[Any]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         raw = part.tobytes() if isinstance(part, array) else bytes(part)

@@ -55,7 +55,7 @@ def _score_pairs(
     ):
         for first in range(0, len(todo), BATCH):
             some = todo[first : first + BATCH]
-            opened = {index: images for index in some if (images := _open(table, index)) is not None}
+            opened = {index: both for index in some if (both := _open(table, index)) is not None}
             images = [image for pair in opened.values() for image in pair]
             values = list(score(images, [table.prompts[i] for i in opened for _ in range(2)])) if images else []
             found = {i: (float(values[2 * k]), float(values[2 * k + 1])) for k, i in enumerate(opened)}

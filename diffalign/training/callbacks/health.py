@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from diffalign.config.schema import HealthSection, TrainingSection
+from diffalign.config.health_section import HealthSection
+from diffalign.config.sections import TrainingSection
 from diffalign.training.metrics import QUARTERS
 
 Line = Mapping[str, float]  # one line of metrics.jsonl, with its step

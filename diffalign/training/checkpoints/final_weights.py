@@ -14,7 +14,7 @@ from pathlib import Path
 from diffalign.io import manifest
 from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, take_place, temporary
 from diffalign.io.manifest import MANIFEST
-from diffalign.models.adapters.lora import LORA_FILE
+from diffalign.models.adapters.lora_file import LORA_FILE
 from diffalign.models.adapters.save_load import UNET_FOLDER
 from diffalign.models.adapters.user_attention import USER_FILE
 from diffalign.rewards.step_aware import WEIGHTS_FOLDER
@@ -26,7 +26,7 @@ WEIGHTS = (UNET_FOLDER, WEIGHTS_FOLDER)  # final weights of any kind of run, as 
 WEIGHT_FILES = (LORA_FILE, USER_FILE)
 
 
-def save_final_weights(output_dir: Path, step: int, write: Callable[[Path], None], needed: int = 0) -> None:
+def save_final_weights(output_dir: Path, step: int, write: Callable[[Path], object], needed: int = 0) -> None:
     """Puts what `write` writes into a folder (about `needed` bytes) into `output_dir`, and its manifest last.
 
     Raises NoSpaceError, which leaves the folder as it is.

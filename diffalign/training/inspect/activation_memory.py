@@ -31,7 +31,7 @@ class Kept(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, int, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
+        if torch._C._current_graph_task_id() != -1:
             self._look()
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))

@@ -130,7 +130,7 @@ def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
         spread=spread,
         wanted=scale.wanted,
         movement_at_configured=_movement_at(path, scale.wanted / configured) if anchored else None,
-        factor=(float(factor.mean()), *(float(factor.quantile(q)) for q in (0.1, 0.9))),
+        factor=(float(factor.mean()), float(factor.quantile(0.1)), float(factor.quantile(0.9))),
         learning_rate=training.learning_rate,
         lowest=low / scaling,
         highest=high / scaling,
@@ -292,7 +292,7 @@ def _steps_at_peak(run: Run) -> float:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, total = make_lr_scheduler(optimizer, training), 0.0
     for _ in range(training.max_train_steps):
-        total += schedule.get_last_lr()[0]
+        total += float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
     return max(total, 1.0)

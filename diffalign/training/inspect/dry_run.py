@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diffalign.config.schema import TrainingSection
-from diffalign.models.adapters.lora import ADAPTER, LORA_FILE
+from diffalign.config.sections import TrainingSection
+from diffalign.models.adapters.lora import ADAPTER
+from diffalign.models.adapters.lora_file import LORA_FILE
 from diffalign.models.adapters.save_load import UNET_FOLDER
 from diffalign.models.adapters.user_attention import USER_FILE, is_user_weight, user_branch
 from diffalign.training.build import Run
@@ -34,7 +35,7 @@ def describe(run: Run, start: int = 0) -> str:
     added = (".lora_" in name or is_user_weight(name) for name, _ in run.unet.named_parameters())
     total = sum(p.numel() for p, new in zip(run.unet.parameters(), added, strict=True) if not new)
     trained = sum(p.numel() for p in run.parameters)
-    how = config.tuning.method
+    how: str = config.tuning.method
     if how == "lora":
         adapter = run.unet.peft_config[ADAPTER]  # what is in force, also where it came with resume_lora
         how += f" rank {adapter.r} alpha {adapter.lora_alpha:g}"

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LRScheduler
 
-from diffalign.config.schema import TrainingSection
+from diffalign.config.sections import TrainingSection
 from diffalign.errors import DiffalignError, MissingPackageError
 from diffalign.training.optim.eight_bit import EightBitAdamW
 from diffalign.training.optim.stochastic_rounding import StochasticAdamW

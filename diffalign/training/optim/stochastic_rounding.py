@@ -63,7 +63,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every weight that has a gradient."""
         loss = None if closure is None else closure()
         place = 0

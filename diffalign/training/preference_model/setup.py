@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +60,11 @@ class PreferenceRun:
         return Path(self.config.output_dir)
 
 
+def open_pairs_of(config: PreferenceModelConfig, accelerator: Accelerator) -> PairTable:
+    """The run's pairs, ties included. Raises DataError."""
+    return cast("PairTable", open_table(config, accelerator, keep_ties=True))  # it has no source
+
+
 def build_preference_run(
     config: PreferenceModelConfig, accelerator: Accelerator, table: PairTable | None = None
 ) -> PreferenceRun:
@@ -70,7 +75,7 @@ def build_preference_run(
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
     torch.backends.cudnn.allow_tf32 = training.allow_tf32
-    table = open_table(config, accelerator, keep_ties=True) if table is None else table
+    table = open_pairs_of(config, accelerator) if table is None else table
     no_terms(table, "a preference model learns which picture is better and nothing else")
     clip = load_clip(settings.pretrained_model_name_or_path, settings.tokenizer, str(device))
     judge = None if settings.relabel_with is None else load_scorer(settings.relabel_with, str(device))

@@ -30,7 +30,8 @@ from diffalign.rewards.clip import load_state as load_weights
 from diffalign.rewards.preference_loss import preference_loss
 from diffalign.rewards.step_aware import WEIGHTS_FILE, WEIGHTS_FOLDER, save_step_aware
 from diffalign.rewards.step_aware_clip import step_aware_pixels
-from diffalign.training.build import make_accelerator, open_table
+from diffalign.training.build import make_accelerator
+from diffalign.training.callbacks.recovery import TrainingError
 from diffalign.training.callbacks.signals import Stopping
 from diffalign.training.checkpoints.checkpoint import (
     CheckpointError,
@@ -42,11 +43,16 @@ from diffalign.training.checkpoints.checkpoint import (
     tensor_bytes,
 )
 from diffalign.training.checkpoints.final_weights import clear_output, refuse_finished, save_final_weights
-from diffalign.training.loop import TrainingError
 from diffalign.training.metrics import QUARTERS, JsonLines, Meter
 from diffalign.training.optim.optimizers import resume_schedule
 from diffalign.training.preference_model.batch import half_made
-from diffalign.training.preference_model.setup import PreferenceRun, build_preference_run, describe, with_one_pair
+from diffalign.training.preference_model.setup import (
+    PreferenceRun,
+    build_preference_run,
+    describe,
+    open_pairs_of,
+    with_one_pair,
+)
 from diffalign.training.remedies import with_remedies
 from diffalign.training.run import own_folder, record, report_rows
 from diffalign.training.settle import with_precision
@@ -68,7 +74,7 @@ def run_preference_training(config: PreferenceModelConfig) -> dict[str, float]:
 
 def _run(config: PreferenceModelConfig, accelerator: Accelerator) -> dict[str, float]:
     output_dir = Path(config.output_dir)
-    table = open_table(config, accelerator, keep_ties=True)
+    table = open_pairs_of(config, accelerator)
     if accelerator.is_main_process:
         report_rows(table, config.data.path)
     run = build_preference_run(config, accelerator, table)
@@ -165,6 +171,7 @@ def optimizer_step(run: PreferenceRun, step: int, batches: Iterator[PairBatch], 
 def judge(run: PreferenceRun, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Scores "side pair" of a batch's half-made pictures, with grad; on the CPU their labels and timesteps [pair]."""
     device = run.accelerator.device
+    assert run.base.vae is not None, "this run unloads nothing"
     pictures, t = half_made(batch, run.networks, run.base.vae, run.config.preference_model.guidance_scale)
     pixels = step_aware_pixels(pictures.flatten(0, 1), run.model.config.vision_config.image_size)
     tokens = run.tokenizer(
