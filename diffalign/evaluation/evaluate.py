@@ -70,9 +70,11 @@ def evaluate(
     folder = Path(out_dir)
     check_prompts([*loaded, faithful], prompts)
     prompts, seeds = unique(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
-    paths = {BASE: [(None, None)], **models}
+    paths: dict[str, list[tuple[str | None, str | None]]] = {BASE: [(None, None)], **models}
     settings = {
-        name: [settings_of(base, path, sampling, negative_tuned=away, user=path and user) for path, away in some]
+        name: [
+            settings_of(base, path, sampling, negative_tuned=away, user=user if path else None) for path, away in some
+        ]
         for name, some in paths.items()
     }
     for name, some in settings.items():
@@ -88,7 +90,7 @@ def evaluate(
                     out_dir=folder / "images" / f"{name}-{_tag(settings[name][run])}",
                     tuned=path,
                     negative_tuned=away,
-                    user=path and user,
+                    user=user if path else None,
                     sampling=sampling,
                     progress=progress,
                 )

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -97,11 +98,11 @@ class OfflinePairs:
             self._encoder: Encoder | None = content.encoder
             self._time_ids = time_ids or content.encoder.time_ids
             source = Pixels(table, content.resolution, center_crop=content.center_crop, random_flip=content.random_flip)
-            self._text = text = TextMemo(content.encoder)
+            self._text = TextMemo(content.encoder)
             if "mask" in table.terms:
                 with torch.no_grad():
                     side = content.encoder.moments(torch.zeros(1, 3, content.resolution, content.resolution)).shape[-1]
-            self._null_text = lambda: tuple(x if x is None else x[0] for x in text((NULL_PROMPT,)))
+            self._null_text: Callable[[], tuple[Tensor, Tensor | None]] = partial(_null_text, self._text)
         else:
             cache = content if isinstance(content, PairCache) else content.cache
             if cache.pairs != len(table):
@@ -157,18 +158,21 @@ class OfflinePairs:
     def assemble(self, loaded: Loaded) -> PairBatch:
         """What a loader worker brought as a batch: encoded where it is pixels, with the null prompt where wanted."""
         if self._encoder is None:
+            assert loaded.latents is not None, "a cache loads them"
+            assert loaded.prompt_embeds is not None, "a cache loads them"
             latents, embeds, pooled = loaded.latents, loaded.prompt_embeds, loaded.pooled
         else:
+            assert loaded.pixels is not None, "Pixels loads them"
             with torch.no_grad():
-                pairs = loaded.pixels.shape[0]  # type: ignore[union-attr]
-                moments = self._encoder.moments(loaded.pixels.flatten(0, 1))  # type: ignore[union-attr]
+                pairs = loaded.pixels.shape[0]
+                moments = self._encoder.moments(loaded.pixels.flatten(0, 1))
                 self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])
                 latents = sample_latents(moments.unflatten(0, (pairs, 2)), loaded.keys)
                 embeds, pooled = self._text(loaded.prompts)
         time_ids = self._time_ids(loaded.geometry.transpose(0, 1))
         return PairBatch(
-            latents=latents.transpose(0, 1),  # type: ignore[union-attr]
-            cond=_conditioning(embeds, pooled, time_ids, loaded.users),  # type: ignore[arg-type]
+            latents=latents.transpose(0, 1),
+            cond=_conditioning(embeds, pooled, time_ids, loaded.users),
             keys=loaded.keys,
             uncond=self._uncond(len(loaded.ids), time_ids, loaded.users) if self.with_uncond else None,
             scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
@@ -259,6 +263,11 @@ def _transitions(loaded: Loaded) -> Transitions | None:
     assert loaded.t is not None
     assert loaded.t_prev is not None
     return Transitions(loaded.noisy.transpose(0, 1), loaded.clean.transpose(0, 1), loaded.t, loaded.t_prev)
+
+
+def _null_text(text: TextMemo) -> tuple[Tensor, Tensor | None]:
+    embeds, pooled = text((NULL_PROMPT,))
+    return embeds[0], None if pooled is None else pooled[0]
 
 
 def _conditioning(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None, users: Tensor | None) -> Conditioning:

@@ -344,7 +344,8 @@ class PairTable:
         elif uids and verify == "none":
             return ":".join(uids), None, None
         else:
-            refs = tuple(ImageRef(ref.read(), None, ref.where) for ref in refs)  # type: ignore[assignment]
+            first, second = (ImageRef(ref.read(), None, ref.where) for ref in refs)
+            refs = first, second
             same = refs[0].data == refs[1].data
             name = ":".join(uids) or _digest(prompt, *(ref.data or b"" for ref in refs))
         if same:

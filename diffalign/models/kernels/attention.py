@@ -165,8 +165,9 @@ def _signed(processor: Any) -> Any:
     def call(*args: Any) -> Tensor:
         return processor(*args)
 
-    call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
-    processor.__call__ = call
+    signed: Any = call
+    signed.__signature__ = inspect.signature(processor.__call__)
+    processor.__call__ = signed
     return processor
 
 
