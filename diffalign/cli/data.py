@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from diffalign.cli.common import (
     LAST_SEED,
@@ -19,6 +21,9 @@ from diffalign.cli.common import (
     writable,
 )
 from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from diffalign.data.spec import DataSpec
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +80,7 @@ def _score_pairs(args: argparse.Namespace) -> None:
     from diffalign.data.table.scores import score_pairs
     from diffalign.rewards import load_scorer, span_of
 
-    table = open_pairs(
-        args.path, format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs
-    )
+    table = open_pairs(args.path, _spec(args))
     table.require_usable()
     judge = load_scorer(args.scorer, device_of(args.device))
     scored, unreadable = score_pairs(
@@ -115,11 +118,7 @@ def data(args: argparse.Namespace) -> None:
 
     report = check_pairs(
         args.path,
-        format=args.format,
-        split=args.split,
-        columns=_columns(args.columns),
-        max_pairs=args.max_pairs,
-        verify="full" if args.full else "header",
+        replace(_spec(args), verify="full" if args.full else "header"),
         resolution=args.resolution,
         axes=[Axis(file, file) for file in args.scores],
         aggregate=args.aggregate,
@@ -130,6 +129,12 @@ def data(args: argparse.Namespace) -> None:
         print(f"sample: {args.sample}")
     if args.json is not None:
         args.json.write_text(json.dumps(report.json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _spec(args: argparse.Namespace) -> DataSpec:
+    from diffalign.data.spec import DataSpec
+
+    return DataSpec(format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs)
 
 
 def _columns(parts: Sequence[str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from diffalign.config.value_types import (
     Text,
     Workers,
 )
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.score_aggregation import Aggregate, Axis
 
 # Settings that only a run with an objective has.
@@ -133,6 +134,12 @@ class DataSection(Section):
     def axes(self) -> list[Axis]:
         """The files of scores with names and weights; empty without any."""
         return axes_of(self.scores)
+
+    @property
+    def spec(self) -> DataSpec:
+        """How the rows are read as pairs."""
+        shared = {name: getattr(self, name) for name in ("format", "split", "max_pairs", "invert_preference", "verify")}
+        return DataSpec(columns=self.columns or {}, **shared)
 
 
 class TrainingSection(Section):

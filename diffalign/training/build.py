@@ -111,27 +111,11 @@ def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Tabl
     if source is not None and source.data == "prompts":
         return open_prompts(data.path, limit=data.max_pairs)
     if source is not None:
-        winners = open_winners(
-            data.path,
-            format=data.format,
-            split=data.split,
-            max_pairs=data.max_pairs,
-            columns=data.columns,
-            verify=data.verify,
-        )
+        winners = open_winners(data.path, data.spec)
         if isinstance(winners, PairTable):
             no_terms(winners, f"source {source.name} makes its pairs")
         return winners
-    table = open_pairs(
-        data.path,
-        format=data.format,
-        split=data.split,
-        keep_ties=keep_ties,
-        max_pairs=data.max_pairs,
-        invert_preference=data.invert_preference,
-        columns=data.columns,
-        verify=data.verify,
-    )
+    table = open_pairs(data.path, replace(data.spec, keep_ties=keep_ties))
     table.require_usable()
     return prepared(config, table)
 

@@ -99,15 +99,7 @@ def load_pairs(source: Any, **settings: Any) -> Pairs:
     named = isinstance(source, str | Path)
     section = settings_of(DataSection, {"path": str(source) if named else GIVEN_DATA, **settings}, "load_pairs")
     stored: str | Path | Columns = source if named else object_columns(source)
-    table = open_pairs(
-        stored,
-        format=section.format,
-        split=section.split,
-        max_pairs=section.max_pairs,
-        invert_preference=section.invert_preference,
-        columns=section.columns,
-        verify=section.verify,
-    )
+    table = open_pairs(stored, section.spec)
     table.require_usable()
     return Pairs(table, section)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffalign.data.formats.pickapic import judge
 from diffalign.data.row import Problem
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parquet
 
@@ -62,8 +63,8 @@ def test_truncated_data_are_found_by_full_verification_only(tmp_path: Path) -> N
     rows = pick_rows(2)
     rows[1]["jpg_0"] = truncated()
     file = write_parquet(tmp_path / "pairs.parquet", rows)
-    assert len(open_pairs(file, verify="header")) == 2
-    table = open_pairs(file, verify="full")
+    assert len(open_pairs(file, DataSpec(verify="header"))) == 2
+    table = open_pairs(file, DataSpec(verify="full"))
     assert [p.kind for p in table.problems] == ["corrupt image"]
     assert "jpg_0" in table.problems[0].reason
 
@@ -71,7 +72,7 @@ def test_truncated_data_are_found_by_full_verification_only(tmp_path: Path) -> N
 def test_kept_ties_say_so(tmp_path: Path) -> None:
     rows = pick_rows(3)
     rows[1] |= {"label_0": 0.5, "label_1": 0.5}
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), keep_ties=True)
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(keep_ties=True))
     assert [table[i].tie for i in range(3)] == [False, True, False]
     assert [table[i].scores for i in range(3)] == [(1.0, 0.0), (0.5, 0.5), (1.0, 0.0)]
     assert (table.ties, table.problems) == (1, [])
@@ -117,7 +118,7 @@ def test_a_linked_image_folder_is_inside(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, verify: str) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", 3)
     (tmp_path / "images" / "1r.png").unlink()
-    (problem,) = open_pairs(file, verify=verify).problems  # type: ignore[arg-type]
+    (problem,) = open_pairs(file, DataSpec(verify=verify)).problems  # type: ignore[arg-type]
     assert (problem.where, problem.kind) == ("pairs.jsonl line 2", "missing side")
     assert "1r.png (No such file or directory)" in problem.reason
 

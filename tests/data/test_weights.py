@@ -20,6 +20,7 @@ from diffalign.data.cache.latents import open_cache
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.row import BAD_TERM, DataError, ImageError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.report import check_pairs
@@ -255,7 +256,7 @@ def test_unlooked_at_masks_are_replaced_when_bad(tmp_path: Path) -> None:
     """With verify="none" the fault is met in training, as one of an image would be."""
     file = write_jsonl(tmp_path / "pairs.jsonl", 30, mask=[[1.0]])
     file.write_text(file.read_text().replace('"mask": [[1.0]]', '"mask": [[2.0]]', 1))
-    source = batches(open_pairs(file, verify="none"))
+    source = batches(open_pairs(file, DataSpec(verify="none")))
     take(source, 15)
     assert [problem.kind for problem in source.problems] == [BAD_TERM]
 
@@ -269,7 +270,7 @@ def test_a_mask_needs_images_of_one_shape() -> None:
 
 
 def test_negative_masks_stop_a_run_that_cannot_use_them(tmp_path: Path) -> None:
-    table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 3, mask=GRID), verify="none")
+    table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 3, mask=GRID), DataSpec(verify="none"))
     with pytest.raises(DataError, match="its mask goes below 0"):
         take(batches(table, signed_masks=False), 1)
     take(batches(table), 1)
@@ -277,11 +278,11 @@ def test_negative_masks_stop_a_run_that_cannot_use_them(tmp_path: Path) -> None:
 
 def test_a_column_can_be_left_out_or_have_another_name(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", 2, weight="not mine", gap=3.0)
-    table = open_pairs(file, columns={"weight": "", "margin": "gap"})
+    table = open_pairs(file, DataSpec(columns={"weight": "", "margin": "gap"}))
     assert (len(table), table.terms) == (2, ("margin",))
     assert table.number("margin", 0) == 3.0
     with pytest.raises(DataError, match="columns maps chosen to ''"):
-        open_pairs(file, columns={"chosen": ""})
+        open_pairs(file, DataSpec(columns={"chosen": ""}))
 
 
 def test_relabelling_pairs_with_margins_or_masks_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffalign.data.row import ImageError, ImageRef
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.report import check_pairs
 from diffalign.data.transforms import prepare, prepare_pair
 from tests.data.helpers import pick_rows, picture, png
@@ -38,7 +39,7 @@ def table(rng: Random, folder: Path) -> Run:
     keep_ties = rng.random() < 0.3
 
     def run() -> Any:
-        report = check_pairs(path, verify=verify, keep_ties=keep_ties, resolution=SIDE)
+        report = check_pairs(path, DataSpec(verify=verify, keep_ties=keep_ties), resolution=SIDE)
         json.dumps(report.json(), allow_nan=False)
         assert report.text()
         assert report.usable + len([p for p in report.problems if p.dropped]) >= good, "rows left out without a word"

@@ -14,6 +14,7 @@ import diffalign.training.run as module
 from diffalign.config.schema import Config, ConfigError
 from diffalign.data.precompute.reference_errors import record_reference
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.models.policy.networks import Networks
 from diffalign.training.run import run_training
 from tests.training.test_run import metrics, same, weights
@@ -180,7 +181,7 @@ def test_unreadable_pairs_are_left_out_and_shards_are_shared(tmp_path: Path) -> 
 
     rows = pick_rows(7)
     rows[2]["jpg_1"] = rows[2]["jpg_1"][:60]
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), verify="none")
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="none"))
     encode(table, tmp_path / "cache")
     cache = open_cache(tmp_path / "cache", needed(table))
 

@@ -22,8 +22,9 @@ from diffalign.data.formats.pickapic import Layout
 from diffalign.data.formats.splits import has_no_splits, of_split
 from diffalign.data.formats.webdataset import open_shards
 from diffalign.data.row import DataError
+from diffalign.data.spec import AS_FOUND, DataSpec
 from diffalign.data.table.index_cache import recall, remember, remembered_at
-from diffalign.data.table.pairs import PairTable, Verify
+from diffalign.data.table.pairs import PairTable
 
 log = logging.getLogger(__name__)
 
@@ -34,43 +35,23 @@ _STORED = (".parquet", *SUFFIXES, ".json", ".tar")  # endings of files with rows
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def open_pairs(
-    path: str | Path | Columns,
-    *,
-    format: str = "auto",
-    split: str = "train",
-    keep_ties: bool = False,
-    max_pairs: int | None = None,
-    invert_preference: bool = False,
-    columns: Mapping[str, str] | None = None,
-    verify: Verify = "header",
-) -> PairTable:
+def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTable:
     """The usable pairs of a file, a folder or a Hub data set; `.problems` names every other row.
 
     path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
         rejected/ images, or written by `save_to_disk`; a Hub id; or rows that are open already (`object_columns`).
-    format: the column layout, "pickapic", "preference" or "two_prompts"; "auto" takes the one whose columns are there.
-    split: for data sets and parquet folders that have splits.
-    keep_ties: keep rows labelled 0.5/0.5 (`PairRow.tie`); without score columns the labels become the scores.
-    max_pairs: stop after this many usable pairs.
-    invert_preference: swap chosen and rejected.
-    columns: part -> column for data with other names, e.g. {"prompt": "text", "chosen": "winner"}; an optional part
-        with an empty name is left out although the data have its column, e.g. {"weight": ""}.
-    verify: "none" opens no image, "header" reads type and size of each, "full" decodes each.
 
     Raises DataError when the file or folder as a whole cannot be read as pairs.
     """
-    if verify not in ("none", "header", "full"):
-        raise DataError(f"verify={verify!r}; allowed are 'none', 'header' and 'full'")
-    stored = open_columns(path, split) if isinstance(path, str | Path) else path
-    stored, layout = find_layout(stored, format, columns or {})
-    table = PairTable(stored, layout, keep_ties=keep_ties, invert_preference=invert_preference)
-    flags = [keep_ties, invert_preference, verify, max_pairs]
-    names = [format, split, sorted((columns or {}).items()), repr(layout)]
+    stored = open_columns(path, spec.split) if isinstance(path, str | Path) else path
+    stored, layout = find_layout(stored, spec.format, spec.columns)
+    table = PairTable(stored, layout, keep_ties=spec.keep_ties, invert_preference=spec.invert_preference)
+    flags = [spec.keep_ties, spec.invert_preference, spec.verify, spec.max_pairs]
+    names = [spec.format, spec.split, sorted(spec.columns.items()), repr(layout)]
     note = remembered_at(stored, {"flags": flags, "names": names})
     found = None if note is None else recall(note)
     if found is None:
-        table.examine(verify, max_pairs)
+        table.examine(spec.verify, spec.max_pairs)
         if note is not None and not table.names_files:
             remember(note, table.index())
     else:

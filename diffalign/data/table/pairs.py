@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -33,13 +33,13 @@ from diffalign.data.row import (
     Problem,
     check_size,
 )
+from diffalign.data.spec import Verify
 from diffalign.data.table.file_hash import Files, file_stat
 from diffalign.data.table.metadata import SmallColumns
 from diffalign.data.weights import NEUTRAL, read_mask
 
 log = logging.getLogger(__name__)
 
-Verify = Literal["none", "header", "full"]
 MANY_ROWS = 100_000  # above it, looking at every image takes long enough to say how to do without
 Size = tuple[int, int]
 _INDEX = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffalign.data.formats.two_prompts import FORMAT
 from diffalign.data.row import ImageError, Problem
+from diffalign.data.spec import AS_FOUND, DataSpec
 from diffalign.data.table.open import open_pairs
-from diffalign.data.table.pairs import PairTable, Verify
+from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.score_aggregation import Aggregate, Axis, use_axes
 from diffalign.data.transforms import EXTREME
 from diffalign.errors import printable
@@ -157,34 +158,19 @@ class Report:
 
 def check_pairs(
     path: str | Path,
+    spec: DataSpec = AS_FOUND,
     *,
-    format: str = "auto",
-    split: str = "train",
-    keep_ties: bool = False,
-    max_pairs: int | None = None,
-    invert_preference: bool = False,
-    columns: Mapping[str, str] | None = None,
-    verify: Verify = "header",
     resolution: int | None = None,
     axes: Sequence[Axis] = (),
     aggregate: Aggregate = "sum",
 ) -> Report:
-    """Examine a data set as `open_pairs` does, with the same arguments, and report.
+    """Examine a data set as `open_pairs` does, and report.
 
     resolution: count the images that training at this size would enlarge.
     axes, aggregate: files of scores as a config's data.scores; pairs that all_agree leaves out are among the problems.
     Raises DataError when the file or folder as a whole cannot be read as pairs.
     """
-    table = open_pairs(
-        path,
-        format=format,
-        split=split,
-        keep_ties=keep_ties,
-        max_pairs=max_pairs,
-        invert_preference=invert_preference,
-        columns=columns,
-        verify=verify,
-    )
+    table = open_pairs(path, spec)
     if axes:
         use_axes(table, axes, aggregate, relabel=False)
     sizes = sorted(table.sizes, key=lambda size: size[0] * size[1])
@@ -194,7 +180,7 @@ def check_pairs(
         path=str(path),
         format=table.format,
         storage=table.storage,
-        verify=verify,
+        verify=spec.verify,
         total_rows=table.total_rows,
         examined_rows=table.examined_rows,
         usable=len(table),

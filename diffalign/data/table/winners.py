@@ -18,8 +18,8 @@ from diffalign.data.cells import image_ref, read_prompt
 from diffalign.data.formats.columns import Columns
 from diffalign.data.formats.pickapic import PROMPT
 from diffalign.data.row import BAD_ROW, DUPLICATE, DataError, ImageError, ImageRef, Problem, check_size
+from diffalign.data.spec import AS_FOUND, DataSpec, Verify
 from diffalign.data.table.open import SeveralFormatsError, find_layout, open_columns, open_pairs
-from diffalign.data.table.pairs import Verify
 from diffalign.data.table.prompts import Table
 from diffalign.data.transforms import prepare
 from diffalign.engine.random import uniform
@@ -108,23 +108,17 @@ class WinnerTable:
         return hashlib.blake2b(prompt.encode() + b"\x1f" + what, digest_size=16).hexdigest()
 
 
-def open_winners(
-    path: str | Path,
-    *,
-    format: str = "auto",
-    split: str = "train",
-    max_pairs: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    verify: Verify = "header",
-) -> Winners:
+def open_winners(path: str | Path, spec: DataSpec = AS_FOUND) -> Winners:
     """The winners of a file, folder or Hub data set: the chosen images of pairs, or rows of a prompt and an image.
 
-    Arguments are those of `open_pairs`; `columns` may name the parts `prompt` and `image`. Raises DataError.
+    `spec.columns` may name the parts `prompt` and `image`. Raises DataError, also for `invert_preference` and
+    `keep_ties`, which winners cannot have.
     """
-    named = dict(columns or {})
-    stored = open_columns(path, split)
+    if spec.invert_preference or spec.keep_ties:
+        raise DataError(f"{path}: winners have no other side: leave out invert_preference and keep_ties")
+    named, stored = spec.columns, open_columns(path, spec.split)
     try:
-        find_layout(stored, format, named)
+        find_layout(stored, spec.format, named)
     except SeveralFormatsError:
         raise
     except DataError as error:
@@ -133,15 +127,15 @@ def open_winners(
             present = next((name for name in names if name in stored.names), None)
             if part not in parts and present is not None:
                 parts[part] = present
-        if format != "auto" or parts.keys() != PARTS.keys() or named.keys() - PARTS.keys():
+        if spec.format != "auto" or parts.keys() != PARTS.keys() or named.keys() - PARTS.keys():
             raise DataError(
                 f"{error}\nwinners alone need a prompt (one of {', '.join(PARTS['prompt'])}) and an image (one of "
                 f"{', '.join(PARTS['image'])}), or columns={{'prompt': ..., 'image': ...}}"
             ) from error
-        table = WinnerTable(stored, parts, verify, max_pairs)
+        table = WinnerTable(stored, parts, spec.verify, spec.max_pairs)
         table.require_usable()
         return table
-    pairs = open_pairs(stored, format=format, split=split, max_pairs=max_pairs, columns=named, verify=verify)
+    pairs = open_pairs(stored, spec)
     pairs.require_usable()
     return pairs
 

@@ -18,6 +18,7 @@ from diffalign.data.cache.latents import CacheKey, PairCache, cache_key, open_ca
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.precompute.latents import Encoded, encode_cache
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.types import PairBatch
@@ -141,7 +142,7 @@ def test_a_cache_of_random_crops_is_refused_where_nothing_is_random(table: PairT
 def test_other_data_are_refused(table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "cache")
     file = tmp_path / "pairs.parquet"
-    for other in (open_pairs(file, invert_preference=True), open_pairs(file, max_pairs=6)):
+    for other in (open_pairs(file, DataSpec(invert_preference=True)), open_pairs(file, DataSpec(max_pairs=6))):
         with pytest.raises(DataError, match=r"dataset: the cache has .*other pairs, prompts, labels"):
             open_cache(tmp_path / "cache", needed(other))
     rows = pick_rows(7)
@@ -151,7 +152,7 @@ def test_other_data_are_refused(table: PairTable, tmp_path: Path) -> None:
         open_cache(tmp_path / "cache", needed(changed))
     cache = open_cache(tmp_path / "cache", needed(table))
     with pytest.raises(DataError, match="holds 7 pairs and the table 6"):
-        batches(open_pairs(file, max_pairs=6), cache, 1)
+        batches(open_pairs(file, DataSpec(max_pairs=6)), cache, 1)
 
 
 def test_the_same_data_elsewhere_are_accepted(table: PairTable, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_the_same_data_elsewhere_are_accepted(table: PairTable, tmp_path: Path) 
 def test_a_changed_image_file_of_the_same_size_makes_the_cache_stale(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", 3)
     encode(open_pairs(file), tmp_path / "cache")
-    open_cache(tmp_path / "cache", needed(open_pairs(file, verify="full")))
+    open_cache(tmp_path / "cache", needed(open_pairs(file, DataSpec(verify="full"))))
     (tmp_path / "images" / "1c.png").write_bytes(png(99))
     assert len({image.stat().st_size for image in (tmp_path / "images").iterdir()}) == 1
     with pytest.raises(DataError, match=r"dataset: the cache has .*order or image files: use the data settings"):
@@ -215,7 +216,7 @@ def test_unreadable_pairs_are_substituted_as_online(tmp_path: Path) -> None:
 
 def test_opening_reads_the_manifest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs of the cache object do not grow with the pairs: no shard is opened at start, few are held later."""
-    table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 30), verify="none")
+    table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 30), DataSpec(verify="none"))
     encode(table, tmp_path / "cache", shard_bytes=1)
     opened: list[str] = []
     monkeypatch.setattr(

@@ -15,6 +15,7 @@ from diffalign.data.cache.latents import PairCache, open_cache
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.io.files import NoSpaceError
@@ -142,7 +143,7 @@ def test_processes_share_the_work(table: PairTable, cache: PairCache) -> None:
 def test_an_unreadable_pair_is_left_out_and_substituted(tmp_path: Path) -> None:
     rows = pick_rows(7)
     rows[2]["jpg_1"] = rows[2]["jpg_1"][:60]
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), verify="none")
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="none"))
     encode(table, tmp_path / "cache")
     cache = open_cache(tmp_path / "cache", needed(table))
     inverter = Inverter()

@@ -8,6 +8,7 @@ import pytest
 
 from diffalign.data.formats.splits import of_split
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from tests.data.helpers import pick_rows, write_jsonl, write_parquet
 
@@ -76,7 +77,7 @@ def test_shards_of_a_split_are_opened(tmp_path: Path, caplog: pytest.LogCaptureF
     write_parquet(tmp_path / "more.parquet", rows[4:])
     assert open_pairs(tmp_path).ids == ["a0:b0", "a1:b1", "a2:b2", "a3:b3"]
     assert "left out, since their names say no split and others' do: ['more.parquet']" in caplog.text
-    assert open_pairs(tmp_path, split="test").ids == ["a4:b4"]
+    assert open_pairs(tmp_path, DataSpec(split="test")).ids == ["a4:b4"]
     assert open_pairs(tmp_path)[3].where == "train-00001-of-00002.parquet row 1"
 
 
@@ -85,7 +86,7 @@ def test_a_split_is_not_invented(tmp_path: Path) -> None:
     assert len(open_pairs(file)) == 2
     for place in (file, tmp_path):
         with pytest.raises(DataError, match="has no splits, and split 'test' was asked for"):
-            open_pairs(place, split="test")
+            open_pairs(place, DataSpec(split="test"))
 
 
 def test_a_saved_data_set_without_splits_has_none(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_saved_data_set_without_splits_has_none(tmp_path: Path) -> None:
     datasets.Dataset.from_list(pick_rows(1)).save_to_disk(tmp_path / "saved")
     assert len(open_pairs(tmp_path / "saved")) == 1
     with pytest.raises(DataError, match="without splits, and split 'test' was asked for"):
-        open_pairs(tmp_path / "saved", split="test")
+        open_pairs(tmp_path / "saved", DataSpec(split="test"))
     (tmp_path / "saved" / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"saved is no whole data set of save_to_disk \(.*\); save or copy it again"):
         open_pairs(tmp_path / "saved")

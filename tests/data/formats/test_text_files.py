@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.prompts import read_prompts
 from diffalign.data.table.scores import read_scores
@@ -101,7 +102,7 @@ def test_listings_by_delimiter_and_any_case(images: Path, name: str, rows: str) 
     (images / name).write_bytes(BOM + rows.replace("|", "\r\n").encode())
     columns = {"rejected": "rejected, or worse"} if "worse" in rows else {}
     for path in (images / name, images):  # by itself, and as the one listing of its folder
-        assert open_pairs(path, columns=columns).prompts == ["a fox"]
+        assert open_pairs(path, DataSpec(columns=columns)).prompts == ["a fox"]
 
 
 def test_parquet_and_tar_by_any_case(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.report import check_pairs
 from tests.data.helpers import png, write_parquet
@@ -48,7 +49,7 @@ def saved(folder: Path) -> Path:
 @pytest.mark.parametrize("write", [parquet, listing, saved])
 @pytest.mark.parametrize("verify", ["none", "header"])
 def test_each_image_is_chosen_for_its_own_prompt(write, verify, tmp_path: Path) -> None:
-    table = open_pairs(write(tmp_path), verify=verify)
+    table = open_pairs(write(tmp_path), DataSpec(verify=verify))
     assert table.format == "two_prompts"
     assert len(table) == 2 * N
     assert len(set(table.ids)) == 2 * N
@@ -68,7 +69,7 @@ def test_ids_come_from_the_images_uids(tmp_path: Path) -> None:
 
 
 def test_inverted_both_ways(tmp_path: Path) -> None:
-    table = open_pairs(parquet(tmp_path), invert_preference=True)
+    table = open_pairs(parquet(tmp_path), DataSpec(invert_preference=True))
     assert table[0].chosen.read() == png(1)
     assert table[1].chosen.read() == png(0)
 
@@ -95,13 +96,13 @@ def test_the_report_counts_pairs_and_names_faults_by_prompt(tmp_path: Path) -> N
 def test_columns_of_other_names_and_missing_ones(tmp_path: Path) -> None:
     rows = [{"c0": "a", "c1": "b", "jpg_0": png(0), "jpg_1": png(1)}]
     file = write_parquet(tmp_path / "pairs.parquet", rows)
-    table = open_pairs(file, format="two_prompts", columns={"prompt_0": "c0", "prompt_1": "c1"})
+    table = open_pairs(file, DataSpec(format="two_prompts", columns={"prompt_0": "c0", "prompt_1": "c1"}))
     assert table.prompts == ["a", "b"]
     with pytest.raises(DataError, match=r"two_prompts needs prompt_0 \(one of prompt_0, caption_0\)"):
-        open_pairs(file, format="two_prompts")
+        open_pairs(file, DataSpec(format="two_prompts"))
     labelled = [{**rows[0], "caption": "c", "label_0": 1.0, "label_1": 0.0, "prompt_0": "a", "prompt_1": "b"}]
     both = write_parquet(tmp_path / "more.parquet", labelled)
-    assert open_pairs(both, format="pickapic").format == "pickapic"
+    assert open_pairs(both, DataSpec(format="pickapic")).format == "pickapic"
     with pytest.raises(
         DataError, match=r"(?s)columns of several formats.*two_prompts: prompt_0.*data.format: pickapic"
     ):

@@ -18,6 +18,7 @@ from diffalign.data.loader.dataset import sample_latents, substitute
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.row import DataError
 from diffalign.data.sampler import PairOrder
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.transforms import prepare_pair
@@ -280,7 +281,7 @@ def test_all_unreadable_is_one_clear_error(tmp_path: Path, workers: int) -> None
     rows = pick_rows(3)
     for row in rows:
         row["jpg_1"] = None
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), verify="none")
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="none"))
     assert len(table) == 3
     wanted = r"^pairs.parquet row \d cannot be read and neither can 15 substitutes \(last: .* is empty.*names them all$"
     with pytest.raises(DataError, match=wanted):

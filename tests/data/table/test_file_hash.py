@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from diffalign.data.spec import DataSpec
 from diffalign.data.table import file_hash as content
 from diffalign.data.table.open import open_pairs
 from tests.data.helpers import pick_rows, png, write_jsonl, write_parquet
@@ -22,10 +23,10 @@ def test_identity_covers_the_contents_of_image_files(tmp_path: Path, extra: dict
     before, old, times = open_pairs(file).identity, image.read_bytes(), image.stat()
     image.write_bytes(old[:-30] + bytes([old[-30] ^ 1]) + old[-29:])
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert open_pairs(file, verify="none").identity != before
+    assert open_pairs(file, DataSpec(verify="none")).identity != before
     image.write_bytes(old)
     os.utime(image, ns=(1, 1))
-    assert {open_pairs(file, verify=each).identity for each in ("none", "header", "full")} == {before}
+    assert {open_pairs(file, DataSpec(verify=each)).identity for each in ("none", "header", "full")} == {before}
     copy = shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert open_pairs(copy / "pairs.jsonl").identity == before
 
@@ -71,7 +72,7 @@ def test_parquet_uids_are_trusted_however_images_are_verified(tmp_path: Path) ->
         if not uids:
             rows = [{name: value for name, value in row.items() if "uid" not in name} for row in rows]
         file = write_parquet(tmp_path / "pairs.parquet", rows)
-        identities = {open_pairs(file, verify=each).identity for each in ("none", "header", "full")}
+        identities = {open_pairs(file, DataSpec(verify=each)).identity for each in ("none", "header", "full")}
         assert len(identities) == 1
         image = tmp_path / "images" / "1c.png"
         old = image.read_bytes()

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from diffalign.data.row import ImageRef
+from diffalign.data.spec import DataSpec
 from diffalign.data.table import file_hash as content
 from diffalign.data.table import index_cache as remembered
 from diffalign.data.table.open import open_pairs
@@ -74,11 +75,11 @@ def test_the_second_start_looks_at_no_image(
     kind: str, ties: bool, tmp_path: Path, looks: list[str], home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = stored(kind, tmp_path)
-    first = open_pairs(data, keep_ties=ties)
+    first = open_pairs(data, DataSpec(keep_ties=ties))
     assert len(looks) >= 2 * len(first) > 0
     looks.clear()
     caplog.set_level(logging.INFO)
-    second = open_pairs(data, keep_ties=ties)
+    second = open_pairs(data, DataSpec(keep_ties=ties))
     assert looks == []
     assert facts(second) == facts(first)
     assert facts(pickle.loads(pickle.dumps(second))) == facts(first)
@@ -117,7 +118,7 @@ def test_other_settings_and_changed_files_are_looked_at(tmp_path: Path, looks: l
     ]
     for each in settings:
         looks.clear()
-        table = open_pairs(data, **each)
+        table = open_pairs(data, DataSpec(**each))
         assert len(looks) >= 2 * len(table) > 0, each
     looks.clear()
     os.utime(data, ns=(1, 1))
@@ -140,7 +141,7 @@ def test_names_are_settings_too(tmp_path: Path) -> None:
     for words, expected in (("short", "cat"), ("long", "a cat, number 0")):
         columns = {f"prompt_{side}": f"{words}_{side}" for side in (0, 1)}
         for _ in range(2):
-            assert open_pairs(data, format="two_prompts", columns=columns).prompts[0] == expected
+            assert open_pairs(data, DataSpec(format="two_prompts", columns=columns)).prompts[0] == expected
 
 
 def test_a_slice_of_a_hub_data_set_has_its_own_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +151,16 @@ def test_a_slice_of_a_hub_data_set_has_its_own_note(tmp_path: Path, monkeypatch:
     halves = {"train[:50%]": whole.select(range(3)), "train[50%:]": whole.select(range(3, 6))}
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: halves[split])
     for _ in range(2):
-        assert open_pairs("someone/pairs", split="train[:50%]").prompts == ["prompt 0", "prompt 1", "prompt 2"]
-        assert open_pairs("someone/pairs", split="train[50%:]").prompts == ["prompt 3", "prompt 4", "prompt 5"]
+        assert open_pairs("someone/pairs", DataSpec(split="train[:50%]")).prompts == [
+            "prompt 0",
+            "prompt 1",
+            "prompt 2",
+        ]
+        assert open_pairs("someone/pairs", DataSpec(split="train[50%:]")).prompts == [
+            "prompt 3",
+            "prompt 4",
+            "prompt 5",
+        ]
 
 
 def test_another_version_looks_for_itself(tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffalign.data.row import DataError, PairRow
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.winners import open_winners
@@ -45,7 +46,7 @@ def test_pickapic_takes_the_side_with_label_one(tmp_path: Path) -> None:
 
 def test_inverted_preference_swaps_the_sides_only(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "pairs.parquet", pick_rows(3))
-    plain, inverted = open_pairs(file), open_pairs(file, invert_preference=True)
+    plain, inverted = open_pairs(file), open_pairs(file, DataSpec(invert_preference=True))
     assert colours(inverted) == [(prompt, rejected, chosen) for prompt, chosen, rejected in colours(plain)]
     assert inverted.ids == plain.ids
     assert inverted.identity != plain.identity
@@ -131,7 +132,7 @@ def test_saved_data_set_keeps_images_encoded(tmp_path: Path) -> None:
     assert table[0].chosen.data is not None
     assert colours(table) == expected(3)
     with pytest.raises(DataError, match=r"no split 'tran'; it has .'train'.; did you mean 'train'"):
-        open_pairs(tmp_path / "saved", split="tran")
+        open_pairs(tmp_path / "saved", DataSpec(split="tran"))
 
 
 def test_ids_do_not_depend_on_place_or_sharding(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_many_rows_say_how_to_do_without(
     file = write_parquet(tmp_path / "pairs.parquet", pick_rows(3))
     open_pairs(file)
     monkeypatch.setattr("diffalign.data.table.pairs.MANY_ROWS", 3)
-    open_pairs(file, verify="none")
+    open_pairs(file, DataSpec(verify="none"))
     assert "images of all" not in caplog.text
     open_pairs(file)
     assert "looking at the images of all 3 rows (verify='header'); verify='none' skips it" in caplog.text
@@ -176,14 +177,14 @@ def test_duplicate_ids_are_kept_with_a_suffix_and_pointed_out(tmp_path: Path) ->
 def test_columns_by_name_and_forced_format(tmp_path: Path) -> None:
     rows = [{"q": "prompt 0", "good": png(0), "bad": png(1)}]
     file = write_parquet(tmp_path / "pairs.parquet", rows)
-    table = open_pairs(file, columns={"prompt": "q", "chosen": "good", "rejected": "bad"})
+    table = open_pairs(file, DataSpec(columns={"prompt": "q", "chosen": "good", "rejected": "bad"}))
     assert colours(table) == expected(1)
     with pytest.raises(DataError, match="columns names the part 'chosn'; the parts are chosen"):
-        open_pairs(file, columns={"chosn": "good"})
+        open_pairs(file, DataSpec(columns={"chosn": "good"}))
     with pytest.raises(DataError, match=r"columns maps chosen to 'goood', which has.*nearest here: 'good'"):
-        open_pairs(file, columns={"chosen": "goood"})
+        open_pairs(file, DataSpec(columns={"chosen": "goood"}))
     with pytest.raises(DataError, match="format='pick'; allowed are auto, pickapic, preference"):
-        open_pairs(file, format="pick")
+        open_pairs(file, DataSpec(format="pick"))
 
 
 def test_the_columns_of_two_formats_are_refused_until_one_is_named(tmp_path: Path) -> None:
@@ -197,10 +198,10 @@ def test_the_columns_of_two_formats_are_refused_until_one_is_named(tmp_path: Pat
     for opened in (open_pairs, open_winners):
         with pytest.raises(DataError, match=message):
             opened(file)
-    assert colours(open_pairs(file, format="preference")) == expected(1)
-    assert colours(open_pairs(file, columns={"chosen": "chosen"})) == expected(1)
-    assert colours(open_pairs(file, format="pickapic", invert_preference=True)) == expected(1)
-    assert open_pairs(file, columns={"label_0": "label_0"}).format == "pickapic"
+    assert colours(open_pairs(file, DataSpec(format="preference"))) == expected(1)
+    assert colours(open_pairs(file, DataSpec(columns={"chosen": "chosen"}))) == expected(1)
+    assert colours(open_pairs(file, DataSpec(format="pickapic", invert_preference=True))) == expected(1)
+    assert open_pairs(file, DataSpec(columns={"label_0": "label_0"})).format == "pickapic"
 
 
 def test_a_part_with_two_columns_says_which_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,7 +212,7 @@ def test_a_part_with_two_columns_says_which_is_read(tmp_path: Path, caplog: pyte
         "prompt is read from the column prompt, not from caption; data.columns: {prompt: caption} reads" in caplog.text
     )
     caplog.clear()
-    assert open_pairs(file, columns={"prompt": "caption"}).prompts == ["prompt 0"]
+    assert open_pairs(file, DataSpec(columns={"prompt": "caption"})).prompts == ["prompt 0"]
     assert caplog.text == ""
 
 
@@ -294,18 +295,20 @@ def test_opening_without_verification_opens_no_image(tmp_path: Path, monkeypatch
         "read_row_group",
         lambda self, group, **options: fetched.append(group) or real_read(self, group, **options),
     )
-    assert len(open_pairs(listing, verify="none")) == 50
-    assert len(open_pairs(shard, verify="none")) == 20
+    assert len(open_pairs(listing, DataSpec(verify="none"))) == 50
+    assert len(open_pairs(shard, DataSpec(verify="none"))) == 20
     assert opened == []
     assert fetched == []  # with uid columns not even the bytes are read
-    open_pairs(shard, verify="header")
+    open_pairs(shard, DataSpec(verify="header"))
     assert len(opened) == 40
     assert fetched == list(range(7))  # each row group once
 
 
 def test_the_index_is_small(tmp_path: Path) -> None:
     """Bytes per pair of what a loader worker gets: ids, prompts and a few numbers, never images."""
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", pick_rows(400), row_group_size=50), verify="none")
+    table = open_pairs(
+        write_parquet(tmp_path / "pairs.parquet", pick_rows(400), row_group_size=50), DataSpec(verify="none")
+    )
     table[0].chosen.open()  # a row group is in memory now; it must not travel
     assert len(pickle.dumps(table)) / 400 < 80
 
@@ -329,6 +332,6 @@ def test_a_table_travels_to_other_processes(tmp_path: Path, storage: str, reques
 def test_max_pairs_stops_early(tmp_path: Path) -> None:
     rows = pick_rows(6)
     rows[0]["label_0"] = rows[0]["label_1"] = 0.5
-    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), max_pairs=2)
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(max_pairs=2))
     assert table.ids == ["a1:b1", "a2:b2"]
     assert (table.total_rows, table.examined_rows) == (6, 3)

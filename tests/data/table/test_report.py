@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffalign.cli.main import main
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.report import check_pairs
 from tests.data.helpers import pick_rows, png, write_jsonl, write_parquet
 from tests.data.test_transforms import bomb
@@ -68,8 +69,8 @@ def test_every_row_is_accounted_for(faulty: Path) -> None:
 
 
 def test_kept_ties_and_partial_reading_are_said(faulty: Path) -> None:
-    assert "usable pairs  15 (of them 7 ties)" in check_pairs(faulty, keep_ties=True).text()
-    assert "rows          20 (14 examined)" in check_pairs(faulty, max_pairs=2).text()
+    assert "usable pairs  15 (of them 7 ties)" in check_pairs(faulty, DataSpec(keep_ties=True)).text()
+    assert "rows          20 (14 examined)" in check_pairs(faulty, DataSpec(max_pairs=2)).text()
 
 
 def test_contact_sheet_shows_the_chosen_image_on_the_left(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_contact_sheet_shows_the_chosen_image_on_the_left(tmp_path: Path) -> Non
 def test_contact_sheet_of_unreadable_pairs_says_so(tmp_path: Path) -> None:
     rows = pick_rows(1)
     rows[0]["jpg_0"] = b"no"
-    report = check_pairs(write_parquet(tmp_path / "pairs.parquet", rows), verify="none")
+    report = check_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="none"))
     assert report.size_range is None
     report.contact_sheet(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").is_file()
@@ -108,9 +109,9 @@ def test_full_verification_decodes(tmp_path: Path) -> None:
     rows[1]["jpg_0"] = png(5, (64, 64))[:6000]
     file = write_parquet(tmp_path / "pairs.parquet", rows)
     assert check_pairs(file).usable == 3
-    assert check_pairs(file, verify="full").usable == 2
+    assert check_pairs(file, DataSpec(verify="full")).usable == 2
     with pytest.raises(DataError, match="verify='fast'; allowed are 'none', 'header' and 'full'"):
-        check_pairs(file, verify="fast")  # type: ignore[arg-type]
+        check_pairs(file, DataSpec(verify="fast"))  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -119,7 +120,7 @@ def test_long_pictures_huge_ones_and_the_columns_are_said(tmp_path: Path) -> Non
     rows[0]["jpg_0"] = png(1, (100, 10))
     rows[1]["jpg_1"] = bomb(12000)
     rows[2]["caption"] = "red\x1b[2J fox"
-    report = check_pairs(write_parquet(tmp_path / "pairs.parquet", rows), verify="full")
+    report = check_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="full"))
     text = report.text()
     for line in (
         "columns       prompt: caption; images: jpg_0, jpg_1; label: label_0",

@@ -10,6 +10,7 @@ import pytest
 
 from diffalign.cli.main import main
 from diffalign.data.row import DISAGREEMENT, DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.report import check_pairs
@@ -82,12 +83,12 @@ def test_pairs_on_which_axes_disagree_are_left_out_and_named(table: PairTable, t
 def test_the_rest_is_the_table_of_the_rest(tmp_path: Path) -> None:
     """Everything that the table knows moves along: ids, sides, sizes, files on disk, and with them the identity."""
     listing = write_jsonl(tmp_path / "pairs.jsonl", 6)
-    table = open_pairs(listing, invert_preference=True)
+    table = open_pairs(listing, DataSpec(invert_preference=True))
     _ = table.identity
     table.leave_out("axes disagree", {1: "so", 4: "and so"})
     rest = [line for i, line in enumerate(listing.read_text().splitlines()) if i not in (1, 4)]
     (tmp_path / "rest.jsonl").write_text("\n".join(rest) + "\n")
-    other = open_pairs(tmp_path / "rest.jsonl", invert_preference=True)
+    other = open_pairs(tmp_path / "rest.jsonl", DataSpec(invert_preference=True))
     assert (table.ids, table.prompts, table.sizes) == (other.ids, other.prompts, other.sizes)
     assert [table[i].chosen.path for i in range(4)] == [other[i].chosen.path for i in range(4)]
     assert table.identity == other.identity

@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from diffalign.cli.main import main
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.scores import read_scores, score_pairs, use_scores
@@ -66,7 +67,7 @@ def test_relabelling_makes_the_higher_score_the_chosen_one(table: PairTable, tmp
         assert chosen >= rejected
         sizes = [again[i].chosen.size(), again[i].rejected.size()]
         assert again.sizes[2 * i : 2 * i + 2] == sizes
-    other = open_pairs(tmp_path / "pairs.parquet", invert_preference=True)
+    other = open_pairs(tmp_path / "pairs.parquet", DataSpec(invert_preference=True))
     use_scores(other, scores, relabel=True, where="scores")
     assert all(other[i].scores[0] <= other[i].scores[1] for i in range(40))
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.winners import open_winners, prepare_winner
 from diffalign.data.transforms import prepare_pair
@@ -40,10 +41,10 @@ def test_rows_of_a_prompt_and_an_image(listing: Path) -> None:
     ]
     assert table.ids[3] == table.ids[1] + "#2"
     assert table.chosen(2).open().size == (30, 40)
-    assert open_winners(listing, max_pairs=2).prompts == ["prompt 0", "prompt 1"]
-    assert open_winners(listing, verify="none").ids[:3] == table.ids[:3]
+    assert open_winners(listing, DataSpec(max_pairs=2)).prompts == ["prompt 0", "prompt 1"]
+    assert open_winners(listing, DataSpec(verify="none")).ids[:3] == table.ids[:3]
     assert open_winners(listing.parent).identity == table.identity
-    named = open_winners(listing, columns={"prompt": "file_name", "image": "file_name"})
+    named = open_winners(listing, DataSpec(columns={"prompt": "file_name", "image": "file_name"}))
     assert named.prompts[0] == "0.png"
 
 

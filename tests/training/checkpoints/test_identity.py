@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.config.schema import Config
 from diffalign.data.row import ImageRef
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.identity import SAMPLES, data_identity
 from diffalign.data.table.open import open_pairs
 from diffalign.models.loading.fingerprint import outline, outline_files
@@ -108,7 +109,7 @@ def test_labels_scores_and_weights_are_part_of_it(tmp_path: Path) -> None:
 
 
 def test_it_reads_a_few_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 3 * SAMPLES), verify="none")
+    table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 3 * SAMPLES), DataSpec(verify="none"))
     reads, real = [], ImageRef.read
     monkeypatch.setattr(ImageRef, "read", lambda ref: reads.append(ref.path) or real(ref))
     data_identity(table)

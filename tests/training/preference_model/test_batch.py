@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.engine.random import integers, normal
@@ -33,7 +34,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> PairTable:
         columns["label_0"][row] = columns["label_1"][row] = 0.5
     columns["caption"] = ["a", "b", "c", "d", "a", "a", "e", "d"]
     pq.write_table(pa.table(columns), file)
-    return open_pairs(file, keep_ties=True)
+    return open_pairs(file, DataSpec(keep_ties=True))
 
 
 def test_labels_are_the_datas_and_ties_stay(table: PairTable) -> None:

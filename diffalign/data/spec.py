@@ -1,0 +1,35 @@
+"""`DataSpec`: which rows of a data set are pairs, and how its columns are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffalign.data.row import DataError
+
+Verify = Literal["none", "header", "full"]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """How rows are read as pairs; fields as in a config's `data` section. Raises DataError for an unknown `verify`."""
+
+    format: str = (
+        "auto"  # column layout: pickapic, preference or two_prompts; auto takes the one whose columns are there
+    )
+    split: str = "train"  # for data sets and parquet folders that have splits
+    # part -> column for data with other names, e.g. {"prompt": "text", "chosen": "winner"}; an optional part with an
+    # empty name is left out although the data have its column, e.g. {"weight": ""}
+    columns: Mapping[str, str] = field(default_factory=dict)
+    max_pairs: int | None = None  # stop after this many usable pairs
+    invert_preference: bool = False  # swap chosen and rejected
+    keep_ties: bool = False  # include rows labelled 0.5/0.5; without score columns the labels become the scores
+    verify: Verify = "header"  # none opens no image, header reads type and size of each, full decodes each
+
+    def __post_init__(self) -> None:
+        if self.verify not in ("none", "header", "full"):
+            raise DataError(f"verify={self.verify!r}; allowed are 'none', 'header' and 'full'")
+
+
+AS_FOUND = DataSpec()
