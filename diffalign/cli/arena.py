@@ -14,23 +14,25 @@ from diffalign.io.folder_lock import folder_lock
 
 def arena_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--out", type=path, default=Path("runs/arena"), help="folder; finished runs there are kept")
+    parser.add_argument(
+        "--out", type=path, default=Path("runs/arena"), help=("output folder; finished runs in it are reused")
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help="one training seed, fewer steps: the README's table")
-    kind.add_argument("--sweep", action="store_true", help="choose learning rates and scales again, on other prompts")
-    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="these entries, not all")
+    kind.add_argument("--sweep", action="store_true", help=("search learning rates and scales again, on other prompts"))
+    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="only these entries")
     parser.add_argument("--seeds", type=whole(0, LAST_SEED), nargs="+", help="training seeds (default: the protocol's)")
     parser.add_argument(
-        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="runs at a time (default: cores)"
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="parallel runs (default: cores)"
     )
 
 
 def arena(args: argparse.Namespace) -> None:
-    """Runs it and prints the tables."""
+    """Runs the command and prints the tables."""
     from diffalign.arena.plots import require_matplotlib
 
     if args.workers < 1:
-        raise DiffalignError(f"--workers {args.workers}: give at least one")
+        raise DiffalignError(f"--workers {args.workers}: must be at least 1")
     require_matplotlib()
     with folder_lock(args.out, "an arena"):
         _hold(args)
@@ -48,10 +50,10 @@ def _hold(args: argparse.Namespace) -> None:
     field, command = Field(args.out, args.workers), _command(args)
     if args.sweep:
         if args.seeds is not None:
-            raise DiffalignError("--seeds: the sweep has one seed; leave it out")
+            raise DiffalignError("--seeds: the sweep uses one seed; remove --seeds")
         methods = [entry for entry in taking_part if not entry.control]
         save(sweep(field, methods, command), args.out / Path(TUNED).name)
-        print(f"{args.out / Path(TUNED).name}: what was tried and chosen; the packaged one is {TUNED}")
+        print(f"{args.out / Path(TUNED).name}: all trials and the chosen settings; the packaged file is {TUNED}")
         return
     protocol = QUICK if args.quick else FULL
     if args.seeds is not None:
@@ -63,7 +65,7 @@ def _hold(args: argparse.Namespace) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command as it would be typed, without what changes no figure."""
+    """The command line that reproduces the result, without options that do not change it."""
     words = ["diffalign", "arena"]
     words += ["--quick"] * args.quick + ["--sweep"] * args.sweep
     words += ["--only", *args.only] if args.only else []

@@ -1,4 +1,4 @@
-"""Words of the command line: numbers with bounds, paths, seeds, names; argparse puts the option before a fault."""
+"""Argument types of the command line: bounded numbers, paths, seeds, names; argparse adds the option's name."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ DEVICES = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose messages obey no escape code of the words that they name."""
+    """argparse whose messages escape control characters of the arguments."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
-            raise argparse.ArgumentError(action, "'--' is no value")  # argparse makes an empty list of it
+            raise argparse.ArgumentError(action, "'--' is not a value")  # argparse makes an empty list of it
         return super()._get_values(action, arg_strings)
 
 
 def whole(least: int, most: int = MOST, *, multiple: int = 1) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` to `most`, both included."""
-    allowed = f"a whole number from {least} to {most}" + (f", a multiple of {multiple}" if multiple > 1 else "")
+    """A parser of integers from `least` to `most`, both included."""
+    allowed = f"an integer from {least} to {most}" + (f", a multiple of {multiple}" if multiple > 1 else "")
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[-+]?[0-9]{1,20}", text) or not least <= (value := int(text)) <= most or value % multiple:
@@ -60,7 +60,7 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """`parse` for argparse, which shows the message of its own kind of error alone."""
+    """`parse` for argparse, which shows only messages of its own exception type."""
 
     def parsed(text: str) -> T:
         try:
@@ -87,7 +87,7 @@ def seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", part.strip())
         if match is None:
-            raise DiffalignError(f"{text[:60]!r}: {part.strip()[:60]!r} is no seed; write 7, 0-11 or 0,3,5")
+            raise DiffalignError(f"{text[:60]!r}: {part.strip()[:60]!r} is not a seed; write 7, 0-11 or 0,3,5")
         first = int(match[1])
         last = int(match[2] or first)
         if last < first:
@@ -102,21 +102,21 @@ def seeds(text: str) -> list[int]:
 
 @argument
 def device(text: str) -> str:
-    """cpu, mps, cuda or cuda:N; whether it is there, `device_of` asks."""
+    """cpu, mps, cuda or cuda:N; `device_of` checks that it exists."""
     if not DEVICES.fullmatch(text):
-        raise DiffalignError(f"{text[:60]!r} is no device; give cpu, cuda, cuda:N or mps")
+        raise DiffalignError(f"{text[:60]!r} is not a device; give cpu, cuda, cuda:N or mps")
     return text
 
 
 @argument
 def scorer(text: str) -> str:
-    """A scorer's name, with `~` in NAME=PATH as the home folder."""
+    """A scorer's name, with `~` in NAME=PATH expanded to the home folder."""
     name, sign, place = text.partition("=")
     return f"{name}={expanded(place)}" if sign else name
 
 
 def device_of(given: str | None) -> str:
-    """The device that was named, or cuda where there is one, or cpu. Raises DiffalignError where it is not there."""
+    """The given device, or cuda if there is one, or cpu. Raises DiffalignError where it does not exist."""
     import torch
 
     if given is None:
@@ -130,7 +130,7 @@ def device_of(given: str | None) -> str:
 
 
 def named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
-    """NAME=PATH words as names with their paths; raises DiffalignError for a word of another form."""
+    """NAME=PATH arguments as a dict; raises DiffalignError for any other form."""
     from diffalign.evaluation.report import check_name
 
     found: dict[str, list[str]] = {}

@@ -1,1 +1,1 @@
-"""One YAML file is one run: its schema, how it is read, overridden and checked."""
+"""One YAML file is one run: its schema, loading, overrides and checks."""

@@ -1,4 +1,4 @@
-"""Parts of a config that have a form of their own: axes of scores, the curriculum, and paths of what is shipped."""
+"""Parts of a config with their own syntax: score axes, the curriculum, and paths of packaged files."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ Scores = PathText | tuple[PathText, ...] | dict[Text, PathText | ScoreAxis]  # a
 
 
 def checked_scores(node: Any) -> Any:
-    """`data.scores` as given. Raises ValueError in words where pydantic would name each form that a value has not."""
+    """`data.scores` as given. Raises ValueError with one readable message in place of pydantic's list of forms."""
     several = isinstance(node, dict | list | tuple)
     if several and not node:
-        raise DiffalignError("names no file; give one, a list of them, or a mapping axis: file")
+        raise DiffalignError("is empty; give a file, a list of files, or a mapping axis: file")
     for value in node.values() if isinstance(node, dict) else node if several else [node]:
         if isinstance(value, str | ScoreAxis) or value is node is None:
             continue
         if not (isinstance(node, dict) and isinstance(value, dict)):
-            raise DiffalignError(f"{value!r} is no file; give a path, a list of paths, or a mapping axis: path")
+            raise DiffalignError(f"{value!r} is not a file; give a path, a list of paths, or a mapping axis: path")
         weight = value.get("weight", 1.0)
         good = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= LARGEST
         if value.keys() - {"file", "weight"} or not isinstance(value.get("file"), str) or not good:
             raise DiffalignError(
-                f"{value!r} is no axis; write {{file: PATH, weight: NUMBER ABOVE 0}}, the weight optional"
+                f"{value!r} is not an axis; write {{file: PATH, weight: NUMBER ABOVE 0}}, the weight is optional"
             )
     return node
 
@@ -57,7 +57,7 @@ def axes_of(scores: Scores | None) -> list[Axis]:
 
 
 def packaged_asset(path: Any) -> Any:
-    """`assets/…` names what comes with diffalign, from whichever folder a command is run; other paths stay."""
+    """`assets/…` names files that come with diffalign, from any working folder; other paths do not change."""
     if isinstance(path, str) and path.startswith("assets/") and not Path(path).exists():
         package = Path(__file__).resolve().parents[1]
         for folder in (package.parent / "assets", package / "_assets"):

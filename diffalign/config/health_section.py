@@ -1,4 +1,4 @@
-"""The section `health` of a config: rules that watch a run, and what may follow from them."""
+"""The section `health` of a config: rules that monitor a run, and their actions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffalign.errors import DiffalignError
 
 
 class HealthSection(Section):
-    """Rules that watch what a run logs (`training/callbacks/health.py`), and what happens when one speaks."""
+    """Rules that monitor the logged metrics (`training/callbacks/health.py`), and what happens when one fires."""
 
     action: Literal["none", "warn", "stop", "roll_back"] = "warn"
     window: Annotated[Count, Field(ge=2, le=100)] = 3  # logged lines in a row that must be bad
@@ -29,16 +29,16 @@ class HealthSection(Section):
 
 
 def can_roll_back(health: HealthSection, training: Any, source: Any) -> None:
-    """Raises ValueError where a run could not go back to a checkpoint that was judged."""
+    """Raises ValueError where a run could not return to a checkpoint that the rules have checked."""
     if health.action != "roll_back":
         return
     if training.checkpointing_steps is None or training.checkpointing_steps % training.logging_steps:
         raise DiffalignError(
-            "health.action: roll_back needs training.checkpointing_steps, a multiple of training.logging_steps "
-            f"({training.logging_steps}), so that nothing is saved unjudged"
+            f"health.action: roll_back needs training.checkpointing_steps, a multiple of "
+            f"training.logging_steps ({training.logging_steps}), so that the rules check every step before it is saved"
         )
     if source is not None:
         raise DiffalignError(
-            f"health.action: source {source.name} would go on with pairs of the policy that was given up; use "
-            "stop instead of roll_back"
+            f"health.action: source {source.name} would continue with pairs of the abandoned policy; use stop "
+            "instead of roll_back"
         )

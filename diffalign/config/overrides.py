@@ -1,4 +1,4 @@
-"""The words of configs: overrides from the command line, and faults as a user reads them."""
+"""Overrides from the command line, and validation errors as messages for users."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 200  # characters of a value in a message
 
 
 def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
-    """Puts the values of `key.sub=value` words into a config's tree.
+    """Puts the values of `key.sub=value` arguments into a config's tree.
 
     Another objective or method comes first, for it takes the file's settings of the former one away. Raises
     ConfigError for a word of another form, and for a key that is given twice.
@@ -60,18 +60,18 @@ def _value(text: str) -> Any:
     try:
         return parse_yaml(value, f"override {text!r}")
     except ConfigError as error:
-        raise ConfigError(f"{error}; put a text that begins with {value[0]} in quotes") from None
+        raise ConfigError(f"{error}; put a string that begins with {value[0]} in quotes") from None
 
 
 def describe(fault: Any, config: type[BaseModel]) -> str:
-    """One fault of pydantic's as a user reads it: where, what, and what to write instead."""
+    """One pydantic error as a message: key, fault, and what to write instead."""
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(str(fault['loc'][-1]), _keys_at(config, fault['loc'][:-1]))}"
     if fault["type"] == "missing":
-        return f"{where}: required, and missing"
+        return f"{where}: required, but missing"
     if fault["type"] == "model_type":
-        return f"{where}: a section is needed, got {fault['input']!r}; write its settings below it, or leave it out"
+        return f"{where}: this is a section, got {fault['input']!r}; write its settings below it, or remove it"
     given = repr(fault["input"])
     given = "" if isinstance(fault["input"], dict) or given in message(fault) else f", got {_short(given)}"
     return f"{where + ': ' if where else ''}{message(fault)}{given}"
@@ -82,7 +82,7 @@ def _short(text: str) -> str:
 
 
 def message(fault: Any) -> str:
-    """What is wrong, without pydantic's prefix."""
+    """The fault, without pydantic's prefix."""
     return str(fault["msg"]).removeprefix("Value error, ")
 
 

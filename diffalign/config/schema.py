@@ -1,4 +1,4 @@
-"""One YAML file is one run: parsed, overridden from the command line, checked whole, and written back resolved.
+"""One YAML file is one run: parsed, overridden from the command line, validated, and written back with all defaults.
 
 Field names follow diffusers and TRL. Unknown keys and wrong values are errors, reported all at once, each with the
 nearest right name or the allowed values. The `objective` and `source` nodes parse straight into their own dataclasses.
@@ -83,22 +83,22 @@ class Config(Section):
         if training.optimizer == "adafactor":
             idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
             if idle:
-                raise DiffalignError(f"training.{', training.'.join(idle)}: adafactor has no such setting")
+                raise DiffalignError(f"training.{', training.'.join(idle)}: adafactor has no such setting; remove it")
         if self.model.compile and self.model.gradient_checkpointing == "selective":
             raise DiffalignError(
-                "model.compile: a compiled block already makes its cheap activations again; use gradient_checkpointing "
-                "none, or full"
+                "model.compile: a compiled block already recomputes its cheap activations; use "
+                "gradient_checkpointing none, or full"
             )
         if self.model.fused_kernels:
             can_fuse_kernels(self.model)
         if training.bf16_weights:
             can_train_in_bf16(self)
         if self.data.cache_variants > 1 and self.data.cache_dir is None:
-            raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops anew")
+            raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops again")
         if self.data.aggregate != "sum" and len(self.data.axes) < 2:
             raise DiffalignError(f"data.aggregate: {self.data.aggregate} needs several axes in data.scores")
         if self.data.relabel and self.data.scores is None:
-            raise DiffalignError("data.relabel needs data.scores, a file that `diffalign data score` writes")
+            raise DiffalignError("data.relabel needs data.scores, a file written by `diffalign data score`")
         if self.data.cache_trajectories:
             can_keep_trajectories(self)
         if self.data.cache_reference_errors:
@@ -113,7 +113,7 @@ class Config(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The config as plain YAML-ready values, defaults filled in."""
+        """The config as plain YAML-ready values, defaults included."""
         plain = self.model_dump(mode="json", exclude={"objective", "source"})
         source = None if self.source is None else _plain(self.source)
         return {**plain, "objective": _plain(self.objective), "source": source}
@@ -136,16 +136,23 @@ class PreferenceModelConfig(Section):
             section = getattr(self, name)
             idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
             if idle:
-                raise DiffalignError(f"{name}.{f', {name}.'.join(idle)}: a preference model's run has no such setting")
+                raise DiffalignError(
+                    f"{name}.{f', {name}.'.join(idle)}: the run of a preference model has no such setting; remove it"
+                )
         if self.training.bf16_weights:
             name = self.training.optimizer
-            raise DiffalignError(f"training.optimizer: {name} is for a base's UNet; use adamw for a preference model")
+            raise DiffalignError(
+                f"training.optimizer: {name} is for the UNet of a base model; use adamw for a preference model"
+            )
         if self.training.mixed_precision == "fp16":
-            raise DiffalignError("training.mixed_precision: a preference model trains in bf16, or in float32 with no")
+            raise DiffalignError(
+                "training.mixed_precision: a preference model trains in bf16, or in float32 with "
+                "no; fp16 is not supported"
+            )
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The config as plain YAML-ready values, defaults filled in."""
+        """The config as plain YAML-ready values, defaults included."""
         return self.model_dump(mode="json")
 
 
@@ -163,7 +170,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), later: Sequence
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; `diffalign list` names the ones that come with the package")
+        raise ConfigError(f"{path}: no such config file; `diffalign list` shows the packaged ones")
     tree = read_yaml(path)
     override(tree, overrides)
     override(tree, later)
@@ -177,7 +184,7 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
         return kind.model_validate(tree)
     except ValidationError as e:
         lines = [f"  {describe(fault, kind)}" for fault in e.errors()]
-        raise ConfigError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{where}: {len(lines)} error(s)\n" + "\n".join(lines)) from None
 
 
 def settings_of(section: type[_Settings], values: Mapping[str, Any], where: str) -> _Settings:
@@ -204,7 +211,7 @@ def packaged_configs() -> list[tuple[Path, str]]:
 
 
 def configs_by_objective() -> dict[str, list[str]]:
-    """The packaged configs of each objective, e.g. world/dpo.yaml; those of preference models have none."""
+    """The packaged configs of each objective, e.g. world/dpo.yaml; configs of preference models are not included."""
     found: dict[str, list[str]] = {}
     for path, _ in packaged_configs():
         node = read_yaml(path).get("objective")
@@ -218,7 +225,7 @@ def packaged_config(name: str) -> Path:
     for file, _ in packaged_configs():
         if file.as_posix().endswith(f"/{name}"):
             return file
-    raise ConfigError(f"no config {name} comes with this installation; reinstall diffalign")
+    raise ConfigError(f"no config {name} in this installation; reinstall diffalign")
 
 
 def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
@@ -233,7 +240,7 @@ def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
     cls = resolve(str(name), known, what)
     make: Callable[..., Any] = cls
     if not dataclasses.is_dataclass(cls):
-        raise DiffalignError(f"{what} {name!r} is no dataclass; its fields are its settings")
+        raise DiffalignError(f"{what} {name!r} is not a dataclass; make it one, its fields are its settings")
     _complete(cls, what)
     allowed = [f.name for f in dataclasses.fields(cls)]
     settings = {k: v for k, v in node.items() if k != "name"}
@@ -254,7 +261,7 @@ def _complete(settings: Any, what: str) -> None:
     if missing:
         cls = settings if isinstance(settings, type) else type(settings)
         raise DiffalignError(
-            f"{what} {cls.__qualname__} lacks {', '.join(missing)}; CONTRIBUTING.md shows what one consists of"
+            f"{what} {cls.__qualname__} lacks {', '.join(missing)}; CONTRIBUTING.md shows what it must define"
         )
 
 

@@ -93,7 +93,7 @@ class TuningSection(Section):
 
     @property
     def lora_alpha(self) -> float:
-        """alpha, or the rank where none is given."""
+        """alpha, or the rank if alpha is not set."""
         return float(self.rank if self.alpha is None else self.alpha)
 
 
@@ -181,7 +181,7 @@ class TrainingSection(Section):
 
 
 class ValidationSection(Section):
-    """Pictures made during training."""
+    """Images generated during training."""
 
     prompts: tuple[Text, ...] = ()
     every: Count = 100  # optimiser steps
@@ -192,7 +192,7 @@ class ValidationSection(Section):
 
 
 class PreferenceModelSection(Section):
-    """A step-aware preference model, trained to judge what the base is heading for at any timestep."""
+    """A step-aware preference model, trained to judge noisy images at any timestep."""
 
     _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
 

@@ -21,7 +21,7 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 class ConfigError(DiffalignError):
-    """Everything that is wrong with a config, one fault a line."""
+    """All errors of a config, one per line."""
 
 
 _KINDS = {
@@ -49,7 +49,7 @@ _Loader.yaml_implicit_resolvers = {"<": [(MERGE, re.compile("^<<$"))]}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what either version of YAML would read as something else than a text."""
+    """Quotes whatever either version of YAML would not read as a string."""
 
 
 _Dumper.yaml_implicit_resolvers = {k: list(found) for k, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}
@@ -61,7 +61,7 @@ for _kind, _pattern in _KINDS.items():
 
 
 def scalar(text: str) -> Any:
-    """What a word without quotes stands for: null, a switch, a number or a text."""
+    """The value of an unquoted word: null, a boolean, a number or a string."""
     kind = next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(text)), "str")
     if kind == "null":
         return None
@@ -75,7 +75,7 @@ def scalar(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file. Raises ConfigError naming the file and the line."""
+    """The mapping in a file. Raises ConfigError with the file and the line."""
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -88,12 +88,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
+        raise ConfigError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
     return tree
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of one document. Raises ConfigError naming `where` and the line."""
+    """The value of one document. Raises ConfigError with `where` and the line."""
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -109,17 +109,17 @@ def parse_yaml(text: str, where: str) -> Any:
             "delete it"
         ) from None
     except RecursionError:
-        raise ConfigError(f"{where}: not valid YAML: brackets in brackets, too deep to read") from None
+        raise ConfigError(f"{where}: not valid YAML: brackets are nested too deeply") from None
     return None if node is None else _Values(where).of(node)
 
 
 def dump_yaml(tree: Any) -> str:
-    """A tree as text that `parse_yaml` reads as the same tree."""
+    """A tree as YAML that `parse_yaml` reads as the same tree."""
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 class _Values:
-    """What the nodes of one document stand for."""
+    """The values of the nodes of one document."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -128,9 +128,11 @@ class _Values:
     def of(self, node: yaml.Node, depth: int = 0) -> Any:
         self.nodes += 1
         if depth > DEEPEST:
-            raise self.fault(node, f"more than {DEEPEST} sections in sections, or an alias inside its own anchor")
+            raise self.fault(node, f"more than {DEEPEST} nested sections, or an alias inside its own anchor")
         if self.nodes > MOST_NODES:
-            raise self.fault(node, f"more than {MOST_NODES} values, aliases counted at each use; no config has so many")
+            raise self.fault(
+                node, f"more than {MOST_NODES} values, counting aliases at each use; no config needs so many"
+            )
         tag = node.tag.removeprefix(_PREFIX)
         if isinstance(node, yaml.MappingNode) and tag == "map":
             return self.mapping(node, depth)
@@ -138,9 +140,9 @@ class _Values:
             return [self.of(item, depth + 1) for item in node.value]
         if isinstance(node, yaml.ScalarNode) and tag == "str":
             if odd := next((c for c in node.value if c == "\0" or 0xD800 <= ord(c) < 0xE000), None):
-                raise self.fault(node, f"the character U+{ord(odd):04X} is no text; delete it")
+                raise self.fault(node, f"the character U+{ord(odd):04X} is not allowed; delete it")
             return node.value if node.style else scalar(node.value)
-        raise self.fault(node, f"the tag {node.tag!r} is not read; write the value without it")
+        raise self.fault(node, f"the tag {node.tag!r} is not supported; write the value without it")
 
     def mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         own: dict[str, Any] = {}
@@ -148,18 +150,16 @@ class _Values:
         lines: dict[str, int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise self.fault(key, "a key is a word, not a list or mapping")
+                raise self.fault(key, "a key is a string, not a list or mapping")
             name = key.value
             if name in lines:
-                raise self.fault(
-                    key, f"{name!r} is given a second time (first on line {lines[name]}); put both together, once"
-                )
+                raise self.fault(key, f"{name!r} is given twice (first on line {lines[name]}); merge the two")
             lines[name] = key.start_mark.line + 1
             if key.tag == MERGE:
                 several = isinstance(value, yaml.SequenceNode)
                 for part in value.value if several else [value]:
                     if not isinstance(part, yaml.MappingNode):
-                        raise self.fault(part, "<< takes a section by its alias (<<: *name), or a list of such")
+                        raise self.fault(part, "<< takes the alias of a section (<<: *name), or a list of aliases")
                     merged = {**self.of(part, depth + 1), **merged}  # the first of a list wins
             else:
                 own[name] = self.of(value, depth + 1)

@@ -1,4 +1,4 @@
-"""What a value of a config may be: numbers with bounds, paths, texts.
+"""Types of config values: numbers with bounds, paths, strings.
 
 YAML's values are taken as they are: no text becomes a number, no switch becomes 1, and no number becomes a switch or a
 date. Every number is finite and has bounds, here or where a field narrows them.
@@ -21,16 +21,16 @@ LAST_SEED = 2**63 - 1  # torch's generators take 64 bits, its tensors 63
 
 
 def _no_number(value: Any, what: str) -> None:
-    """Raises DiffalignError for what YAML does not read as a number."""
+    """Raises DiffalignError for values that YAML does not read as a number."""
     if isinstance(value, bool):
-        raise DiffalignError(f"{what} is needed, and {str(value).lower()} is a switch")
+        raise DiffalignError(f"{what} is required, and {str(value).lower()} is a boolean")
     if isinstance(value, str):
         hint = ""
         if re.fullmatch(r"[-+]?0\d+", value.strip()):  # octal in YAML 1.1, decimal in 1.2
             hint = f"; write {int(value)}, without leading zeros"
         elif re.fullmatch(r"[-+]?\d[\d_.]*([eE][-+]?\d+)?", value.strip()):
             hint = "; write it without quotes and separators"
-        raise DiffalignError(f"{what} is needed, and this is a text{hint}")
+        raise DiffalignError(f"{what} is required, and this is a string{hint}")
 
 
 def _finite(value: Any) -> Any:
@@ -41,23 +41,23 @@ def _finite(value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    _no_number(value, "a whole number")
+    _no_number(value, "an integer")
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")) or value != int(value):
-            raise DiffalignError("a whole number is needed")
+            raise DiffalignError("an integer is required")
         return int(value)  # 1e3
     return value
 
 
 def text(value: Any) -> Any:
-    """A text as it stands; a whole number without quotes is one too (a revision, an id). Raises DiffalignError."""
+    """The string; an unquoted integer is accepted too (a revision, an id). Raises DiffalignError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, bool | float) or value is None:
         given = "null" if value is None else str(value).lower()
-        raise DiffalignError(f"a text is needed; put it in quotes if {given} is meant as one")
+        raise DiffalignError(f"a string is required; put it in quotes if {given} is meant as one")
     if isinstance(value, str) and (odd := next((c for c in value if c == "\0" or 0xD800 <= ord(c) < 0xE000), None)):
-        raise DiffalignError(f"the character U+{ord(odd):04X} is no text; delete it")
+        raise DiffalignError(f"the character U+{ord(odd):04X} is not allowed; delete it")
     return value
 
 
@@ -67,9 +67,9 @@ def _path(value: Any) -> Any:
 
 
 def _switch(value: Any) -> Any:
-    """True or false, also as YAML 1.1 wrote them (yes, no, on, off). Raises DiffalignError for numbers."""
+    """True or false, also as YAML 1.1 spelled them (yes, no, on, off). Raises DiffalignError for numbers."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        raise DiffalignError("a switch is needed; write true or false")
+        raise DiffalignError("a boolean is required; write true or false")
     return value
 
 
@@ -93,13 +93,13 @@ PathText = Annotated[str, BeforeValidator(_path)]
 
 
 class Section(BaseModel):
-    """A mapping of settings: none unknown, none changed later."""
+    """A read-only mapping of settings without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 def strict(hint: Any) -> Any:
-    """A dataclass field's type with the same demands: `float | None` becomes `Number | None`.
+    """A dataclass field's type with the same checks: `float | None` becomes `Number | None`.
 
     Objectives and sources are plain dataclasses of a lower floor, which know nothing of YAML.
     """

@@ -83,7 +83,7 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
     with pytest.raises(ConfigError) as e:
         parse_config(tree)
     text = str(e.value)
-    assert "7 fault(s)" in text
+    assert "7 error(s)" in text
     for expected in (
         "model.gradient_checkpoint: unknown key; did you mean 'gradient_checkpointing'?",
         "training.learnin_rate: unknown key; did you mean 'learning_rate'?",
@@ -100,7 +100,7 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
     ("overrides", "words"),
     [
         (["objective.beta=-1"], "beta = -1"),
-        (["objective.beta=much"], "beta: a number is needed, and this is a text, got 'much'"),
+        (["objective.beta=much"], "beta: a number is required, and this is a string, got 'much'"),
         (["objective.name=dop"], "did you mean 'dpo'"),
         (["objective=dpo"], "mapping with a name"),
         (["data.resolution=100"], "multiple of 8"),
@@ -111,13 +111,13 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         (["seed=1", "data.max_pairs=3", "seed=2"], "'seed=1' and 'seed=2' set the same key"),
         (["training.seed=1", "training={}"], "set the same key"),
         (["training..seed=1"], "key.sub=value"),
-        (["model.revision=1.10"], r"model.revision: a text is needed; put it in quotes if 1.1 is meant"),
-        (["output_dir="], "output_dir: a text is needed.*null"),
+        (["model.revision=1.10"], r"model.revision: a string is required; put it in quotes if 1.1 is meant"),
+        (["output_dir="], "output_dir: a string is required.*null"),
         (["output_dir='  '"], "output_dir: the path is empty"),
-        (["data.split=a\0b"], r"data.split: the character U\+0000 is no text; delete it"),
-        (["model.revision=a\udcff"], r"model.revision: the character U\+DCFF is no text"),
+        (["data.split=a\0b"], r"data.split: the character U\+0000 is not allowed; delete it"),
+        (["model.revision=a\udcff"], r"model.revision: the character U\+DCFF is not allowed"),
         (["data.path=~nobody-of-this-name/x"], "no home folder is known.*in full"),
-        (["training=5"], "training: a section is needed, got 5"),
+        (["training=5"], "training: this is a section, got 5"),
         (["tuning.method=full", "tuning.resume_lora=x"], r"tuning\.resume_lora: only tuning.method: lora"),
         (["training.lr_scheduler=constant", "training.lr_warmup_steps=5"], "constant has no warm-up"),
         (["training.optimizer=adafactor", "training.adam_beta1=0.8"], r"training\.adam_beta1: adafactor"),
@@ -131,10 +131,10 @@ def test_single_faults(file: Path, overrides: list[str], words: str) -> None:
 
 
 BAD_NUMBERS = {
-    "true": "a number is needed, and true is a switch|a whole number is needed, and true is a switch",
+    "true": "a number is required, and true is a boolean|an integer is required, and true is a boolean",
     "010": "write 10, without leading zeros",
     "'5'": "write it without quotes",
-    "much": "this is a text, got 'much'",
+    "much": "this is a string, got 'much'",
     ".nan": "nan",
     ".inf": "inf",
     "1e400": "inf",
@@ -179,24 +179,24 @@ def test_a_whole_number_may_have_an_exponent(file: Path) -> None:
     training = load_config(file).training
     assert (training.max_train_steps, training.learning_rate) == (1000, 1e-5)
     assert type(training.max_train_steps) is int
-    with pytest.raises(ConfigError, match=r"max_train_steps: a whole number is needed, got 2.5"):
+    with pytest.raises(ConfigError, match=r"max_train_steps: an integer is required, got 2.5"):
         load_config(file, ["training.max_train_steps=2.5"])
 
 
 @pytest.mark.parametrize(
     ("written", "line", "words"),
     [
-        ("seed: 1\ndata: {path: x}\nseed: 2\n", 3, r"'seed' is given a second time \(first on line 1\); put both"),
-        ("data:\n  path: x\n  # again\n  path: y\n", 4, r"'path' is given a second time \(first on line 2\)"),
-        ("a: {b: [{c: 1, c: 2}]}\n", 1, "'c' is given a second time"),
-        ("<<: {a: 1}\n<<: {a: 2}\n", 2, "'<<' is given a second time"),
+        ("seed: 1\ndata: {path: x}\nseed: 2\n", 3, r"'seed' is given twice \(first on line 1\); merge the two"),
+        ("data:\n  path: x\n  # again\n  path: y\n", 4, r"'path' is given twice \(first on line 2\)"),
+        ("a: {b: [{c: 1, c: 2}]}\n", 1, "'c' is given twice"),
+        ("<<: {a: 1}\n<<: {a: 2}\n", 2, "'<<' is given twice"),
         ("data:\n\tpath: x\n", 2, "spaces, not tabs"),
         ("seed: !!int '1'\n", 1, "tag .*write the value without it"),
         ("seed: 1\na: &x [*x]\n", 2, "alias inside its own anchor"),
         ("seed: 1\n---\nseed: 2\n", 2, "another document"),
         ("seed: 1\n\nname: a\0b\n", 3, r"U\+0000 is not allowed; delete it"),
-        ('name: "\\ud800"\n', 1, r"U\+D800 is no text"),
-        ("? [a]\n: 1\n", 1, "a key is a word"),
+        ('name: "\\ud800"\n', 1, r"U\+D800 is not allowed"),
+        ("? [a]\n: 1\n", 1, "a key is a string"),
     ],
 )
 def test_a_fault_of_a_file_has_its_line(written: str, line: int, words: str, tmp_path: Path) -> None:

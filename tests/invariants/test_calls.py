@@ -152,7 +152,7 @@ def test_trajectories_that_cannot_be_kept_are_refused(make_config: MakeConfig, t
         (kept, "dpo with these settings inverts by the network being trained"),
         ({**kept, "objective": {**recordable, "trajectory": "policy"}}, "only trajectories of a frozen reference"),
         ({**kept, "objective": recordable, "data.cache_dir": None}, r"needs data\.cache_dir"),
-        ({**kept, "objective": recordable, "data.proportion_empty_prompts": 0.1}, "belongs to its prompt"),
+        ({**kept, "objective": recordable, "data.proportion_empty_prompts": 0.1}, "depends on its prompt"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_config(tiny_sdxl, settings)

@@ -223,7 +223,7 @@ def answers_of(unet: nn.Module) -> list[int]:
 def test_the_config_says_what_goes_together(make_config: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.fused_kernels.*set model\.channels_last: true"):
         make_config(tmp_path, {"model.fused_kernels": True})
-    with pytest.raises(ConfigError, match=r"model\.fused_kernels: model\.compile makes kernels"):
+    with pytest.raises(ConfigError, match=r"model\.fused_kernels: model\.compile fuses the same layers"):
         make_config(tmp_path, {"model.fused_kernels": True, "model.channels_last": True, "model.compile": True})
 
 

@@ -119,7 +119,7 @@ def test_axes_reach_a_run(make_config: Make, tiny_sd: Path, scored: str) -> None
     for given, message in (
         ({"data.scores": [scored], "data.aggregate": "min"}, "data.aggregate: min needs several axes"),
         ({"data.scores": {"x": {"fil": "b"}}}, "data.scores: {'fil': 'b'} is no axis"),
-        ({"data.scores": {"x": {"file": "b", "weight": -1}}}, "is no axis; write {file: PATH"),
+        ({"data.scores": {"x": {"file": "b", "weight": -1}}}, "is not an axis; write {file: PATH"),
         ({"data.scores": []}, "data.scores: names no file"),
         ({"data.scores": 3}, "data.scores: 3 is no file"),
     ):

@@ -139,7 +139,7 @@ def test_an_objective_that_asks_the_policy_for_its_points_may_have_it_too(
 def test_a_reference_batch_is_made_of_micro_batches(
     size: int, more: dict[str, Any], make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"reference_batch_size: {size} must be several micro-batches"):
+    with pytest.raises(ConfigError, match=rf"reference_batch_size: {size} is not valid; give a multiple"):
         make_config(tmp_path, {"training.reference_batch_size": size, **more})
 
 

@@ -126,7 +126,7 @@ def test_a_run_starts_at_log_2_moves_and_resumes_bitwise(
     [
         ({"tuning.method": "lora"}, " is for tuning.method: full"),
         ({"training.mixed_precision": "no"}, "set mixed_precision: bf16"),
-        ({"training.ema_decay": 0.99}, "an average in bfloat16 would stand still"),
+        ({"training.ema_decay": 0.99}, "an average in bfloat16 would not change"),
     ],
 )
 def test_what_it_does_not_go_with(
