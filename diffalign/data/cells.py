@@ -36,9 +36,9 @@ def read_prompt(value: Any, column: str) -> str:
     if _empty(value) or (isinstance(value, str) and not value.strip()):
         raise ImageError(EMPTY_PROMPT, f"{column} is empty; write one or remove the row")
     if not isinstance(value, str):
-        raise ImageError(BAD_PROMPT, f"{column} is {_short(value)}, a {type(value).__name__}; write a text")
+        raise ImageError(BAD_PROMPT, f"{column} is {_short(value)}, a {type(value).__name__}; write a string")
     if fault := odd(value):
-        raise ImageError(BAD_PROMPT, f"{column} {fault}: {_short(value)}; write a text in UTF-8")
+        raise ImageError(BAD_PROMPT, f"{column} {fault}: {_short(value)}; write a string in UTF-8")
     return value
 
 
@@ -51,7 +51,7 @@ def _message(messages: Sequence[Any], column: str) -> Any:
             return parts[0]["text"]
     raise ImageError(
         BAD_PROMPT,
-        f"{column} is a list, {_short(messages)}; write a text, or one chat message of the user that is a text",
+        f"{column} is a list, {_short(messages)}; write a string, or one user message whose content is a string",
     )
 
 
@@ -64,7 +64,7 @@ def image_ref(cell: Any, base: Path | None, where: str) -> ImageRef:
     data, path = (None, cell) if isinstance(cell, str) else (cell, None)
     if isinstance(cell, Mapping):
         if not {"bytes", "path"} & cell.keys():
-            raise ImageError(NOT_IMAGE, f"{where} has the fields {sorted(map(str, cell))[:8]}; needed: bytes or path")
+            raise ImageError(NOT_IMAGE, f"{where} has the fields {sorted(map(str, cell))[:8]}; required: bytes or path")
         data, path = cell.get("bytes"), cell.get("path")
         if isinstance(data, str):
             data, path = None, data

@@ -10,8 +10,9 @@ from torch import Tensor
 from diffalign.data.row import DataError
 
 OVERFLOW = (
-    "SDXL's own VAE overflows in float16: name one that does not (model.pretrained_vae_model_name_or_path: "
-    "madebyollin/sdxl-vae-fp16-fix), or compute it in float32; for another VAE, give its weights anew"
+    "SDXL's own VAE overflows in float16: use one that does not "
+    "(model.pretrained_vae_model_name_or_path: madebyollin/sdxl-vae-fp16-fix), or compute it in "
+    "float32; for another VAE, get its weights again"
 )
 
 
@@ -35,8 +36,8 @@ def require_text(embeddings: Sequence[Tensor | None], prompts: Sequence[str]) ->
         for good, prompt in zip(finite_rows(values).tolist(), prompts, strict=True):
             if not good:
                 raise DataError(
-                    f"the text encoders give NaN or infinite values for the prompt {prompt!r:.80}: compute them in "
-                    "float32 or bfloat16, or give their weights anew"
+                    f"the text encoders give NaN or infinite values for the prompt {prompt!r:.80}: "
+                    "compute them in float32 or bfloat16, or get their weights again"
                 )
 
 

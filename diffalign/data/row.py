@@ -163,8 +163,8 @@ def _check_header(image: Image.Image, where: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             HUGE,
-            f"{where}: {image.width}x{image.height} is {image.width * image.height} pixels, and MAX_PIXELS = "
-            f"{MAX_PIXELS} are the most that is decoded; save a smaller copy",
+            f"{where}: {image.width}x{image.height} is {image.width * image.height} pixels, and at most "
+            f"MAX_PIXELS = {MAX_PIXELS} are decoded; save a smaller copy",
         )
     # PIL calls some 16-bit PNG and PPM files "I"; in a TIFF that mode is 32-bit, with values of any scale
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):

@@ -60,7 +60,8 @@ class CurriculumOrder:
         known = [gap for gap in gaps if not math.isnan(gap)]
         if chunks > 1 and len(set(known)) < 2:
             raise DiffalignError(
-                f"data.curriculum: the scores give all {n} pairs the same gap, so none is easier; drop it"
+                f"data.curriculum: the scores give all {n} pairs the same gap, so none is easier; remove "
+                "data.curriculum"
             )
         easiest = sorted(range(n), key=lambda i: (math.isnan(gaps[i]), -gaps[i] if gaps[i] == gaps[i] else 0.0, i))
         self.seed, self.chunks, self.positions = seed, chunks, positions
@@ -91,6 +92,6 @@ def positions_for(step: int, batch: int, accumulation: int, process: int, proces
     All processes together take consecutive positions, micro-batch by micro-batch.
     """
     if not 0 <= process < processes:
-        raise DiffalignError(f"process {process} of {processes}: it counts from 0")
+        raise DiffalignError(f"process {process} of {processes}: processes are counted from 0")
     line = torch.arange(batch * accumulation * processes) + step * batch * accumulation * processes
     return line.view(accumulation, processes, batch)[:, process]

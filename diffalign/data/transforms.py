@@ -87,8 +87,8 @@ def pictures(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> li
     if len(broken):
         i = int(broken[0])
         raise DiffalignError(
-            f"the picture of prompt {prompts[i]!r}, seed {seeds[i]} is NaN; half precision overflows in some "
-            "VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
+            f"the image of prompt {prompts[i]!r}, seed {seeds[i]} is NaN; half precision overflows in "
+            "some VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
         )
     array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(picture) for picture in array]

@@ -54,7 +54,7 @@ def read_mask(cell: Any, where: str) -> Tensor:
             raise TypeError("its rows are not lists")
         grid = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise _bad_mask(where, f"is no grid of numbers ({error})") from error
+        raise _bad_mask(where, f"is not a grid of numbers ({error})") from error
     if grid.ndim != 2 or not grid.numel():
         raise _bad_mask(where, f"has the shape {tuple(grid.shape)}")
     if not bool((grid.abs() <= 1).all()):
@@ -63,7 +63,7 @@ def read_mask(cell: Any, where: str) -> Tensor:
 
 
 def _bad_mask(where: str, what: str) -> ImageError:
-    return ImageError(BAD_TERM, f"{where}: mask {what}; write rows of numbers in [-1, 1], all of one length")
+    return ImageError(BAD_TERM, f"{where}: mask {what}; write rows of numbers in [-1, 1], all of the same length")
 
 
 def on_latents(grid: Tensor, geometry: Tensor, *, flip: bool, side: int, where: str) -> Tensor:
@@ -77,7 +77,7 @@ def on_latents(grid: Tensor, geometry: Tensor, *, flip: bool, side: int, where: 
     other = resized((int(geometry[1, 1]), int(geometry[1, 0])), resolution)
     if max(abs(new_w - other[0]), abs(new_h - other[1])) * side > resolution:  # more than one place of the latents
         shapes = f"{width}x{height} and {int(geometry[1, 1])}x{int(geometry[1, 0])} pixels"
-        raise ImageError(BAD_TERM, f"{where}: a mask needs images of one shape, and these have {shapes}")
+        raise ImageError(BAD_TERM, f"{where}: a mask needs images of the same shape, and these have {shapes}")
     if flip:
         grid = grid.flip(-1)  # geometry's left is that of the mirrored image
     rows = shares(top / new_h, resolution / new_h, grid.shape[0], side)

@@ -87,7 +87,7 @@ def test_a_damaged_recording_is_made_again_and_counts_once(
 def test_a_damaged_manifest_is_refused(kind: str, table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "cache")
     DAMAGE[kind](tmp_path / "cache/manifest.json")
-    with pytest.raises(DataError, match=r"manifest\.json is (damaged|not a manifest).*; delete .*, and it is made"):
+    with pytest.raises(DataError, match=r"manifest\.json is (damaged|not a manifest).*; delete .* to have it made"):
         encode(table, tmp_path / "cache")
 
 
@@ -149,7 +149,7 @@ def test_recordings_that_are_not_finite_are_not_kept(table: PairTable, cache: Pa
         return torch.full((2, batch.pairs), torch.nan)
 
     pairs = source(table, cache)
-    with pytest.raises(DataError, match=r"reference's error of pair a0:b0 .* is not finite and is not kept"):
+    with pytest.raises(DataError, match=r"reference's error of pair a0:b0 .* is not finite and is not stored"):
         record_reference(pairs, cache, reference_key(pairs, cache, {}), errors, 1)
 
 
@@ -161,7 +161,7 @@ def test_a_full_disk_is_named_before_and_while_shards_are_written(
     folder = tmp_path / "cache"
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "disk_usage", lambda _: Usage(1 << 40, 0, 1000))
-        with pytest.raises(NoSpaceError, match=rf"no space for the encode cache at {folder}: about 1\.0 MiB needed, 1"):
+        with pytest.raises(NoSpaceError, match=rf"no space for the latent cache at {folder}: about 1\.0 MiB needed, 1"):
             encode(table, folder)
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
@@ -180,7 +180,7 @@ def test_a_cache_of_before_there_were_hashes_is_read_with_a_warning(
     folder = shutil.copytree(OLD / "cache", tmp_path / "cache")
     assert encode(pairs, folder).shards_written == 0
     assert "2 shards in " in caplog.text
-    assert "carry no hashes" in caplog.text
+    assert "have no hashes" in caplog.text
     encode(pairs, tmp_path / "new")
     old, new = open_cache(folder, needed(pairs)), open_cache(tmp_path / "new", needed(pairs))
     for index in range(4):

@@ -46,7 +46,7 @@ class Broken(FakeEncoder):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_cache_takes_no_latents_that_are_no_numbers(table: PairTable, tmp_path: Path, value: float) -> None:
-    with pytest.raises(DataError, match=r"row [13].* are not finite and do not enter.*sdxl-vae-fp16-fix.*float32"):
+    with pytest.raises(DataError, match=r"row [13].* are not finite and are not stored.*sdxl-vae-fp16-fix.*float32"):
         encode(table, tmp_path / "cache", Broken(images=value), batch_size=2)
     assert not list((tmp_path / "cache").glob("moments-*"))
 

@@ -29,10 +29,10 @@ IMAGES: dict[str, tuple[Any, str, str]] = {
     "list": (["1a.png", "1b.png"], "not an image", "is ['1a.png', '1b.png'], a list; each side is one image"),
     "messages": ([{"role": "assistant", "content": "hi"}], "not an image", "a list; each side is one image"),
     "deep": (DEEP, "not an image", "a list; each side is one image"),
-    "other object": ({"url": "x"}, "not an image", "has the fields ['url']; needed: bytes or path"),
+    "other object": ({"url": "x"}, "not an image", "has the fields ['url']; required: bytes or path"),
     "number as path": ({"path": 3}, "not an image", "is 3, a int"),
-    "nul": ("images/\0.png", "not an image", "holds a NUL character: 'images/\\x00.png'; write the path"),
-    "surrogate": ("\ud800.png", "not an image", "holds half a character (U+D800"),
+    "nul": ("images/\0.png", "not an image", "contains a NUL character: 'images/\\x00.png'; write the path"),
+    "surrogate": ("\ud800.png", "not an image", "contains half a character (U+D800"),
     "address": ("https://x.org/1.png", "not an image", "https://x.org/1.png'; images are not downloaded: save it"),
     "data address": ("data:image/png;base64,aaaa", "not an image", "images are not downloaded"),
     "drive": ("C:\\pics\\1.png", "not an image", "Windows path 'C:\\\\pics\\\\1.png'; write it relative"),
@@ -43,14 +43,18 @@ IMAGES: dict[str, tuple[Any, str, str]] = {
 PROMPTS: dict[str, tuple[Any, str, str]] = {
     "null": (None, "empty prompt", "is empty; write one"),
     "nan": (float("nan"), "empty prompt", "is empty; write one"),
-    "number": (7, "bad prompt", "is 7, a int; write a text"),
-    "object": ({"text": "a"}, "bad prompt", "is {'text': 'a'}, a dict; write a text"),
+    "number": (7, "bad prompt", "is 7, a int; write a string"),
+    "object": ({"text": "a"}, "bad prompt", "is {'text': 'a'}, a dict; write a string"),
     "deep": (DEEP, "bad prompt", "is a list"),
-    "nul": ("a\0b", "bad prompt", "holds a NUL character: 'a\\x00b'; write a text"),
+    "nul": ("a\0b", "bad prompt", "contains a NUL character: 'a\\x00b'; write a string"),
     "surrogate": ("a\udc80", "bad prompt", "is not UTF-8 (byte 0x80)"),
-    "two messages": ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "bad prompt", "one chat"),
-    "an answer": ([{"role": "assistant", "content": "s"}], "bad prompt", "one chat message of the user"),
-    "a picture in it": ([{"role": "user", "content": [{"type": "image"}]}], "bad prompt", "one chat message"),
+    "two messages": (
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "bad prompt",
+        "one user message",
+    ),
+    "an answer": ([{"role": "assistant", "content": "s"}], "bad prompt", "one user message"),
+    "a picture in it": ([{"role": "user", "content": [{"type": "image"}]}], "bad prompt", "one user message"),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "preference": {"prompt": "p", "chosen": "images/0.png", "rejected": "images/1.png"},
@@ -107,12 +111,12 @@ def test_odd_prompts(tmp_path: Path, layout: str, odd: str) -> None:
         ("label_0", 10**400, "bad label", "label_0 = 1000000"),
         ("label_0", [1], "bad label", "label_0 = [1]"),
         ("has_label", "maybe", "bad label", "has_label is 'maybe'; write true or false"),
-        ("has_label", "no", "no label", "nobody compared"),
+        ("has_label", "no", "no label", "were not compared"),
         ("weight", 10**400, "bad weight, margin or mask", "write a finite number, 0 or more"),
         ("mask", ["11", "00"], "bad weight, margin or mask", "its rows are not lists"),
         ("mask", {"0": [1]}, "bad weight, margin or mask", "its rows are not lists"),
         ("mask", "[" * 5000, "bad weight, margin or mask", "nested too deeply"),
-        ("mask", [[10**400]], "bad weight, margin or mask", "is no grid of numbers"),
+        ("mask", [[10**400]], "bad weight, margin or mask", "is not a grid of numbers"),
     ],
 )
 def test_odd_labels_and_terms(tmp_path: Path, column: str, cell: Any, kind: str, reason: str) -> None:
@@ -124,8 +128,8 @@ def test_odd_labels_and_terms(tmp_path: Path, column: str, cell: Any, kind: str,
     [
         ("[" * 100_000, "nested too deeply"),
         ("1" * 5000, "integer string"),
-        ("\x00", "holds a NUL character"),
-        ('{"prompt": 1, "prompt": 2}', "the key 'prompt' is there twice"),
+        ("\x00", "contains a NUL character"),
+        ('{"prompt": 1, "prompt": 2}', "the key 'prompt' occurs twice"),
     ],
 )
 def test_odd_lines(tmp_path: Path, line: str, reason: str) -> None:
@@ -148,7 +152,7 @@ def test_odd_scores_and_uids(tmp_path: Path) -> None:
     assert [str(table[i].scores) for i in range(2)] == ["(nan, 1.0)"] * 2
     assert table.ids[0] == "a:b"
     assert "nan" not in table.ids[1]  # an absent uid is no uid
-    assert "pairs.jsonl line 2: bad row: its uid holds half a character (U+D800" in str(table.problems[0])
+    assert "pairs.jsonl line 2: bad row: its uid contains half a character (U+D800" in str(table.problems[0])
 
 
 def test_text_that_is_not_utf8_in_parquet_is_one_bad_prompt(tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_text_that_is_not_utf8_in_parquet_is_one_bad_prompt(tmp_path: Path) -> N
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), prompts)
     pq.write_table(pa.table({"prompt": lists, **images}), tmp_path / "pairs.parquet")
     said = [problem.reason for problem in open_pairs(tmp_path / "pairs.parquet").problems]
-    assert said[1] == "a text in it is not UTF-8; write UTF-8"
+    assert said[1] == "a string in it is not UTF-8; write UTF-8"
     assert "prompt is a list, ['good']" in said[0]
 
 
@@ -207,7 +211,7 @@ def test_winners_have_the_same_reasons(tmp_path: Path) -> None:
     [
         ({"human_preference": [float("nan"), float("nan")]}, "bad label", "label_0 = nan"),
         ({"human_preference": [None, 1]}, "bad label", "label_0 = None"),
-        ({"human_preference": 1}, "bad row", "needed are prompt, image_path"),
+        ({"human_preference": 1}, "bad row", "required: prompt, image_path"),
         ({"image_path": [None, "1.png"]}, "missing side", "is empty"),
         ({"image_path": [["0.png"], "1.png"]}, "not an image", "a list"),
         ({"image_path": ["\0", "1.png"]}, "not an image", "NUL"),

@@ -233,10 +233,10 @@ def test_empty_cells_are_neutral(tmp_path: Path) -> None:
         ({"weight": "much"}, "weight is 'much'"),
         ({"margin": "nan"}, "margin is 'nan'; write a finite number, or leave it empty"),
         ({"mask": [[0.0, 1.5]]}, "mask has values from 0 to 1.5; write rows of numbers in [-1, 1]"),
-        ({"mask": [[0.0, 1.0], [1.0]]}, "mask is no grid of numbers"),
-        ({"mask": [0.0, 1.0]}, "mask is no grid of numbers"),
+        ({"mask": [[0.0, 1.0], [1.0]]}, "mask is not a grid of numbers"),
+        ({"mask": [0.0, 1.0]}, "mask is not a grid of numbers"),
         ({"mask": []}, "mask has the shape (0,)"),
-        ({"mask": "masks/0.png"}, "mask is no grid of numbers"),
+        ({"mask": "masks/0.png"}, "mask is not a grid of numbers"),
         ({"mask": [[float("nan")]]}, "mask has values from nan"),
     ],
 )
@@ -263,7 +263,9 @@ def test_unlooked_at_masks_are_replaced_when_bad(tmp_path: Path) -> None:
 
 def test_a_mask_needs_images_of_one_shape() -> None:
     geometry = torch.tensor([[16, 24, 0, 4, 16, 16], [24, 16, 4, 0, 16, 16]])
-    with pytest.raises(ImageError, match="a mask needs images of one shape, and these have 24x16 and 16x24 pixels"):
+    with pytest.raises(
+        ImageError, match="a mask needs images of the same shape, and these have 24x16 and 16x24 pixels"
+    ):
         on_latents(torch.ones(2, 2).double(), geometry, flip=False, side=4, where="row 0")
     same = torch.tensor([[16, 24, 0, 4, 16, 16], [32, 48, 0, 4, 16, 16]])
     on_latents(torch.ones(2, 2).double(), same, flip=False, side=4, where="row 0")
@@ -287,7 +289,7 @@ def test_a_column_can_be_left_out_or_have_another_name(tmp_path: Path) -> None:
 
 def test_relabelling_pairs_with_margins_or_masks_is_refused(tmp_path: Path) -> None:
     table = open_pairs(write_jsonl(tmp_path / "pairs.jsonl", 2, margin=1.0))
-    with pytest.raises(DataError, match="the labels must stay"):
+    with pytest.raises(DataError, match="require the original labels"):
         table.take_scores([(0.0, 1.0)] * 2, relabel=True)
     table.take_scores([(0.0, 1.0)] * 2, relabel=False)
 

@@ -121,7 +121,7 @@ def test_axes_reach_a_run(make_config: Make, tiny_sd: Path, scored: str) -> None
         ({"data.scores": {"x": {"fil": "b"}}}, "data.scores: {'fil': 'b'} is no axis"),
         ({"data.scores": {"x": {"file": "b", "weight": -1}}}, "is not an axis; write {file: PATH"),
         ({"data.scores": []}, "data.scores: names no file"),
-        ({"data.scores": 3}, "data.scores: 3 is no file"),
+        ({"data.scores": 3}, "data.scores: 3 is not a file"),
     ):
         with pytest.raises(ConfigError) as error:
             make_config(tiny_sd, given)

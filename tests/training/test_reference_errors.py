@@ -148,7 +148,7 @@ def test_a_folder_of_something_else_is_refused(
     content["key"]["network"] = "another"
     del content["sha256"]  # as if of before there were hashes
     manifest.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="holds a recording of something else; delete it"):
+    with pytest.raises(DataError, match="contains a recording of something else; delete it"):
         run_training(config)
 
 
@@ -159,7 +159,10 @@ def test_a_folder_of_something_else_is_refused(
         ({"data.cache_dir": None}, "needs data.cache_dir"),
         ({"objective": {"name": "inpo"}}, "inpo has no reference, or its points come from a network"),
         ({"objective": {"name": "sft"}}, "sft has no reference"),
-        ({"training.reference_batch_size": 4, "training.gradient_accumulation_steps": 2}, "does not evaluate a reference"),
+        (
+            {"training.reference_batch_size": 4, "training.gradient_accumulation_steps": 2},
+            "does not evaluate a reference",
+        ),
     ],
 )
 def test_what_it_needs_is_said_before_anything_is_read(

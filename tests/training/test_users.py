@@ -247,7 +247,10 @@ def test_data_without_users_and_users_that_nobody_uses(
         ({"tuning": {"method": "user_attention", "rank": 8}}, "tuning.rank: only tuning.method: lora"),
         ({"tuning": {"user_tokens": 8}, "data.users": None}, "tuning.user_tokens: only tuning.method: user_attention"),
         ({"validation": {"prompts": ["x"]}}, "validation.user"),
-        ({"tuning": {"method": "user_attention", "reference": "runs/x"}}, "compared with the network without user attention"),
+        (
+            {"tuning": {"method": "user_attention", "reference": "runs/x"}},
+            "compared with the network without user attention",
+        ),
         ({"validation": {"user": "anna"}}, "need both validation.prompts"),
         ({"validation": {"prompts": ["x"], "user": "anna"}, "data.users": None}, "is an id in data.users"),
         ({"source": {"name": "selfplay"}, "objective": {"name": "seppo"}}, "generates pairs without users"),

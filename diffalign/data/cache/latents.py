@@ -33,16 +33,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Field of the key -> what to do when it differs.
 _REMEDY = {
     "format_version": "encode again with this version of diffalign",
-    "encoder": "the VAE or text encoders are others: encode again with this model",
-    "dataset": "other pairs, prompts, labels, order or image files: use the data settings (path, split, columns, "
-    "keep_ties, invert_preference, max_pairs, verify) of the encode run, or encode again",
+    "encoder": "the VAE or text encoders differ: encode again with this model",
+    "dataset": "pairs, prompts, labels, order or image files differ: use the data settings (path, "
+    "split, columns, keep_ties, invert_preference, max_pairs, verify) of the encode run, or "
+    "encode again",
     "pairs": "see dataset",
-    "resolution": "set the resolution that was encoded, or encode again",
-    "center_crop": "set center_crop as it was encoded, or encode again",
-    "random_flip": "set random_flip as it was encoded, or encode again",
-    "variants": "ask for the number of variants that was encoded, or encode again",
+    "resolution": "set the resolution of the cache, or encode again",
+    "center_crop": "set center_crop as in the cache, or encode again",
+    "random_flip": "set random_flip as in the cache, or encode again",
+    "variants": "set the number of variants of the cache, or encode again",
     "run_seed": "random crops and flips were drawn from the run's seed: use that seed, or encode again",
-    "dtype": "ask for the dtype that was encoded, or encode again",
+    "dtype": "set the dtype of the cache, or encode again",
 }
 
 
@@ -79,8 +80,8 @@ def cache_key(
     random = random_flip or not center_crop
     if variants is not None and (variants < 1 or (variants > 1 and not random)):
         raise DataError(
-            f"variants={variants}; with center_crop and without random_flip all variants are equal, so 1 is "
-            "needed; otherwise 1 or more"
+            f"variants={variants}; with center_crop and without random_flip all variants are equal, so "
+            "set 1; otherwise 1 or more"
         )
     return CacheKey(
         FORMAT_VERSION,
@@ -164,15 +165,16 @@ def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
     folder = Path(cache_dir)
     found = read_manifest(folder)
     if found is None:
-        raise DataError(f"{folder} holds no encode cache (no {MANIFEST}); make it with `diffalign encode`")
+        raise DataError(f"{folder} contains no latent cache (no {MANIFEST}); make it with `diffalign encode`")
     key, plan, _ = found
     if lines := differences(key, expected):
-        raise DataError("\n".join([f"the encode cache {folder} is not the one this run needs:", *lines]))
+        raise DataError("\n".join([f"the latent cache {folder} does not match this run:", *lines]))
     if missing := plan.missing(folder):
         total = len(plan.moments_shards()) + len(plan.text_shards())
         raise DataError(
-            f"the encode cache {folder} is incomplete: {len(missing)} of {total} shards are missing "
-            f"(first: {missing[0]}); run the same `diffalign encode` again, it goes on where it stopped"
+            f"the latent cache {folder} is incomplete: {len(missing)} of {total} shards are missing "
+            f"(first: {missing[0]}); run the same `diffalign encode` again, it continues where it "
+            "stopped"
         )
     return PairCache(folder, key, plan)
 

@@ -40,7 +40,7 @@ def agreed_plan(folder: Path, key: Mapping[str, Any], plan: dict[str, Any]) -> t
         write_manifest(folder, manifest_text({"key": dict(key), "plan": plan}))
     found = read_content(folder)
     if found is None or found[0].get("key") != json.loads(json.dumps(key)) or "plan" not in found[0]:
-        raise DataError(f"{folder} holds a recording of something else; delete it, and it is made again")
+        raise DataError(f"{folder} contains a recording of something else; delete it to have it made again")
     return found[0]["plan"], found[1]
 
 
@@ -57,13 +57,15 @@ def count_found(file: Path, counts: Counts | None) -> None:
         if FORWARDS in shard.keys():  # noqa: SIM118
             counts.image_forwards += int(shard.get_tensor(FORWARDS))
         else:
-            log.warning("%s is of an older version and does not say what it took: unet_forwards is without it", file)
+            log.warning(
+                "%s is from an older version and does not record its cost: unet_forwards does not include it", file
+            )
 
 
 def no_number(what: str, source: OfflinePairs, index: int) -> DataError:
     """The error for a recording that must not be kept."""
     return DataError(
-        f"the {what} of pair {source.table.ids[index]} ({source.table.where(index)}) is not finite and is not kept. "
-        "Remove that row if it is the only one; otherwise set training.mixed_precision to bf16 or no, or give another "
-        "base"
+        f"the {what} of pair {source.table.ids[index]} ({source.table.where(index)}) is not finite and "
+        "is not stored. Remove that row if it is the only one; otherwise set training.mixed_precision "
+        "to bf16 or no, or use another base"
     )

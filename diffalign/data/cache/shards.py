@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SHARD_BYTES = 256 << 20
 OPEN_SHARDS = 64  # memory maps held by each process
-REMEDY = "free some, or set data.cache_dir to a folder on another disk; finished shards are kept"
+REMEDY = "free some, or set data.cache_dir to a folder on another disk; finished shards remain"
 ABANDONED = 6 * 3600  # seconds after which a temporary file belongs to a killed process, wherever that ran
 
 
@@ -92,8 +92,8 @@ def _whole(folder: Path, names: list[str], hashed: bool) -> set[str]:
             (folder / name).unlink(missing_ok=True)
     if without:
         log.warning(
-            "%d shards in %s carry no hashes (they are of an older version): damage may not show. Delete the folder to "
-            "have it made again",
+            "%d shards in %s have no hashes (they are from an older version), so damage may go "
+            "unnoticed. Delete the folder to have it made again",
             *(without, folder),
         )
     return whole
@@ -136,10 +136,10 @@ def read_content(folder: Path) -> tuple[dict[str, Any], bool] | None:
     try:
         content = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{file} is not a manifest ({error}); delete {folder}, and it is made again") from error
+        raise DataError(f"{file} is not a manifest ({error}); delete {folder} to have it made again") from error
     stated = content.pop("sha256", None)
     if stated not in (None, _hash(content)):
-        raise DataError(f"{file} is damaged (its SHA-256 differs); delete {folder}, and it is made again")
+        raise DataError(f"{file} is damaged (its SHA-256 differs); delete {folder} to have it made again")
     return content, stated is not None
 
 

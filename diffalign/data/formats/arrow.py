@@ -64,7 +64,7 @@ class DatasetRow:
     """Names rows as "data set row 7", counted from 0 as `dataset[7]` does."""
 
     def __call__(self, row: int) -> str:
-        return f"data set row {row}"
+        return f"dataset row {row}"
 
 
 class SplitRow:
@@ -142,14 +142,16 @@ def open_saved(folder: Path, split: str) -> ArrowColumns:
         found = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:  # of a state.json or an Arrow file that is damaged
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{folder} is no whole data set of save_to_disk ({reason}); save or copy it again") from error
+        raise DataError(
+            f"{folder} is not a complete dataset of save_to_disk ({reason}); save or copy it again"
+        ) from error
     if isinstance(found, DatasetDict):
         if split not in found:
             raise missing_split(str(folder), split, list(found))
         found = found[split]
     elif split not in ("train", str(found.split)):
-        raise DataError(f"{folder} holds one data set without splits, and split {split!r} was asked for; leave it out")
-    return ArrowColumns(found, storage=f"saved data set {folder.name}", where=SplitRow(split))
+        raise DataError(f"{folder} is a dataset without splits, and split {split!r} was requested; remove the split")
+    return ArrowColumns(found, storage=f"saved dataset {folder.name}", where=SplitRow(split))
 
 
 def open_hub(name: str, split: str) -> ArrowColumns:
@@ -167,9 +169,9 @@ def open_hub(name: str, split: str) -> ArrowColumns:
             if splits and split not in splits:
                 raise missing_split(name, split, splits) from error
         raise DataError(
-            f"there is no file or folder {name!r} here, and as a data set: {why_not_fetched(name, error, 'dataset')}"
+            f"there is no file or folder {name!r} here, and as a dataset: {why_not_fetched(name, error, 'dataset')}"
         ) from error
-    return ArrowColumns(dataset, storage=f"Hub data set {name}", where=SplitRow(split))
+    return ArrowColumns(dataset, storage=f"Hub dataset {name}", where=SplitRow(split))
 
 
 def missing_split(name: str, split: str, splits: Sequence[str]) -> DataError:

@@ -28,7 +28,7 @@ def open_json(file: Path) -> ListColumns:
     except DataError:
         raise
     except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}); one object per line belongs into a .jsonl") from error
+        raise DataError(f"{file} is not JSON ({error}); for one object per line use the ending .jsonl") from error
     if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{file} must be a non-empty list of objects ({NEEDED})")
     ranked = any(isinstance(entry.get(name), list) for entry in entries if isinstance(entry, dict) for name in IMAGES)
@@ -60,12 +60,15 @@ def _fault(entry: Any, ranked: bool) -> str | None:
         return None
     order = entry.get("human_preference", entry.get("rank"))
     if "prompt" not in entry or not isinstance(order, list):
-        return f"has the fields {sorted(entry)}; needed are {NEEDED}"
+        return f"has the fields {sorted(entry)}; required: {NEEDED}"
     paths = _paths(entry)
     if not isinstance(paths, list):
-        return f"its image paths are {paths!r:.60}; needed are {NEEDED}"
+        return f"its image paths are {paths!r:.60}; required: {NEEDED}"
     if len(paths) != len(order) or len(paths) < 2:
-        return f"{len(paths)} image paths for {len(order)} preferences; each image needs one, and two images at least"
+        return (
+            f"{len(paths)} image paths for {len(order)} preferences; each image needs one, and there "
+            "must be at least two images"
+        )
     return None
 
 

@@ -48,7 +48,7 @@ def open_folder(folder: Path) -> ListColumns:
     sides = {side: _images(files[side], folder / side) for side in SIDES}
     names = sorted({name for images in sides.values() for name in images})
     if not names:
-        raise DataError(f"{folder}/chosen and {folder}/rejected hold no images; known endings: {IMAGES}")
+        raise DataError(f"{folder}/chosen and {folder}/rejected contain no images; known endings: {IMAGES}")
     listed, unused = _captions(folder)
     texts = None if listed is not None else _texts(folder)
     rows: list[Said] = []
@@ -94,7 +94,9 @@ def _images(files: Sequence[str], folder: Path) -> dict[str, str]:
         if suffix.lower() not in IMAGES:
             continue
         if name in found:
-            raise DataError(f"{folder} has both {found[name]} and {file}; keep one image per name")
+            raise DataError(
+                f"{folder} has both {found[name]} and {file}; remove one, so that there is one image per name"
+            )
         found[name] = file
     return found
 
@@ -120,7 +122,7 @@ def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str
     if not there:
         return None, unused
     if len(there) > 1:
-        raise DataError(f"{folder} has {' and '.join(there)}; keep the one whose prompts are meant")
+        raise DataError(f"{folder} has {' and '.join(there)}; remove all but the one with the right prompts")
     file = folder / there[0]
     pairs: list[tuple[Any, Said]]
     if file.suffix == ".json":
@@ -146,7 +148,7 @@ def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str
                 name = str(name)
             pairs.append((name, said | ({"fault": f"{listing.where(place)}: {fault}"} if fault else {})))
             if not isinstance(name, str):
-                unused.append((listing.where(place), fault or "its name is no text; write that of an image"))
+                unused.append((listing.where(place), fault or ("its name is not a string; write the name of an image")))
     found: dict[str, Said] = {}
     for given, said in pairs:
         if not isinstance(given, str):
@@ -154,7 +156,7 @@ def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str
         stem, suffix = os.path.splitext(given)
         name = stem if suffix.lower() in IMAGES else given
         if name in found and found[name] != said:
-            said = {"fault": f"{file.name} names {name!r} twice, with other values; keep one"}
+            said = {"fault": f"{file.name} has {name!r} twice, with different values; remove one"}
         found[name] = said
     return found, unused
 
@@ -181,7 +183,7 @@ def _said(name: str, sides: Mapping[str, Mapping[str, str]], texts: Mapping[str,
     except DataError as error:
         return {"fault": str(error)}
     if len(set(prompts.values())) > 1:
-        return {"fault": f"{' and '.join(files)} say different prompts, and a pair has one; remove all but one"}
+        return {"fault": (f"{' and '.join(files)} have different prompts, and a pair has one; remove all but one")}
     return {"prompt": prompts[files[0]]}
 
 
@@ -196,6 +198,6 @@ def _others(
             if suffix.lower() in IMAGES:
                 continue
             if suffix.lower() not in TEXTS:
-                yield f"{side}/{file}", f"the ending {suffix or '(none)'} is not read; known: {', '.join(IMAGES)}"
+                yield f"{side}/{file}", f"the ending {suffix or '(none)'} is not supported; known: {', '.join(IMAGES)}"
             elif not {stem, os.path.splitext(stem)[0]} & known:
                 yield f"{side}/{file}", "a caption without an image of its name in chosen/ or rejected/"

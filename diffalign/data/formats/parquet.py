@@ -47,11 +47,11 @@ class ParquetColumns:
             found = metadata.schema.to_arrow_schema()
             if schema is not None and found.names != schema.names:
                 raise DataError(
-                    f"{file} has the columns {found.names}, but {files[0]} has {schema.names}; "
-                    "give the folder of one data set at a time"
+                    f"{file} has the columns {found.names}, but {files[0]} has {schema.names}; give the "
+                    "folder of one dataset at a time"
                 )
             if len(set(found.names)) < len(found.names):
-                raise DataError(f"{file} has a column twice: {found.names}; give each a name of its own")
+                raise DataError(f"{file} has a duplicate column: {found.names}; give each column its own name")
             schema = found
             in_file = 0
             for group in range(metadata.num_row_groups):
@@ -140,17 +140,17 @@ def open_parquet(files: Sequence[Path]) -> Columns:
 
     builder = arrow_builder(files)
     if not laid_out(builder):
-        each = f"a row is read with up to {direct.surplus >> 20} MB of its row group"
+        each = f"reading one row reads up to {direct.surplus >> 20} MB of its row group"
         hint = f"write parquet with row_group_size={1 + SURPLUS // max(1, direct.row_bytes)} to avoid both"
         if free_bytes(builder) < 1.1 * direct.bytes:
             log.warning(
-                "%s, which is slow, and the disk of %s has no room for the %.1f GB of an Arrow copy; HF_DATASETS_CACHE "
-                "names another place, or %s",
+                "%s, which is slow, and the disk of %s does not have the %.1f GB for an Arrow copy; set "
+                "HF_DATASETS_CACHE to another folder, or %s",
                 *(each, builder.cache_dir, direct.bytes / 2**30, hint),
             )
             return direct
         log.warning(
-            "%s: laying the rows out once as Arrow files in %s (%.1f GB; HF_DATASETS_CACHE moves it; %s)",
+            "%s: converting the rows once to Arrow files in %s (%.1f GB; HF_DATASETS_CACHE moves it; %s)",
             *(each, builder.cache_dir, direct.bytes / 2**30, hint),
         )
     try:
@@ -158,8 +158,8 @@ def open_parquet(files: Sequence[Path]) -> Columns:
     except DatasetGenerationError as error:
         direct.read_all()  # names the file and row group, where one is damaged
         raise DataError(
-            f"{direct.storage} cannot be laid out as Arrow files in {builder.cache_dir} ({error.__cause__ or error}); "
-            "free some space, or name another place by HF_DATASETS_CACHE"
+            f"{direct.storage} cannot be converted to Arrow files in {builder.cache_dir} ({error.__cause__ or error}); "
+            "free some space, or set HF_DATASETS_CACHE to another folder"
         ) from error
     return ArrowColumns(rows, storage=direct.storage, where=direct.where, files=direct.files)
 
@@ -178,7 +178,7 @@ def _value(scalar: pa.Scalar) -> Any:
     except UnicodeDecodeError:
         if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
             return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
-        return Absent("a text in it is not UTF-8; write UTF-8")
+        return Absent("a string in it is not UTF-8; write UTF-8")
 
 
 def _read_group(opened: pq.ParquetFile, file: Path, group: int, names: list[str]) -> pa.Table:

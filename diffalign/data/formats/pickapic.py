@@ -74,7 +74,7 @@ def judge(label_0: Any, label_1: Any, has_label: Any = True) -> int | tuple[str,
     if compared is None:
         return BAD_LABEL, f"has_label is {has_label!r:.80}; write true or false"
     if not compared:
-        return NO_LABEL, "has_label is false: nobody compared these images"
+        return NO_LABEL, "has_label is false: these images were not compared"
     first = _number(label_0)
     second = _number(label_1) if label_1 is not None or first is None else 1 - first
     if (first, second) in ((1.0, 0.0), (0.0, 1.0)):

@@ -39,17 +39,17 @@ def of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
         has_no_splits(folder, split)
         return list(files)
     if len(wanted) != 1:
-        raise DataError(f"{folder} has no files of split {split!r}; it has {said}: name one of these as the split")
+        raise DataError(f"{folder} has no files of split {split!r}; it has {said}: set split to one of these")
     unnamed = [file.name for file, word in words.items() if word is None]
     if unnamed:
-        log.warning("%s: left out, since their names say no split and others' do: %s", folder, unnamed[:8])
+        log.warning("%s: left out, since their names contain no split and others' do: %s", folder, unnamed[:8])
     return [file for file, word in words.items() if word == wanted[0]]
 
 
 def has_no_splits(place: Path, split: str) -> None:
     """Raise DataError when a split was asked for where there are none; "train", the default, is everything."""
     if split != ALL:
-        raise DataError(f"{place} has no splits, and split {split!r} was asked for; leave split out to read all of it")
+        raise DataError(f"{place} has no splits, and split {split!r} was requested; remove split to read all of it")
 
 
 def _word(path: Path, split: str) -> str | None:
@@ -60,7 +60,7 @@ def _word(path: Path, split: str) -> str | None:
         if split not in found and not any(split in words for words in ALIKE.values()) and asked.search(name.lower()):
             return split  # a name of the data's own, such as train_prefs
         if len(found) > 1:
-            raise DataError(f"{path}: its name says the splits {sorted(found)}; rename it, so that it says one")
+            raise DataError(f"{path}: its name contains the splits {sorted(found)}; rename it, so that it contains one")
         if found:
             return found.pop()
     return None

@@ -50,13 +50,13 @@ def lines_of(text: str) -> list[str]:
 def odd(text: str) -> str | None:
     """What a text holds that no prompt and no path can, or None."""
     if "\0" in text:
-        return "holds a NUL character"
+        return "contains a NUL character"
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         return f"is not UTF-8 (byte 0x{code - 0xDC00:02x})" if 0xDC80 <= code <= 0xDCFF else (
-            f"holds half a character (U+{code:04X}, a surrogate without its other half)"
+            f"contains half a character (U+{code:04X}, a surrogate without its other half)"
         )  # fmt: skip
     return None
 
@@ -73,7 +73,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for place, (key, _) in enumerate(pairs) if key in (other for other, _ in pairs[:place]))
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return found
 
 
@@ -142,7 +142,7 @@ def _csv_rows(text: str, delimiter: str, file: Path) -> tuple[list[str], list[Li
             names = [field.strip() for field in fields]
             if len(set(names)) < len(names) or odd(text_of := "".join(names)):
                 why = odd(text_of) if len(set(names)) == len(names) else "names a column twice"
-                raise DataError(f"{file} line {number}: the header {names} {why}; give each column a name of its own")
+                raise DataError(f"{file} line {number}: the header {names} {why}; give each column its own name")
             continue
         fault = None
         if len(fields) != len(names):
@@ -168,7 +168,8 @@ def _delimiter(text: str, file: Path) -> str:
     if len(several) > 1:
         named = " and ".join(DELIMITERS[each] for each in several)
         raise DataError(
-            f"{file}: its header {header!r} is split by {named} alike; put names that hold one in double quotes"
+            f"{file}: several delimiters split its header {header!r} ({named}); put names that contain a "
+            "delimiter in double quotes"
         )
     return several[0] if several else ","
 

@@ -40,7 +40,7 @@ class TwoPrompts:
 
     def __init__(self, stored: Columns, found: Mapping[str, str]) -> None:
         self.stored, self.in_memory, self.files = stored, stored.in_memory, stored.files
-        self.storage = f"{stored.storage}, two pairs a row"
+        self.storage = f"{stored.storage}, two pairs per row"
         self._images = (found["image_0"], found["image_1"])
         self._prompts = tuple(stored.column(found[part]) for part in ("prompt_0", "prompt_1"))
         uids = [found[part] for part in ("uid_0", "uid_1") if part in found]

@@ -42,7 +42,7 @@ def open_shards(files: Sequence[Path]) -> ListColumns:
             ) from error
         _whole(file, end, last)
     if not rows:
-        raise DataError(f"{[str(file) for file in files]} hold no files")
+        raise DataError(f"{[str(file) for file in files]} contain no files")
     places = {key: place for place, key in enumerate(rows)}
     return ListColumns(
         list(rows.values()),
@@ -72,8 +72,8 @@ def _whole(file: Path, end: int, last: str | None) -> None:
         )
     if rest:
         raise DataError(
-            f"{file} goes on after the end mark that follows its member {last!r} (byte {end}): archives that were put "
-            "together with cat; name them one by one, or repack them with tar"
+            f"{file} continues after the end mark that follows its member {last!r} (byte {end}): several "
+            "archives were joined with cat; name them one by one, or repack them with tar"
         )
 
 
@@ -96,7 +96,7 @@ def _add(
         where = f"{file.name} sample {name} {field}"
         row[column] = ImageRef(None, str(file), where, (member.offset_data, member.size))
     elif member.size > MAX_TEXT:
-        fault = f"{member.name} has {member.size} bytes; a text has at most {MAX_TEXT}"
+        fault = f"{member.name} has {member.size} bytes; a string has at most {MAX_TEXT}"
         row[column] = None
     else:
         stream = tar.extractfile(member)

@@ -143,8 +143,9 @@ class Visits(Dataset[Loaded]):
                 problems.append(Problem(self.table.where(index), error.kind, str(error)))
                 index = substitute(self.table.ids[first], attempt, len(self.table))
         raise DataError(
-            f"{self.table.where(first)} cannot be read and neither can {ATTEMPTS - 1} substitutes "
-            f"(last: {problems[-1]}); are the images still there? `diffalign data check` names them all"
+            f"{self.table.where(first)} cannot be read and neither can {ATTEMPTS - 1} substitutes (last: "
+            f"{problems[-1]}); do the images still exist? `diffalign data check` lists all unreadable "
+            "ones"
         )
 
     def look(self, index: int, draw: int, problems: tuple[Problem, ...] = ()) -> Visit:
@@ -169,7 +170,9 @@ class Visits(Dataset[Loaded]):
             return None
         where = self.table.where(index)
         if not self.signed_masks and bool((grid < 0).any()):
-            raise DataError(f"{where}: its mask goes below 0, which this run's objective has no use for")
+            raise DataError(
+                f"{where}: its mask goes below 0, which this run's objective does not support; write values from 0 to 1"
+            )
         return on_latents(grid, geometry, flip=self.content.flip(name, key, draw), side=self.latent_side, where=where)
 
 

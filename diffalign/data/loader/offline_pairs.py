@@ -107,8 +107,8 @@ class OfflinePairs:
             cache = content if isinstance(content, PairCache) else content.cache
             if cache.pairs != len(table):
                 raise DataError(
-                    f"the cache {cache.folder} holds {cache.pairs} pairs and the table {len(table)}; "
-                    "open both with the same data settings"
+                    f"the cache {cache.folder} has {cache.pairs} pairs and the table {len(table)}; open "
+                    "both with the same data settings"
                 )
             side = cache.latent_shape[-1] if "mask" in table.terms else None
             self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
@@ -149,7 +149,9 @@ class OfflinePairs:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take up. Raises DataError for the state of a source that has one."""
         if state:
-            raise DataError("this checkpoint is of a run that made its own pairs; resume it with its `source` section")
+            raise DataError(
+                "this checkpoint is from a run that generated its own pairs; resume it with its `source` section"
+            )
 
     def take_metrics(self) -> dict[str, Tensor]:
         """Nothing to say."""
@@ -201,9 +203,9 @@ class OfflinePairs:
                 log.warning("replaced by another pair, each time: %s", problem)
         if len(self.problems) > self._allowed:
             raise DataError(
-                f"{len(self.problems)} of {len(self.table)} pairs could not be read, and a run goes on with "
-                f"{self._allowed} at most (last: {self.problems[-1]}); `diffalign data check --full` names them all: "
-                "mend or remove them"
+                f"{len(self.problems)} of {len(self.table)} pairs could not be read; a run tolerates at "
+                f"most {self._allowed} (last: {self.problems[-1]}); `diffalign data check --full` lists "
+                "them all: repair or remove them"
             )
 
 

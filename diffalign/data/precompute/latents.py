@@ -94,7 +94,7 @@ def encode_cache(
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
     plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
     sweep(folder)
-    require_room(folder, plan.missing_bytes(folder), "the encode cache")
+    require_room(folder, plan.missing_bytes(folder), "the latent cache")
     problems: dict[int, Problem] = {}  # by index of the pair
     written = 0
 
@@ -134,13 +134,15 @@ def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan,
     leftovers = sorted(folder.glob("*.safetensors"))  # looked for first: another run may be just beginning
     if read_manifest(folder) is None:
         if leftovers:
-            raise DataError(f"{folder} holds {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache")
+            raise DataError(
+                f"{folder} contains {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache"
+            )
         write_manifest(folder, manifest_text(key, make()))
     found = read_manifest(folder)
     if found is None:
-        raise DataError(f"{folder / MANIFEST} was removed while the cache was being begun; encode again")
+        raise DataError(f"{folder / MANIFEST} was removed while the cache was being created; encode again")
     if lines := differences(found[0], key):
-        head = f"{folder} holds an encode cache of something else; delete it or name another folder:"
+        head = f"{folder} contains a different latent cache; delete it or name another folder:"
         raise DataError("\n".join([head, *lines]))
     return found[1], found[2]
 
@@ -266,8 +268,8 @@ def _no_number(what: str, whose: str, fits: bool, dtype: torch.dtype) -> DataErr
     kind = str(dtype).removeprefix("torch.")
     if fits:
         return DataError(
-            f"the {what} of {whose} are beyond the range of cache_dtype {kind}: set data.cache_dtype to bfloat16 or "
-            "float32"
+            f"the {what} of {whose} are beyond the range of cache_dtype {kind}: set data.cache_dtype to "
+            "bfloat16 or float32"
         )
-    remedy = OVERFLOW if what == "latents" else "Give another base, or its text encoders' weights anew"
-    return DataError(f"the {what} of {whose} are not finite and do not enter the cache. {remedy}")
+    remedy = OVERFLOW if what == "latents" else ("Use another base, or get its text encoders' weights again")
+    return DataError(f"the {what} of {whose} are not finite and are not stored. {remedy}")

@@ -128,4 +128,4 @@ def _remember(note: Path, made: str) -> None:
         temporary.write_text(made)
         os.replace(temporary, note)
     except OSError as error:
-        log.warning("the hash of the image files cannot be remembered, so every run makes it anew (%s)", error)
+        log.warning("the hash of the image files cannot be stored, so every run computes it again (%s)", error)

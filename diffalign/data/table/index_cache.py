@@ -72,7 +72,7 @@ def remember(note: Path, index: dict[str, Any]) -> None:
         stamp(partial)
         os.replace(partial, note)
     except (OSError, SafetensorError) as error:
-        log.warning("what was found in the data cannot be remembered, so every start looks again (%s)", error)
+        log.warning("the index of the data cannot be stored, so every start examines the rows again (%s)", error)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 

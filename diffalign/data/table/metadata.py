@@ -45,7 +45,7 @@ class SmallColumns:
         cells = [column[row] for column in self._uids]
         values = tuple("" if cell is None or cell != cell else str(cell) for cell in cells)
         if fault := next(filter(None, map(odd, values)), None):
-            raise ImageError(BAD_ROW, f"its uid {fault}: {values!a:.80}; write a text in UTF-8, or leave it empty")
+            raise ImageError(BAD_ROW, f"its uid {fault}: {values!a:.80}; write a string in UTF-8, or leave it empty")
         return values if all(values) else ()
 
     def scores(self, row: int) -> tuple[float, float] | None:

@@ -56,7 +56,7 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
             remember(note, table.index())
     else:
         table.take_index(found)
-        log.info("%s: rows examined earlier, as noted in %s", stored.storage, note)
+        log.info("%s: rows examined earlier, result read from %s", stored.storage, note)
     return table
 
 
@@ -65,7 +65,7 @@ def open_columns(path: str | Path, split: str = "train") -> Columns:
     try:
         place = Path(path).expanduser()
     except RuntimeError as error:  # ~NAME of somebody who is not there
-        raise DataError(f"{path}: {error}; write the folder out") from error
+        raise DataError(f"{path}: {error}; write the full path of the folder") from error
     if place.is_file():
         has_no_splits(place, split)
         return _open_file(place)
@@ -119,7 +119,7 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
             rows = two_prompts.TwoPrompts(stored, found)
             return rows, rows.layout
         return stored, _LAYOUTS[name].layout(found)
-    lines = [f"{stored.storage} {_has(stored)}; no known layout fits:"]
+    lines = [f"{stored.storage} {_has(stored)}; no known format matches:"]
     for name in sorted(wanted, key=lambda each: len(missing[each])):
         for part in missing[name]:
             names = _PARTS[name].PARTS[part]
@@ -138,7 +138,7 @@ def _several(stored: Columns, meant: Mapping[str, Mapping[str, str]]) -> Several
     for name, found in meant.items():
         needed = [column for part, column in found.items() if part not in _PARTS[name].OPTIONAL]
         lines.append(f"  {name}: {', '.join(needed)}")
-    lines.append(f"say which is meant: data.format: {next(iter(meant))} in a config, --format on the command line")
+    lines.append(f"set the format: data.format: {next(iter(meant))} in a config, --format on the command line")
     return SeveralFormatsError("\n".join(lines))
 
 
@@ -150,7 +150,7 @@ def _say_choices(
         others = [name for name in parts[part] if name in stored.names and name not in found.values()]
         if others and part not in named:
             log.warning(
-                "%s: %s is read from the column %s, not from %s; data.columns: {%s: %s} reads that one",
+                "%s: %s is read from the column %s, not from %s; to read that one, set data.columns: {%s: %s}",
                 *(stored.storage, part, column, " or ".join(others), part, others[0]),
             )
 
@@ -161,7 +161,7 @@ def _has(stored: Columns) -> str:
 
 def _near(name: str, stored: Columns) -> str:
     near = difflib.get_close_matches(name, stored.names, n=1)
-    return f"; nearest here: {near[0]!r}" if near else ""
+    return f"; nearest name: {near[0]!r}" if near else ""
 
 
 def _open_file(file: Path) -> Columns:
@@ -200,15 +200,16 @@ def _open_folder(folder: Path, split: str) -> Columns:
             return _open_file(_of_one_split(files, folder, split))
         return (open_parquet if there[0] == ".parquet" else open_shards)(of_split(files, folder, split))
     raise DataError(
-        f"{folder} holds {_listed(folder)[:8] or 'nothing'}; a folder of pairs has chosen/ and rejected/, "
-        "parquet or tar shards, one listing (jsonl, csv, json), or is a data set saved by save_to_disk"
+        f"{folder} contains {_listed(folder)[:8] or 'nothing'}; a folder of pairs has chosen/ and "
+        "rejected/, parquet or tar shards, one listing (jsonl, csv, json), or is a dataset saved by "
+        "save_to_disk"
     )
 
 
 def _of_one_split(files: Sequence[Path], folder: Path, split: str) -> Path:
     found = of_split(files, folder, split)
     if len(found) > 1:
-        raise DataError(f"{folder} holds several listings, {[file.name for file in found]}; name one of them")
+        raise DataError(f"{folder} contains several listings, {[file.name for file in found]}; name one of them")
     return found[0]
 
 

@@ -126,8 +126,9 @@ class PairTable:
         """
         if relabel and {"margin", "mask"} & self.layout.terms.keys():
             raise DataError(
-                "margins and masks say how much better the labelled image is, and where: with them the labels must "
-                'stay; set relabel to false, or leave the columns out (columns: {"mask": "", "margin": ""})'
+                "margins and masks state by how much, and where, the labelled image is better: they "
+                "require the original labels; set relabel to false, or ignore the columns (columns: "
+                '{"mask": "", "margin": ""})'
             )
         self._scores = scores
         for index, (one, two) in enumerate(scores) if relabel else ():
@@ -205,7 +206,7 @@ class PairTable:
         """Raise DataError, with the first reason, when no pair is usable."""
         if not len(self):
             raise DataError(
-                f"none of the {self.total_rows} rows is usable; `diffalign data check` says why "
+                f"none of the {self.total_rows} rows is usable; `diffalign data check` shows the reasons "
                 f"(first: {self.problems[0] if self.problems else 'no rows'})"
             )
 
@@ -253,9 +254,7 @@ class PairTable:
         seen: Counter[str] = Counter()
         kept_prompts: dict[str, str] = {}
         if verify != "none" and self.total_rows >= MANY_ROWS and max_pairs is None:
-            log.info(
-                "looking at the images of all %d rows (verify=%r); verify='none' skips it", self.total_rows, verify
-            )
+            log.info("checking the images of all %d rows (verify=%r); verify='none' skips it", self.total_rows, verify)
         bar = tqdm(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0)
         for row in bar:
             if max_pairs is not None and len(self) >= max_pairs:
@@ -284,7 +283,7 @@ class PairTable:
                 continue
             seen[name] += 1
             if seen[name] > 1:
-                reason = f"{name} was seen {seen[name] - 1} times before; kept as {name}#{seen[name]}"
+                reason = f"{name} was seen {seen[name] - 1} times before; used as {name}#{seen[name]}"
                 self.problems.append(Problem(self.columns.where(row), DUPLICATE, reason, dropped=False))
                 name = f"{name}#{seen[name]}"
             first = judged if tie else judged ^ self.invert_preference
@@ -326,7 +325,7 @@ class PairTable:
         """
         where, base = self.columns.where(row), self.columns.base(row)
         if len(uids) == 2 and uids[0] == uids[1]:
-            raise ImageError(IDENTICAL, f"{where}: both sides are image {uids[0]}; nothing to prefer")
+            raise ImageError(IDENTICAL, f"{where}: both sides are image {uids[0]}; replace one or remove the row")
         if uids and verify == "none" and not self.columns.in_memory:  # the cells are not even fetched
             return ":".join(uids), None, None
         refs, files = self.refs(row), None
@@ -349,7 +348,7 @@ class PairTable:
             same = refs[0].data == refs[1].data
             name = ":".join(uids) or _digest(prompt, *(ref.data or b"" for ref in refs))
         if same:
-            raise ImageError(IDENTICAL, f"{where}: both sides are the same image; nothing to prefer")
+            raise ImageError(IDENTICAL, f"{where}: both sides are the same image; replace one or remove the row")
         if verify == "none":
             return name, None, files
         sizes = []

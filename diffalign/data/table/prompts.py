@@ -78,7 +78,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     Raises PromptError where no prompt is left, and for a limit below 1.
     """
     if limit is not None and limit < 1:
-        raise PromptError(f"limit={limit}: at least 1 prompt is needed; leave it out for all of them")
+        raise PromptError(f"limit={limit}: must be at least 1; leave it out to use all prompts")
     if not _may_be_path(source):
         return unique([_text(source)])[:limit]
     path = Path(expanded(source))
@@ -95,7 +95,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     else:
         prompts = _column(path)
     if not any(prompt.strip() for prompt in prompts):
-        raise PromptError(f"{source!r}: no prompt in it")
+        raise PromptError(f"{source!r}: contains no prompt")
     return unique(prompts)[:limit]
 
 
@@ -117,9 +117,9 @@ def _may_be_path(source: str) -> bool:
 def _text(prompt: str) -> str:
     """A prompt that was given itself. Raises PromptError for characters that are no text."""
     if fault := odd(prompt):
-        raise PromptError(f"the prompt {prompt!r} {fault}; write a text in UTF-8")
+        raise PromptError(f"the prompt {prompt!r} {fault}; write a string in UTF-8")
     if not prompt.strip():
-        raise PromptError(f"{prompt!r}: no prompt in it; give a text, or a file that ends in {', '.join(FORMATS)}")
+        raise PromptError(f"{prompt!r}: contains no prompt; give a string, or a file that ends in {', '.join(FORMATS)}")
     return prompt
 
 
@@ -141,7 +141,7 @@ def _lines(path: Path) -> list[str]:
     found = []
     for number, line in enumerate(lines_of(read_text(path)), start=1):
         if fault := odd(line):
-            raise PromptError(f"{path}, line {number}: it {fault}; write a text in UTF-8")
+            raise PromptError(f"{path}, line {number}: it {fault}; write a string in UTF-8")
         if line.strip():
             found.append(line.strip())
     return found

@@ -78,16 +78,18 @@ def read_scores(path: str | Path, scorer: str | None = None) -> Scores:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"there is no file of scores {path}; `diffalign data score PAIRS --scorer NAME --out {path}`")
+        raise DataError(
+            f"there is no file of scores {path}; make it with `diffalign data score PAIRS --scorer NAME --out {path}`"
+        )
     *lines, unfinished = lines_of(read_text(path))
     try:
         made_by = parse_json(lines[0])["scorer"]
         rows = [parse_json(line) for line in lines[1:] if line.strip()]
         found = {row["id"]: (_number(row["score_0"]), _number(row["score_1"])) for row in rows}
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is no file of scores ({error!r}); `diffalign data score` writes one") from error
+        raise DataError(f"{path} is not a file of scores ({error!r}); `diffalign data score` writes one") from error
     if scorer is not None and made_by != scorer:
-        raise DataError(f"{path} has scores by {made_by}, and {scorer} was asked for; name another file")
+        raise DataError(f"{path} has scores by {made_by}, and {scorer} was requested; name another file")
     if unfinished:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return found
@@ -123,8 +125,8 @@ def require_scores(table: PairTable, scores: Scores, where: str) -> None:
     if missing:
         named = ", ".join(missing[:NAMED])
         raise DataError(
-            f"{where} has no scores of {len(missing)} of {len(table)} pairs (first: {named}); run the same `diffalign "
-            "data score` again, it goes on where it stopped"
+            f"{where} has no scores for {len(missing)} of {len(table)} pairs (first: {named}); run the "
+            "same `diffalign data score` again, it continues where it stopped"
         )
 
 

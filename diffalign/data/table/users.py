@@ -64,15 +64,15 @@ def open_users(path: str | Path) -> Users:
     """The embeddings in a file. Raises DataError for a file of another form, or embeddings of several lengths."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"there is no file of users {path}; it holds an embedding by id, as {', '.join(SUFFIXES)}")
+        raise DataError(f"there is no file of users {path}; it contains an embedding per id, as {', '.join(SUFFIXES)}")
     try:
         found = _read(path)
     except DiffalignError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise DataError(f"{path} is no file of users ({error!r}): write {{id: [numbers]}} as .json") from error
+        raise DataError(f"{path} is not a file of users ({error!r}): write {{id: [numbers]}} as .json") from error
     if not found:
-        raise DataError(f"{path} holds no user")
+        raise DataError(f"{path} contains no user")
     embeddings = {name: embedding(values, f"{path}: user {name!r}") for name, values in found.items()}
     _one_length([(name, len(x)) for name, x in embeddings.items()], str(path))
     return Users(str(path), embeddings)
@@ -88,8 +88,8 @@ def use_users(table: PairTable, users: Users | None, *, where: str) -> None:
     if column is None:
         part = "user" if users is not None else "user_embed"
         raise DataError(
-            f"tuning.method: user_attention, and these pairs do not say whose they are: no column {part}. Name it "
-            f"(data.columns={{{part}: MY_COLUMN}})"
+            f"tuning.method: user_attention needs pairs with a user, and these have no column {part}. "
+            f"Name it (data.columns={{{part}: MY_COLUMN}})"
             + (", or give data.users, a file of embeddings by id" if users is None and layout.user is not None else "")
         )
     values = table.column(column)
@@ -98,7 +98,7 @@ def use_users(table: PairTable, users: Users | None, *, where: str) -> None:
         named = ", ".join(f"{table.where(i)}: {values[i]!r}"[:120] for i in missing[:NAMED])
         there = "" if users is None else f" that is in {where}"
         raise DataError(
-            f"{len(missing)} of {len(table)} pairs have no user{there} ({named}); add them, or leave these rows out"
+            f"{len(missing)} of {len(table)} pairs have no user{there} ({named}); add them, or remove these rows"
         )
     if users is not None:
         rows = {name: row for row, name in enumerate(users.embeddings)}
@@ -119,7 +119,7 @@ def parse_mixture(words: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise DataError(f"--user {word}: write ID or ID=WEIGHT, e.g. --user anna=0.7 --user ben=0.3") from None
         if name in weights:
-            raise DataError(f"--user {word}: {name} was given before; give each user once")
+            raise DataError(f"--user {word}: {name} is given twice; give each user once")
         weights[name] = value
     return weights
 
@@ -129,7 +129,7 @@ def embedding(values: Any, where: str) -> Tensor:
     try:
         vector = torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise DataError(f"{where}: {values!r:.60} is no list of numbers") from error
+        raise DataError(f"{where}: {values!r:.60} is not a list of numbers") from error
     if vector.ndim != 1 or not len(vector) or not bool(vector.isfinite().all()):
         raise DataError(f"{where}: an embedding is a list of finite numbers, this one has shape {tuple(vector.shape)}")
     return vector

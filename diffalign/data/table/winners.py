@@ -66,7 +66,7 @@ class WinnerTable:
                 continue
             seen[name] += 1
             if seen[name] > 1:
-                again = f"{name} was seen before; kept as {name}#{seen[name]}"
+                again = f"{name} was seen before; used as {name}#{seen[name]}"
                 self.problems.append(Problem(columns.where(row), DUPLICATE, again, dropped=False))
                 name = f"{name}#{seen[name]}"
             self._rows.append(row)

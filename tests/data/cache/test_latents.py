@@ -143,7 +143,7 @@ def test_other_data_are_refused(table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "cache")
     file = tmp_path / "pairs.parquet"
     for other in (open_pairs(file, DataSpec(invert_preference=True)), open_pairs(file, DataSpec(max_pairs=6))):
-        with pytest.raises(DataError, match=r"dataset: the cache has .*other pairs, prompts, labels"):
+        with pytest.raises(DataError, match=r"dataset: the cache has .*pairs, prompts, labels"):
             open_cache(tmp_path / "cache", needed(other))
     rows = pick_rows(7)
     rows[0]["caption"] = "another"
@@ -151,7 +151,7 @@ def test_other_data_are_refused(table: PairTable, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dataset: the cache has"):
         open_cache(tmp_path / "cache", needed(changed))
     cache = open_cache(tmp_path / "cache", needed(table))
-    with pytest.raises(DataError, match="holds 7 pairs and the table 6"):
+    with pytest.raises(DataError, match="has 7 pairs and the table 6"):
         batches(open_pairs(file, DataSpec(max_pairs=6)), cache, 1)
 
 
@@ -167,13 +167,13 @@ def test_a_changed_image_file_of_the_same_size_makes_the_cache_stale(tmp_path: P
     open_cache(tmp_path / "cache", needed(open_pairs(file, DataSpec(verify="full"))))
     (tmp_path / "images" / "1c.png").write_bytes(png(99))
     assert len({image.stat().st_size for image in (tmp_path / "images").iterdir()}) == 1
-    with pytest.raises(DataError, match=r"dataset: the cache has .*order or image files: use the data settings"):
+    with pytest.raises(DataError, match=r"dataset: the cache has .*order or image files differ: use the data settings"):
         open_cache(tmp_path / "cache", needed(open_pairs(file)))
 
 
 def test_encoding_into_a_cache_of_something_else_is_refused(table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "cache")
-    with pytest.raises(DataError, match=r"of something else; delete it.*\n  resolution: the cache has 16"):
+    with pytest.raises(DataError, match=r"a different latent cache; delete it.*\n  resolution: the cache has 16"):
         encode(table, tmp_path / "cache", resolution=32)
     (tmp_path / "cache" / "manifest.json").unlink()
     with pytest.raises(DataError, match="but no manifest"):
@@ -181,7 +181,7 @@ def test_encoding_into_a_cache_of_something_else_is_refused(table: PairTable, tm
 
 
 def test_missing_and_damaged_manifests(table: PairTable, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no encode cache"):
+    with pytest.raises(DataError, match="contains no latent cache"):
         open_cache(tmp_path / "nothing", needed(table))
     (tmp_path / "manifest.json").write_text(json.dumps({"key": {"colour": "red"}}))
     with pytest.raises(DataError, match="not a manifest of this version"):

@@ -102,12 +102,12 @@ def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     wanted = {
         "pair uncaptioned": ("empty prompt", "there is no uncaptioned.txt beside the folders, in prompts/, chosen/ or"),
         "pair latin": ("bad row", f"{tmp_path}/latin.txt line 1: not UTF-8 (byte 0xe9); save the file as UTF-8"),
-        "pair two": ("bad row", "two.txt say different prompts, and a pair has one; remove all but one"),
+        "pair two": ("bad row", "two.txt have different prompts, and a pair has one; remove all but one"),
         "pair left": (
             "missing side",
             "there is no rejected/left with the ending of an image; add it, or remove chosen/",
         ),
-        "file chosen/work.psd": ("bad row", "the ending .psd is not read; known: .png, .jpg"),
+        "file chosen/work.psd": ("bad row", "the ending .psd is not supported; known: .png, .jpg"),
         "file chosen/old/lonely.txt": ("bad row", "a caption without an image of its name in chosen/ or rejected/"),
     }
     assert said.keys() == wanted.keys()
@@ -124,7 +124,7 @@ def test_lines_of_a_captions_file_that_cannot_be_used(tmp_path: Path) -> None:
     said = problems(tmp_path)
     assert {where: reason.partition(";")[0] for where, (_, reason) in said.items()} == {
         "pair comma": "captions.csv line 3: 3 fields where the header has 2",
-        "pair twice": "captions.csv names 'twice' twice, with other values",
+        "pair twice": "captions.csv has 'twice' twice, with different values",
         "pair unlisted": "captions.csv names no 'unlisted'",
         "captions.csv name Good": "there is no image of that name in chosen/ or rejected/",
         "captions.csv line 7": "',' expected after '\"'",
@@ -145,7 +145,7 @@ def test_captions_that_are_no_text(tmp_path: Path, prompt: object) -> None:
         ("{]", "is not JSON"),
         ("[]", "one object"),
         ("[" * 10**5, "too deeply"),
-        ('{"a": "1", "a": "2"}', "the key .a. is there twice"),
+        ('{"a": "1", "a": "2"}', "the key .a. occurs twice"),
     ],
 )
 def test_captions_files_of_another_form(tmp_path: Path, text: str, message: str) -> None:
@@ -160,7 +160,9 @@ def test_two_captions_files_are_refused_and_names_may_be_numbers(tmp_path: Path)
     (tmp_path / "captions.jsonl").write_text('{"name": 1, "prompt": "p"}')
     assert open_pairs(tmp_path).prompts == ["p"]
     (tmp_path / "captions.json").write_text('{"1": "q"}')
-    with pytest.raises(DataError, match=r"captions.json and captions.jsonl; keep the one whose prompts are meant"):
+    with pytest.raises(
+        DataError, match=r"captions.json and captions.jsonl; remove all but the one with the right prompts"
+    ):
         open_pairs(tmp_path)
 
 
@@ -176,5 +178,7 @@ def test_a_file_name_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
 def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     pair(tmp_path, "a")
     (tmp_path / "chosen" / "a.jpg").write_bytes(png(3))
-    with pytest.raises(DataError, match=r"chosen has both a.jpg and a.png; keep one image per name"):
+    with pytest.raises(
+        DataError, match=r"chosen has both a.jpg and a.png; remove one, so that there is one image per name"
+    ):
         open_pairs(tmp_path)

@@ -51,17 +51,21 @@ def test_files_of_a_split(files: list[str], split: str, wanted: list[str]) -> No
         (
             PICKAPIC,
             "dev",
-            r"no files of split 'dev'; it has \['test', 'test_unique', 'train', 'validation', 'val.*: name",
+            r"no files of split 'dev'; it has \['test', 'test_unique', 'train', 'validation', 'val.*: set split",
         ),
         (
             ["holdout.jsonl"],
             "train",
-            r"no files of split 'train'; it has \['holdout'\]: name one of these as the split",
+            r"no files of split 'train'; it has \['holdout'\]: set split to one of these",
         ),
         (["Testing-0.tar"], "train", r"it has \['testing'\]"),
         (["val-0.tar", "valid-0.tar"], "validation", r"it has \['val', 'valid'\]"),
-        (["train_test.jsonl"], "train", r"train_test.jsonl: its name says the splits \['test', 'train'\]; rename it"),
-        (["a.tar"], "test", "has no splits, and split 'test' was asked for; leave split out"),
+        (
+            ["train_test.jsonl"],
+            "train",
+            r"train_test.jsonl: its name contains the splits \['test', 'train'\]; rename it",
+        ),
+        (["a.tar"], "test", "has no splits, and split 'test' was requested; remove split"),
     ],
 )
 def test_a_split_that_is_not_there(files: list[str], split: str, message: str) -> None:
@@ -76,7 +80,7 @@ def test_shards_of_a_split_are_opened(tmp_path: Path, caplog: pytest.LogCaptureF
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows[4:])
     write_parquet(tmp_path / "more.parquet", rows[4:])
     assert open_pairs(tmp_path).ids == ["a0:b0", "a1:b1", "a2:b2", "a3:b3"]
-    assert "left out, since their names say no split and others' do: ['more.parquet']" in caplog.text
+    assert "left out, since their names contain no split and others' do: ['more.parquet']" in caplog.text
     assert open_pairs(tmp_path, DataSpec(split="test")).ids == ["a4:b4"]
     assert open_pairs(tmp_path)[3].where == "train-00001-of-00002.parquet row 1"
 
@@ -85,7 +89,7 @@ def test_a_split_is_not_invented(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", 2)
     assert len(open_pairs(file)) == 2
     for place in (file, tmp_path):
-        with pytest.raises(DataError, match="has no splits, and split 'test' was asked for"):
+        with pytest.raises(DataError, match="has no splits, and split 'test' was requested"):
             open_pairs(place, DataSpec(split="test"))
 
 
@@ -93,8 +97,10 @@ def test_a_saved_data_set_without_splits_has_none(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(pick_rows(1)).save_to_disk(tmp_path / "saved")
     assert len(open_pairs(tmp_path / "saved")) == 1
-    with pytest.raises(DataError, match="without splits, and split 'test' was asked for"):
+    with pytest.raises(DataError, match="without splits, and split 'test' was requested"):
         open_pairs(tmp_path / "saved", DataSpec(split="test"))
     (tmp_path / "saved" / "state.json").write_text("{")
-    with pytest.raises(DataError, match=r"saved is no whole data set of save_to_disk \(.*\); save or copy it again"):
+    with pytest.raises(
+        DataError, match=r"saved is not a complete dataset of save_to_disk \(.*\); save or copy it again"
+    ):
         open_pairs(tmp_path / "saved")

@@ -62,7 +62,7 @@ def test_a_line_ends_at_line_ends_only(tmp_path: Path) -> None:
         ("p.txt", b"a\ncaf\xe9\n", r"p.txt line 2: not UTF-8 \(byte 0xe9\); save the file as UTF-8"),
         ("p.txt", "a fox".encode("utf-16"), "p.txt is UTF-16; save it as UTF-8"),
         ("p.csv", "prompt\na".encode("utf-16"), "p.csv is UTF-16; save it as UTF-8"),
-        ("p.txt", b"a\n\0b\n", "p.txt, line 2: it holds a NUL character; write a text"),
+        ("p.txt", b"a\n\0b\n", "p.txt, line 2: it contains a NUL character; write a string"),
         ("p.csv", b"prompt\na\ncaf\xe9\n", r"p.csv line 3: prompt is not UTF-8 \(byte 0xe9\): 'caf\\udce9'"),
         (
             "p.csv",
@@ -72,10 +72,14 @@ def test_a_line_ends_at_line_ends_only(tmp_path: Path) -> None:
         ("p.csv", b"prompt,id\na\n", "p.csv line 2: 1 fields where the header has 2"),
         ("p.csv", b'prompt\n"a fox\nan owl\n', "p.csv line 2: a quote is opened and not closed before the file ends"),
         ("p.csv", b'prompt,id\n"a" fox,1\n', "p.csv line 2: .*quote the whole value"),
-        ("p.csv", b"prompt,id;no\na,b\n", "its header 'prompt,id;no' is split by comma and semicolon alike"),
+        (
+            "p.csv",
+            b"prompt,id;no\na,b\n",
+            "several delimiters split its header 'prompt,id;no' \\(comma and semicolon\\)",
+        ),
         ("p.csv", b"prompt,prompt\na,b\n", r"line 1: the header \['prompt', 'prompt'\] names a column twice"),
-        ("p.jsonl", b'"a"\n5\n', "p.jsonl line 2: prompt is 5, a int; write a text"),
-        ("p.jsonl", b'"a"\n"\\ud800"\n', r"p.jsonl line 2: prompt holds half a character \(U\+D800"),
+        ("p.jsonl", b'"a"\n5\n', "p.jsonl line 2: prompt is 5, a int; write a string"),
+        ("p.jsonl", b'"a"\n"\\ud800"\n', r"p.jsonl line 2: prompt contains half a character \(U\+D800"),
         ("p.jsonl", b'"a"\n' + b"[" * 100_000, "p.jsonl line 2: not JSON .*nested too deeply"),
         ("p.parquet", b"PAR1nothing", "p.parquet is not a readable parquet file"),
     ],
@@ -159,7 +163,7 @@ def test_scores_and_users_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "u.JSON").write_bytes(BOM + b'{"anna": [0.5]}')
     assert open_users(tmp_path / "u.JSON").dim == 1
     (tmp_path / "u.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"u.json is no file of users .*nested too deeply.*write \{id"):
+    with pytest.raises(DataError, match=r"u.json is not a file of users .*nested too deeply.*write \{id"):
         open_users(tmp_path / "u.json")
     (tmp_path / "s.jsonl").write_bytes(b'{"scorer": "x"}\n{"id": "\xe9"}\n')
     with pytest.raises(DataError, match=r"s.jsonl line 2: not UTF-8 \(byte 0xe9\)"):

@@ -89,7 +89,7 @@ def test_the_report_counts_pairs_and_names_faults_by_prompt(tmp_path: Path) -> N
         "missing side": ["pairs.jsonl line 4 (prompt_0)", "pairs.jsonl line 4 (prompt_1)"],
     }
     text = report.text()
-    assert "two_prompts columns in pairs.jsonl, two pairs a row" in text
+    assert "two_prompts columns in pairs.jsonl, two pairs per row" in text
     assert "rows          8 = 2 for each of 4" in text
 
 

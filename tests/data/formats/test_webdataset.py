@@ -48,7 +48,7 @@ def test_a_damaged_header_and_a_second_archive_are_told(tmp_path: Path) -> None:
     ):
         open_pairs(file)
     file.write_bytes(whole + whole)
-    with pytest.raises(DataError, match=r"0.tar goes on after the end mark .*name them one by one, or repack them"):
+    with pytest.raises(DataError, match=r"0.tar continues after the end mark .*name them one by one, or repack them"):
         open_pairs(file)
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_header_and_a_second_archive_are_told(tmp_path: Path) -> None:
     [
         ("1.original_prompt.txt", b"caf\xe9", "1.original_prompt.txt is not UTF-8 (byte 0xe9); save it as UTF-8"),
         ("1.label_0.txt", b"\xff", "1.label_0.txt is not UTF-8 (byte 0xff); save it as UTF-8"),
-        ("1.txt", b"a" * 70_000, "1.txt has 70000 bytes; a text has at most 65536"),
+        ("1.txt", b"a" * 70_000, "1.txt has 70000 bytes; a string has at most 65536"),
         ("1.jpg_0.png", png(9), "has two members for jpg_0 (the second is 1.jpg_0.png)"),
     ],
 )

@@ -271,7 +271,7 @@ def test_too_many_unreadable_pairs_stop_the_run(tmp_path: Path) -> None:
     for i in (1, 3, 6):
         rows[i]["jpg_1"] = png(10, (64, 64))[:6000]
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
-    with pytest.raises(DataError, match=r"[23] of 8 pairs could not be read, and a run goes on with 1 at most"):
+    with pytest.raises(DataError, match=r"[23] of 8 pairs could not be read; a run tolerates at most 1"):
         take(pairs(table).batches(), 8)
     take(pairs(table, max_unreadable=0.5).batches(), 8)
 
@@ -283,7 +283,7 @@ def test_all_unreadable_is_one_clear_error(tmp_path: Path, workers: int) -> None
         row["jpg_1"] = None
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="none"))
     assert len(table) == 3
-    wanted = r"^pairs.parquet row \d cannot be read and neither can 15 substitutes \(last: .* is empty.*names them all$"
+    wanted = r"^pairs.parquet row \d cannot be read and neither can 15 substitutes \(last: .* is empty.*lists all unreadable ones$"
     with pytest.raises(DataError, match=wanted):
         take(pairs(table, num_workers=workers).batches(), 1)
 

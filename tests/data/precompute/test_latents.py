@@ -117,7 +117,7 @@ def test_of_two_runs_that_begin_at_once_one_decides_what_the_cache_holds(table: 
                 encode(table, tmp_path / "cache")
             return super().moments(pixels)
 
-    with pytest.raises(DataError, match=r"of something else; delete it.*\n  resolution: the cache has 16"):
+    with pytest.raises(DataError, match=r"a different latent cache; delete it.*\n  resolution: the cache has 16"):
         encode(table, tmp_path / "cache", Overtaken(), resolution=32)
     assert not list((tmp_path / "cache").glob(".*"))
     open_cache(tmp_path / "cache", needed(table))

@@ -61,7 +61,7 @@ def test_identity_without_a_place_to_remember(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     file = write_jsonl(tmp_path / "pairs.jsonl", 1)
     assert open_pairs(file).identity == open_pairs(file).identity
-    assert "cannot be remembered" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 def test_parquet_uids_are_trusted_however_images_are_verified(tmp_path: Path) -> None:

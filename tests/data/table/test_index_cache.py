@@ -212,7 +212,7 @@ def test_no_place_to_remember(tmp_path: Path, home: Path, caplog: pytest.LogCapt
     home.parent.parent.write_text("not a folder")
     data = stored("parquet", tmp_path)
     assert facts(open_pairs(data)) == facts(open_pairs(data))
-    assert "every start looks again" in caplog.text
+    assert "every start examines the rows again" in caplog.text
 
 
 def test_a_note_that_cannot_be_written_leaves_nothing(

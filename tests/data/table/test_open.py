@@ -164,7 +164,7 @@ def test_many_rows_say_how_to_do_without(
     open_pairs(file, DataSpec(verify="none"))
     assert "images of all" not in caplog.text
     open_pairs(file)
-    assert "looking at the images of all 3 rows (verify='header'); verify='none' skips it" in caplog.text
+    assert "checking the images of all 3 rows (verify='header'); verify='none' skips it" in caplog.text
 
 
 def test_duplicate_ids_are_kept_with_a_suffix_and_pointed_out(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_columns_by_name_and_forced_format(tmp_path: Path) -> None:
     assert colours(table) == expected(1)
     with pytest.raises(DataError, match="columns names the part 'chosn'; the parts are chosen"):
         open_pairs(file, DataSpec(columns={"chosn": "good"}))
-    with pytest.raises(DataError, match=r"columns maps chosen to 'goood', which has.*nearest here: 'good'"):
+    with pytest.raises(DataError, match=r"columns maps chosen to 'goood', which has.*nearest name: 'good'"):
         open_pairs(file, DataSpec(columns={"chosen": "goood"}))
     with pytest.raises(DataError, match="format='pick'; allowed are auto, pickapic, preference"):
         open_pairs(file, DataSpec(format="pick"))
@@ -209,7 +209,8 @@ def test_a_part_with_two_columns_says_which_is_read(tmp_path: Path, caplog: pyte
     file = write_parquet(tmp_path / "pairs.parquet", rows)
     assert open_pairs(file).prompts == ["long"]
     assert (
-        "prompt is read from the column prompt, not from caption; data.columns: {prompt: caption} reads" in caplog.text
+        "prompt is read from the column prompt, not from caption; to read that one, set data.columns: {prompt: caption}"
+        in caplog.text
     )
     caplog.clear()
     assert open_pairs(file, DataSpec(columns={"prompt": "caption"})).prompts == ["prompt 0"]
@@ -232,7 +233,7 @@ def test_what_a_folder_holds_besides_is_named(tmp_path: Path, caplog: pytest.Log
 def test_a_column_twice_is_refused(tmp_path: Path) -> None:
     table = pa.table([["p"], [png(0)], [png(1)], [png(2)]], names=["prompt", "chosen", "chosen", "rejected"])
     pq.write_table(table, tmp_path / "pairs.parquet")
-    with pytest.raises(DataError, match=r"pairs.parquet has a column twice: \['prompt', 'chosen', 'chosen', 'rej"):
+    with pytest.raises(DataError, match=r"pairs.parquet has a duplicate column: \['prompt', 'chosen', 'chosen', 'rej"):
         open_pairs(tmp_path / "pairs.parquet")
 
 
@@ -243,7 +244,7 @@ def test_wrong_column_names_list_found_needed_and_nearest(tmp_path: Path) -> Non
     text = str(caught.value)
     assert "1 parquet file has the columns prompt, choosen, rejected" in text
     assert "preference needs chosen (one of chosen, chosen_image" in text
-    assert "nearest here: 'choosen'" in text
+    assert "nearest name: 'choosen'" in text
     assert "pickapic needs label_0" in text
 
 
@@ -277,7 +278,7 @@ def test_a_hub_id_offline_says_so() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(
         DataError,
-        match=r"'nobody/nothing' here, and as a data set: .* is offline .*--repo-type dataset.*give DIR as the path",
+        match=r"'nobody/nothing' here, and as a dataset: .* is offline .*--repo-type dataset.*give DIR as the path",
     ):
         open_pairs("nobody/nothing")
 

@@ -36,7 +36,7 @@ def test_faults_are_named(tmp_path):
         "columns.csv": r"no column prompt or caption; its columns are \['id', 'text'\]",
         "empty.csv": "empty.csv line 3: prompt is empty",
         "broken.jsonl": "line 2: not JSON",
-        "blank.txt": "no prompt in it",
+        "blank.txt": "contains no prompt",
         "p.yaml": "allowed: .txt, .jsonl",
         "missing.txt": "no such file",
     }.items():
@@ -103,5 +103,5 @@ def test_a_prompt_is_a_text(prompt, words):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit: int) -> None:
-    with pytest.raises(PromptError, match=rf"limit={limit}: at least 1 prompt is needed; leave it out"):
+    with pytest.raises(PromptError, match=rf"limit={limit}: must be at least 1; leave it out"):
         read_prompts("a red fox", limit=limit)

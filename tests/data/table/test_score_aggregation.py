@@ -109,7 +109,7 @@ def test_faults(table: PairTable, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     lines = text.read_text().splitlines(keepends=True)
     text.write_text("".join(lines[:-1]))
-    with pytest.raises(DataError, match=r"data.scores: .*text.jsonl has no scores of 1 of 5 pairs"):
+    with pytest.raises(DataError, match=r"data.scores: .*text.jsonl has no scores for 1 of 5 pairs"):
         use_axes(table, axes, "sum", relabel=False)
     with pytest.raises(DataError, match="there is no file of scores"):
         use_axes(table, [*axes, Axis("x", str(tmp_path / "x.jsonl"))], "sum", relabel=False)

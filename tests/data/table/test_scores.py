@@ -86,11 +86,11 @@ def test_scoring_goes_on_where_it_was_killed(table: PairTable, tmp_path: Path) -
         score_pairs(table, "brightness", killed, out)
     with out.open("a") as file:
         file.write('{"id": "half a li')
-    with pytest.raises(DataError, match=r"has no scores of 8 of 40 pairs \(first: a32:b32, .* goes on"):
+    with pytest.raises(DataError, match=r"has no scores for 8 of 40 pairs \(first: a32:b32, .* continues"):
         use_scores(table, read_scores(out), relabel=False, where="scores")
     assert score_pairs(table, "brightness", brightness, out) == (8, 0)
     assert list(read_scores(out)) == table.ids
-    with pytest.raises(DataError, match="scores by brightness, and pickscore was asked for"):
+    with pytest.raises(DataError, match="scores by brightness, and pickscore was requested"):
         score_pairs(table, "pickscore", brightness, out)
 
 
@@ -111,7 +111,7 @@ def test_faults_are_named(table: PairTable, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file of scores"):
         read_scores(tmp_path / "none.jsonl")
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "a cat"}) + "\n")
-    with pytest.raises(DataError, match="is no file of scores"):
+    with pytest.raises(DataError, match="is not a file of scores"):
         read_scores(tmp_path / "other.jsonl")
 
 

@@ -60,20 +60,20 @@ def test_a_mixture_is_the_weighted_average(tmp_path: Path) -> None:
             users.mixed({"anna": 1.0, "ben": odd})
     with pytest.raises(DataError, match="write ID or ID=WEIGHT"):
         parse_mixture(["anna=much"])
-    with pytest.raises(DataError, match="given before"):
+    with pytest.raises(DataError, match="is given twice"):
         parse_mixture(["anna=1", "anna"])
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("{}", "holds no user"),
-        ("[1, 2]", "is no file of users"),
+        ("{}", "contains no user"),
+        ("[1, 2]", "is not a file of users"),
         ('{"anna": [1, 2], "ben": [1]}', "anna has 2 numbers and that of ben 1"),
         ('{"anna": [1, NaN]}', "finite"),
-        ('{"anna": "tall"}', "no list of numbers"),
-        ('{"anna": [1' + "0" * 400 + "]}", "no list of numbers"),
-        ('{"anna": [1], "anna": [2]}', "the key 'anna' is there twice"),
+        ('{"anna": "tall"}', "not a list of numbers"),
+        ('{"anna": [1' + "0" * 400 + "]}", "not a list of numbers"),
+        ('{"anna": [1], "anna": [2]}', "the key 'anna' occurs twice"),
         ('{"anna": [[1, 2]]}', "shape"),
     ],
 )
