@@ -283,7 +283,7 @@ def test_all_unreadable_is_one_clear_error(tmp_path: Path, workers: int) -> None
         row["jpg_1"] = None
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(verify="none"))
     assert len(table) == 3
-    wanted = r"^pairs.parquet row \d cannot be read and neither can 15 substitutes \(last: .* is empty.*lists all unreadable ones$"
+    wanted = r"^pairs.parquet row \d cannot be read and neither can 15 .*last: .* is empty.*lists all unreadable ones$"
     with pytest.raises(DataError, match=wanted):
         take(pairs(table, num_workers=workers).batches(), 1)
 
