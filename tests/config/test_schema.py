@@ -90,7 +90,7 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         "training.train_batch_size: Input should be greater than or equal to 1, got 0",
         "training.mixed_precision: Input should be 'auto', 'no', 'bf16' or 'fp16', got 'bf17'",
         "objective: betta: dpo has no such setting; did you mean 'beta'?",
-        "data.path: required, and missing",
+        "data.path: required, but missing",
         "traning: unknown key; did you mean 'training'?",
     ):
         assert expected in text
