@@ -259,7 +259,7 @@ def _encode(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
     from diffalign.models.loading.encoder import Encoder
     from diffalign.training.build import load_run_base, open_table
-    from diffalign.training.build_source import encode_run
+    from diffalign.training.build_source import encode_run, processes_of
     from diffalign.training.processes import make_state
     from diffalign.training.remedies import with_remedies
 
@@ -274,7 +274,7 @@ def _encode(args: argparse.Namespace) -> None:
         base = load_run_base(config.model)
         encoder = Encoder(base, state.device)
         resolution = config.data.resolution or base.family.default_resolution
-        encode_run(config, table, encoder, resolution, state.process_index, state.num_processes)
+        encode_run(config, table, encoder, resolution, processes_of(state))
         state.wait_for_everyone()
     if state.is_main_process:
         print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")

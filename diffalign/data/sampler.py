@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,23 @@ from torch import Tensor
 from diffalign.engine.random import generator, pair_key
 from diffalign.errors import DiffalignError
 
+T = TypeVar("T")
 Order = Callable[[int], tuple[int, int]]  # position -> (index of the pair, draw); no two visits of a pair share a draw
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of a launch's processes this one is; work is shared out by `share`."""
+
+    process_index: int = 0
+    num_processes: int = 1
+
+    def share(self, names: list[T]) -> list[T]:
+        """This process's part of what all of them do together: every `num_processes`-th."""
+        return names[self.process_index :: self.num_processes]
+
+
+ALONE = Processes()
 
 
 class PairOrder:

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from diffalign.config.schema import Config
-from diffalign.data.cache.latents import CacheKey, PairCache, open_cache
+from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.precompute.reference_errors import record_reference, reference_key
 from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
 from diffalign.data.row import DataError
-from diffalign.data.sampler import CurriculumOrder
+from diffalign.data.sampler import CurriculumOrder, Processes
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.engine.measure import errors
@@ -43,6 +44,11 @@ log = logging.getLogger(__name__)
 SOURCE_FOLDER = "source"  # in a run's folder: what a source that makes its pairs keeps on disk
 
 Feed = Callable[[Networks, UNet, Former | None], Source]
+
+
+def processes_of(launched: Accelerator | PartialState) -> Processes:
+    """Which process this is, as accelerate counts them."""
+    return Processes(launched.process_index, launched.num_processes)
 
 
 def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int) -> Feed:
@@ -68,28 +74,22 @@ def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: E
     return with_kept
 
 
-def encode_run(
-    config: Config, table: PairTable, encoder: Encoder, resolution: int, process: int, processes: int
-) -> CacheKey:
+def encode_run(config: Config, table: PairTable, encoder: Encoder, resolution: int, processes: Processes) -> CacheKey:
     """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
 
     Returns the key of that cache.
     """
     data = config.data
-    done = encode_cache(
-        table,
-        encoder,
-        str(data.cache_dir),
+    spec = CacheSpec(
         resolution=resolution,
         center_crop=data.center_crop,
         random_flip=data.random_flip,
-        variants=data.cache_variants,
         run_seed=config.seed,
+        variants=data.cache_variants,
         dtype=data.cache_dtype,
-        num_workers=data.dataloader_num_workers,
-        process=process,
-        processes=processes,
     )
+    workers = data.dataloader_num_workers
+    done = encode_cache(table, encoder, str(data.cache_dir), spec, num_workers=workers, processes=processes)
     if done.shards_written:
         log.info("encoded %d shards into %s", done.shards_written, done.folder)
     for problem in done.problems:
@@ -147,23 +147,20 @@ def _source_maker(
         steps = data.curriculum.steps or training.max_train_steps
         positions = steps * effective_batch(training, accelerator.num_processes)
         order = curriculum(table, config.seed, data.curriculum.chunks, positions)
-    return partial(
-        OfflinePairs,
-        table,
+    spec = LoaderSpec(
         run_seed=config.seed,
-        train_batch_size=config.training.train_batch_size,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        time_ids=encoder.time_ids,
-        prompt_dropout=data.proportion_empty_prompts,
+        train_batch_size=training.train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        processes=processes_of(accelerator),
+        order=order,
         draws=data.draws_per_pair,
+        prompt_dropout=data.proportion_empty_prompts,
         with_uncond=config.objective.needs_uncond,
+        signed_masks=config.objective.takes_signs,
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        signed_masks=config.objective.takes_signs,
-        order=order,
     )
+    return partial(OfflinePairs, table, spec=spec, time_ids=encoder.time_ids)
 
 
 def curriculum(table: PairTable, seed: int, chunks: int, positions: int) -> CurriculumOrder:
@@ -185,7 +182,7 @@ def _content(
     data = config.data
     if data.cache_dir is None:
         return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
-    key = encode_run(config, table, encoder, resolution, accelerator.process_index, accelerator.num_processes)
+    key = encode_run(config, table, encoder, resolution, processes_of(accelerator))
     accelerator.wait_for_everyone()
     return open_cache(data.cache_dir, key)
 
@@ -214,8 +211,7 @@ def _trajectories(
         lambda batch: objective.record(batch.to(accelerator.device), networks),
         len(levels),
         batch_size=config.training.train_batch_size,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        processes=processes_of(accelerator),
         counts=networks,
     )
     accelerator.wait_for_everyone()
@@ -245,8 +241,7 @@ def _reference_errors(
         reference_key(source, cache, facts),
         asked,
         draws,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        processes=processes_of(accelerator),
         counts=networks,
     )
     accelerator.wait_for_everyone()

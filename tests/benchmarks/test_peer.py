@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.peer import PeerBatch, PeerSettings, add_adapter, peer_loss
 from diffalign.config.schema import Config
-from diffalign.data.cache.latents import open_cache
+from diffalign.data.cache.latents import CacheSpec, open_cache
 from diffalign.data.table.open import open_pairs
 from diffalign.engine.measure import measure_and_backward
 from diffalign.models.adapters.lora import lora_parameters
@@ -114,7 +114,7 @@ def test_the_same_pictures_give_the_same_moments_and_embeddings(tiny_sdxl: Path,
     peer = Peer(tiny_sdxl, file, PeerSettings(resolution=64, rank=4), "cpu")
     table = open_pairs(str(file))
     encoder = Encoder(load_base(str(tiny_sdxl)))
-    done = encode_cache(table, encoder, tmp_path / "cache", resolution=64)
+    done = encode_cache(table, encoder, tmp_path / "cache", CacheSpec(64))
     cache = open_cache(tmp_path / "cache", done.key)
 
     rows = peer.loader.dataset

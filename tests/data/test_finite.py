@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.data.finite import require_text
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -58,7 +59,7 @@ def test_a_caches_dtype_must_have_the_range(table: PairTable, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("fault", "message"), [("images", r"pair .*the VAE gives NaN"), ("text", "for the prompt")])
 def test_a_batch_has_no_part_that_is_no_number(table: PairTable, fault: str, message: str) -> None:
-    source = OfflinePairs(table, Online(Broken(**{fault: math.nan}), 16), run_seed=3, train_batch_size=2)
+    source = OfflinePairs(table, Online(Broken(**{fault: math.nan}), 16), LoaderSpec(3, 2))
     with pytest.raises(DataError, match=message):
         next(source.batches())
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.data.cache.latents import open_cache
+from diffalign.data.cache.latents import CacheSpec, open_cache
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.row import BAD_TERM, DataError, ImageError
 from diffalign.data.spec import DataSpec
@@ -36,7 +37,7 @@ SQUARE = torch.tensor([16, 16, 0, 0, 16, 16]).expand(2, 6)  # geometry of images
 def batches(table: PairTable, **options: Any) -> OfflinePairs:
     settings: dict[str, Any] = {"run_seed": 3, "train_batch_size": 2} | options
     content = Online(FakeEncoder(), 16, center_crop=False, random_flip=True)
-    return OfflinePairs(table, settings.pop("content", content), **settings)
+    return OfflinePairs(table, settings.pop("content", content), LoaderSpec(**settings))
 
 
 def take(source: OfflinePairs, count: int) -> list[PairBatch]:
@@ -101,9 +102,7 @@ def test_masks_follow_crop_and_flip_of_their_images(tmp_path: Path) -> None:
     """Many visits of pictures that are their own masks: the encoder's mean is then the mask, place by place."""
     table = open_pairs(painted(tmp_path / "pairs.parquet", 3, (16, 40)))
     encoder = FakeEncoder()
-    source = OfflinePairs(
-        table, Online(encoder, 16, center_crop=False, random_flip=True), run_seed=3, train_batch_size=3
-    )
+    source = OfflinePairs(table, Online(encoder, 16, center_crop=False, random_flip=True), LoaderSpec(3, 3))
     seen = []
     for position in range(24):
         loaded = source.visits.__getitems__([position])
@@ -117,8 +116,8 @@ def test_masks_follow_crop_and_flip_of_their_images(tmp_path: Path) -> None:
 
 def test_the_cache_gives_the_terms_of_the_pixels(tmp_path: Path) -> None:
     table = open_pairs(painted(tmp_path / "pairs.parquet", 5, (16, 40)))
-    settings: dict[str, Any] = {"resolution": 16, "center_crop": False, "random_flip": True, "run_seed": 3}
-    done = encode_cache(table, FakeEncoder(), tmp_path / "cache", variants=4, dtype="float32", **settings)
+    spec = CacheSpec(16, center_crop=False, random_flip=True, run_seed=3, variants=4, dtype="float32")
+    done = encode_cache(table, FakeEncoder(), tmp_path / "cache", spec)
     cache = open_cache(tmp_path / "cache", done.key)
     online, cached = take(batches(table), 8), take(batches(table, content=cache), 8)
     for one, other in zip(online, cached, strict=True):

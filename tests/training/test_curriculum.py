@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from diffalign.config.schema import Config, ConfigError
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
+from diffalign.data.sampler import Processes
 from diffalign.data.table.open import open_pairs
 from diffalign.training.build import build, make_accelerator
 from diffalign.training.build_source import curriculum
@@ -44,11 +46,7 @@ def test_batches_of_any_size_on_any_number_of_processes_and_resumed(tmp_path: Pa
         source = OfflinePairs(
             table,
             Online(FakeEncoder(), 16),
-            run_seed=3,
-            train_batch_size=batch,
-            process=process,
-            processes=processes,
-            order=order,
+            LoaderSpec(3, batch, processes=Processes(process, processes), order=order),
         )
         batches = islice(source.batches(first), 48 // batch // processes - first)
         return [tuple(zip(b.ids, b.keys.tolist(), strict=True)) for b in batches]

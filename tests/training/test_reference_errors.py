@@ -12,8 +12,10 @@ import torch
 
 import diffalign.training.run as module
 from diffalign.config.schema import Config, ConfigError
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.reference_errors import record_reference
 from diffalign.data.row import DataError
+from diffalign.data.sampler import Processes
 from diffalign.data.spec import DataSpec
 from diffalign.models.policy.networks import Networks
 from diffalign.training.run import run_training
@@ -189,7 +191,7 @@ def test_unreadable_pairs_are_left_out_and_shards_are_shared(tmp_path: Path) -> 
     cache = open_cache(tmp_path / "cache", needed(table))
 
     def source(content: Any) -> OfflinePairs:
-        return OfflinePairs(table, content, run_seed=3, train_batch_size=2, draws=3, time_ids=FakeEncoder().time_ids)
+        return OfflinePairs(table, content, LoaderSpec(3, 2, draws=3), time_ids=FakeEncoder().time_ids)
 
     sizes: list[int] = []
 
@@ -200,7 +202,7 @@ def test_unreadable_pairs_are_left_out_and_shards_are_shared(tmp_path: Path) -> 
     key = {"network": "a"}
     for process in range(2):
         folder, per_shard = record_reference(
-            source(cache), cache, key, errors, 3, pairs_per_shard=4, process=process, processes=2
+            source(cache), cache, key, errors, 3, pairs_per_shard=4, processes=Processes(process, 2)
         )
     assert per_shard == 4
     assert len(list(folder.glob("errors-*.safetensors"))) == 3 * 2

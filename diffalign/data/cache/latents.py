@@ -63,37 +63,45 @@ class CacheKey:
     dtype: str | None
 
 
-def cache_key(
-    table: PairTable,
-    fingerprint: str,
-    *,
-    resolution: int,
-    center_crop: bool,
-    random_flip: bool,
-    run_seed: int,
-    variants: int | None = None,
-    dtype: str | None = None,
-) -> CacheKey:
+@dataclass(frozen=True)
+class CacheSpec:
+    """How images are prepared for a cache. Raises DataError for what no cache can hold."""
+
+    resolution: int  # pixels
+    center_crop: bool = True
+    random_flip: bool = False
+    run_seed: int = 0  # of the random crops and flips
+    variants: int | None = None  # crops and flips stored per pair; None: any where one is opened, 1 where one is made
+    dtype: str | None = None  # of moments and embeddings; None: any where one is opened, float32 where one is made
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise DataError(f"dtype={self.dtype!r}; a cache is stored as {', '.join(DTYPES)}")
+        if self.variants is not None and (self.variants < 1 or (self.variants > 1 and not self.random)):
+            raise DataError(
+                f"variants={self.variants}; with center_crop and without random_flip all variants are equal, so "
+                "set 1; otherwise 1 or more"
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether crops or flips are drawn."""
+        return self.random_flip or not self.center_crop
+
+
+def cache_key(table: PairTable, fingerprint: str, spec: CacheSpec) -> CacheKey:
     """The key of the cache that a run with these settings needs."""
-    if dtype is not None and dtype not in DTYPES:
-        raise DataError(f"dtype={dtype!r}; a cache is stored as {', '.join(DTYPES)}")
-    random = random_flip or not center_crop
-    if variants is not None and (variants < 1 or (variants > 1 and not random)):
-        raise DataError(
-            f"variants={variants}; with center_crop and without random_flip all variants are equal, so "
-            "set 1; otherwise 1 or more"
-        )
     return CacheKey(
         FORMAT_VERSION,
         fingerprint,
         table.identity,
         len(table),
-        resolution,
-        center_crop,
-        random_flip,
-        variants,
-        run_seed if random else None,
-        dtype,
+        spec.resolution,
+        spec.center_crop,
+        spec.random_flip,
+        spec.variants,
+        spec.run_seed if spec.random else None,
+        spec.dtype,
     )
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError, ImageError, Problem
-from diffalign.data.sampler import Order, PairOrder
+from diffalign.data.sampler import PairOrder
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.transforms import flips, prepare_pair
 from diffalign.data.weights import on_latents
@@ -85,28 +86,12 @@ class Pixels:
 
 
 class Visits(Dataset[Loaded]):
-    """Positions of the order -> micro-batches. Everything drawn here belongs to the pair and the visit.
+    """Positions of the order -> micro-batches. Everything drawn here belongs to the pair and the visit."""
 
-    With `draws` a pair's visits repeat after so many: visit n sees and draws what visit n % draws did.
-    """
-
-    def __init__(
-        self,
-        table: PairTable,
-        content: Content,
-        *,
-        run_seed: int,
-        prompt_dropout: float,
-        draws: int | None = None,
-        latent_side: int | None = None,
-        signed_masks: bool = True,
-        order: Order | None = None,
-    ) -> None:
-        """`latent_side` and `signed_masks` (whether masks may go below 0) matter only where the data have masks."""
-        self.table, self.content = table, content
-        self.latent_side, self.signed_masks = latent_side, signed_masks
-        self.run_seed, self.prompt_dropout, self.draws = run_seed, prompt_dropout, draws
-        self.order = PairOrder(len(table), run_seed) if order is None else order
+    def __init__(self, table: PairTable, content: Content, spec: LoaderSpec, latent_side: int | None = None) -> None:
+        """`latent_side` matters only where the data have masks."""
+        self.table, self.content, self.spec, self.latent_side = table, content, spec, latent_side
+        self.order = PairOrder(len(table), spec.run_seed) if spec.order is None else spec.order
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         """The micro-batch of these positions (`DataLoader` fetches a batch by this one call)."""
@@ -132,8 +117,8 @@ class Visits(Dataset[Loaded]):
     def visit(self, position: int) -> Visit:
         """What is seen at a position: the pair that the order names, or its substitute."""
         first, draw = self.order(position)
-        if self.draws is not None:
-            draw %= self.draws
+        if self.spec.draws is not None:
+            draw %= self.spec.draws
         index = first
         problems: list[Problem] = []
         for attempt in range(ATTEMPTS):
@@ -151,9 +136,9 @@ class Visits(Dataset[Loaded]):
     def look(self, index: int, draw: int, problems: tuple[Problem, ...] = ()) -> Visit:
         """What a pair shows at its visit `draw`. Raises ImageError where it cannot be read."""
         name, prompt = self.table.ids[index], self.table.prompts[index]
-        key = pair_key(self.run_seed, name, draw)
+        key = pair_key(self.spec.run_seed, name, draw)
         keys = torch.tensor([key], dtype=torch.int64)
-        dropped = self.prompt_dropout > 0 and float(uniform(keys, "prompt_dropout")) < self.prompt_dropout
+        dropped = self.spec.prompt_dropout > 0 and float(uniform(keys, "prompt_dropout")) < self.spec.prompt_dropout
         tensors = self.content.load(index, key, draw, None if dropped else prompt)
         mask = self._mask(index, name, key, draw, tensors["geometry"])
         if mask is not None:
@@ -169,7 +154,7 @@ class Visits(Dataset[Loaded]):
         if grid is None or self.latent_side is None:
             return None
         where = self.table.where(index)
-        if not self.signed_masks and bool((grid < 0).any()):
+        if not self.spec.signed_masks and bool((grid < 0).any()):
             raise DataError(
                 f"{where}: its mask goes below 0, which this run's objective does not support; write values from 0 to 1"
             )

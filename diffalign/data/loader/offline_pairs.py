@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -28,8 +28,9 @@ from diffalign.data.loader.dataset import (
     leave_signals_to_parent,
     sample_latents,
 )
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError, Problem
-from diffalign.data.sampler import Order, positions_for
+from diffalign.data.sampler import positions_for
 from diffalign.data.table.pairs import PairTable
 from diffalign.types import Conditioning, PairBatch, Transitions
 
@@ -52,14 +53,8 @@ class OfflinePairs:
     """A table of pairs as an endless stream of micro-batches.
 
     content: `Online(encoder, ...)`, what `open_cache` returned, or `Trajectories` or `ReferenceErrors` on top of that.
+    spec: how pairs are drawn, grouped and read.
     time_ids: geometry "side pair 6" -> micro-conditioning or None; by default the online encoder's.
-    prompt_dropout: share of visits that see the null prompt, both sides alike.
-    with_uncond: add the null prompt's conditioning, for objectives that guide.
-    signed_masks: whether masks may go below 0; if not, one that does stops the run with DataError.
-    order: which pair is visited when; None: one permutation of the table per epoch.
-    draws: a pair's visits repeat after so many; None: never.
-    max_unreadable: share of the table's pairs that may turn out unreadable (and be substituted) before
-        the run stops with DataError; one pair always may.
 
     `problems` names each row that could not be read so far.
     """
@@ -68,30 +63,15 @@ class OfflinePairs:
         self,
         table: PairTable,
         content: Online | PairCache | Trajectories | ReferenceErrors,
+        spec: LoaderSpec,
         *,
-        run_seed: int,
-        train_batch_size: int,
-        gradient_accumulation_steps: int = 1,
-        process: int = 0,
-        processes: int = 1,
         time_ids: Callable[[Tensor], Tensor | None] | None = None,
-        prompt_dropout: float = 0.0,
-        draws: int | None = None,
-        with_uncond: bool = False,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        signed_masks: bool = True,
-        max_unreadable: float = 0.05,
-        order: Order | None = None,
     ) -> None:
         table.require_usable()
-        self.table, self.content = table, content
-        self.batch, self.accumulation = train_batch_size, gradient_accumulation_steps
-        self.process, self.processes = process, processes
-        self.with_uncond, self.num_workers, self.pin_memory = with_uncond, num_workers, pin_memory
+        self.table, self.content, self.spec = table, content, spec
         self.problems: list[Problem] = []
         self._guard = LatentsGuard()
-        self._allowed = max(1, int(max_unreadable * len(table)))
+        self._allowed = max(1, int(spec.max_unreadable * len(table)))
         source: Content
         side: int | None = None  # of the latents, where masks need it
         if isinstance(content, Online):
@@ -113,16 +93,7 @@ class OfflinePairs:
             side = cache.latent_shape[-1] if "mask" in table.terms else None
             self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
             self._null_text = cache.null_text
-        self.visits = Visits(
-            table,
-            source,
-            run_seed=run_seed,
-            prompt_dropout=prompt_dropout,
-            draws=draws,
-            latent_side=side,
-            signed_masks=signed_masks,
-            order=order,
-        )
+        self.visits = Visits(table, source, spec, side)
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
         """Micro-batches of this process from optimiser step `first_step` on, without end.
@@ -131,10 +102,10 @@ class OfflinePairs:
         """
         loader = DataLoader(
             self.visits,
-            batch_sampler=_Positions(self, first_step),
+            batch_sampler=_Positions(self.spec, first_step),
             collate_fn=_same,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            num_workers=self.spec.num_workers,
+            pin_memory=self.spec.pin_memory,
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
@@ -176,7 +147,7 @@ class OfflinePairs:
             latents=latents.transpose(0, 1),
             cond=_conditioning(embeds, pooled, time_ids, loaded.users),
             keys=loaded.keys,
-            uncond=self._uncond(len(loaded.ids), time_ids, loaded.users) if self.with_uncond else None,
+            uncond=self._uncond(len(loaded.ids), time_ids, loaded.users) if self.spec.with_uncond else None,
             scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
             transitions=_transitions(loaded),
             weight=loaded.weight,
@@ -238,13 +209,15 @@ class TextMemo:
 class _Positions:
     """The positions of each micro-batch of a process, from a step on."""
 
-    def __init__(self, pairs: OfflinePairs, first_step: int) -> None:
-        self.pairs, self.first_step = pairs, first_step
+    def __init__(self, spec: LoaderSpec, first_step: int) -> None:
+        self.spec, self.first_step = spec, first_step
 
     def __iter__(self) -> Iterator[list[int]]:
+        spec = self.spec
         for step in count(self.first_step):
-            p = self.pairs
-            yield from positions_for(step, p.batch, p.accumulation, p.process, p.processes).tolist()
+            yield from positions_for(
+                step, spec.train_batch_size, spec.gradient_accumulation_steps, *astuple(spec.processes)
+            ).tolist()
 
 
 def _plainly(loader: Iterable[Loaded]) -> Iterator[Loaded]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from diffalign.data.cache.latents import (
     DTYPES,
     CacheKey,
+    CacheSpec,
     Plan,
     cache_key,
     differences,
@@ -35,6 +36,7 @@ from diffalign.data.encoder import Encoder
 from diffalign.data.finite import OVERFLOW
 from diffalign.data.loader.dataset import NULL_PROMPT, leave_signals_to_parent
 from diffalign.data.row import DataError, ImageError, Problem
+from diffalign.data.sampler import ALONE, Processes
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.transforms import prepare_pair
 from diffalign.engine.random import pair_key
@@ -56,39 +58,24 @@ def encode_cache(
     table: PairTable,
     encoder: Encoder,
     cache_dir: str | Path,
+    spec: CacheSpec,
     *,
-    resolution: int,
-    center_crop: bool = True,
-    random_flip: bool = False,
-    variants: int = 1,
-    run_seed: int = 0,
-    dtype: str = "float32",
     batch_size: int = 4,
     num_workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
-    process: int = 0,
-    processes: int = 1,
+    processes: Processes = ALONE,
 ) -> Encoded:
     """Encode every usable pair and every unique prompt, and the null prompt.
 
-    variants: random crops and flips stored per pair; variant v is what online training with `run_seed` sees
-        at its visit v.
-    batch_size: pairs per VAE call. process, processes: this process writes shards process::processes.
+    Variant v of a pair is what online training with `spec.run_seed` sees at its visit v. `batch_size`: pairs per VAE
+    call. This process writes its share of the shards.
 
     Call it again after an interruption: finished shards are kept, and damaged ones are made again. Raises DataError
     when the folder holds a cache of something else, and for a pair or prompt whose values are not finite, by name;
     NoSpaceError when the disk has no room for what is missing.
     """
-    key = cache_key(
-        table,
-        encoder.fingerprint,
-        resolution=resolution,
-        center_crop=center_crop,
-        random_flip=random_flip,
-        run_seed=run_seed,
-        variants=variants,
-        dtype=dtype,
-    )
+    variants, dtype = 1 if spec.variants is None else spec.variants, spec.dtype or "float32"
+    key = cache_key(table, encoder.fingerprint, replace(spec, variants=variants, dtype=dtype))
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
@@ -98,7 +85,7 @@ def encode_cache(
     problems: dict[int, Problem] = {}  # by index of the pair
     written = 0
 
-    names = plan.text_shards()[process::processes]
+    names = processes.share(plan.text_shards())
     with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, names, hashed):
             if missing:
@@ -108,7 +95,7 @@ def encode_cache(
             bar.update(1)
 
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    names = plan.moments_shards()[process::processes]
+    names = processes.share(plan.moments_shards())
     total = sum(len(_range(name, plan)) for name in names)
     with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, names, hashed):
@@ -116,7 +103,7 @@ def encode_cache(
             if not missing:
                 bar.update(len(indices))
                 continue
-            job = _Pixels(table, indices, key, run_seed)
+            job = _Pixels(table, indices, key, spec.run_seed)
             tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
             tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
             write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)} if unreadable else {})
@@ -124,7 +111,7 @@ def encode_cache(
                 index = indices[int(row)]
                 problems[index] = Problem(table.where(index), each["kind"], each["reason"])
             written += 1
-    kept = len(plan.text_shards()[process::processes]) + len(names) - written
+    kept = len(processes.share(plan.text_shards())) + len(names) - written
     found = tuple(problem for _, problem in sorted(problems.items()))
     return Encoded(folder, key, written, kept, len(plan.missing(folder)), found)
 

@@ -24,6 +24,7 @@ from diffalign.data.cache.shards import in_own_order, not_finite, sweep, write_s
 from diffalign.data.loader.dataset import Visit
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.row import ImageError
+from diffalign.data.sampler import ALONE, Processes
 from diffalign.types import PairBatch
 
 FOLDER = "reference_errors"
@@ -32,8 +33,8 @@ PAIRS_PER_SHARD = 65536
 
 def reference_key(source: OfflinePairs, cache: PairCache, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a reference's errors depend on: images, prompts, draws of the source; `facts` of network and probe."""
-    visits = source.visits
-    drawn = {"run_seed": visits.run_seed, "prompt_dropout": visits.prompt_dropout, "batch": source.batch}
+    spec = source.spec
+    drawn = {"run_seed": spec.run_seed, "prompt_dropout": spec.prompt_dropout, "batch": spec.train_batch_size}
     return {"format_version": 1, "encoded": asdict(cache.key), **drawn, **facts}
 
 
@@ -45,15 +46,14 @@ def record_reference(
     draws: int,
     *,
     pairs_per_shard: int = PAIRS_PER_SHARD,
-    process: int = 0,
-    processes: int = 1,
+    processes: Processes = ALONE,
     counts: Counts | None = None,
 ) -> tuple[Path, int]:
     """Fills the folder that belongs to `key` as far as it is not there; returns it with its pairs per shard.
 
     source: pairs of `cache`. errors: a batch -> "side pair [point]". Finished shards are kept and damaged ones made
     again, so a call goes on after an interruption, and a run with more draws uses those of one with fewer. This process
-    makes the shards process::processes. `counts` gets the forwards of the shards that are found as well.
+    makes its share of the shards. `counts` gets the forwards of the shards that are found as well.
 
     Raises DataError when the folder's manifest is of another key or damaged, and for an error that is not finite.
     """
@@ -65,7 +65,7 @@ def record_reference(
     sweep(folder)
     shards = range(-(-cache.pairs // per_shard))
     jobs = {shard_name(draw, number): (draw, number) for draw in range(draws) for number in shards}
-    own = list(jobs)[process::processes]
+    own = processes.share(list(jobs))
     with tqdm(total=len(own), desc="reference errors", unit=" shards", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, own, hashed):
             if not missing:
@@ -88,7 +88,7 @@ def _errors_of(source: OfflinePairs, pairs: range, draw: int, errors: Callable[[
     indices: list[int] = []  # of those that wait
 
     def ask() -> None:
-        padded = [waiting[i % len(waiting)] for i in range(source.batch)]
+        padded = [waiting[i % len(waiting)] for i in range(source.spec.train_batch_size)]
         made = errors(source.assemble(source.visits.together(padded)))
         parts.append(made.transpose(0, 1)[: len(waiting)].to("cpu", torch.float32))
         for place in not_finite(parts[-1])[:1]:
@@ -103,7 +103,7 @@ def _errors_of(source: OfflinePairs, pairs: range, draw: int, errors: Callable[[
             continue  # the encode cache names it, and no visit gets as far as its errors
         readable.append(row)
         indices.append(index)
-        if len(waiting) == source.batch:
+        if len(waiting) == source.spec.train_batch_size:
             ask()
     if waiting:
         ask()

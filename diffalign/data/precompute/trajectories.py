@@ -20,6 +20,7 @@ from diffalign.data.cache.trajectories import shard_name
 from diffalign.data.loader.dataset import Loaded
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.row import ImageError
+from diffalign.data.sampler import ALONE, Processes
 from diffalign.engine.random import pair_key
 from diffalign.types import PairBatch
 
@@ -42,14 +43,13 @@ def record_trajectories(
     *,
     batch_size: int = 4,
     shard_bytes: int = SHARD_BYTES,
-    process: int = 0,
-    processes: int = 1,
+    processes: Processes = ALONE,
     counts: Counts | None = None,
 ) -> tuple[Path, int]:
     """Fills the folder that belongs to `key` as far as it is not there; returns it with its pairs per shard.
 
     source: pairs of `cache`, for their conditioning. record: a batch -> "side pair level c h w" with `levels` levels.
-    This process makes the shards process::processes. Call it again after an interruption: finished shards are kept, and
+    This process makes its share of the shards. Call it again after an interruption: finished shards are kept, and
     damaged ones are made again. `counts` gets the forwards of the shards that are found as well.
 
     Raises NoSpaceError when the disk has no room for what is missing, DataError for a trajectory that is not finite.
@@ -67,7 +67,7 @@ def record_trajectories(
     names = [shard_name(i) for i in range(-(-cache.pairs // per_shard))]
     missing_bytes = sum(not (folder / name).exists() for name in names) * min(per_shard, cache.pairs) * pair_bytes
     require_room(folder, missing_bytes, "trajectories", ROOM)
-    own = {names[i]: _pairs_of(i, per_shard, cache.pairs) for i in range(process, len(names), processes)}
+    own = {names[i]: _pairs_of(i, per_shard, cache.pairs) for i in processes.share(list(range(len(names))))}
     with tqdm(total=sum(map(len, own.values())), desc="trajectories", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, list(own), hashed):
             if not missing:

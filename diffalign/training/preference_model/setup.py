@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config.schema import PreferenceModelConfig
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.sampler import Processes
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
 from diffalign.models.kernels.attention import set_attention
@@ -147,15 +149,16 @@ def _source(
     return OfflinePairs(
         table,
         Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip),
-        run_seed=config.seed,
-        train_batch_size=config.training.train_batch_size,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        LoaderSpec(
+            run_seed=config.seed,
+            train_batch_size=config.training.train_batch_size,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            processes=Processes(accelerator.process_index, accelerator.num_processes),
+            with_uncond=config.preference_model.guidance_scale != 1.0,
+            num_workers=data.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        ),
         time_ids=lambda geometry: encoder.time_ids(_as_sampled(geometry)),
-        with_uncond=config.preference_model.guidance_scale != 1.0,
-        num_workers=data.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
     )
 
 

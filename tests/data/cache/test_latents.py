@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffalign.data.cache.latents import CacheKey, PairCache, cache_key, open_cache
+from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, cache_key, open_cache
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import Encoded, encode_cache
 from diffalign.data.row import DataError
 from diffalign.data.spec import DataSpec
@@ -36,18 +37,19 @@ def table(tmp_path: Path) -> PairTable:
 
 
 def encode(table: PairTable, folder: Path, encoder: FakeEncoder | None = None, **options: Any) -> Encoded:
-    settings = {**SHAPE, "run_seed": 3, "shard_bytes": SHARD} | options
-    return encode_cache(table, encoder or FakeEncoder(), folder, **settings)
+    spec = {name: options.pop(name) for name in ("variants", "dtype", "run_seed", *SHAPE) if name in options}
+    made = CacheSpec(**({**SHAPE, "run_seed": 3} | spec))
+    return encode_cache(table, encoder or FakeEncoder(), folder, made, **({"shard_bytes": SHARD} | options))
 
 
 def needed(table: PairTable, **options: Any) -> CacheKey:
-    return cache_key(table, "fake-1", **({**SHAPE, "run_seed": 3} | options))
+    return cache_key(table, "fake-1", CacheSpec(**({**SHAPE, "run_seed": 3} | options)))
 
 
 def batches(table: PairTable, content: Online | PairCache, count: int, **options: Any) -> list[PairBatch]:
     settings: dict[str, Any] = {"run_seed": 3, "train_batch_size": 2, "with_uncond": True} | options
-    settings["time_ids"] = FakeEncoder(times=settings.pop("times", True)).time_ids
-    return list(islice(OfflinePairs(table, content, **settings).batches(), count))
+    time_ids = FakeEncoder(times=settings.pop("times", True)).time_ids
+    return list(islice(OfflinePairs(table, content, LoaderSpec(**settings), time_ids=time_ids).batches(), count))
 
 
 @pytest.mark.parametrize("options", [{}, {"prompt_dropout": 0.3}, {"num_workers": 2}])
@@ -205,11 +207,10 @@ def test_unreadable_pairs_are_substituted_as_online(tmp_path: Path) -> None:
     cached = OfflinePairs(
         table,
         open_cache(tmp_path / "cache", needed(table)),
-        run_seed=3,
-        train_batch_size=4,
+        LoaderSpec(3, 4),
         time_ids=FakeEncoder().time_ids,
     )
-    online = OfflinePairs(table, Online(FakeEncoder(), 16), run_seed=3, train_batch_size=4)
+    online = OfflinePairs(table, Online(FakeEncoder(), 16), LoaderSpec(3, 4))
     assert_same(joined(list(islice(cached.batches(), 20))), joined(list(islice(online.batches(), 20))))
     assert cached.problems == online.problems == list(result.problems)
 

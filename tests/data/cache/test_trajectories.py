@@ -14,7 +14,9 @@ from torch import Tensor
 from diffalign.data.cache.latents import PairCache, open_cache
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
+from diffalign.data.sampler import Processes
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -54,10 +56,8 @@ def cache(table: PairTable, tmp_path: Path) -> PairCache:
 
 
 def source(table: PairTable, content: PairCache | Trajectories, seed: int = 3, **options: int) -> OfflinePairs:
-    encoder = FakeEncoder()
-    return OfflinePairs(
-        table, content, run_seed=seed, train_batch_size=2, with_uncond=True, time_ids=encoder.time_ids, **options
-    )
+    spec = LoaderSpec(seed, 2, with_uncond=True, **options)
+    return OfflinePairs(table, content, spec, time_ids=FakeEncoder().time_ids)
 
 
 def made(
@@ -65,7 +65,7 @@ def made(
 ) -> tuple[Path, int]:
     key = trajectory_key(cache, {"network": network, "recording": {"steps": 4}})
     return record_trajectories(
-        source(table, cache), cache, key, inverter, 5, shard_bytes=SHARD, process=process, processes=processes
+        source(table, cache), cache, key, inverter, 5, shard_bytes=SHARD, processes=Processes(process, processes)
     )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from diffalign.data.loader import offline_pairs as source
 from diffalign.data.loader.dataset import sample_latents, substitute
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
-from diffalign.data.sampler import PairOrder
+from diffalign.data.sampler import PairOrder, Processes
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -34,7 +35,9 @@ def table(tmp_path: Path) -> PairTable:
 
 def pairs(table: PairTable, encoder: FakeEncoder | None = None, **options: Any) -> OfflinePairs:
     settings: dict[str, Any] = {"run_seed": 3, "train_batch_size": 2} | options
-    return OfflinePairs(table, Online(encoder or FakeEncoder(), 16, center_crop=False, random_flip=True), **settings)
+    return OfflinePairs(
+        table, Online(encoder or FakeEncoder(), 16, center_crop=False, random_flip=True), LoaderSpec(**settings)
+    )
 
 
 def take(batches: Iterator[PairBatch], count: int) -> list[PairBatch]:
@@ -120,8 +123,7 @@ def test_accumulation_and_processes_share_the_same_step(table: PairTable) -> Non
                         table,
                         train_batch_size=batch,
                         gradient_accumulation_steps=accumulation,
-                        process=process,
-                        processes=processes,
+                        processes=Processes(process, processes),
                     ).batches(2),
                     accumulation,
                 )

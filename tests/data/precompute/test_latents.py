@@ -14,6 +14,7 @@ import torch
 from diffalign.data.cache.latents import open_cache
 from diffalign.data.precompute.latents import Encoded
 from diffalign.data.row import DataError
+from diffalign.data.sampler import Processes
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from tests.data.cache.test_latents import encode, needed
@@ -56,7 +57,7 @@ def test_killed_encoding_goes_on_where_it_stopped(table: PairTable, tmp_path: Pa
 
 def test_processes_share_the_shards(table: PairTable, tmp_path: Path) -> None:
     encode(table, tmp_path / "one")
-    results = [encode(table, tmp_path / "three", process=r, processes=3) for r in range(3)]
+    results = [encode(table, tmp_path / "three", processes=Processes(r, 3)) for r in range(3)]
     assert [result.shards_missing for result in results] == [2, 1, 0]
     assert [result.shards_written for result in results] == [3, 1, 1]
     for file in (tmp_path / "one").iterdir():

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffalign.data.cache.latents import cache_key, open_cache
+from diffalign.data.cache.latents import CacheSpec, cache_key, open_cache
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
@@ -140,13 +141,13 @@ def test_batches_carry_the_users_of_their_pairs(cached: bool, tmp_path: Path) ->
     encoder = FakeEncoder()
     content: Any = Online(encoder, 16)
     if cached:
-        key = encode_cache(table, encoder, tmp_path / "cache", resolution=16).key
+        key = encode_cache(table, encoder, tmp_path / "cache", CacheSpec(16)).key
         content = open_cache(
             tmp_path / "cache",
-            cache_key(table, encoder.fingerprint, resolution=16, center_crop=True, random_flip=False, run_seed=0),
+            cache_key(table, encoder.fingerprint, CacheSpec(16)),
         )
         assert key.pairs == len(table)
-    source = OfflinePairs(table, content, run_seed=0, train_batch_size=4, with_uncond=True, prompt_dropout=0.5)
+    source = OfflinePairs(table, content, LoaderSpec(0, 4, with_uncond=True, prompt_dropout=0.5))
     batch = next(source.batches())
     assert batch.cond.user is not None
     assert batch.cond.user.shape == (2, 4, 3)

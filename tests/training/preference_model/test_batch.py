@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -102,9 +103,7 @@ def test_weights_of_a_step_sum_to_one_however_it_is_shared_out(table: PairTable,
 @torch.no_grad()
 def test_pictures_are_what_diffusers_predicts(tiny_sd: Path, pair_folder: Path) -> None:
     base = load_base(str(tiny_sd))
-    source = OfflinePairs(
-        open_pairs(pair_folder), Online(Encoder(base), 32), run_seed=5, train_batch_size=3, with_uncond=True
-    )
+    source = OfflinePairs(open_pairs(pair_folder), Online(Encoder(base), 32), LoaderSpec(5, 3, with_uncond=True))
     batch = next(source.batches())
     networks = Networks(base.unet, family=base.family, schedule=base.schedule)
     pictures, t = half_made(batch, networks, base.vae, guidance=5.0)
