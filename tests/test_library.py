@@ -122,7 +122,7 @@ def test_rows_may_hold_pictures() -> None:
         ({"objective": "no.such.module:Loss"}, "there is no module 'no'"),
         ({"objective": "diffalign.objectives.dpo:DPO"}, "diffalign.objectives.dpo has no 'DPO'"),
         ({"objective": "diffalign.types_that_are_not:X"}, "there is no module"),
-        ({"objective": "fractions:Fraction"}, "'fractions:Fraction' is no dataclass"),
+        ({"objective": "fractions:Fraction"}, "'fractions:Fraction' is not a dataclass"),
         ({"train_dataset": 3}, "cannot be read from builtins.int; give a path"),
         ({"model": object()}, "object has no unet, vae, scheduler"),
         ({"validation": {"promts": ["a"]}}, "promts: unknown key; did you mean 'prompts'"),

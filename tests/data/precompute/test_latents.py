@@ -41,7 +41,7 @@ def test_killed_encoding_goes_on_where_it_stopped(table: PairTable, tmp_path: Pa
         os.utime(folder / name, (time.time() - 7 * 3600,) * 2)
     finished = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     assert len([name for name in finished if name.startswith("moments")]) == 2
-    with pytest.raises(DataError, match=r"is incomplete: 2 of 5 shards are missing \(first: moments-0000.*goes on"):
+    with pytest.raises(DataError, match=r"is incomplete: 2 of 5 shards are missing \(first: moments-0000.*continues"):
         open_cache(folder, needed(table))
     encoder = FakeEncoder()
     result = encode(table, folder, encoder, batch_size=2)
