@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffalign.data.transforms import pictures
+from diffalign.models.loading.encoder import Encoder
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.sources.base import CandidateSettings, Context, SourceError
 from diffalign.sources.rounds import Records
-from diffalign.sources.sampling import Text, sample_latents, sampled_geometry
+from diffalign.sources.sampling import LatentSampling, Text, sample_latents, sampled_geometry
 from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
 
 
@@ -31,28 +32,14 @@ def sample_candidates(
     text: Text,
     judge: Scorer,
     places: list[Place],
-    *,
     samples_per_prompt: int,
-    steps: int,
-    guidance_scale: float,
-    batch_size: int,
-    title: str,
+    sampling: LatentSampling,
 ) -> Candidates:
     """Samples from the policy, decodes and scores; raises SourceError when a score is not finite."""
     prompts = [place.prompt for place in places for _ in range(samples_per_prompt)]
     seeds = [place.seed(context.seed, k) for place in places for k in range(samples_per_prompt)]
-    latents = sample_latents(
-        context,
-        text,
-        context.networks.policy,
-        prompts,
-        seeds,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        title=title,
-    )
-    scores = score_latents(context, judge, latents, prompts, seeds, batch_size)
+    latents = sample_latents(context, text, context.networks.policy, prompts, seeds, sampling)
+    scores = score_latents(context.encoder, judge, latents, prompts, seeds, sampling.batch_size)
     shape = (len(places), samples_per_prompt)
     return Candidates(
         places=places,
@@ -63,13 +50,13 @@ def sample_candidates(
 
 
 def score_latents(
-    context: Context, judge: Scorer, latents: Tensor, prompts: list[str], seeds: list[int], batch_size: int
+    encoder: Encoder, judge: Scorer, latents: Tensor, prompts: list[str], seeds: list[int], batch_size: int
 ) -> Tensor:
     """The scorer's value float32 [n] of each decoded latent. Raises SourceError when one is not finite."""
     scores = torch.empty(len(latents))
     for start in range(0, len(latents), batch_size):
         part = slice(start, start + batch_size)
-        images = pictures(context.encoder.decode(latents[part]), prompts[part], seeds[part])
+        images = pictures(encoder.decode(latents[part]), prompts[part], seeds[part])
         scores[part] = judge.score(images, prompts[part]).float().cpu()
     broken = (~scores.isfinite()).nonzero().flatten().tolist()
     if broken:
@@ -80,12 +67,12 @@ def score_latents(
     return scores
 
 
-def chosen_records(context: Context, found: Candidates, rows: list[int], picks: Tensor) -> Records | None:
+def chosen_records(resolution: int, found: Candidates, rows: list[int], picks: Tensor) -> Records | None:
     """Records of the candidates `picks` int64 "row side" at the places `rows`, chosen first; None without rows."""
     if not rows:
         return None
     at, sides = torch.tensor(rows), picks.shape[1]
-    geometry = sampled_geometry(context.resolution, len(rows) * sides).unflatten(0, (len(rows), sides))
+    geometry = sampled_geometry(resolution, len(rows) * sides).unflatten(0, (len(rows), sides))
     return Records(
         prompt=torch.tensor([found.places[row].row for row in rows]),
         place=torch.tensor([found.places[row].number for row in rows]),
@@ -108,19 +95,12 @@ def from_candidates(context: Context, settings: CandidateSettings, pick: Pick) -
     judge = load_scorer(settings.scorer, str(context.device))
 
     def roll(number: int, places: list[Place]) -> Rollout:
-        found = sample_candidates(
-            context,
-            source.text,
-            judge,
-            places,
-            samples_per_prompt=settings.samples_per_prompt,
-            steps=settings.sampling_steps,
-            guidance_scale=settings.guidance_scale,
-            batch_size=settings.generation_batch_size,
-            title=f"round {number}",
+        sampling = LatentSampling(
+            settings.sampling_steps, settings.guidance_scale, settings.generation_batch_size, f"round {number}"
         )
+        found = sample_candidates(context, source.text, judge, places, settings.samples_per_prompt, sampling)
         rows, picks, metrics = pick(found)
-        return Rollout(chosen_records(context, found, rows, picks), metrics)
+        return Rollout(chosen_records(context.resolution, found, rows, picks), metrics)
 
     source = RoundPairs(
         context,

@@ -8,6 +8,7 @@ file of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ NULL_PROMPT = ""
 Text = Callable[[tuple[str, ...]], tuple[Tensor, Tensor | None]]  # prompts -> embeddings and pooled ones, on the device
 
 
+@dataclass(frozen=True)
+class LatentSampling:
+    """How latents are sampled while training."""
+
+    num_inference_steps: int
+    guidance_scale: float  # at most 1: no guidance
+    batch_size: int  # pictures through the network at a time, twice as many rows with guidance
+    title: str  # of the progress bar
+
+
 @torch.no_grad()
 def sample_latents(
     context: Context,
@@ -31,24 +42,20 @@ def sample_latents(
     network: Network,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    *,
-    steps: int,
-    guidance_scale: float,
-    batch_size: int,
-    title: str,
+    sampling: LatentSampling,
 ) -> Tensor:
     """Clean latents float32 "n c h w" on the CPU; picture i is of `prompts[i]` from the noise of `seeds[i]`.
 
-    `network` is `context.networks.policy` or `.reference`; `batch_size` pictures go through it at a time, twice as
-    many rows with guidance. A scale of at most 1 means no guidance. `title` names the progress bar.
+    `network` is `context.networks.policy` or `.reference`.
     """
     parts = []
-    with tqdm(total=len(prompts), desc=title, unit="img", leave=False, disable=not context.main) as bar:
-        for start in range(0, len(prompts), batch_size):
-            some, own = tuple(prompts[start : start + batch_size]), seeds[start : start + batch_size]
-            cond, uncond = guidance_conditioning(context, text, some, guidance_scale)
+    with tqdm(total=len(prompts), desc=sampling.title, unit="img", leave=False, disable=not context.main) as bar:
+        for start in range(0, len(prompts), sampling.batch_size):
+            part = slice(start, start + sampling.batch_size)
+            some, own = tuple(prompts[part]), seeds[part]
+            cond, uncond = guidance_conditioning(context, text, some, sampling.guidance_scale)
             noise = initial_noise(some, own, context.latent_shape).to(context.device)
-            x0 = _descend(context.networks.schedule, network, noise, cond, uncond, steps, guidance_scale)
+            x0 = _descend(context.networks.schedule, network, noise, cond, uncond, sampling)
             parts.append(x0.float().cpu())
             bar.update(len(some))
     return torch.cat(parts) if parts else torch.empty(0, *context.latent_shape)
@@ -81,15 +88,14 @@ def _descend(
     xt: Tensor,
     cond: Conditioning,
     uncond: Conditioning | None,
-    steps: int,
-    guidance_scale: float,
+    sampling: LatentSampling,
 ) -> Tensor:
     """`engine.ddim.sample` with η = 0 for a raw prediction, which says x̂_0 even where ᾱ_t = 0."""
-    grid = s.timesteps(steps)
+    grid = s.timesteps(sampling.num_inference_steps)
     following = torch.cat([grid[1:], grid.new_full((1,), -1)])
     for t, t_prev in zip(grid, following, strict=True):
         t_all, prev_all = t.expand(len(xt)), t_prev.expand(len(xt))
-        prediction = guided(network, xt, t_all.to(xt.device), cond, guidance_scale, uncond)
+        prediction = guided(network, xt, t_all.to(xt.device), cond, sampling.guidance_scale, uncond)
         eps, x0 = s.to_eps(prediction, xt, t_all), s.to_x0(prediction, xt, t_all)
         xt = step(s, eps, xt, t_all, prev_all, x0=x0).prev
     return xt

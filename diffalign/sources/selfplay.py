@@ -61,6 +61,7 @@ class SelfPlay:
 
     def build(self, context: Context) -> Source:
         """The source of a run."""
+        from diffalign.sources.sampling import LatentSampling
         from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
         from diffalign.sources.winners import against_winners
 
@@ -77,15 +78,9 @@ class SelfPlay:
             former.load(_policy(context.folder, entry) if entry else None)
 
         def roll(iteration: int, places: list[Place]) -> Rollout:
-            return against_winners(
-                context,
-                source.text,
-                places,
-                steps=self.sampling_steps,
-                guidance_scale=self.guidance_scale,
-                batch_size=self.generation_batch_size,
-                title=f"iteration {iteration}",
-            )
+            title = f"iteration {iteration}"
+            sampling = LatentSampling(self.sampling_steps, self.guidance_scale, self.generation_batch_size, title)
+            return against_winners(context, source.text, places, sampling)
 
         source = RoundPairs(
             context,

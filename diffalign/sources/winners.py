@@ -15,7 +15,7 @@ from diffalign.data.table.winners import prepare_winner
 from diffalign.engine.random import pair_key
 from diffalign.sources.base import Context
 from diffalign.sources.rounds import NO_SEED, Records
-from diffalign.sources.sampling import Text, sample_latents, sampled_geometry
+from diffalign.sources.sampling import LatentSampling, Text, sample_latents, sampled_geometry
 from diffalign.sources.stream import Place, Rollout
 
 if TYPE_CHECKING:
@@ -28,31 +28,18 @@ def against_winners(
     context: Context,
     text: Text,
     places: list[Place],
-    *,
-    steps: int,
-    guidance_scale: float,
-    batch_size: int,
-    title: str,
+    sampling: LatentSampling,
 ) -> Rollout:
     """One pair for each place whose winner can be read; the others are named in the log and counted."""
-    kept, latents, geometry = _winners(context, places, batch_size)
+    kept, latents, geometry = _winners(context, places, sampling.batch_size)
     valid = torch.zeros(len(places))
     valid[: len(kept)] = 1.0
     metrics = {"rollout/valid": valid}
     if not kept:
         return Rollout(None, metrics)
     seeds = [place.seed(context.seed, 0) for place in kept]
-    made = sample_latents(
-        context,
-        text,
-        context.networks.reference,
-        [place.prompt for place in kept],
-        seeds,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        title=title,
-    )
+    prompts = [place.prompt for place in kept]
+    made = sample_latents(context, text, context.networks.reference, prompts, seeds, sampling)
     own = torch.tensor(seeds, dtype=torch.int64)
     records = Records(
         prompt=torch.tensor([place.row for place in kept]),

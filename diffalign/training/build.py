@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config.schema import Config, PreferenceModelConfig
-from diffalign.config.sections import ModelSection
+from diffalign.config.sections import ModelSection, TuningSection
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -233,11 +233,11 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
 
-    _check_reference(config)
+    _check_reference(config.tuning)
     base = load_run_base(config.model) if base is None else trained_as(base, config.model)
     config = settled(config, device, base.family.name)
     training = config.training
-    _check_start(config, base.unet)
+    _check_start(config.tuning, base.unet)
     identity = run_identity(config, table, base)
     refuse_others(config, identity)
     objective.check_schedule(base.schedule)
@@ -299,9 +299,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     )
 
 
-def _check_reference(config: Config) -> None:
+def _check_reference(tuning: TuningSection) -> None:
     """Raises ModelError for tuned weights that cannot be this run's reference, before anything is encoded."""
-    tuning = config.tuning
     if tuning.reference is not None and find_tuned(tuning.reference).kind == "unet" and tuning.method == "lora":
         raise ModelError(
             f"tuning.reference: {tuning.reference} is a full UNet, and a LoRA on top of it would not be one of the "
@@ -309,9 +308,8 @@ def _check_reference(config: Config) -> None:
         )
 
 
-def _check_start(config: Config, unet: UNet) -> None:
+def _check_start(tuning: TuningSection, unet: UNet) -> None:
     """Raises ModelError for adapters that the base's UNet cannot take, before anything is encoded."""
-    tuning = config.tuning
     given = [path for path in (tuning.resume_lora, tuning.reference) if path is not None]
     for path in given:
         check_tuned(unet, path)

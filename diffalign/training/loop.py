@@ -6,13 +6,15 @@ What one step does is in `training/step.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.config.schema import save_config
@@ -84,7 +86,7 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
                     spent = Spending(training.max_unet_forwards, run)
                     continue
                 values |= guard.metrics() | {"unet_forwards": unet_forwards(run)}
-                _log(run, values, step, lines)
+                _log(run.accelerator, values, step, lines)
                 _show(bar, values)
             if signum or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
                 written = checkpoint(run, step)
@@ -93,7 +95,7 @@ def train(run: Run, start: int = 0, on_validation: OnStep | None = None) -> dict
             if last:
                 save_final(run, step)
             if on_validation is not None and (last or step % run.config.validation.every == 0):
-                with averaged_weights(run):
+                with averaged_weights(run.ema, run.parameters):
                     on_validation(run, step)
                 accelerator.wait_for_everyone()
             if last:
@@ -128,7 +130,7 @@ def save_final(run: Run, step: int) -> None:
     """Writes the final weights (the EMA's where there is one) from the main process; the others wait."""
     ensure_finite(run, step)
     if run.accelerator.is_main_process:
-        with averaged_weights(run):
+        with averaged_weights(run.ema, run.parameters):
             save_final_weights(
                 run.output_dir,
                 step,
@@ -143,7 +145,7 @@ def ensure_finite(run: Run, step: int) -> None:
     what is whole."""
     norms = torch.stack(torch._foreach_norm([p.detach() for p in run.parameters]))
     if not bool(norms.isfinite().all()):
-        raise diverged(run, f"the weights are no longer finite at step {step}")
+        raise diverged(run.output_dir, f"the weights are no longer finite at step {step}")
 
 
 def checkpoint(run: Run, step: int) -> Path:
@@ -160,7 +162,7 @@ def checkpoint(run: Run, step: int) -> Path:
                 "lr_scheduler": run.lr_scheduler.state_dict(),
                 "scaler": run.scaler.state_dict(),
                 "ema": None if run.ema is None else run.ema.state_dict(),
-                "pairs_per_step": _pairs_per_step(run),
+                "pairs_per_step": effective_batch(run.config.training, run.accelerator.num_processes),
                 "unet_forwards": forwards,
                 "max_train_steps": run.config.training.max_train_steps,
             },
@@ -205,9 +207,10 @@ def restore(run: Run, folder: Path) -> int:
             f"{folder} is at step {state['step']}, past training.max_train_steps = "
             f"{run.config.training.max_train_steps}: raise that, or name an earlier checkpoint"
         )
-    if state["pairs_per_step"] != _pairs_per_step(run):
+    pairs = effective_batch(run.config.training, run.accelerator.num_processes)
+    if state["pairs_per_step"] != pairs:
         raise CheckpointError(
-            f"{folder} was written at {state['pairs_per_step']} pairs a step, this run takes {_pairs_per_step(run)}: "
+            f"{folder} was written at {state['pairs_per_step']} pairs a step, this run takes {pairs}: "
             "keep the product of train_batch_size, gradient_accumulation_steps and processes, or pairs would be "
             "skipped or seen twice"
         )
@@ -230,28 +233,24 @@ def restore(run: Run, folder: Path) -> int:
 
 
 @contextmanager
-def averaged_weights(run: Run) -> Iterator[None]:
+def averaged_weights(ema: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
     """The EMA weights in the policy within the block; without an EMA nothing changes."""
-    if run.ema is None:
+    if ema is None:
         yield
         return
-    run.ema.store(run.parameters)
-    run.ema.copy_to(run.parameters)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        run.ema.restore(run.parameters)
+        ema.restore(parameters)
 
 
-def _log(run: Run, values: dict[str, float], step: int, lines: JsonLines | None) -> None:
+def _log(accelerator: Accelerator, values: dict[str, float], step: int, lines: JsonLines | None) -> None:
     """Means since the last log to the file and the tracker."""
     if lines is not None:
         lines.write(step, values)
-    run.accelerator.log(values, step=step)
-
-
-def _pairs_per_step(run: Run) -> int:
-    return effective_batch(run.config.training, run.accelerator.num_processes)
+    accelerator.log(values, step=step)
 
 
 def _show(bar: Any, values: dict[str, float]) -> None:

@@ -138,16 +138,16 @@ def claim(config: AnyConfig, output_dir: Path) -> None:
                 f"output_dir: {output_dir} already holds a run; set training.resume_from_checkpoint=latest to go on "
                 "with it, overwrite_output_dir=true to replace it, or name another folder"
             )
-        _same_settings(recorded, config)
+        _same_settings(recorded, config.resolved())
     if config.training.resume_from_checkpoint is not None:
         folder = find_checkpoint(output_dir, config.training.resume_from_checkpoint)
         if folder is not None:
-            _same_settings(folder / "config.yaml", config)
+            _same_settings(folder / "config.yaml", config.resolved())
 
 
-def _same_settings(recorded: Path, config: AnyConfig) -> None:
+def _same_settings(recorded: Path, now: dict[str, Any]) -> None:
     """Raises ConfigError naming every setting that must not change on resuming and did."""
-    was, now = _with_defaults(read_yaml(recorded)), config.resolved()
+    was = _with_defaults(read_yaml(recorded))
     changed = _changes(was, now)
     if (now["data"].get("curriculum") or {"steps": 0})["steps"] is None:  # as long as the run: its order would change
         length = [tree["training"]["max_train_steps"] for tree in (was, now)]

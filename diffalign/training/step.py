@@ -50,7 +50,7 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
     limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
     all_at_once = True if accelerator.device.type == "cpu" else None  # None: torch's choice, which is so on CUDA
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit, foreach=all_at_once)
-    taken = _update(run)
+    taken = _update(run.optimizer, run.scaler)
     run.optimizer.zero_grad(set_to_none=True)
     if taken:
         lr = torch.tensor(run.lr_scheduler.get_last_lr()[:1], dtype=torch.float64)
@@ -84,12 +84,12 @@ def _probes(run: Run, batches: Iterator[PairBatch]) -> Iterator[Probe]:
         yield from ask_reference(run.networks, together)
 
 
-def _update(run: Run) -> bool:
+def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
     """The optimiser's update; False where fp16 gradients overflowed and the scaler skipped it."""
-    if not run.scaler.is_enabled():
-        run.optimizer.step()
+    if not scaler.is_enabled():
+        optimizer.step()
         return True
-    scale = run.scaler.get_scale()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return run.scaler.get_scale() >= scale
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= scale

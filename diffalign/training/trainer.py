@@ -218,7 +218,7 @@ class Trainer:
         """Writes the policy's weights as they are (the EMA's where there is one) in diffusers' layout."""
         if self.run is None:
             raise DiffalignError("save_model: nothing was trained yet; call train() first")
-        with averaged_weights(self.run):
+        with averaged_weights(self.run.ema, self.run.parameters):
             save_tuned(self.run.unet, Path(folder), self.run.base.family)
         return Path(folder)
 

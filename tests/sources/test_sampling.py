@@ -16,7 +16,7 @@ from diffalign.engine.random import initial_noise
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.loading.spec import ModelSpec
 from diffalign.sources.base import Context
-from diffalign.sources.sampling import sample_latents
+from diffalign.sources.sampling import LatentSampling, sample_latents
 
 PROMPTS = ["a red circle", "a blue square", "a red circle"]
 SEEDS = [0, 0, 7]
@@ -25,8 +25,8 @@ MakeContext = Callable[..., Context]
 
 def sample(context: Context, prompts: list[str], seeds: list[int], guidance: float = 5.0, batch_size: int = 3):
     text = TextMemo(context.encoder)
-    settings = {"steps": 4, "guidance_scale": guidance, "batch_size": batch_size, "title": "test"}
-    return sample_latents(context, text, context.networks.policy, prompts, seeds, **settings)
+    sampling = LatentSampling(4, guidance, batch_size, "test")
+    return sample_latents(context, text, context.networks.policy, prompts, seeds, sampling)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Guard:
         self._record({"step": step, "rule": finding.rule, "action": "stop", "says": finding.says})
         tried = f" after {self.roll_backs} roll backs" if self.roll_backs else ""
         if finding.rule == NOT_FINITE:
-            raise diverged(self.run, f"{finding.says}{tried}")
+            raise diverged(self.run.output_dir, f"{finding.says}{tried}")
         resume = (
             f"{good.name} is the last checkpoint from before it (training.resume_from_checkpoint={good.name})"
             if good is not None
@@ -146,9 +146,9 @@ def set_lr(run: Run, factor: float) -> None:
     set_rates(run.optimizer, run.lr_scheduler, [run.lr * factor] * len(run.optimizer.param_groups))
 
 
-def diverged(run: Run, what: str) -> TrainingError:
+def diverged(output_dir: Path, what: str) -> TrainingError:
     """What to say of a run whose loss or weights are no numbers any more."""
-    there = checkpoints(run.output_dir)
+    there = checkpoints(output_dir)
     last = f"resume from {there[-1].name}" if there else "start again"
     return TrainingError(f"{what}: lower training.learning_rate, or train in bf16 or fp32 instead of fp16, then {last}")
 

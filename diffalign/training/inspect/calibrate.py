@@ -22,6 +22,7 @@ docs/calibration.md has the reasons and the limits. Memory is a training step an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -29,8 +30,10 @@ import torch
 from torch import Tensor
 
 from diffalign.config.schema import Config
+from diffalign.config.sections import TrainingSection
 from diffalign.engine.measure import measure_and_backward, predictions
 from diffalign.errors import DiffalignError
+from diffalign.models.policy.networks import Networks
 from diffalign.objectives import Objective
 from diffalign.objectives.base import ask
 from diffalign.training.build import Run
@@ -107,16 +110,16 @@ def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
     unit = objective if not scale.in_logit else _with(objective, scale.field, 1)
     views = _views(run, unit, steps, pairs)
     configured, anchored = float(getattr(objective, scale.field)), objective.needs_reference
-    start = _look(run, unit, views)
+    start = _look(run.networks, unit, views)
     followed = unit
     if not anchored:
         followed = _with(objective, scale.field, scale.wanted / start.spread)
-    path, logits, lr = _find_path(run, unit, followed, views, steps, anchored)
+    path, logits, lr = _find_path(run, _Following(unit, followed, tuple(views), steps, anchored))
     spread = _spread_at(path, MOVEMENT) if anchored else start.spread
     nearest = min(logits, key=lambda p: abs(math.log(p[0] / MOVEMENT)))[1] if anchored else start.logits
     h = nearest / _spread(nearest) * (1.0 if anchored else scale.wanted)
     factor = torch.sigmoid(-h)
-    peak = _steps_at_peak(run)
+    peak = _steps_at_peak(training)
     low, high = _learning_rates(path, lr, peak)
     scaling = run.lr / training.learning_rate
     inside = low <= run.lr <= high
@@ -139,7 +142,7 @@ def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
         steps=peak,
         path=tuple(path),
         path_lr=lr,
-        batch=training.train_batch_size * _micro_batches(run),
+        batch=training.train_batch_size * _micro_batches(training),
         pairs=sum(len(view.base_errors[0]) for view in views),
     )
 
@@ -178,10 +181,10 @@ def _views(run: Run, unit: Objective, steps: int, pairs: int) -> list[_View]:
     return views
 
 
-def _look(run: Run, unit: Objective, views: list[_View]) -> _Look:
+def _look(networks: Networks, unit: Objective, views: Sequence[_View]) -> _Look:
     change, base, logits = 0.0, 0.0, []
     for view in views:
-        now = predictions(run.networks.policy, view.probe)
+        now = predictions(networks.policy, view.probe)
         change += float(((now - view.base) ** 2).mean())
         base += view.base_square
         reference = view.base_errors if view.probe.needs_reference else None
@@ -191,15 +194,24 @@ def _look(run: Run, unit: Objective, views: list[_View]) -> _Look:
     return _Look(math.sqrt(change / base), _spread(joined), joined)
 
 
-def _find_path(
-    run: Run, unit: Objective, followed: Objective, views: list[_View], steps: int, anchored: bool
-) -> tuple[list[Point], list[tuple[float, Tensor]], float]:
+@dataclass(frozen=True)
+class _Following:
+    """What leads the path, and what is looked at on it."""
+
+    unit: Objective  # the objective with a scale of 1
+    followed: Objective  # whose gradient is followed
+    views: tuple[_View, ...]
+    steps: int
+    anchored: bool
+
+
+def _find_path(run: Run, following: _Following) -> tuple[list[Point], list[tuple[float, Tensor]], float]:
     """The path at a learning rate at which 5 % is reached after the 2nd step and before the end."""
     kept = [p.detach().clone() for p in run.parameters]
     lr = run.lr
     try:
         for _ in range(ATTEMPTS):
-            path, logits = _path(run, unit, followed, views, lr, steps, anchored, kept)
+            path, logits = _path(run, following, lr, kept)
             last = path[-1].movement
             second = [p for p in path if p.step <= 2][-1].movement
             if second < MOVEMENT <= last < math.inf:
@@ -208,28 +220,21 @@ def _find_path(
             between = math.sqrt(second * last)
             lr *= min(100.0, max(0.01, MOVEMENT / between)) if between < math.inf else 0.01
     finally:
-        _restore(run, kept)
+        _restore(run.parameters, kept)
     raise CalibrationError(
-        f"no learning rate was found with which {steps} steps move the predictions by {MOVEMENT:.0%} "
+        f"no learning rate was found with which {following.steps} steps move the predictions by {MOVEMENT:.0%} "
         f"(the last one tried was {lr:.2g}): look at the data and at training.optimizer's settings"
     )
 
 
 def _path(
-    run: Run,
-    unit: Objective,
-    followed: Objective,
-    views: list[_View],
-    lr: float,
-    steps: int,
-    anchored: bool,
-    kept: list[Tensor],
+    run: Run, following: _Following, lr: float, kept: list[Tensor]
 ) -> tuple[list[Point], list[tuple[float, Tensor]]]:
     """Steps from the base at a constant learning rate, looked at after 1, 2, 4, … of them."""
-    training = run.config.training
-    _restore(run, kept)
+    training, followed, anchored = run.config.training, following.followed, following.anchored
+    _restore(run.parameters, kept)
     optimizer = make_optimizer(run.parameters, training, lr)
-    batches, micro = run.source.batches(0), _micro_batches(run)
+    batches, micro = run.source.batches(0), _micro_batches(training)
     limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
     norm = math.sqrt(sum(float((w.double() ** 2).sum()) for w in kept))
     path, logits = [], []
@@ -238,7 +243,7 @@ def _path(
         found = followed.score(evidence)
         return replace(found, loss=-LIFT * _logit(found)) if anchored else found
 
-    for step in range(1, steps + 1):
+    for step in range(1, following.steps + 1):
         for _ in range(micro):
             batch = next(batches).to(run.accelerator.device)
             probe = ask(followed, batch, run.networks)
@@ -250,7 +255,7 @@ def _path(
         optimizer.zero_grad(set_to_none=True)
         if step & (step - 1):
             continue
-        now = _look(run, unit, views)
+        now = _look(run.networks, following.unit, following.views)
         moved = math.sqrt(sum(float(((p.detach() - w).double() ** 2).sum()) for p, w in zip(run.parameters, kept)))
         finite = math.isfinite(now.movement)
         path.append(Point(step, now.movement if finite else math.inf, now.spread, moved / norm))
@@ -286,9 +291,8 @@ def _movement_at(path: list[Point], spread: float) -> float:
     return MOVEMENT * spread / _spread_at(path, MOVEMENT)
 
 
-def _steps_at_peak(run: Run) -> float:
+def _steps_at_peak(training: TrainingSection) -> float:
     """The run's steps, each counted by its share of the peak learning rate."""
-    training = run.config.training
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, total = make_lr_scheduler(optimizer, training), 0.0
     for _ in range(training.max_train_steps):
@@ -298,9 +302,8 @@ def _steps_at_peak(run: Run) -> float:
     return max(total, 1.0)
 
 
-def _micro_batches(run: Run) -> int:
+def _micro_batches(training: TrainingSection) -> int:
     """Of a step on the path: the run's, but no more than a few pairs need."""
-    training = run.config.training
     return min(training.gradient_accumulation_steps, -(-BATCH // training.train_batch_size))
 
 
@@ -324,8 +327,8 @@ def _with(objective: Any, field: str, value: float) -> Any:
 
 
 @torch.no_grad()
-def _restore(run: Run, kept: list[Tensor]) -> None:
-    for p, w in zip(run.parameters, kept, strict=True):
+def _restore(parameters: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    for p, w in zip(parameters, kept, strict=True):
         p.copy_(w)
         p.grad = None
 

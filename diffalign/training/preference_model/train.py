@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def train(run: PreferenceRun, start: int = 0) -> dict[str, float]:
             optimizer_step(run, step, batches, meter)
             bar.update()
             if step == training.max_train_steps or step % training.logging_steps == 0:
-                values = _log(run, meter, step, lines)
+                values = _log(run.accelerator, meter, step, lines)
                 bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "accuracy", "lr") if name in values})
             signum = 0 if step == training.max_train_steps else stopping.now()
             if signum or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
@@ -133,7 +133,7 @@ def train(run: PreferenceRun, start: int = 0) -> dict[str, float]:
             if signum:
                 written = run.output_dir / f"checkpoint-{step}"
                 raise stopping.stopped(signum, written, step, training.max_train_steps)
-    _ensure_finite(run)
+    _ensure_finite(run.parameters)
     if accelerator.is_main_process:
         save_final_weights(
             run.output_dir,
@@ -213,7 +213,7 @@ def observe(scores: Tensor, labels: Tensor, loss: Tensor, t: Tensor, timesteps: 
 
 def checkpoint(run: PreferenceRun, step: int) -> None:
     """Writes checkpoint-`step` from the main process; the others wait."""
-    _ensure_finite(run)
+    _ensure_finite(run.parameters)
     if run.accelerator.is_main_process:
 
         def write(folder: Path) -> None:
@@ -270,19 +270,19 @@ def resume(run: PreferenceRun) -> int:
     return int(state["step"])
 
 
-def _log(run: PreferenceRun, meter: Meter, step: int, lines: JsonLines | None) -> dict[str, float]:
+def _log(accelerator: Accelerator, meter: Meter, step: int, lines: JsonLines | None) -> dict[str, float]:
     """Means since the last log, over all processes, to the file and the tracker."""
-    values = meter.means(gather_object if run.accelerator.num_processes > 1 else None)
+    values = meter.means(gather_object if accelerator.num_processes > 1 else None)
     if not math.isfinite(values["loss"]):
         raise TrainingError(f"the loss is {values['loss']} at step {step}: lower training.learning_rate")
     if lines is not None:
         lines.write(step, values)
-    run.accelerator.log(values, step=step)
+    accelerator.log(values, step=step)
     return values
 
 
-def _ensure_finite(run: PreferenceRun) -> None:
+def _ensure_finite(parameters: Sequence[Tensor]) -> None:
     """Raises TrainingError when a trained weight is not finite, so that nothing broken is written."""
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in run.parameters]))
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
     if not bool(norms.isfinite().all()):
         raise TrainingError("a weight is no longer finite: lower training.learning_rate")

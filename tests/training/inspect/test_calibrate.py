@@ -155,7 +155,7 @@ def test_the_movement_and_the_spread_are_those_of_the_errors(make_config: MakeCo
     with torch.no_grad():
         for p in run.parameters:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=1e-3)
-    seen = module._look(run, unit, views)
+    seen = module._look(run.networks, unit, views)
     probe = views[0].probe
     with torch.no_grad():
         evidence = measure(run.networks, probe)
@@ -187,7 +187,7 @@ def test_steps_are_counted_by_their_share_of_the_peak(
     settings = {"training.max_train_steps": 10, "training.lr_scheduler": schedule}
     if schedule == "constant_with_warmup":
         settings["training.lr_warmup_steps"] = 4
-    assert _steps_at_peak(built(make_config(tiny_sd, settings))) == pytest.approx(peak, abs=0.51)
+    assert _steps_at_peak(make_config(tiny_sd, settings).training) == pytest.approx(peak, abs=0.51)
 
 
 def test_the_command_prints_overrides_and_writes_json(
