@@ -105,7 +105,7 @@ def test_two_networks_are_combined_as_the_formula_says(pipe, negative_prompt):
 
 
 def test_without_guidance_there_is_no_branch_to_answer(pipe, tuned, tmp_path, tiny):
-    with negative_branch(pipe, pipe.unet), pytest.raises(ModelError, match="guidance_scale ≤ 1 has none"):
+    with negative_branch(pipe, pipe.unet), pytest.raises(ModelError, match="guidance_scale ≤ 1 does not have"):
         latents(pipe.to(torch.float64), guidance_scale=1.0)
     with pytest.raises(ValueError, match=r"guidance_scale 1.0 has none; give one above 1"):
         generate(

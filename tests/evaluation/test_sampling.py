@@ -133,7 +133,7 @@ def test_batches_shrink_with_resolution():
 def test_a_resolution_that_the_network_cannot_halve_is_refused(pipe, pixels):
     least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     assert len(sample_images(pipe, ["a"], [0], Sampling(num_inference_steps=1, resolution=least))) == 1
-    with pytest.raises(DiffalignError, match=rf"resolution: {pixels} pixels .* give a multiple .* at least {least}"):
+    with pytest.raises(DiffalignError, match=rf"resolution: {pixels} pixels .* use a multiple .* at least {least}"):
         sample_images(pipe, ["a"], [0], Sampling(num_inference_steps=1, resolution=pixels))
 
 

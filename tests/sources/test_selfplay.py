@@ -146,11 +146,11 @@ def test_a_stop_inside_an_iteration_changes_nothing(
     state = json.loads((tmp_path / "cut/checkpoint-3/source.json").read_text())
     assert (state["round"], state["used"]) == (1, 1)
 
-    # and once more, with the former policy gone
+    # and once more, with the snapshot gone
     for file in (tmp_path / "cut/source/history/policy-00001").iterdir():
         file.unlink()
     (tmp_path / "cut/source/history/policy-00001").rmdir()
-    with pytest.raises(ModelError, match=r"former policy .*policy-00001.* is not there"):
+    with pytest.raises(ModelError, match=r"snapshot .*policy-00001.* is missing"):
         run_training(make_config(tiny_sdxl, {**cut, "training.resume_from_checkpoint": "checkpoint-3"}))
 
 

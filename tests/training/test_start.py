@@ -55,6 +55,6 @@ def test_a_full_reference_of_another_model(make_config, tiny_sd: Path, tiny_sdxl
         "data.cache_dir": str(tmp_path / "cache"),
     }
     config = make_config(tiny_sd, overrides)
-    with pytest.raises(ModelError, match=r"unet does not fit this base.*Give the base it was tuned from"):
+    with pytest.raises(ModelError, match=r"unet does not fit this base.*Use the base it was tuned from"):
         run_training(config)
     assert not (tmp_path / "cache").exists()

@@ -24,7 +24,7 @@ from diffalign.models.loading.modules import UNet
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-_WHY_NO_DROPOUT = "its draws differ between policy and reference, and between the two passes of a gradient"
+_WHY_NO_DROPOUT = "its random masks differ between policy and reference, and between the two passes of a gradient"
 _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -47,7 +47,7 @@ def add_lora(
     if rank < 1:
         raise ModelError(f"rank = {rank}: a LoRA needs a rank of at least 1 (4 to 128 are usual)")
     if dropout:
-        raise ModelError(f"dropout = {dropout}: a LoRA is tuned without here, because {_WHY_NO_DROPOUT}; leave it out")
+        raise ModelError(f"dropout = {dropout}: LoRA is tuned without dropout, because {_WHY_NO_DROPOUT}; remove it")
     if lora_layers(unet):
         raise ModelError("this UNet already has LoRA layers; load a fresh base to start another adapter")
     check_targets(unet, target_modules, rank)
@@ -75,9 +75,9 @@ def refuse_dropout(network: nn.Module) -> None:
     if found:
         named = ", ".join(f"{name} (p = {p:g})" for name, p in found[:3]) + (", …" if len(found) > 3 else "")
         raise ModelError(
-            f"the network to be tuned has dropout in {len(found)} module{'s' * (len(found) > 1)}: {named}. That is "
-            f"refused, because {_WHY_NO_DROPOUT}. Set dropout to 0 in the base's unet/config.json (its weights stay "
-            "the same), or p = 0 in those modules"
+            f"the network to be tuned has dropout in {len(found)} module{'s' * (len(found) > 1)}: {named}. "
+            f"It is not supported, because {_WHY_NO_DROPOUT}. Set dropout to 0 in the base's "
+            "unet/config.json (its weights stay the same), or p = 0 in those modules"
         )
 
 
@@ -175,8 +175,8 @@ def _check_same(unet: UNet, lora: LoraFile) -> None:
     own = {name.replace(f".{ADAPTER}.weight", ".weight") for name, _ in unet.named_parameters() if ".lora_" in name}
     if own != lora.state.keys():
         raise ModelError(
-            f"{lora.file} has LoRA weights for {len(lora.state) // 2} modules, this run's adapter for "
-            f"{len(own) // 2}; e.g. {sorted(own ^ lora.state.keys())[0]} is on one side only. Use the same "
+            f"{lora.file} has LoRA weights for {len(lora.state) // 2} modules, this run's adapter for {len(own) // 2}; "
+            f"e.g. {sorted(own ^ lora.state.keys())[0]} exists on one side only. Use the same "
             "target_modules"
         )
 
@@ -206,9 +206,9 @@ def check_targets(unet: UNet, targets: Sequence[str], rank: int) -> None:
             largest = min(weight.shape[0], weight[0].numel()) if isinstance(weight, nn.Parameter) else rank
             if rank > largest:
                 raise ModelError(
-                    f"rank = {rank} is above what {name} can have, whose weight is {list(weight.shape)}: set "
-                    f"tuning.rank to at most {largest}, leave that layer out of tuning.target_modules, or use "
-                    "tuning.method: full"
+                    f"rank = {rank} is above the largest rank of {name}, whose weight is {list(weight.shape)}: "
+                    f"set tuning.rank to at most {largest}, remove that layer from "
+                    "tuning.target_modules, or use tuning.method: full"
                 )
 
 

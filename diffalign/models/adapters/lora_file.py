@@ -76,10 +76,11 @@ class LoraFile:
         if self.text or not self.state:
             parts = sorted({name.split(".")[0] for name in self.text})
             raise ModelError(
-                f"{self.file} holds LoRA weights for {', '.join(parts) or 'nothing'}: {len(self.text)} of its "
-                f"{len(self.text) + len(self.state)} tensors. Only UNet adapters are tuned, merged and exported here, "
-                "and dropping the rest would change the picture. Train without the text encoders, or make this LoRA "
-                "part of the base first (diffusers' fuse_lora and save_pretrained)"
+                f"{self.file} contains LoRA weights for {', '.join(parts) or 'nothing'}: {len(self.text)} "
+                f"of its {len(self.text) + len(self.state)} tensors. Only UNet adapters can be tuned, "
+                "merged and exported, and ignoring the rest would change the image. Train without the "
+                "text encoders, or make this LoRA part of the base first (diffusers' fuse_lora and "
+                "save_pretrained)"
             )
         return self
 
@@ -153,9 +154,9 @@ def _metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     try:
         written = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{where} is no JSON ({error}): download or save the LoRA again") from error
+        raise ModelError(f"{where} is not JSON ({error}): download or save the LoRA again") from error
     if not isinstance(written, dict):
-        raise ModelError(f"{where} is no JSON object: download or save the LoRA again")
+        raise ModelError(f"{where} is not a JSON object: download or save the LoRA again")
     found = {key.removeprefix("unet."): value for key, value in written.items()}
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = found.get(name) or {}
@@ -172,10 +173,12 @@ def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str
     for piece, kind in _OTHER_KINDS.items():
         found = [name for name in weights if piece in name]
         if found:
-            raise _other_kind(file, kind, f"{len(found)} of its {len(weights)} tensors say so, e.g. {found[0]}")
+            raise _other_kind(
+                file, kind, f"{len(found)} of its {len(weights)} tensors have such names, e.g. {found[0]}"
+            )
     if not any("lora" in name for name in weights):
         example = f" (e.g. {next(iter(weights))})" if weights else ""
-        raise ModelError(f"{file} is no LoRA: none of its {len(weights)} tensors is named so{example}")
+        raise ModelError(f"{file} is not a LoRA: none of its {len(weights)} tensors has a LoRA name{example}")
     for field in _OTHER_SETTINGS:
         if metadata.get(field):
             raise _other_kind(file, "an adapter of another kind", f"{field} = {metadata[field]!r}")
@@ -188,8 +191,9 @@ def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str
 
 def _other_kind(file: Path, kind: str, why: str) -> ModelError:
     return ModelError(
-        f"{file} is {kind}, and not a plain LoRA ({why}), which is not applied here: a part of it would be lost. Give "
-        "a plain LoRA, or make this adapter part of the base with the program that trained it"
+        f"{file} is {kind}, and not a plain LoRA ({why}); it is not supported, because a part of it "
+        "would be lost. Use a plain LoRA, or make this adapter part of the base with the program that "
+        "trained it"
     )
 
 
@@ -210,7 +214,8 @@ def _converted(
             converted, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(weights), unet_config=unet.config)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise ModelError(
-                f"{file} has kohya's layout, and diffusers cannot convert it ({' '.join(str(error).split())[:300]}): "
+                f"{file} has kohya's key names, and diffusers cannot convert it "
+                f"({' '.join(str(error).split())[:300]}): "
                 "some of its tensors are missing, or it is for another kind of model"
             ) from error
         given = dict(alphas or {})
@@ -224,7 +229,9 @@ def _converted(
         part = _PART.fullmatch(name)
         plain[name if part is None else f"{part[1]}.lora_{part[2]}.weight"] = value
     if len(plain) + len(text) < len(converted):
-        raise ModelError(f"{file} gives some layers twice, e.g. as two adapters in one file: give one adapter a file")
+        raise ModelError(
+            f"{file} contains some layers twice, e.g. as two adapters in one file: write one file per adapter"
+        )
     alphas = {_bare(name): value for name, value in given.items()}
     for name, value in alphas.items():
         if not _is_number(value):
@@ -273,8 +280,8 @@ def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
     bad = [name for name, value in weights.items() if not is_finite(value)]
     if bad:
         raise ModelError(
-            f"{file} has NaN or infinite values in {named(bad)}, {len(bad)} of {len(weights)} tensors: the training "
-            "that wrote it had broken down; give an earlier checkpoint"
+            f"{file} has NaN or infinite values in {named(bad)}, {len(bad)} of {len(weights)} tensors: "
+            "the training that wrote it had diverged; use an earlier checkpoint"
         )
 
 
@@ -294,7 +301,7 @@ def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, network: nn.
         own = (rank, *weight.shape[1:]) if part[2] == "A" else (weight.shape[0], rank, *(1,) * (weight.ndim - 2))
         if tuple(value.shape) != own or not rank:
             wanted = "its other half" if other is None else f"{list(own)}"
-            misshapen.append(f"{name} is {list(value.shape)} and {wanted} is needed")
+            misshapen.append(f"{name} is {list(value.shape)}; required: {wanted}")
     if not homeless and not misshapen:
         return
     kind = ""
@@ -302,8 +309,9 @@ def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, network: nn.
         kind = " (transformer.…: it was made for a transformer such as SD3 or Flux, not for a UNet)"
     parts = ([f"no layer for {named(homeless)}{kind}"] if homeless else []) + misshapen[:NAMED]
     raise ModelError(
-        f"{file} does not fit this base: {total - len(homeless) - len(misshapen)} of its {total} tensors have a layer "
-        f"of their shape. {'; '.join(parts)}. Nothing was applied; give the base that it was made for"
+        f"{file} does not fit this base: {total - len(homeless) - len(misshapen)} of its {total} tensors "
+        f"have a layer of their shape. {'; '.join(parts)}. Nothing was applied; use the base that it "
+        "was made for"
     )
 
 
@@ -315,12 +323,12 @@ def _alphas(
 
     ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in state.items() if ".lora_A." in name}
     if strange := sorted(given.keys() - ranks.keys()):
-        raise ModelError(f"{file} does not fit this base: it has an alpha and no LoRA for {named(strange)}")
+        raise ModelError(f"{file} does not fit this base: it has an alpha without a LoRA for {named(strange)}")
     if "r" not in metadata and "lora_alpha" not in metadata:
         if state and file.name == PEFT_FILE:
             raise ModelError(
-                f"{file} is in peft's layout, and the {_PEFT_CONFIG} beside it is missing, which has its alpha: put "
-                "it there"
+                f"{file} is in peft's format, and the {_PEFT_CONFIG} beside it, which contains alpha, is "
+                "missing: copy it there"
             )
         return {name: given.get(name, float(rank)) for name, rank in ranks.items()}
     alphas = {}
@@ -333,8 +341,8 @@ def _alphas(
         )
         if said != rank or not _is_number(alpha):
             raise ModelError(
-                f"{file}: peft's fields say rank {said!r} and alpha {alpha!r} of {name}, whose tensors have rank "
-                f"{rank}: weights and fields are not of one adapter; save it again"
+                f"{file}: peft's config has rank {said!r} and alpha {alpha!r} for {name}, whose tensors "
+                f"have rank {rank}: weights and config are not from the same adapter; save it again"
             )
         alphas[name] = float(alpha) * (math.sqrt(rank) if metadata.get("use_rslora") else 1.0)
     return alphas

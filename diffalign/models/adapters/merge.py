@@ -44,13 +44,15 @@ def check_weights(parts: Parts) -> None:
     """Raises ModelError for weights that make no sum: not finite, far too large, or 0 together."""
     for path, weight in parts:
         if not abs(weight) <= LARGEST_WEIGHT:
-            raise ModelError(f"{path}={weight:g}: a weight is a finite number, at most {LARGEST_WEIGHT:g} in size")
+            raise ModelError(
+                f"{path}={weight:g}: a weight is a finite number, at most {LARGEST_WEIGHT:g} in absolute value"
+            )
     total = sum(weight for _, weight in parts)
     if parts and abs(total) < 1e-6:
         words = " ".join(f"{path}={weight:g}" for path, weight in parts)
         raise ModelError(
-            f"the weights of {words} sum to {total:g}, so that what the parts share is lost; give weights that sum to "
-            "1 (an average), or to another number than 0"
+            f"the weights of {words} sum to {total:g}, so that what the parts have in common is lost; "
+            "give weights that sum to 1 (an average), or to another number than 0"
         )
 
 
@@ -65,7 +67,7 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     found = _found(parts)
     for name in (LORA_FILE, f"{UNET_FOLDER}/config.json", "config.json", "model_index.json"):
         if (folder / name).exists():
-            raise ModelError(f"{folder} holds {name} already, and nothing is overwritten; name another folder")
+            raise ModelError(f"{folder} already contains {name}, and nothing is overwritten; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if all(tuned.kind == "lora" for tuned, _ in found):
         config, state = _merge_loras(base.unet, found)
@@ -99,7 +101,10 @@ def _found(parts: Parts) -> list[tuple[Tuned, float]]:
         raise ModelError(f"{', '.join(bad)}: a weight is a finite number")
     found = [(find_tuned(path), float(weight)) for path, weight in parts]
     if users := [str(tuned.path) for tuned, _ in found if tuned.kind == "user"]:
-        raise ModelError(f"{', '.join(users)}: user attention adds to the base's weights and changes none; not merged")
+        raise ModelError(
+            f"{', '.join(users)}: user attention adds layers to the base and changes none "
+            "of its weights; it cannot be merged"
+        )
     return found
 
 

@@ -84,9 +84,9 @@ def find_tuned(path: str | Path) -> Tuned:
             check_weights(found[0].path)
         return found[0]
     if found:
-        raise ModelError(f"{path} holds several tuned models: name one of {', '.join(str(t.path) for t in found)}")
+        raise ModelError(f"{path} contains several tuned models: name one of {', '.join(str(t.path) for t in found)}")
     checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))  # by step
-    hint = f"; give a checkpoint of it, e.g. {checkpoints[-1]}" if checkpoints else ""
+    hint = f"; use one of its checkpoints, e.g. {checkpoints[-1]}" if checkpoints else ""
     missing = "" if path.exists() else " (no such path)"
     raise ModelError(
         f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/, {LORA_FILE} or {USER_FILE}, "
@@ -152,9 +152,9 @@ def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] 
     tuned = find_tuned(path)
     if (tuned.kind == "user") != (user is not None):
         raise ModelError(
-            f"{tuned.path} is user attention, and no user was given: give the embedding of one (--users FILE --user ID)"
+            (f"{tuned.path} is user attention, and no user was given: give a user's embedding (--users FILE --user ID)")
             if user is None
-            else f"a user was given, and {tuned.path} has no user attention; leave the user out"
+            else f"a user was given, and {tuned.path} has no user attention; remove the user"
         )
     if tuned.kind == "user":
         load_user_attention(pipeline.unet, tuned.path, pipeline.unet.dtype)
@@ -169,12 +169,14 @@ def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] 
 def _apply_lora(pipeline: Any, lora: LoraFile) -> None:
     """A LoRA on the UNet and, where the file says so, the text encoders. Raises ModelError unless all of it acts."""
     if lora_layers(pipeline.unet):
-        raise ModelError(f"this pipeline has a LoRA already, and {lora.file} would replace it; load a fresh pipeline")
+        raise ModelError(f"this pipeline already has a LoRA, and {lora.file} would replace it; load a new pipeline")
     parts = [(pipeline.unet, lora)] if lora.state else []
     for component in sorted({name.split(".")[0] for name in lora.text}):
         encoder = getattr(pipeline, component, None)
         if encoder is None:
-            raise ModelError(f"{lora.file} has LoRA weights for {component}, and this base has none: give its own base")
+            raise ModelError(
+                f"{lora.file} has LoRA weights for {component}, and this base has none: use the base it was made for"
+            )
         parts.append((encoder, lora.for_text(component, encoder)))
     for module, part in parts:  # nothing is placed before all of it fits
         place_lora(module, part)
@@ -199,7 +201,9 @@ def load_pipeline(
     if tuned is not None:
         apply_tuned(pipeline, tuned, user)
     elif user is not None:
-        raise ModelError("a user was given and no tuned weights: a base knows no users; name the tuned weights")
+        raise ModelError(
+            "a user was given without tuned weights: a base does not support users; name the tuned weights"
+        )
     return pipeline.to(device)
 
 
@@ -238,7 +242,7 @@ def load_full(unet: UNet, folder: Path) -> None:
             value = read(name)
             if not is_finite(value):
                 raise ModelError(
-                    f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that wrote it had "
-                    "broken down; give an earlier checkpoint"
+                    f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that "
+                    "wrote it had diverged; use an earlier checkpoint"
                 )
             own.copy_(value)

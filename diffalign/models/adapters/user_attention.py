@@ -103,9 +103,9 @@ def add_user_attention(
     cross-attention is not that of SD and SDXL.
     """
     if dim < 1 or tokens < 1:
-        raise ModelError(f"user attention with dim = {dim} and tokens = {tokens}: both are at least 1")
+        raise ModelError(f"user attention with dim = {dim} and tokens = {tokens}: both must be at least 1")
     if user_branch(unet) is not None or any(".lora_" in name for name, _ in unet.named_parameters()):
-        raise ModelError("this UNet has user attention or LoRA layers already; load a fresh base")
+        raise ModelError("this UNet already has user attention or LoRA layers; load a new base")
     layers = _cross_attentions(unet)
     device = layers[0].to_k.weight.device
     unet.requires_grad_(False)
@@ -147,7 +147,7 @@ def set_user(unet: UNet, embedding: Tensor | Sequence[float] | None) -> None:
     """
     branch = user_branch(unet)
     if branch is None:
-        raise ModelError("a user was given and these weights have no user attention; leave the user out")
+        raise ModelError("a user was given and these weights have no user attention; remove the user")
     if embedding is None:
         branch.default = None
         return
@@ -155,7 +155,7 @@ def set_user(unet: UNet, embedding: Tensor | Sequence[float] | None) -> None:
     if len(user) != branch.dim:
         raise ModelError(
             f"the user's embedding has {len(user)} numbers, and this network was tuned with users of {branch.dim}; "
-            "give an embedding from the file that it was tuned with, or made like those"
+            "use an embedding from the file that it was tuned with, or one made in the same way"
         )
     if not bool(user.isfinite().all()):
         raise ModelError("the user's embedding has values that are not finite")
@@ -187,12 +187,12 @@ def load_user_attention(unet: UNet, file: Path, dtype: torch.dtype = torch.float
     """
     written = check_weights(file).metadata.get(_METADATA_KEY)
     if written is None:
-        raise ModelError(f"{file} is no user attention: its header does not say so")
+        raise ModelError(f"{file} is not user attention: its header does not contain the marker")
     try:
         facts = {name: json.loads(written)[name] for name in _FACTS}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{file}: its header does not give {', '.join(_FACTS)} ({written!r:.80}); save it again"
+            f"{file}: its header does not contain {', '.join(_FACTS)} ({written!r:.80}); save it again"
         ) from (error)
     branch = user_branch(unet)
     if branch is None:
@@ -203,10 +203,10 @@ def load_user_attention(unet: UNet, file: Path, dtype: torch.dtype = torch.float
             raise ModelError(f"{file} has user attention of {name} = {theirs}, this run of {own}; use the file's value")
     state, own_state = load_file(file), user_parameters(unet)
     if bad := [name for name, value in state.items() if not is_finite(value)]:
-        raise ModelError(f"{file} has NaN or infinite values in {bad[0]}; give an earlier checkpoint")
+        raise ModelError(f"{file} has NaN or infinite values in {bad[0]}; use an earlier checkpoint")
     if state.keys() != own_state.keys():
         raise ModelError(
-            f"{file} does not fit this base: {sorted(state.keys() ^ own_state.keys())[0]} is on one side only"
+            f"{file} does not fit this base: {sorted(state.keys() ^ own_state.keys())[0]} exists on one side only"
         )
     with torch.no_grad():
         for name, parameter in own_state.items():
@@ -229,7 +229,7 @@ def _fits(file: Path, unet: UNet, state: dict[str, Tensor]) -> None:
         name = next(n for n in sorted({*own, *theirs}) if own.get(n) != theirs.get(n))
         raise ModelError(
             f"{file} does not fit this base: {name} is {theirs.get(name, 'absent')} in the file and "
-            f"{own.get(name, 'absent')} here. Give the base it was tuned from"
+            f"{own.get(name, 'absent')} in this base. Use the base it was tuned from"
         )
 
 
@@ -256,8 +256,10 @@ def _join_user(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 def _cross_attentions(unet: UNet) -> list[Any]:
     layers = cross_attentions(unet)
     if not layers:
-        raise ModelError("this UNet has no cross-attention layers, and user attention goes beside them")
+        raise ModelError("this UNet has no cross-attention layers, which user attention needs")
     for layer in layers:
         if not is_plain(layer):
-            raise ModelError("the cross-attention of this UNet is not that of SD and SDXL; no user attention for it")
+            raise ModelError(
+                "the cross-attention of this UNet is not that of SD and SDXL; user attention does not support it"
+            )
     return layers

@@ -120,19 +120,19 @@ def check_unet(unet: UNet, source: str) -> None:
     config = unet.config
     if config.out_channels == 2 * config.in_channels:
         raise ModelError(
-            f"the UNet of {source!r} has {config.out_channels} output channels for {config.in_channels} inputs: it "
-            "predicts a variance as well (learned sigma), and no objective here says what to do with it"
+            f"the UNet of {source!r} has {config.out_channels} output channels for {config.in_channels} "
+            "inputs: it also predicts a variance (learned sigma), which no objective supports"
         )
     if config.in_channels != config.out_channels:
         raise ModelError(
-            f"the UNet of {source!r} takes {config.in_channels} channels and returns {config.out_channels}: an "
-            "inpainting, depth or upscaling model. Only text-to-image models are tuned here"
+            f"the UNet of {source!r} takes {config.in_channels} channels and returns {config.out_channels}: "
+            "an inpainting, depth or upscaling model. Only text-to-image models are supported"
         )
     for field in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if config.get(field) is not None:
             raise ModelError(
-                f"the UNet of {source!r} has {field} = {config[field]!r}, an input that nothing here provides; "
-                "allowed is a UNet without it"
+                f"the UNet of {source!r} has {field} = {config[field]!r}, an input that diffalign does "
+                "not provide; use a UNet without it"
             )
 
 
@@ -148,8 +148,8 @@ def _from_pretrained(spec: ModelSpec, vae_and_text: bool, where: Where) -> Base:
         for suffix in suffixes:
             if not (index.get(f"text_encoder{suffix}") or [None])[0]:
                 raise ModelError(
-                    f"{name!r} has no text_encoder{suffix}, which a {family.name} base needs; refiners and pipelines "
-                    "saved in parts are not tuned here"
+                    f"{name!r} has no text_encoder{suffix}, which a {family.name} base needs; refiners "
+                    "and pipelines saved in parts are not supported"
                 )
         text = TextEncoders(
             *load_text(name, suffixes, where),
@@ -188,7 +188,8 @@ def family_of(unet: UNet, source: str) -> StableDiffusion | StableDiffusionXL:
     if kind == "text_time":
         return StableDiffusionXL()
     raise ModelError(
-        f"the UNet of {source!r} has addition_embed_type = {kind!r}; SD-like models have none, SDXL-like 'text_time'"
+        f"the UNet of {source!r} has addition_embed_type = {kind!r}; SD-like models have none, SDXL-like "
+        "models 'text_time'"
     )
 
 
@@ -201,22 +202,23 @@ def _check_widths(base: Base) -> None:
     expected = config.cross_attention_dim
     if width != expected:
         raise ModelError(
-            f"the text encoders of {base.source!r} give {width} numbers per token, its UNet's cross_attention_dim is "
-            f"{expected}: these parts do not belong together"
+            f"the text encoders of {base.source!r} give {width} numbers per token, its UNet's "
+            f"cross_attention_dim is {expected}: these components do not belong together"
         )
     latents = None if base.vae is None else base.vae.config.get("latent_channels")
     if latents is not None and latents != config.in_channels:
         raise ModelError(
             f"the VAE of {base.source!r} makes latents of {latents} channels, its UNet takes {config.in_channels}: "
-            "these parts do not belong together; name the VAE it was trained with (pretrained_vae_model_name_or_path)"
+            "these components do not belong together; name the VAE it was trained with "
+            "(pretrained_vae_model_name_or_path)"
         )
     if base.family.name == "sdxl":
         pooled = base.text.models[-1].config.projection_dim
         wants = config.projection_class_embeddings_input_dim - pooled
         if wants != 6 * config.addition_time_embed_dim:
             raise ModelError(
-                f"the UNet of {base.source!r} does not take six time ids (sizes and crop); refiners, which take an "
-                "aesthetic score instead, are not tuned here"
+                f"the UNet of {base.source!r} does not take six time ids (sizes and crop); refiners, "
+                "which take an aesthetic score instead, are not supported"
             )
 
 

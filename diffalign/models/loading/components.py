@@ -68,7 +68,7 @@ class Where:
             return self.variant
         variant, files = weights_in(folder / (subfolder or ""), stem, self.variant)
         if variant != self.variant:
-            log.warning("%s: only variant %s is there, and it is read", files[0].parent, variant)
+            log.warning("%s: only variant %s exists; it is used", files[0].parent, variant)
         return variant
 
 
@@ -119,8 +119,9 @@ def load_vae(source: str, subfolder: str | None, where: Where) -> VAE:
     """The autoencoder in `source[/subfolder]`, of the class its config names; of a whole pipeline its vae."""
     if source.endswith(".safetensors"):
         raise ModelError(
-            f"the VAE {source!r} is one file, and needed is a diffusers folder or Hub id: convert it once with "
-            "diffusers' AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), or name a pipeline that has it"
+            f"the VAE {source!r} is one file, but a diffusers folder or Hub id is required: convert it "
+            "once with diffusers' AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), or "
+            "name a pipeline that has it"
         )
     folder = local_folder(source, where.revision)
     if subfolder is None and (_is_pipeline(folder) if folder is not None else _has_vae(source, where.revision)):
@@ -172,14 +173,14 @@ def check_tokenizer(what: str, tokenizer: Any, model: nn.Module) -> None:
     tokens = len(tokenizer)
     if tokens > config.vocab_size or 2 * tokens < config.vocab_size:
         raise ModelError(
-            f"{what} has {tokens} tokens, and its text encoder {config.vocab_size}: {_TOKENIZER_FILES} are missing or "
-            "are another model's; copy the folder again from the base's source"
+            f"{what} has {tokens} tokens, and its text encoder {config.vocab_size}: {_TOKENIZER_FILES} "
+            "are missing or belong to another model; copy the folder again from the base's source"
         )
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise ModelError(
             f"{what} has model_max_length = {tokenizer.model_max_length:.4g}, and its text encoder takes "
-            f"{config.max_position_embeddings} tokens: tokenizer_config.json is missing or is another model's; "
-            "copy the folder again from the base's source"
+            f"{config.max_position_embeddings} tokens: tokenizer_config.json is missing or belongs to "
+            "another model; copy the folder again from the base's source"
         )
 
 
@@ -189,9 +190,9 @@ def _need_tokenizer_files(what: str, folder: Path | None, subfolder: str) -> Non
     there = {file.name for file in (folder / subfolder).iterdir()} if (folder / subfolder).is_dir() else set()
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
         raise ModelError(
-            f"{what} has no files: needed are {_TOKENIZER_FILES}, and {folder / subfolder} holds "
-            f"{', '.join(sorted(there)) or 'nothing'}. Copy that folder from the base's source, or fetch it with "
-            "`hf download`"
+            f"{what} has no files: it needs {_TOKENIZER_FILES}, and {folder / subfolder} contains "
+            f"{', '.join(sorted(there)) or 'nothing'}. Copy that folder from the base's source, or "
+            "fetch it with `hf download`"
         )
 
 
@@ -242,8 +243,9 @@ def _vae_class(source: str, subfolder: str | None, where: Where) -> Any:
     name = str(config.get("_class_name", "AutoencoderKL"))
     if not (name.startswith("A") and "Autoencoder" in name and hasattr(diffusers, name)):
         raise ModelError(
-            f"the VAE of {source!r} is a {name!r}; allowed are diffusers' autoencoders (AutoencoderKL, AutoencoderDC, "
-            "AutoencoderTiny, …). Give another one with pretrained_vae_model_name_or_path"
+            f"the VAE of {source!r} is a {name!r}; allowed are diffusers' autoencoders (AutoencoderKL, "
+            "AutoencoderDC, AutoencoderTiny, …). Use another one with "
+            "pretrained_vae_model_name_or_path"
         )
     return getattr(diffusers, name)
 
@@ -253,25 +255,27 @@ def _why_no_pipeline(source: str, error: Exception) -> str:
     if folder.is_dir():
         if (folder / "unet").is_dir() or list(folder.glob("*.safetensors")):
             return (
-                f"{source!r} holds tuned weights but no model_index.json: it is not a base model. Give the model "
-                "it was tuned from as pretrained_model_name_or_path and this folder as the tuned weights"
+                f"{source!r} contains tuned weights but no model_index.json: it is not a base model. Set "
+                "pretrained_model_name_or_path to the model it was tuned from, and give this folder as "
+                "the tuned weights"
             )
         if (folder / "model_index.json").is_file():
             return f"{source}/model_index.json cannot be read ({_first_line(error)}); download the model again"
         return f"{source!r} has no model_index.json; {_A_BASE_IS}"
     if not is_hub_id(source):
         return f"{source!r} does not exist; {_A_BASE_IS}"
-    return f"{source!r} is no folder here, and {why_not_fetched(source, error)}"
+    return f"{source!r} is not a folder on this machine, and {why_not_fetched(source, error)}"
 
 
 def _why_no_component(what: str, source: str, variant: str | None, error: Exception) -> str:
     """`error` of a library, with what to do."""
     if isinstance(error, OSError) and not Path(source).is_dir() and is_hub_id(source):
-        hint = "" if variant else ". Where the repository has fp16 weights alone, set model.variant: fp16"
+        hint = "" if variant else ". If the repository has only fp16 weights, set model.variant: fp16"
         return f"cannot load {what}: {why_not_fetched(source, error)}{hint}"
     return (
-        f"cannot load {what}: {type(error).__name__}: {_first_line(error)[:300]}. Its config and its weights must be "
-        "whole and of one model; download it again, or save it again from where it works"
+        f"cannot load {what}: {type(error).__name__}: {_first_line(error)[:300]}. Its config and its "
+        "weights must be complete and belong to one model; download it again, or save it again from a "
+        "working copy"
     )
 
 

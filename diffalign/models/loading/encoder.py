@@ -81,7 +81,7 @@ class Encoder:
         n, channels, height, width = pixels.shape
         if channels != 3 or height % factor or width % factor:
             raise DiffalignError(
-                f"pixels have shape {tuple(pixels.shape)}; needed is [n, 3, H, W] with H and W multiples of {factor}"
+                f"pixels have shape {tuple(pixels.shape)}; required is [n, 3, H, W] with H and W multiples of {factor}"
             )
         chunk = 1 if height * width > SLICE_ABOVE_PIXELS else n
         parts = [self._moments(vae, part) for part in pixels.split(chunk)]
@@ -120,9 +120,9 @@ class Encoder:
 
     def _warn(self, prompt: str, lost: int, limit: str) -> None:
         if len(self.truncated) <= NAMED:
-            log.warning("prompt cut by %d tokens (at most %s fit): %.60r…", lost, limit, prompt)
+            log.warning("prompt truncated by %d tokens (at most %s fit): %.60r…", lost, limit, prompt)
         if len(self.truncated) == NAMED:
-            log.warning("further prompts that are cut are not named")
+            log.warning("further truncated prompts are not logged")
 
     def time_ids(self, geometry: Tensor) -> Tensor | None:
         """SDXL's micro-conditioning for a geometry int64 "... 6" (see Family.time_ids); None for SD."""

@@ -22,8 +22,9 @@ def check_resolution(unet: Any, factor: int, pixels: int, setting: str) -> None:
     least = factor * 2**halvings
     if pixels % factor or pixels < least:
         raise ModelError(
-            f"{setting}: {pixels} pixels are too small or uneven for this model, whose VAE shrinks {factor}-fold and "
-            f"whose UNet halves {halvings} times; give a multiple of {factor}, at least {least}"
+            f"{setting}: {pixels} pixels are too small or not a multiple for this model, whose VAE "
+            f"downsamples {factor}-fold and whose UNet halves {halvings} times; use a multiple of {factor}, "
+            f"at least {least}"
         )
 
 

@@ -25,14 +25,14 @@ def base_of_pipeline(pipeline: Any) -> Base:
     missing = [name for name in NEEDED if getattr(pipeline, name, None) is None]
     if missing:
         raise ModelError(
-            f"model: {kind} has no {', '.join(missing)}; give a Hub id, a path, or a StableDiffusionPipeline or "
-            "StableDiffusionXLPipeline with all of its parts"
+            f"model: {kind} has no {', '.join(missing)}; give a Hub id, a path, or a "
+            "StableDiffusionPipeline or StableDiffusionXLPipeline with all of its components"
         )
     parameter = next(pipeline.unet.parameters())
     if parameter.dtype != torch.float32:
         raise ModelError(
-            f"model: the pipeline's UNet is {parameter.dtype}; load it in torch.float32 (training.mixed_precision "
-            "chooses what it computes in)"
+            f"model: the pipeline's UNet is {parameter.dtype}; load it in torch.float32 "
+            "(training.mixed_precision sets the compute dtype)"
         )
     if getattr(pipeline.unet, "peft_config", None):
         raise ModelError(

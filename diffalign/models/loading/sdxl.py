@@ -46,8 +46,8 @@ class StableDiffusionXL:
         """The six numbers as float32: half precision would round 1023 to 1024."""
         if geometry.shape[-1] != 6:
             raise DiffalignError(
-                f"geometry has shape {tuple(geometry.shape)}; its last axis must hold six pixel counts: "
-                "original h w, crop top left, target h w"
+                f"geometry has shape {tuple(geometry.shape)}; its last axis must contain six pixel "
+                "counts: original h w, crop top left, target h w"
             )
         return geometry.to(torch.float32)
 
@@ -56,8 +56,8 @@ class StableDiffusionXL:
         if cond.pooled is None or cond.time_ids is None:
             missing = [name for name in ("pooled", "time_ids") if getattr(cond, name) is None]
             raise DiffalignError(
-                f"an SDXL network needs Conditioning.{' and .'.join(missing)}; this batch was encoded without "
-                "(by an SD encoder?): encode it again with this base"
+                f"an SDXL network needs Conditioning.{' and .'.join(missing)}; this batch was encoded "
+                "without it (by an SD encoder?): encode it again with this base"
             )
         return {
             "encoder_hidden_states": cond.prompt_embeds,

@@ -45,14 +45,15 @@ def load_single_file(
     family = next((name for name, key in _FAMILY_KEYS.items() if any(k.startswith(key) for k in keys)), None)
     if family is None:
         raise ModelError(
-            f"{path!r} is no full SD or SDXL checkpoint: none of its {len(keys)} tensors starts with "
+            f"{path!r} is not a full SD or SDXL checkpoint: none of its {len(keys)} tensors starts with "
             f"{' or '.join(_FAMILY_KEYS.values())}. A LoRA or a bare UNet belongs in the tuned weights, not the base"
         )
     edm = sorted(key for key in keys if key.startswith("edm_"))
     if edm:
         raise ModelError(
-            f"{path!r} has the tensor{'s' * (len(edm) > 1)} {', '.join(edm)}: it was trained on continuous EDM noise "
-            "(CosXL, Playground v2.5), and only models with a discrete table of betas are tuned here. Take another base"
+            f"{path!r} has the tensor{'s' * (len(edm) > 1)} {', '.join(edm)}: it was trained on "
+            "continuous EDM noise (CosXL, Playground v2.5), and only models with a discrete table of "
+            "betas are supported. Use another base"
         )
     if vae_and_text and own_vae and not any(key.startswith(_VAE_KEYS) for key in keys):
         raise ModelError(
@@ -71,13 +72,13 @@ def load_single_file(
         pipeline = cls.from_single_file(path, config=config, torch_dtype=dtype, **without)
     except NotImplementedError as error:  # diffusers moves a tensor that the file lacks
         raise ModelError(
-            f"{path!r} is not whole: {_missing(path, config) or 'it lacks tensors that its config asks for'}. Download "
-            "it again, or give the configs of its own pipeline as single_file_config"
+            f"{path!r} is not complete: {_missing(path, config) or 'it lacks tensors that its config asks for'}. "
+            "Download it again, or set single_file_config to the configs of its own pipeline"
         ) from error
     except Exception as error:  # diffusers raises many kinds here, all with the same remedies
         raise ModelError(
-            f"cannot read {path!r} (single_file_config: {config}): {' '.join(str(error).split())[:400]}. Give "
-            f"{_CONFIG_IS}; without it they are fetched from the Hub, which needs a connection"
+            f"cannot read {path!r} (single_file_config: {config}): {' '.join(str(error).split())[:400]}. "
+            f"Set {_CONFIG_IS}; without it they are fetched from the Hub, which needs a connection"
         ) from error
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if (module := getattr(pipeline, name, None)) is not None:
@@ -109,7 +110,7 @@ def _missing(path: str, config: str | None) -> str | None:
         except Exception:  # diffusers' converters fail in many ways on a file of another structure
             continue
         if missing:
-            return f"of its {name} {len(missing)} of {len(needed)} tensors are missing ({named(missing)})"
+            return f"{len(missing)} of {len(needed)} tensors of its {name} are missing ({named(missing)})"
     return None
 
 
@@ -118,6 +119,6 @@ def _check_all_used(path: str, keys: Collection[str], unet: UNet) -> None:
     given, used = sum(key.startswith(_UNET_KEY) for key in keys), len(unet.state_dict())
     if given != used:
         raise ModelError(
-            f"the UNet in {path!r} has {given} tensors, and the one of its config has {used}: it is of another "
-            f"structure and would be used in part. Give {_CONFIG_IS}"
+            f"the UNet in {path!r} has {given} tensors, and the one of its config has {used}: the "
+            f"structures differ, and only a part would be used. Set {_CONFIG_IS}"
         )

@@ -42,8 +42,8 @@ def weight_sets(folder: Path, stem: str) -> dict[str | None, list[Path]]:
             found[variant] = whole
         elif len(files) != parts[variant]:
             raise ModelError(
-                f"{folder} holds {len(files)} of the {parts[variant]} parts of its weights ({files[0].name}, …): "
-                "download or copy the missing ones"
+                f"{folder} contains {len(files)} of the {parts[variant]} parts of its weights ({files[0].name}, "
+                "…): download or copy the missing ones"
             )
     return found
 
@@ -70,13 +70,13 @@ def _none_there(folder: Path, sets: dict[str | None, list[Path]], variant: str |
     what = f"cannot load the weights in {folder} (variant: {'null' if variant is None else variant})"
     if sets:
         there = ", ".join(f"variant: {'null' if name is None else name}" for name in sorted(sets, key=str))
-        return f"{what}: found {', '.join(names)}. Set model.variant to what is there ({there})"
+        return f"{what}: found {', '.join(names)}. Set model.variant to one that exists ({there})"
     if any(name.endswith(_PICKLED) for name in names):
         return (
-            f"{what}: only pickled weights are there ({', '.join(names)}), and those are not opened because they can "
-            "run code. If you trust them, convert them once: load the pipeline with diffusers' "
-            "from_pretrained(..., use_safetensors=False) and save it with save_pretrained(..., safe_serialization=True)"
-            f"; for one file, {CONVERT}"
+            f"{what}: only pickled weights exist ({', '.join(names)}), and they are not opened because "
+            "they can run code. If you trust them, convert them once: load the pipeline with "
+            "diffusers' from_pretrained(..., use_safetensors=False) and save it with "
+            f"save_pretrained(..., safe_serialization=True); for one file, {CONVERT}"
         )
     return f"{what}: found {', '.join(names) or 'nothing'}; download or copy the model again"
 
@@ -94,14 +94,14 @@ def stored_unet(folder: Path, unet: UNet) -> Callable[[str], Tensor]:
         opened = safe_open(file, framework="pt")
         for name, shape in check_weights(file).shapes.items():
             if name in stored:
-                raise ModelError(f"{folder} holds {name} twice, once in {file.name}; leave one set of files there")
+                raise ModelError(f"{folder} contains {name} twice, once in {file.name}; remove one set of files")
             stored[name] = opened
             if name in own and shape != tuple(own[name].shape):
-                unlike.append(f"{name} is {list(shape)} there, {list(own[name].shape)} in the base")
+                unlike.append(f"{name} is {list(shape)} in the file, {list(own[name].shape)} in the base")
     if different := sorted(stored.keys() ^ own.keys()):
-        unlike.append(f"{len(different)} tensors are on one side only, e.g. {different[0]}")
+        unlike.append(f"{len(different)} tensors exist on one side only, e.g. {different[0]}")
     if unlike:
         raise ModelError(
-            f"the tuned UNet in {folder} does not fit this base: {unlike[0]}. Give the base it was tuned from"
+            f"the tuned UNet in {folder} does not fit this base: {unlike[0]}. Use the base it was tuned from"
         )
     return lambda name: stored[name].get_tensor(name)

@@ -43,7 +43,7 @@ def load_negative(
     """
     if find_tuned(negative_tuned).kind == "user":
         raise ModelError(
-            f"{negative_tuned} is user attention, and a negative network draws for nobody; give other weights"
+            f"{negative_tuned} is user attention, and a negative network cannot have a user; use other weights"
         )
     base = load_base(model, vae_and_text=False, torch_dtype=torch_dtype)
     load_tuned(base.unet, negative_tuned)
@@ -61,7 +61,10 @@ def negative_branch(pipeline: Any, negative: nn.Module) -> Iterator[None]:
 
     def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **inputs: Any) -> Any:
         if not pipeline.do_classifier_free_guidance:
-            raise ModelError("a negative network answers the unconditional branch, and guidance_scale ≤ 1 has none")
+            raise ModelError(
+                "a negative network computes the unconditional branch, which "
+                "guidance_scale ≤ 1 does not have; set guidance_scale above 1"
+            )
         # diffusers stacks (unconditional, conditional) along the batch and splits the answer in the same places
         halves = zip(*(x.chunk(2) for x in (sample, encoder_hidden_states)), _halves(inputs), strict=True)
         answers = [

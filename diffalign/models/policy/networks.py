@@ -67,8 +67,9 @@ class Networks:
         """The reference's raw prediction "n c h w", float32, without grad. Raises ModelError without a reference."""
         if self._reference is None:
             raise ModelError(
-                "these networks have no reference, and the objective asks for one; build them with "
-                "make_reference('copy', unet) for full fine-tuning or make_reference('lora_off', unet) for LoRA"
+                "these networks have no reference, and the objective needs one; build them with "
+                "make_reference('copy', unet) for full fine-tuning or make_reference('lora_off', unet) "
+                "for LoRA"
             )
         self.reference_forwards += 1
         with torch.no_grad(), self._reference.active() as module:
@@ -84,9 +85,9 @@ class Networks:
         inputs = self.family.unet_inputs(cond)
         if self._takes_users != (cond.user is not None):
             raise ModelError(
-                "this network has user attention and the batch no users"
+                "this network has user attention and the batch has no users"
                 if self._takes_users
-                else "the batch has users and this network no user attention; build it with add_user_attention"
+                else ("the batch has users and this network has no user attention; build it with add_user_attention")
             )
         if cond.user is not None:
             inputs["user_embeds"] = cond.user

@@ -85,7 +85,7 @@ class HeldLora:
         self._unet = unet
         self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
         if not self._own:
-            raise ModelError("reference held: this UNet has no LoRA layers to put other weights in; use reference copy")
+            raise ModelError("reference held: this UNet has no LoRA layers for other weights; use reference copy")
         self.hold({name: p.detach().clone() for name, p in self._own.items()} if weights is None else weights)
 
     def hold(self, weights: Mapping[str, Tensor]) -> None:
@@ -164,8 +164,8 @@ def make_reference(kind: ReferenceKind, unet: UNet, autocast_dtype: torch.dtype 
     if kind == "copy":
         if lora_layers(unet):
             raise ModelError(
-                "reference copy: this UNet has LoRA layers, and a copy would hold a second UNet for nothing; use "
-                "reference lora_off"
+                "reference copy: this UNet has LoRA layers, so a copy would waste memory for a second "
+                "UNet; use reference lora_off"
             )
         return FrozenCopy(unet, autocast_dtype)
     raise ModelError(f"reference = {kind!r}; allowed: lora_off, user_off, copy, none")

@@ -117,7 +117,7 @@ class FormerCopy:
             check_weights(folder / DELTA_FILE)
             delta = load_file(folder / DELTA_FILE)
             if delta.keys() != self._start.keys():
-                raise ModelError(f"{folder / DELTA_FILE} is of another UNet; use the source folder of this run")
+                raise ModelError(f"{folder / DELTA_FILE} belongs to another UNet; use the source folder of this run")
         with torch.no_grad():
             for name, p in self._copy.module.named_parameters():
                 start = self._start[name]
@@ -132,7 +132,7 @@ def make_former(unet: UNet, family: Family, autocast_dtype: torch.dtype | None =
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes the place of `folder` when the block ends well, with hashes of its files."""
-    with written_whole(folder, what="a former policy") as partial:
+    with written_whole(folder, what="a snapshot") as partial:
         partial.mkdir()
         yield partial
         (partial / HASHES).write_text(json.dumps(list_files(partial)) + "\n")
@@ -148,12 +148,11 @@ def _check(folder: Path) -> None:
         faults = [f"{HASHES} is not readable"]
     if faults:
         raise ModelError(
-            f"the former policy {folder} is damaged: {'; '.join(faults)}. Put it back from a copy, or start again"
+            f"the snapshot {folder} is damaged: {'; '.join(faults)}. Restore it from a copy, or start again"
         )
 
 
 def _gone(path: Path) -> ModelError:
     return ModelError(
-        f"the former policy {path} is not there, and this run's reference is to be that one: put it back, or start the "
-        "run again"
+        f"the snapshot {path} is missing, and this run needs it as its reference: restore it, or start the run again"
     )

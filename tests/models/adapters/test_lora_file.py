@@ -138,8 +138,8 @@ def refused(state: State) -> dict[str, tuple[State, str]]:
             renamed(state, "unet.") | renamed({"extra.lora_A.weight": torch.zeros(4, 8)}, "unet."),
             rf"{n} of its {n + 1} tensors.*no layer for extra.lora_A.weight",
         ),
-        "half a layer": ({f"unet.{k}": v for k, v in state.items() if k != first}, "its other half is needed"),
-        "another shape": (renamed(state | odd, "unet."), rf"does not fit.*{module}.*is needed"),
+        "half a layer": ({f"unet.{k}": v for k, v in state.items() if k != first}, "required: its other half"),
+        "another shape": (renamed(state | odd, "unet."), rf"does not fit.*{module}.*; required: "),
         "DoRA of peft": (
             renamed(state, "unet.") | {f"unet.{module}.lora_magnitude_vector": torch.ones(32)},
             "is DoRA, and not a plain LoRA.*1 of its",
@@ -155,11 +155,11 @@ def refused(state: State) -> dict[str, tuple[State, str]]:
         "an alpha of 0": (with_alphas(state) | {f"unet.{module}.alpha": torch.tensor(0.0)}, "alpha is one finite"),
         "an alpha of nothing": (
             renamed(state, "unet.") | {"unet.x.alpha": torch.tensor(1.0)},
-            "an alpha and no LoRA for x",
+            "an alpha without a LoRA for x",
         ),
         "two adapters": (renamed(state, "unet.") | renamed(state, "unet.", ".b"), "some layers twice"),
         "kohya's, cut": ({"lora_unet_mid_block_x.lora_down.weight": torch.zeros(4, 4)}, "diffusers cannot convert it"),
-        "nothing": ({}, "is no LoRA: none of its 0 tensors"),
+        "nothing": ({}, "is not a LoRA: none of its 0 tensors"),
     }
 
 
@@ -209,8 +209,8 @@ def test_what_cannot_be_applied_whole_is_refused_everywhere(sd: Model, state: St
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (None, "adapter_config.json beside it is missing"),
-        (FIELDS | {"r": 8}, "say rank 8 and alpha 10.0 of .*, whose tensors have rank 4"),
+        (None, "adapter_config.json beside it, which contains alpha, is missing"),
+        (FIELDS | {"r": 8}, "has rank 8 and alpha 10.0 for .*, whose tensors have rank 4"),
         (FIELDS | {"lora_alpha": "x"}, "alpha 'x'"),
         (FIELDS | {"use_dora": True}, "use_dora = True"),
         (FIELDS | {"peft_type": "LOHA"}, "LOHA"),
@@ -230,7 +230,7 @@ def test_a_text_encoders_part_that_matches_nothing(sd: Model, state: State, tmp_
     save_file(renamed(state, "unet.") | text, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=r"text_encoder"):
         load_pipeline(str(sd.folder), tuned=str(tmp_path / "x.safetensors"))
-    with pytest.raises(ModelError, match=rf"text_encoder: 2 of its {len(state) + 2} tensors.*dropping the rest"):
+    with pytest.raises(ModelError, match=rf"text_encoder: 2 of its {len(state) + 2} tensors.*ignoring the rest"):
         load_lora(sd.unet(), tmp_path / "x.safetensors")
 
 
@@ -267,7 +267,7 @@ def test_text_encoders_parts_act_with_the_alpha_of_each_layer(models, tmp_path: 
 def test_a_second_lora_does_not_replace_the_first(sd: Model, state: State, tmp_path: Path) -> None:
     folder = write_peft(tmp_path, state, FIELDS)
     pipeline = load_pipeline(str(sd.folder), tuned=str(folder))
-    with pytest.raises(ModelError, match=r"has a LoRA already.*load a fresh pipeline"):
+    with pytest.raises(ModelError, match=r"already has a LoRA.*load a new pipeline"):
         apply_tuned(pipeline, folder)
 
 

@@ -94,7 +94,7 @@ def test_tuned_weights_that_cannot_be_told(model: Model, tmp_path: Path):
         find_tuned(tmp_path / "nothing")
     for step in (20, 100, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    with pytest.raises(ModelError, match=r"give a checkpoint of it, e.g. .*checkpoint-100"):
+    with pytest.raises(ModelError, match=r"use one of its checkpoints, e.g. .*checkpoint-100"):
         find_tuned(tmp_path)
     save_tuned(tuned_unet(model, "unet"), tmp_path, model.base.family)
     assert find_tuned(tmp_path).kind == "unet"

@@ -162,7 +162,7 @@ def test_checkpointing_changes_no_gradient(model: Model) -> None:
 
 def test_users_and_networks_that_do_not_belong_together(model: Model) -> None:
     nets = networks(model, tuned(model))
-    with pytest.raises(ModelError, match="the batch no users"):
+    with pytest.raises(ModelError, match="the batch has no users"):
         nets.policy(model.xt, model.t, model.cond)
     plain = Networks(model.unet(), family=model.base.family, schedule=model.base.schedule)
     with pytest.raises(ModelError, match="no user attention"):
@@ -216,7 +216,7 @@ def test_errors_say_what_to_do(model: Model, tmp_path: Path) -> None:
         load_pipeline(folder, tuned=str(tmp_path), user=[0.0, 1.0])
     with pytest.raises(ModelError, match="not finite"):
         load_pipeline(folder, tuned=str(tmp_path), user=[0.0, 1.0, float("nan")])
-    with pytest.raises(ModelError, match="a base knows no users"):
+    with pytest.raises(ModelError, match="a base does not support users"):
         load_pipeline(folder, user=ANNA)
     lora = model.unet()
     add_lora(lora, rank=2)
@@ -236,11 +236,11 @@ def test_errors_say_what_to_do(model: Model, tmp_path: Path) -> None:
         load_tuned(unet, tmp_path / USER_FILE)
     with pytest.raises(ModelError, match="already"):
         add_user_attention(unet, DIM)
-    with pytest.raises(ModelError, match="not merged"):
+    with pytest.raises(ModelError, match="cannot be merged"):
         merge_into(model.unet(), [(str(tmp_path / USER_FILE), 1.0)])
-    with pytest.raises(ModelError, match="draws for nobody"):
+    with pytest.raises(ModelError, match="cannot have a user"):
         load_negative(folder, str(tmp_path / USER_FILE))
-    with pytest.raises(ModelError, match="no user attention; leave"):
+    with pytest.raises(ModelError, match="no user attention; remove"):
         set_user(model.unet(), ANNA)
 
 

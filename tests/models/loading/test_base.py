@@ -197,7 +197,7 @@ def test_tuned_weights_are_no_base(models, tmp_path: Path):
         load_base(str(tmp_path))
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.x.lora_A.weight": torch.zeros(1)}, lora)
-    with pytest.raises(ModelError, match="no full SD or SDXL checkpoint"):
+    with pytest.raises(ModelError, match="not a full SD or SDXL checkpoint"):
         load_base(str(lora))
 
 

@@ -126,10 +126,10 @@ def test_a_tokenizer_that_is_not_there_or_another_models(folder: Path) -> None:
     for file in tokenizer.glob("*"):
         if file != config:
             file.unlink()
-    with pytest.raises(ModelError, match=r"the tokenizer_2 of .* has no files: needed are .*merges.txt.*hf download"):
+    with pytest.raises(ModelError, match=r"the tokenizer_2 of .* has no files: it needs .*merges.txt.*hf download"):
         load_base(str(folder))
     shutil.rmtree(tokenizer)
-    with pytest.raises(ModelError, match=r"tokenizer_2 holds nothing"):
+    with pytest.raises(ModelError, match=r"tokenizer_2 contains nothing"):
         load_base(str(folder))
 
 
@@ -139,7 +139,7 @@ def test_one_variant_alone_is_read_as_that(folder: Path, models, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         base = load_base(str(folder))
     assert same_weights(base.unet, models["sdxl"].base.unet)
-    assert f"{folder / 'unet'}: only variant fp16 is there, and it is read" in caplog.text
+    assert f"{folder / 'unet'}: only variant fp16 exists; it is used" in caplog.text
     shutil.copy(folder / "unet/diffusion_pytorch_model.fp16.safetensors", folder / UNET.replace(".saf", ".ema.saf"))
     with pytest.raises(ModelError, match=r"Set model.variant to what is there \(variant: ema, variant: fp16\)"):
         load_base(str(folder))
@@ -152,7 +152,7 @@ def test_a_part_of_the_weights_that_is_missing(folder: Path, models) -> None:
     parts = sorted((folder / "unet").glob("*-of-*.safetensors"))
     assert len(parts) > 1
     parts[1].unlink()
-    with pytest.raises(ModelError, match=rf"holds {len(parts) - 1} of the {len(parts)} parts of its weights"):
+    with pytest.raises(ModelError, match=rf"contains {len(parts) - 1} of the {len(parts)} parts of its weights"):
         load_base(str(folder), vae_and_text=False)
 
 
@@ -194,13 +194,16 @@ def test_a_single_file_without_a_vae_takes_another(models, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("model.diffusion_model.out.2.bias"), "not whole: of its unet 1 of .* missing .conv_out.bias."),
+        (
+            lambda s: s.pop("model.diffusion_model.out.2.bias"),
+            "not complete: 1 of .* tensors of its unet are missing .conv_out.bias.",
+        ),
         (
             lambda s: s.pop("first_stage_model.decoder.conv_in.bias"),
-            "not whole: of its vae 1 of .* missing .decoder.conv_in.bias.",
+            "not complete: 1 of .* tensors of its vae are missing .decoder.conv_in.bias.",
         ),
         (lambda s: s["first_stage_model.decoder.conv_in.bias"].fill_(math.nan), "the vae of .* has NaN"),
-        (lambda s: s.update({"model.diffusion_model.x.y": torch.zeros(1)}), "would be used in part"),
+        (lambda s: s.update({"model.diffusion_model.x.y": torch.zeros(1)}), "only a part would be used"),
     ],
 )
 def test_a_single_file_that_is_not_whole(models, tmp_path: Path, change, message: str) -> None:

@@ -138,7 +138,7 @@ def test_a_prompt_that_is_cut_is_reported_once(model: Model, caplog):
         encoder.prompts(["a red circle", long])
         encoder.prompts([long])
     assert encoder.truncated == {long: 25}
-    (record,) = [r for r in caplog.records if "prompt cut by 25 tokens" in r.getMessage()]
+    (record,) = [r for r in caplog.records if "prompt truncated by 25 tokens" in r.getMessage()]
     assert "x" * 50 in record.getMessage()
     assert len(record.getMessage()) < 140
 

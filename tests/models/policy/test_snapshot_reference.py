@@ -1,4 +1,4 @@
-"""A reference that is some former policy: it answers as that one did, and the policy does not notice."""
+"""A reference that is some snapshot: it answers as that one did, and the policy does not notice."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_deltas_take_half_the_bytes(model: Model, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_missing_policy_is_named(model: Model, method: str, tmp_path: Path) -> None:
     _, former, _ = build(model, method)
-    with pytest.raises(ModelError, match=r"former policy .*policy-00004.* is not there"):
+    with pytest.raises(ModelError, match=r"snapshot .*policy-00004.* is missing"):
         former.load(tmp_path / "policy-00004")
 
 
