@@ -1,4 +1,4 @@
-"""`diffalign data check | score | world`: looking at pairs, scoring them, and writing the embedded world's."""
+"""`diffalign data check | score | world`: check pairs, score them, and write the embedded world's pairs."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
     _pairs_arguments(sub)
     sub.add_argument(
-        "--scores", type=path_text, nargs="+", default=[], metavar="FILE", help="files of scores, as in data.scores"
+        "--scores", type=path_text, nargs="+", default=[], metavar="FILE", help=("files of scores, as in data.scores")
     )
     sub.add_argument("--aggregate", choices=("sum", "min", "all_agree"), default="sum", help="as data.aggregate")
     sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
-    sub.add_argument("--resolution", type=count, help="say how many images are smaller than this")
+    sub.add_argument("--resolution", type=count, help="count the images that are smaller than this")
     sub.add_argument("--sample", type=path, metavar="PNG", help="write a contact sheet of a few pairs")
     sub.add_argument("--json", type=path, metavar="FILE", help="write the report, with every problem, as JSON")
     overwrite_argument(sub)
-    sub = actions.add_parser("score", help="score both images of every pair, into a file that data.scores names")
+    sub = actions.add_parser("score", help=("score both images of every pair, into a file for data.scores"))
     _pairs_arguments(sub)
     sub.add_argument("--scorer", type=scorer, required=True, help="`diffalign list scorers`")
     sub.add_argument(
-        "--out", type=path, required=True, metavar="JSONL", help="file of scores; goes on where it stopped"
+        "--out", type=path, required=True, metavar="JSONL", help=("file of scores; an interrupted run continues")
     )
     sub.add_argument("--device", type=device, help="default: cuda where there is one")
     sub = actions.add_parser("world", help="write preference pairs of the embedded world")
@@ -55,13 +55,21 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         choices=("renders", "samples"),
         default="renders",
-        help="samples: best and worst of four of the base's own",
+        help="samples: best and worst of four samples of the base",
     )
-    sub.add_argument("--reward", choices=("world", "world-size"), default="world", help="which picture is better")
     sub.add_argument(
-        "--users", type=whole(0, 10**6), default=0, help="so many users of different taste; 0: all prefer alike"
+        "--reward",
+        choices=("world", "world-size"),
+        default="world",
+        help=("the reward that decides which image is better"),
     )
-    sub.add_argument("--shuffle-labels", action="store_true", help="random labels: a control that must gain nothing")
+    sub.add_argument(
+        "--users",
+        type=whole(0, 10**6),
+        default=0,
+        help=("number of users with different tastes; 0: all have the same preference"),
+    )
+    sub.add_argument("--shuffle-labels", action="store_true", help=("random labels: a control that must gain nothing"))
     overwrite_argument(sub)
 
 
@@ -70,9 +78,9 @@ def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", default="auto")
     sub.add_argument("--split", default="train")
     sub.add_argument(
-        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help="names that differ, e.g. prompt=text"
+        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help=("column names that differ, e.g. prompt=text")
     )
-    sub.add_argument("--max-pairs", type=count, help="look at no more than this many usable pairs")
+    sub.add_argument("--max-pairs", type=count, help="examine at most this many usable pairs")
 
 
 def _score_pairs(args: argparse.Namespace) -> None:
@@ -91,7 +99,7 @@ def _score_pairs(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    """Runs one of them."""
+    """Runs one of the actions."""
     if args.action == "score":
         _score_pairs(args)
         return

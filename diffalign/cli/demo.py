@@ -1,4 +1,4 @@
-"""`diffalign demo`: preference tuning from pairs on disk to a number that proves it, in a few minutes on a CPU.
+"""`diffalign demo`: preference tuning from pairs on disk to a measured gain, in a few minutes on a CPU.
 
 The demo is a list of ordinary commands, printed as they run. Beside the model under test a second one is tuned on the
 same pictures with shuffled labels: what it gains is what the procedure gains from nothing.
@@ -27,7 +27,7 @@ LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "n
 
 
 class DemoError(DiffalignError):
-    """A command of the demo failed; its output says why."""
+    """A command of the demo failed; its output has the reason."""
 
 
 def run_demo(out: Path, steps: int | None = None) -> None:
@@ -67,10 +67,10 @@ def run_demo(out: Path, steps: int | None = None) -> None:
             ]
         )
     )
-    print("\nshuffled: the same pictures with random labels, the control that should gain nothing.")
-    print(f"Pictures before and after, side by side: {out / 'evaluation' / 'grid.png'}")
-    print(f"Loss, rewards and margins while training:  tensorboard --logdir {out}")
-    print(f"{time.perf_counter() - begun:.0f} seconds in all")
+    print("\nshuffled: the same images with random labels, the control that should gain nothing.")
+    print(f"Images before and after, side by side: {out / 'evaluation' / 'grid.png'}")
+    print(f"Loss, rewards and margins during training:  tensorboard --logdir {out}")
+    print(f"{time.perf_counter() - begun:.0f} seconds in total")
 
 
 def _start(arguments: Sequence[str], *, launch: bool = False, output: IO[str] | None = None) -> subprocess.Popen[bytes]:

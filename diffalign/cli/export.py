@@ -1,4 +1,4 @@
-"""`diffalign export`: tuned weights as files of other programs."""
+"""`diffalign export`: tuned weights as files for other programs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
         help="output_dir of a run, a checkpoint in it, a LoRA file or a unet folder",
     )
     parser.add_argument(
-        "--to", required=True, choices=("kohya", "single-file"), help="a LoRA in kohya's layout, or a full checkpoint"
+        "--to", required=True, choices=("kohya", "single-file"), help=("a LoRA with kohya's keys, or a full checkpoint")
     )
     parser.add_argument("--out", type=path, required=True, help="file to write, ending in .safetensors")
     parser.add_argument(
-        "--base", type=path_text, help="what it was tuned from: folder, Hub id or single file (default: the run's own)"
+        "--base",
+        type=path_text,
+        help=("the base it was tuned from: folder, Hub id or single file (default: the base of the run)"),
     )
     parser.add_argument(
-        "--dtype", choices=("fp16", "bf16", "fp32"), help="of the file (default: fp32 for kohya, fp16 for single-file)"
+        "--dtype",
+        choices=("fp16", "bf16", "fp32"),
+        help=("dtype of the file (default: fp32 for kohya, fp16 for single-file)"),
     )
     overwrite_argument(parser)
 
 
 def export(args: argparse.Namespace) -> None:
-    """Runs it. Raises ValueError for what cannot be exported so."""
+    """Runs the command. Raises ValueError for weights that cannot be exported in this format."""
     from diffalign.export.kohya import export_kohya
     from diffalign.export.single_file import export_single_file
 

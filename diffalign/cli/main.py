@@ -1,4 +1,4 @@
-"""The command line. Each command is a thin door to a room; rooms are imported when their command runs.
+"""The command line. Each command has a small module, which is imported when the command runs.
 
 diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diffalign train CONFIG ...
                                                  also: torchrun --nproc-per-node 2 -m diffalign train CONFIG ...
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from diffalign.config.schema import Config
     from diffalign.data.table.pairs import PairTable
 
-CONFIG_HELP = "YAML file; `diffalign list` names those that come with the package"
+CONFIG_HELP = "YAML file; `diffalign list` shows the packaged ones"
 SEVERAL_PROCESSES = ("train", "check", "encode")  # commands that share their work among launched processes
 OVERRIDES_HELP = "overrides, e.g. training.learning_rate=1e-5 objective.beta=2000"
 
@@ -93,7 +93,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="diffalign",
         description="Preference tuning of text-to-image diffusion models.",
-        epilog="DIFFALIGN_TRACEBACK=1 shows where an error comes from.",
+        epilog="DIFFALIGN_TRACEBACK=1 shows the traceback of an error.",
     )
     parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -104,11 +104,11 @@ def _parser() -> Parser:
         return sub
 
     for name, run, help in (
-        ("train", _train, "tune a model as a config says"),
-        ("check", _check, "build a run, take one tiny step, print the plan"),
-        ("encode", _encode, "fill the encode cache of a config (data.cache_dir)"),
-        ("diagnose", _diagnose, "an objective's gradient beside Diffusion-DPO's, before any step is taken"),
-        ("calibrate", _calibrate, "measure which beta and which learning rate fit a config's model and pairs"),
+        ("train", _train, "tune a model with a config"),
+        ("check", _check, "dry run: build a run, take one small step, print the plan"),
+        ("encode", _encode, "fill the latent cache of a config (data.cache_dir)"),
+        ("diagnose", _diagnose, "compare an objective's gradient with Diffusion-DPO's, before any step"),
+        ("calibrate", _calibrate, ("measure which beta and which learning rate fit a config's model and pairs")),
     ):
         sub = command(name, run, help)
         sub.add_argument("config", type=path, help=CONFIG_HELP)
@@ -119,25 +119,27 @@ def _parser() -> Parser:
             sub.add_argument(
                 "--steps", type=whole(2, 4096), default=16, help="optimiser steps, a power of two (default 16)"
             )
-            sub.add_argument("--pairs", type=count, default=128, help="pairs to measure at (default 128)")
+            sub.add_argument("--pairs", type=count, default=128, help=("pairs used for measuring (default 128)"))
         if name in ("diagnose", "calibrate"):
-            sub.add_argument("--json", type=path, help="write the figures to this file as well")
+            sub.add_argument("--json", type=path, help="also write the results to this file")
             overwrite_argument(sub)
 
-    generate_arguments(command("generate", generate, "make pictures with a base or a tuned model"))
+    generate_arguments(command("generate", generate, "generate images with a base or a tuned model"))
     evaluate_arguments(command("evaluate", evaluate, "compare tuned models with their base on the same seeds"))
-    compare_arguments(command("compare", compare, "the same comparison for pictures that are there"))
-    score_arguments(command("score", score, "score pictures that are there"))
-    label_arguments(command("label", label, "make preference pairs of pictures: each prompt's best over its worst"))
-    arena_arguments(command("arena", arena, "every objective on the embedded world: the leaderboard"))
-    merge_arguments(command("merge", merge, "sum tuned weights: average, extrapolate, mix"))
-    export_arguments(command("export", export, "tuned weights as files for ComfyUI, A1111 and kohya's scripts"))
-    data_arguments(command("data", data, "look at pairs, or write the embedded world's"))
+    compare_arguments(command("compare", compare, "compare existing image folders"))
+    score_arguments(command("score", score, "score existing images"))
+    label_arguments(command("label", label, "make preference pairs from images: each prompt's best over its worst"))
+    arena_arguments(command("arena", arena, "run every objective on the embedded world and write the leaderboard"))
+    merge_arguments(command("merge", merge, "merge tuned weights: average, extrapolate, mix"))
+    export_arguments(command("export", export, "export tuned weights as files for ComfyUI, A1111 and kohya's scripts"))
+    data_arguments(command("data", data, "check or score pairs, or write the embedded world's pairs"))
 
-    list_arguments(command("list", list_all, "objectives, sources, configs and scorers that come with the package"))
+    list_arguments(command("list", list_all, "list the packaged objectives, sources, configs and scorers"))
 
-    sub = command("demo", _demo, "tune the embedded world's model and measure what it gained")
-    sub.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    sub = command("demo", _demo, "tune the embedded world's model and measure the gain")
+    sub.add_argument(
+        "--out", type=path, default=Path("runs/demo"), help=("output folder of the demo (default: %(default)s)")
+    )
     sub.add_argument("--steps", type=count, default=None, help="optimiser steps (default: the config's)")
     return parser
 
@@ -228,7 +230,10 @@ def _diagnose(args: argparse.Namespace) -> None:
     writable([("--json", args.json)], args.overwrite)
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
-        raise DiffalignError("a preference model's run has no objective, and so nothing to compare with Diffusion-DPO")
+        raise DiffalignError(
+            "the run of a preference model has no objective to compare with "
+            "Diffusion-DPO; give a config with an objective"
+        )
     with TemporaryDirectory() as folder, with_remedies(config):
         found = diagnose(build(_look(config, folder), make_accelerator(config)), args.batches)
     print(table(found))
@@ -246,7 +251,10 @@ def _calibrate(args: argparse.Namespace) -> None:
     writable([("--json", args.json)], args.overwrite)
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     if isinstance(config, PreferenceModelConfig):
-        raise DiffalignError("a preference model's run has no objective, and so no beta to calibrate")
+        raise DiffalignError(
+            "the run of a preference model has no objective, and so no beta to "
+            "calibrate; give a config with an objective"
+        )
     calibratable(config)  # before a model is loaded
     with TemporaryDirectory() as folder, with_remedies(config):
         found = calibrate(build(_look(config, folder), make_accelerator(config)), args.steps, args.pairs)
@@ -265,7 +273,7 @@ def _encode(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     if isinstance(config, PreferenceModelConfig):
-        raise DiffalignError("a preference model's run has no encode cache: it encodes its pairs at every visit")
+        raise DiffalignError("the run of a preference model has no encode cache: it encodes its pairs at every visit")
     if config.data.cache_dir is None:
         raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = make_state()

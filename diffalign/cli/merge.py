@@ -1,4 +1,4 @@
-"""`diffalign merge`: sums of tuned weights."""
+"""`diffalign merge`: weighted sums of tuned weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffalign.io.paths import expanded
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Base, output and parts."""
     parser.add_argument(
-        "base", type=path_text, help="what the tuned weights were tuned from: folder, Hub id or single file"
+        "base", type=path_text, help=("the base that the tuned weights were tuned from: folder, Hub id or single file")
     )
-    parser.add_argument("out", type=path, help="folder to write to, loadable as --tuned")
+    parser.add_argument("out", type=path, help="output folder, loadable as --tuned")
     parser.add_argument("parts", nargs="+", metavar="PATH=WEIGHT", help="e.g. runs/a=0.5 runs/b=0.5, or runs/a=1.5")
 
 

@@ -1,4 +1,4 @@
-"""`diffalign compare | score | label`: pictures that are there, whoever made them, and a scorer's opinion of them.
+"""`diffalign compare | score | label`: compare, score and label existing images.
 
 A folder of pictures has a `manifest.jsonl`, which `diffalign generate` writes: file, prompt and seed of each.
 """
@@ -15,7 +15,7 @@ from diffalign.errors import DiffalignError
 if TYPE_CHECKING:
     from diffalign.rewards import Scorer
 
-FOLDER_HELP = "folder of pictures with a manifest.jsonl, as `diffalign generate` leaves it"
+FOLDER_HELP = "folder of images with a manifest.jsonl, as written by `diffalign generate`"
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +25,17 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
         "others",
         nargs="+",
         metavar="NAME=FOLDER",
-        help="pictures of the same prompts and seeds; give NAME again for runs that differ in their training seed",
+        help=("images of the same prompts and seeds; give NAME again for runs that differ in their training seed"),
     )
     _scorer_arguments(parser, "may be repeated")
-    parser.add_argument("--faithfulness", type=scorer, help="scorer that guards faithfulness to the prompt")
+    parser.add_argument("--faithfulness", type=scorer, help=("scorer that measures faithfulness to the prompt"))
     parser.add_argument("--tie", type=tie, help="|dR| below this is a tie (default: the scorer's own)")
     parser.add_argument("--out", type=path, help="folder for result.json, table.txt, scores.jsonl and grid.png")
     overwrite_argument(parser)
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints the table of `evaluate` for pictures that exist."""
+    """Prints the table of `evaluate` for existing images."""
     from diffalign.evaluation.compare import compare as compare_pictures
     from diffalign.evaluation.evaluate import RESULT_FILES, write_result
     from diffalign.evaluation.manifest import read_manifest
@@ -65,7 +65,7 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Writes each picture's scores to scores.jsonl in its folder, and prints means."""
+    """Writes each image's scores to scores.jsonl in its folder, and prints means."""
     from diffalign.evaluation.manifest import read_manifest
     from diffalign.evaluation.scoring import SCORES, score_folder
 
@@ -87,13 +87,15 @@ def label_arguments(parser: argparse.ArgumentParser) -> None:
     """Folders, one judge, a file for the pairs."""
     parser.add_argument("folders", nargs="+", type=path, metavar="FOLDER", help=FOLDER_HELP)
     _scorer_arguments(parser, "one")
-    parser.add_argument("--tie", type=tie, help="leave out prompts whose scores lie closer (default: the scorer's)")
-    parser.add_argument("--out", type=path, required=True, metavar="PARQUET", help="file of pairs, for data.path")
+    parser.add_argument(
+        "--tie", type=tie, help=("leave out prompts whose scores are closer than this (default: the scorer's)")
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="PARQUET", help=("file of pairs, for data.path"))
     overwrite_argument(parser)
 
 
 def label(args: argparse.Namespace) -> None:
-    """Writes the best over the worst picture of each prompt as a preference pair."""
+    """Writes the best over the worst image of each prompt as a preference pair."""
     from diffalign.evaluation.label import label_pictures
 
     if len(args.scorer) > 1:
@@ -103,9 +105,7 @@ def label(args: argparse.Namespace) -> None:
     writable([("--out", args.out)], args.overwrite)
     (judge,) = _judges(args.scorer, args.device)
     found = label_pictures(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite, progress=True)
-    print(
-        f"{args.out}: {found.pairs} pairs; prompts left out: {found.ties} with a tie, {found.single} with one picture"
-    )
+    print(f"{args.out}: {found.pairs} pairs; prompts left out: {found.ties} with a tie, {found.single} with one image")
     print(f"in a config: data.path={args.out}")
 
 

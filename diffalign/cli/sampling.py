@@ -1,4 +1,4 @@
-"""`diffalign generate | evaluate`: pictures of a model, and a comparison with its base on the same seeds."""
+"""`diffalign generate | evaluate`: images from a model, and a comparison with its base on the same seeds."""
 
 from __future__ import annotations
 
@@ -31,27 +31,32 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prompts", required=True, help=".txt (one a line), .jsonl, .csv, .parquet, or one prompt itself"
+        "--prompts", required=True, help=(".txt (one per line), .jsonl, .csv, .parquet, or one prompt itself")
     )
-    parser.add_argument("--limit", type=count, help="use only the first prompts")
+    parser.add_argument("--limit", type=count, help="use only this many prompts, from the start")
     parser.add_argument("--seeds", type=seeds, default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")
     parser.add_argument("--steps", type=steps, default=30)
     parser.add_argument("--guidance", type=guidance, default=5.0, help="classifier-free guidance scale")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
     parser.add_argument("--resolution", type=pixels, help="pixels (default: the model's own)")
     parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--batch", type=count, help="pictures at a time (default: by resolution)")
+    parser.add_argument("--batch", type=count, help="images per batch (default: by resolution)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     parser.add_argument("--vae", type=path_text, help="another VAE, e.g. an fp16-safe one")
-    parser.add_argument("--prediction-type", choices=PREDICTIONS, help="override of the scheduler config's")
     parser.add_argument(
-        "--users", type=path_text, help="file of users' embeddings (.json, .parquet, .safetensors), for --user"
+        "--prediction-type", choices=PREDICTIONS, help=("override the prediction type of the scheduler config")
     )
     parser.add_argument(
-        "--user", action="append", metavar="ID[=WEIGHT]", help="for whom, with user attention; several are averaged"
+        "--users", type=path_text, help=("file of user embeddings (.json, .parquet, .safetensors), for --user")
     )
-    parser.add_argument("--out", type=path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--user",
+        action="append",
+        metavar="ID[=WEIGHT]",
+        help=("the user to generate for, with user attention; several users are averaged"),
+    )
+    parser.add_argument("--out", type=path, required=True, help="output folder")
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -76,7 +81,7 @@ def _user(args: argparse.Namespace) -> list[float] | None:
     from diffalign.data.table.users import open_users, parse_mixture
 
     if bool(args.users) != bool(args.user):
-        raise DiffalignError("--users FILE and --user ID belong together: a file of embeddings, and who of it")
+        raise DiffalignError("--users FILE and --user ID belong together: a file of embeddings, and an id in it")
     return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
 
 
@@ -88,7 +93,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--negative-tuned",
         type=path_text,
         metavar="PATH",
-        help="the same for guidance's unconditional branch, e.g. a run with data.invert_preference (Diffusion-NPO)",
+        help=("weights of guidance's unconditional branch, e.g. of a run with data.invert_preference (Diffusion-NPO)"),
     )
     _sampling_arguments(parser)
 
@@ -109,13 +114,13 @@ def generate(args: argparse.Namespace) -> None:
         negative_tuned=args.negative_tuned,
         user=_user(args),
     )
-    print(f"{len(pictures)} pictures in {args.out}")
+    print(f"{len(pictures)} images in {args.out}")
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Base, tuned models by name, scorers, and sampling."""
     parser.add_argument(
-        "base", type=path_text, help="what the tuned models were tuned from: folder, Hub id or single file"
+        "base", type=path_text, help=("the base that the tuned models were tuned from: folder, Hub id or single file")
     )
     parser.add_argument(
         "--tuned",
@@ -129,18 +134,18 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="weights of the unconditional branch for NAME; without --tuned NAME=… the other branch is the base's",
+        help=("weights of the unconditional branch for NAME; without --tuned NAME=… the other branch uses the base"),
     )
     parser.add_argument(
         "--scorer", type=scorer, action="append", required=True, help="`diffalign list scorers`; may be repeated"
     )
-    parser.add_argument("--faithfulness", type=scorer, help="scorer that guards faithfulness to the prompt")
+    parser.add_argument("--faithfulness", type=scorer, help=("scorer that measures faithfulness to the prompt"))
     parser.add_argument("--tie", type=tie, help="|dR| below this is a tie (default: the scorer's own)")
     _sampling_arguments(parser)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Makes the pictures, scores them and prints the table."""
+    """Generates the images, scores them and prints the table."""
     from diffalign.data.table.prompts import read_prompts
     from diffalign.evaluation.evaluate import evaluate as compare_models
 

@@ -130,7 +130,7 @@ def test_label_makes_pairs_that_are_read(
     more = paint(tmp_path / "more", {"all alike": [7, 7], "alone": [9]})
     out = tmp_path / "pairs.parquet"
     main(["label", str(base), str(better), str(more), "--scorer", JUDGE, "--out", str(out)])
-    assert "3 pairs; prompts left out: 1 with a tie, 1 with one picture" in capsys.readouterr().out
+    assert "3 pairs; prompts left out: 1 with a tie, 1 with one image" in capsys.readouterr().out
     table = open_pairs(out)
     assert table.problems == []
     assert tuple(table.prompts) == PROMPTS

@@ -141,7 +141,7 @@ def test_one_variant_alone_is_read_as_that(folder: Path, models, caplog: pytest.
     assert same_weights(base.unet, models["sdxl"].base.unet)
     assert f"{folder / 'unet'}: only variant fp16 exists; it is used" in caplog.text
     shutil.copy(folder / "unet/diffusion_pytorch_model.fp16.safetensors", folder / UNET.replace(".saf", ".ema.saf"))
-    with pytest.raises(ModelError, match=r"Set model.variant to what is there \(variant: ema, variant: fp16\)"):
+    with pytest.raises(ModelError, match=r"Set model.variant to one that exists \(variant: ema, variant: fp16\)"):
         load_base(str(folder))
 
 
