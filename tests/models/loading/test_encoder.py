@@ -148,7 +148,7 @@ def test_thousands_of_cut_prompts_do_not_flood_the_log(model: Model, caplog):
     with caplog.at_level(logging.WARNING):
         encoder.prompts([f"{i} " + "x" * 100 for i in range(12)])
     assert len(encoder.truncated) == 12
-    assert len([r for r in caplog.records if "cut" in r.getMessage()]) == 6
+    assert len([r for r in caplog.records if "truncated" in r.getMessage()]) == 6
 
 
 def test_fingerprint_follows_everything_that_decides_the_encoding(model: Model):
