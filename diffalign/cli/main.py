@@ -282,7 +282,7 @@ def _encode(args: argparse.Namespace) -> None:
         base = load_run_base(config.model)
         encoder = Encoder(base, state.device)
         resolution = config.data.resolution or base.family.default_resolution
-        encode_run(config, table, encoder, resolution, processes_of(state))
+        encode_run(config.data, config.seed, table, encoder, resolution, processes_of(state))
         state.wait_for_everyone()
     if state.is_main_process:
         print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")

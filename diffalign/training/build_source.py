@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from diffalign.config.schema import Config
+from diffalign.config.sections import DataSection
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
@@ -74,17 +75,18 @@ def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: E
     return with_kept
 
 
-def encode_run(config: Config, table: PairTable, encoder: Encoder, resolution: int, processes: Processes) -> CacheKey:
+def encode_run(
+    data: DataSection, run_seed: int, table: PairTable, encoder: Encoder, resolution: int, processes: Processes
+) -> CacheKey:
     """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
 
     Returns the key of that cache.
     """
-    data = config.data
     spec = CacheSpec(
         resolution=resolution,
         center_crop=data.center_crop,
         random_flip=data.random_flip,
-        run_seed=config.seed,
+        run_seed=run_seed,
         variants=data.cache_variants,
         dtype=data.cache_dtype,
     )
@@ -182,7 +184,7 @@ def _content(
     data = config.data
     if data.cache_dir is None:
         return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
-    key = encode_run(config, table, encoder, resolution, processes_of(accelerator))
+    key = encode_run(data, config.seed, table, encoder, resolution, processes_of(accelerator))
     accelerator.wait_for_everyone()
     return open_cache(data.cache_dir, key)
 

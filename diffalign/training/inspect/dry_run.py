@@ -54,6 +54,8 @@ def describe(run: Run, start: int = 0) -> str:
         "user_off": "the policy with user attention off",
         "former": "former policies",
     }[run.reference_kind] + (f" of {config.tuning.reference}" if config.tuning.reference else "")
+    pairs = len(run.table)
+    epochs = "" if config.source is not None else f" = {steps * batch / pairs:.2f} epochs of {pairs}"
     rows = [
         ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
         ("model", f"{config.model.pretrained_model_name_or_path} ({run.base.family.name}, "
@@ -63,15 +65,11 @@ def describe(run: Run, start: int = 0) -> str:
         ("learning rate", f"{lr}, {training.lr_scheduler}, {_warmup(training)}"),
         ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, gradient checkpointing "
                       f"{config.model.gradient_checkpointing}, device {run.accelerator.device}"),
-        ("steps", f"{start} -> {steps}, {steps * batch} pairs" + _epochs(run, steps * batch)),
+        ("steps", f"{start} -> {steps}, {steps * batch} pairs{epochs}"),
         ("data", _data(run)),
         ("files", _files(run)),
     ]  # fmt: skip
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
-
-
-def _epochs(run: Run, visits: int) -> str:
-    return "" if run.config.source is not None else f" = {visits / len(run.table):.2f} epochs of {len(run.table)}"
 
 
 def _data(run: Run) -> str:
