@@ -23,7 +23,7 @@ from diffalign.evaluation.fingerprint import fingerprint
 from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
 from diffalign.evaluation.sampling import Sampling, default_batch, default_resolution, sample_images
 from diffalign.io.folder_lock import folder_lock
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 
 PATHS = ("model", "tuned", "negative_tuned", "vae")  # where the weights lay; their fingerprints say what they were
 

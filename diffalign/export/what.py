@@ -13,7 +13,7 @@ from diffalign.export.names import ExportError
 from diffalign.models.adapters.merge import MERGE_FILE
 from diffalign.models.adapters.save_load import Tuned, find_tuned
 from diffalign.models.loading.family import ModelError
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 
 _CONFIG = "config.yaml"  # the settings that a run, and each of its checkpoints, keeps beside its weights
 

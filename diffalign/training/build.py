@@ -46,10 +46,10 @@ from diffalign.models.loading.base import Base, load_base, vae_factor
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import ModelError, check_resolution
 from diffalign.models.loading.modules import UNet
-from diffalign.models.loading.spec import ModelSpec
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, make_former
+from diffalign.models.spec import ModelSpec
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
 from diffalign.sources import Source

@@ -17,7 +17,7 @@ from diffalign.export.single_file import export_single_file
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 from tests.conftest import ROOT
 from tests.export.structures import make_deep
 from tests.models.adapters.test_merge import PIPELINES, by_hand, write_full, write_lora

@@ -10,8 +10,8 @@ import torch
 from diffalign.data.table.prompts import PromptTable
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.encoder import Encoder
-from diffalign.models.loading.spec import ModelSpec
 from diffalign.models.policy.networks import Networks
+from diffalign.models.spec import ModelSpec
 from diffalign.sources.base import Context
 
 

@@ -14,7 +14,7 @@ from diffalign.data.loader.offline_pairs import TextMemo
 from diffalign.data.transforms import pictures
 from diffalign.engine.random import initial_noise
 from diffalign.models.adapters.save_load import load_pipeline
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 from diffalign.sources.base import Context
 from diffalign.sources.sampling import LatentSampling, sample_latents
 

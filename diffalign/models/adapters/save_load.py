@@ -35,8 +35,8 @@ from diffalign.models.adapters.user_attention import (
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.loading.spec import ModelSpec
 from diffalign.models.loading.stored import UNET_STEM, stored_unet, weights_in
+from diffalign.models.spec import ModelSpec
 
 UNET_FOLDER = "unet"
 

@@ -30,7 +30,7 @@ from diffalign.models.loading.modules import VAE, UNet
 from diffalign.models.loading.sd import StableDiffusion
 from diffalign.models.loading.sdxl import StableDiffusionXL
 from diffalign.models.loading.single_file import is_single_file, load_single_file
-from diffalign.models.loading.spec import ModelSpec, spec_of
+from diffalign.models.spec import ModelSpec, spec_of
 
 
 @dataclass

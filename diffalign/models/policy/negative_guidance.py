@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffalign.models.adapters.save_load import find_tuned, load_tuned
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 
 
 def load_negative(

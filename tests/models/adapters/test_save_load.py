@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.models.adapters.lora import add_lora
 from diffalign.models.adapters.save_load import apply_tuned, find_tuned, load_pipeline, load_tuned, save_tuned
 from diffalign.models.loading.family import ModelError
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 from tests.models.conftest import Model, move_lora, picture
 from tests.tolerance import assert_same_picture
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.export.layout import model_entries
 from diffalign.models.loading.base import load_base, outline_base
 from diffalign.models.loading.family import ModelError
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 from tests.models.conftest import Model
 from tests.tiny import make_tiny
 

@@ -20,7 +20,7 @@ from diffalign.models.loading import components
 from diffalign.models.loading.base import load_base, outline_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.from_pipeline import base_of_pipeline
-from diffalign.models.loading.spec import ModelSpec
+from diffalign.models.spec import ModelSpec
 from tests.models.conftest import Model
 from tests.models.loading.test_base import same_weights, single_file_state
 
