@@ -149,7 +149,7 @@ def test_trajectories_that_cannot_be_kept_are_refused(make_config: MakeConfig, t
     kept = {"data.cache_trajectories": True, "data.cache_dir": "cache"}
     recordable = {"name": "inversion_dpo"}
     for settings, message in (
-        (kept, "dpo with these settings inverts by the network being trained"),
+        (kept, "dpo with these settings inverts with the trained network"),
         ({**kept, "objective": {**recordable, "trajectory": "policy"}}, "only trajectories of a frozen reference"),
         ({**kept, "objective": recordable, "data.cache_dir": None}, r"needs data\.cache_dir"),
         ({**kept, "objective": recordable, "data.proportion_empty_prompts": 0.1}, "depends on its prompt"),

@@ -91,7 +91,7 @@ def test_it_needs_scores_that_tell_pairs_apart(make_config: Make, tiny_sd: Path,
     config = make_config(tiny_sd, {"data.scores": scored, "data.curriculum": {"chunks": 13}})
     with pytest.raises(ValueError, match=r"data.curriculum.chunks = 13 for 12 pairs"):
         build(config, make_accelerator(config))
-    with pytest.raises(ConfigError, match=r"data.curriculum.*source online_pairs makes its pictures"):
+    with pytest.raises(ConfigError, match=r"data.curriculum.*source online_pairs generates its images"):
         make_config(tiny_sd, {"data.curriculum": {"chunks": 3}, "source": {"name": "online_pairs", "scorer": "world"}})
     with pytest.raises(ConfigError, match=r"data.curriculum.chunk: unknown key; did you mean 'chunks'"):
         make_config(tiny_sd, {"data.curriculum": {"chunk": 3}})
@@ -116,9 +116,9 @@ def test_axes_reach_a_run(make_config: Make, tiny_sd: Path, scored: str) -> None
         build(changed, make_accelerator(changed))
     for given, message in (
         ({"data.scores": [scored], "data.aggregate": "min"}, "data.aggregate: min needs several axes"),
-        ({"data.scores": {"x": {"fil": "b"}}}, "data.scores: {'fil': 'b'} is no axis"),
+        ({"data.scores": {"x": {"fil": "b"}}}, "data.scores: {'fil': 'b'} is not an axis"),
         ({"data.scores": {"x": {"file": "b", "weight": -1}}}, "is not an axis; write {file: PATH"),
-        ({"data.scores": []}, "data.scores: names no file"),
+        ({"data.scores": []}, "data.scores: is empty"),
         ({"data.scores": 3}, "data.scores: 3 is not a file"),
     ):
         with pytest.raises(ConfigError) as error:

@@ -159,7 +159,7 @@ def test_a_folder_of_something_else_is_refused(
     [
         ({"data.draws_per_pair": None}, "needs data.draws_per_pair"),
         ({"data.cache_dir": None}, "needs data.cache_dir"),
-        ({"objective": {"name": "inpo"}}, "inpo has no reference, or its points come from a network"),
+        ({"objective": {"name": "inpo"}}, "inpo has no reference, or a network computes its points"),
         ({"objective": {"name": "sft"}}, "sft has no reference"),
         (
             {"training.reference_batch_size": 4, "training.gradient_accumulation_steps": 2},

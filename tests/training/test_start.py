@@ -43,7 +43,7 @@ def test_adapters_that_cannot_be_used(make_config, tiny_sd: Path, tmp_path: Path
 
 def test_a_rank_above_the_layers_own(make_config, tiny_sd: Path, tmp_path: Path) -> None:
     overrides = {"tuning.rank": 4096, "data.cache_dir": str(tmp_path / "cache")}
-    with pytest.raises(ModelError, match=r"rank = 4096 is above what .* set tuning.rank to at most \d+"):
+    with pytest.raises(ModelError, match=r"rank = 4096 is above the largest rank .* set tuning.rank to at most \d+"):
         run_training(make_config(tiny_sd, overrides))
     assert not (tmp_path / "cache").exists()
 

@@ -230,8 +230,8 @@ def test_a_run_that_diverges_stops_and_writes_no_weights(make: Make) -> None:
     [
         ({"preference_model.guidance": 3.0}, r"preference_model.guidance: unknown key; did you mean 'guidance_scale'"),
         ({"objective": {"name": "dpo"}}, r"objective: unknown key"),
-        ({"training.ema_decay": 0.9}, r"training.ema_decay: a preference model's run has no such setting"),
-        ({"data.cache_dir": "cache"}, r"data.cache_dir: a preference model's run has no such setting"),
+        ({"training.ema_decay": 0.9}, r"training.ema_decay: the run of a preference model has no such setting"),
+        ({"data.cache_dir": "cache"}, r"data.cache_dir: the run of a preference model has no such setting"),
         ({"training.mixed_precision": "fp16"}, r"trains in bf16"),
         ({"preference_model.relabel_gap": 2.0}, r"preference_model.relabel_gap: .*less than or equal to 1"),
     ],
