@@ -153,9 +153,9 @@ def _stand_ins(folder: Path) -> Iterator[None]:
     def enough(*args: Any, **settings: Any) -> Any:
         raise _EnoughError
 
-    def blank(pipe: Any, prompts: list[str], *args: Any, resolution: int, **settings: Any) -> list[Image.Image]:
-        assert resolution > 0
-        return [Image.new("RGB", (16, 16), (i % 255, 9, 9)) for i, _ in enumerate(prompts)]
+    def blank(pipe: Any, prompts: list[str], seeds: list[int], sampling: Any, **settings: Any) -> list[Image.Image]:
+        side = sampling.resolution or 16
+        return [Image.new("RGB", (side, side)) for _ in prompts]
 
     def nothing(*args: Any, **settings: Any) -> None:
         return None
@@ -165,13 +165,13 @@ def _stand_ins(folder: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, {"HOME": str(folder)}))
         for name, stand_in in (
             ("training.run.run_training", nothing),
-            ("training.preference_model.run_preference_training", nothing),
-            ("training.preference_model.check_preference_run", nothing),
-            ("training.setup.build", enough),
-            ("training.feed.encode_run", enough),
+            ("training.preference_model.train.run_preference_training", nothing),
+            ("training.preference_model.train.check_preference_run", nothing),
+            ("training.build.build", enough),
+            ("training.build_source.encode_run", enough),
             ("evaluation.generate.sample_images", blank),
             ("arena.arena.hold", enough),
-            ("demo.run_demo", nothing),
+            ("cli.demo.run_demo", nothing),
         ):
             stack.enter_context(mock.patch(f"diffalign.{name}", stand_in))
         yield

@@ -4,7 +4,7 @@
     held       the policy's own network with other LoRA weights put in: a soup, or any tuned weights
     user_off   the policy's own network without its user attention: the base
     copy       a frozen copy, made before training starts
-    former     a former policy, which a source chooses (`former.py`)
+    former     a former policy, which a source chooses (`snapshot_reference.py`)
     none       objectives that need no reference
 
 With equal weights reference and policy give bitwise the same output: same kernels, same dtypes.
