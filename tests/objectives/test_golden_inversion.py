@@ -106,7 +106,8 @@ def test_inversion_dpo(golden: dict, i: int) -> None:
     whole = released_ascent(s, torch.full((len(x0),), s.num_train_timesteps), case["steps"])
     end = arrive(s, lambda x, t, rows: models.reference(x, t, batch.cond), x0, whole)
     expected = torch.cat([tensor(case, "chosen_inverted"), tensor(case, "rejected_inverted")])
-    torch.testing.assert_close(end, expected, rtol=0, atol=1e-9)
+    # the table of a diffusers scheduler is a float32 product, which other kernels round otherwise
+    torch.testing.assert_close(end, expected, rtol=0, atol=1e-7)
 
     released = InversionDPO(
         beta=case["beta"],
