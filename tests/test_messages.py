@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import diffalign
 from diffalign.config.schema import Config, PreferenceModelConfig
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
@@ -76,7 +77,7 @@ def test_settings_in_messages_are_settings_of_configs() -> None:
         for name in unknown(text.value, known)
     ]
     assert wrong == []
-    # and no message speaks of an argument of a constructor that no config passes on
+    # and no message speaks of an argument of a constructor, or of a field of a spec, that no config passes on
     arguments = {
         argument.arg
         for each in nodes.values()
@@ -84,7 +85,7 @@ def test_settings_in_messages_are_settings_of_configs() -> None:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__"
         for argument in node.args.kwonlyargs
         if "_" in argument.arg
-    }
+    } | {field.name for field in fields(LoaderSpec) if "_" in field.name}
     arguments -= set().union(*known.values()) | PYTHON_ONLY
     assert "max_unreadable" in arguments
     named = re.compile(rf"\b(?:{'|'.join(sorted(arguments))})\b")

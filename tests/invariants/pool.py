@@ -7,6 +7,7 @@ They are joined anew for every job, as `torchrun` joins those it starts: the sam
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -130,6 +131,7 @@ def answer(asked: dict[str, object]) -> Answer:
             code = 1
             traceback.print_exc()
     logging.getLogger().handlers.clear()  # of this job's stderr
+    gc.collect()  # an error's frames hold the wrapped network, which must go before its group of processes does
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
