@@ -94,17 +94,24 @@ def _run(
     if on_built is not None:
         on_built(run)
     start = resume(run)
-    if accelerator.is_main_process:
-        if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
-            clear_output(output_dir)
-        record(run.config, output_dir, accelerator)
-        print(describe(run, start), flush=True)
-    if config.training.report_to != "none":
-        accelerator.init_trackers("logs")
+    begin(run.config, accelerator, start, lambda: describe(run, start))
     values = train(run, start, validate if config.validation.prompts else None)
     if accelerator.is_main_process:
         print(f"weights in {output_dir}: `diffalign generate` and `diffalign evaluate` take this folder as --tuned")
     return values
+
+
+def begin(config: AnyConfig, accelerator: Accelerator, start: int, plan: Callable[[], str]) -> None:
+    """What a built run does before its first step: clears what it replaces, records itself, prints its plan, and starts
+    its trackers. Only the main process writes."""
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
+            clear_output(output_dir)
+        record(config, output_dir, accelerator)
+        print(plan(), flush=True)
+    if config.training.report_to != "none":
+        accelerator.init_trackers("logs")
 
 
 def report_rows(table: Table, path: str) -> None:

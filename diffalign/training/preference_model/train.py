@@ -42,7 +42,7 @@ from diffalign.training.checkpoints.checkpoint import (
     sweep,
     tensor_bytes,
 )
-from diffalign.training.checkpoints.final_weights import clear_output, refuse_finished, save_final_weights
+from diffalign.training.checkpoints.final_weights import refuse_finished, save_final_weights
 from diffalign.training.metrics import QUARTERS, JsonLines, Meter
 from diffalign.training.optim.optimizers import resume_schedule
 from diffalign.training.preference_model.batch import half_made
@@ -54,7 +54,7 @@ from diffalign.training.preference_model.setup import (
     with_one_pair,
 )
 from diffalign.training.remedies import with_remedies
-from diffalign.training.run import own_folder, record, report_rows
+from diffalign.training.run import begin, own_folder, report_rows
 from diffalign.training.settle import with_precision
 from diffalign.types import PairBatch
 
@@ -79,13 +79,7 @@ def _run(config: PreferenceModelConfig, accelerator: Accelerator) -> dict[str, f
         report_rows(table, config.data.path)
     run = build_preference_run(config, accelerator, table)
     start = resume(run)
-    if accelerator.is_main_process:
-        if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
-            clear_output(output_dir)
-        record(run.config, output_dir, accelerator)
-        print(describe(run, start), flush=True)
-    if config.training.report_to != "none":
-        accelerator.init_trackers("logs")
+    begin(run.config, accelerator, start, lambda: describe(run, start))
     values = train(run, start)
     if accelerator.is_main_process:
         print(f"weights in {output_dir / WEIGHTS_FOLDER}: the scorer step-aware={output_dir}")
