@@ -10,8 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.data.formats.arrow_values import plain
 from diffalign.data.formats.columns import Columns, ListColumns
-from diffalign.data.formats.parquet import plain
 from diffalign.data.row import DataError
 from diffalign.io.hub import why_not_fetched
 

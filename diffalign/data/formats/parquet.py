@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.cells import Absent
+from diffalign.data.formats.arrow_values import plain
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import DataError, stand_in
 
@@ -162,23 +162,6 @@ def open_parquet(files: Sequence[Path]) -> Columns:
             "free some space, or set HF_DATASETS_CACHE to another folder"
         ) from error
     return ArrowColumns(rows, storage=direct.storage, where=direct.where, files=direct.files)
-
-
-def plain(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column; text that is not UTF-8 (Parquet does not check) has lone surrogates for its bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
-            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
-        return Absent("a string in it is not UTF-8; write UTF-8")
 
 
 def _read_group(opened: pq.ParquetFile, file: Path, group: int, names: list[str]) -> pa.Table:
