@@ -35,6 +35,7 @@ FLOORS = {
     "export": 6,
     "arena": 7,
     "cli": 8,
+    "contrib": 8,  # above everything that it uses, and beside cli, so that nothing of the package imports it
     "__main__": 9,
     "__init__": 9,  # the public names, each imported when it is first used; inside, only its `__version__` is
 }
@@ -144,6 +145,9 @@ def test_what_is_imported_is_declared() -> None:
         ("data/x.py", "from diffalign import training", "imports diffalign.training"),
         ("types.py", "from diffalign import NoiseSchedule", "(floor 0) imports diffalign.NoiseSchedule (floor 9)"),
         ("cli/main.py", "from diffalign import Trainer", "(floor 8) imports diffalign.Trainer (floor 9)"),
+        ("training/x.py", "from diffalign.contrib.ppd import method", "(floor 6) imports diffalign.contrib"),
+        ("cli/x.py", "def f():\n    import diffalign.contrib.ppd", "(floor 8) imports diffalign.contrib"),
+        ("contrib/ppd/x.py", "from diffalign.cli import main", "(floor 8) imports diffalign.cli"),
         ("data/x.py", "from .rows import PairRow", "absolute name"),
         ("objectives/x.py", "import numpy as np", "floors 0 to 2 need only torch"),
         ("data/x.py", "if True:\n    from diffusers import AutoencoderKL", "diffusers belongs in"),
@@ -161,5 +165,6 @@ def test_what_is_allowed_is_not_a_fault() -> None:
         "engine/x.py": "import torch\nfrom diffalign.types import Probe\nfrom diffalign.engine.ddim import step",
         "training/optim/optimizers.py": "import diffusers\nfrom diffalign.config.schema import Config",
         "cli/main.py": "from diffalign import __version__",
+        "contrib/ppd/x.py": "from diffalign.training.build import build",
     }
     assert floor_faults(allowed) + package_faults(allowed) == []
