@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from diffalign.config.schema import Config, parse_config
-from diffalign.training.build import Run, build, make_accelerator
+from diffalign.training.build import Run, build
 from diffalign.training.metrics import JsonLines, Meter
+from diffalign.training.processes import make_accelerator
 from diffalign.training.step import optimizer_step
 
 Overrides = Mapping[str, Any]  # "section.key" -> value

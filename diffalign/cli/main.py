@@ -174,11 +174,11 @@ def _train(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
-    from diffalign.training.build import build, make_accelerator
+    from diffalign.training.build import build
     from diffalign.training.inspect.dry_run import describe, trial
     from diffalign.training.optim.optimizers import effective_lr
     from diffalign.training.preference_model.train import check_preference_run
-    from diffalign.training.processes import on_main
+    from diffalign.training.processes import make_accelerator, on_main
     from diffalign.training.remedies import with_remedies
     from diffalign.training.run import claim
     from diffalign.training.settle import settled, with_precision
@@ -223,8 +223,9 @@ def _look(config: Config, folder: str) -> Config:
 
 def _diagnose(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
-    from diffalign.training.build import build, make_accelerator
+    from diffalign.training.build import build
     from diffalign.training.inspect.gradient_check import diagnose, plain_values, table
+    from diffalign.training.processes import make_accelerator
     from diffalign.training.remedies import with_remedies
 
     writable([("--json", args.json)], args.overwrite)
@@ -243,9 +244,10 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
-    from diffalign.training.build import build, make_accelerator
+    from diffalign.training.build import build
     from diffalign.training.inspect.calibrate import calibratable, calibrate
     from diffalign.training.inspect.calibration_report import plain_values, report
+    from diffalign.training.processes import make_accelerator
     from diffalign.training.remedies import with_remedies
 
     writable([("--json", args.json)], args.overwrite)
@@ -266,8 +268,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _encode(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
     from diffalign.models.loading.encoder import Encoder
-    from diffalign.training.build import load_run_base, open_table
+    from diffalign.training.build import load_run_base
     from diffalign.training.build_source import encode_run, processes_of
+    from diffalign.training.open_data import open_table
     from diffalign.training.processes import make_state
     from diffalign.training.remedies import with_remedies
 

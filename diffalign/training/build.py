@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from diffalign.config.schema import Config, PreferenceModelConfig
-from diffalign.config.sections import ModelSection, TuningSection
-from diffalign.data.row import DataError
-from diffalign.data.table.open import open_pairs
+from diffalign.config.schema import Config
+from diffalign.config.sections import DataSection, ModelSection, TuningSection
 from diffalign.data.table.pairs import PairTable
-from diffalign.data.table.prompts import Table, open_prompts
-from diffalign.data.table.score_aggregation import use_axes
-from diffalign.data.table.users import open_users, use_users
-from diffalign.data.table.winners import open_winners
+from diffalign.data.table.prompts import Table
+from diffalign.data.table.users import open_users
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.errors import DiffalignError, MissingPackageError
+from diffalign.errors import DiffalignError
 from diffalign.experimental.fusing import fuse_kernels
 from diffalign.models.adapters.lora import (
     ADAPTER,
@@ -44,21 +37,20 @@ from diffalign.models.kernels.checkpointing import Checkpointing, place, set_che
 from diffalign.models.kernels.compile import compile_blocks
 from diffalign.models.loading.base import Base, load_base, vae_factor
 from diffalign.models.loading.encoder import Encoder
-from diffalign.models.loading.family import ModelError, check_resolution
+from diffalign.models.loading.family import Family, ModelError, check_resolution
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
-from diffalign.models.policy.snapshot_reference import FormerCopy, make_former
+from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
 from diffalign.models.spec import ModelSpec
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
 from diffalign.training.build_source import make_feed
 from diffalign.training.checkpoints.identity import Identity, refuse_others, run_identity
+from diffalign.training.open_data import open_table
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
-from diffalign.training.processes import PATIENCE, all_in_use, before_accelerate, on_main
-from diffalign.training.score_units import check_units
-from diffalign.training.settle import settled, with_precision
+from diffalign.training.settle import settled
 
 log = logging.getLogger(__name__)
 
@@ -92,73 +84,6 @@ class Run:
         return Path(self.config.output_dir)
 
 
-def open_table(
-    config: Config | PreferenceModelConfig, accelerator: Accelerator | None = None, *, keep_ties: bool = False
-) -> Table:
-    """The usable pairs of the run's data, or the prompts of a source that makes its pictures; needs no model.
-
-    With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
-    """
-    if accelerator is None:
-        return _open_table(config, keep_ties)
-    return on_main(accelerator, lambda: _open_table(config, keep_ties))
-
-
-def _open_table(config: Config | PreferenceModelConfig, keep_ties: bool) -> Table:
-    data, source = config.data, config.source if isinstance(config, Config) else None
-    if source is not None and isinstance(config, Config):
-        check_units(config, None)
-    if source is not None and source.data == "prompts":
-        return open_prompts(data.path, limit=data.max_pairs)
-    if source is not None:
-        winners = open_winners(data.path, data.spec)
-        if isinstance(winners, PairTable):
-            no_terms(winners, f"source {source.name} makes its pairs")
-        return winners
-    table = open_pairs(data.path, replace(data.spec, keep_ties=keep_ties))
-    table.require_usable()
-    return prepared(config, table)
-
-
-def prepared(config: Config | PreferenceModelConfig, table: PairTable) -> PairTable:
-    """Pairs with what a run's `data` section adds: scores, users, the hash of their images. Raises DataError."""
-    data, batch = config.data, config.training.train_batch_size
-    if batch > len(table):
-        limit = "" if data.max_pairs is None else f" (data.max_pairs: {data.max_pairs})"
-        raise DataError(
-            f"training.train_batch_size: {batch} pairs at a time, and {data.path} has {len(table)} usable ones{limit}; "
-            f"give {len(table)} or fewer, or more pairs"
-        )
-    if data.cache_reference_errors and "mask" in table.terms:
-        raise DataError(
-            "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
-        )
-    if data.axes:
-        use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
-    if isinstance(config, Config):
-        check_units(config, table)
-    if isinstance(config, Config) and config.tuning.method == "user_attention":
-        users = None if data.users is None else open_users(data.users)
-        use_users(table, users, where=f"data.users: {data.users}")
-        if users is not None and config.validation.user is not None:
-            users.of(config.validation.user, "validation.user")  # an id that is not there is said now
-    elif table.layout.user_embed is not None:
-        log.info("the pairs have users (%s); only tuning.method: user_attention uses them", table.layout.user_embed)
-    if data.cache_dir is not None:
-        _ = table.identity  # may read every image once: done here, before other processes get the table
-    return table
-
-
-def no_terms(table: PairTable, why: str) -> None:
-    """Raises DataError for pairs with weights, margins or masks in a run that cannot use them."""
-    if table.terms:
-        left_out = ", ".join(f'{part}: ""' for part in table.terms)
-        raise DataError(
-            f"the data have {', '.join(table.terms)} of each pair, which cannot act here, because {why}: leave them "
-            f"out with data.columns: {{{left_out}}}"
-        )
-
-
 def load_run_base(model: ModelSection) -> Base:
     """The base model that a config names, in float32 on the CPU."""
     base = load_base(ModelSpec(**model.model_dump(include={field.name for field in fields(ModelSpec)})))
@@ -185,54 +110,15 @@ def trained_as(base: Base, model: ModelSection) -> Base:
     return base
 
 
-def make_accelerator(config: Config | PreferenceModelConfig) -> Accelerator:
-    """Devices and processes as the launcher set them up.
-
-    Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns
-    accumulation. Raises DiffalignError where launched processes are not all in use, for a device that is not there and
-    for sharded strategies, which checkpoints do not cover; MissingPackageError for a tracker that is not installed.
-    """
-    trackers = None if config.training.report_to == "none" else config.training.report_to
-    if trackers == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise MissingPackageError(
-            "training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none"
-        )
-    before_accelerate()
-    accelerator = Accelerator(
-        mixed_precision="no",
-        log_with=trackers,
-        project_dir=config.output_dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-        ],
-    )
-    all_in_use(accelerator)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch says "no" when nothing was asked
-    ours = with_precision(config, accelerator.device).training.mixed_precision
-    if launched not in ("no", ours) and accelerator.is_main_process:
-        log.warning(
-            "accelerate was launched with mixed precision %s; in force is the config's training.mixed_precision: %s",
-            launched,
-            ours,
-        )
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise DiffalignError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")
-    return accelerator
-
-
 def build(config: Config, accelerator: Accelerator, table: Table | None = None, base: Base | None = None) -> Run:
     """Builds every part of the run; afterwards only steps are left to take. What is given is not loaded again."""
     torch.manual_seed(config.seed)
-    table = open_table(config, accelerator) if table is None else table
-    objective: Objective = config.objective
-    if isinstance(table, PairTable):
-        require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
-    device = accelerator.device
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
-
+    device, objective = accelerator.device, config.objective
+    table = open_table(config, accelerator) if table is None else table
+    if isinstance(table, PairTable):
+        require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
     _check_reference(config.tuning)
     base = load_run_base(config.model) if base is None else trained_as(base, config.model)
     config = settled(config, device, base.family.name)
@@ -241,62 +127,72 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     identity = run_identity(config, table, base)
     refuse_others(config, identity)
     objective.check_schedule(base.schedule)
+
     encoder = Encoder(base, device)
-    resolution = config.data.resolution or base.family.default_resolution
-    if base.vae is not None:
-        check_resolution(base.unet, vae_factor(base.vae), resolution, "data.resolution")
-    feed = make_feed(config, accelerator, table, encoder, resolution)
+    feed = make_feed(config, accelerator, table, encoder, _resolution(config.data, base))
     unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
-    kind: ReferenceKind = "none"
-    if objective.needs_reference:
-        kind = "lora_off" if lora_layers(unet) else "user_off" if user_branch(unet) is not None else "copy"
-    autocast = AUTOCAST[training.mixed_precision]
     place(unet, device)
-    former = None
-    if config.source is not None and config.source.own_reference:
-        kind, former = "former", make_former(unet, base.family, autocast)
-    reference: Reference | None = former
-    if config.tuning.reference is not None and config.tuning.method == "lora":
-        reference = HeldLora(unet, adapter_weights(unet, config.tuning.reference))
-        kind = reference.kind
-    elif former is None:
-        reference = make_reference(kind, unet, autocast)
+    reference = make_run_reference(config, unet, base.family)
     if config.model.compile:
         compile_blocks(unet)
         if isinstance(reference, FrozenCopy | FormerCopy):
             compile_blocks(reference.module)
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
-
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    lr = effective_lr(training, accelerator.num_processes)
-    optimizer = make_optimizer(parameters, training, lr, config.seed)
     networks = Networks(
         accelerator.prepare_model(unet),
         family=base.family,
         schedule=base.schedule,
         reference=reference,
-        autocast_dtype=autocast,
+        autocast_dtype=AUTOCAST[training.mixed_precision],
         device=device,
     )
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    lr = effective_lr(training, accelerator.num_processes)
+    optimizer = make_optimizer(parameters, training, lr, config.seed)
     return Run(
         config=config,
         accelerator=accelerator,
         base=base,
         unet=unet,
         networks=networks,
-        source=feed(networks, unet, former),
+        source=feed(networks, unet, reference if isinstance(reference, FormerLora | FormerCopy) else None),
         objective=objective,
         parameters=parameters,
         optimizer=optimizer,
         lr_scheduler=make_lr_scheduler(optimizer, training),
         scaler=torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16"),
-        ema=_make_ema(parameters, training.ema_decay),
-        reference_kind=kind,
+        ema=None if training.ema_decay is None else make_ema(parameters, training.ema_decay),
+        reference_kind="none" if reference is None else reference.kind,
         lr=lr,
         table=table,
         identity=identity,
     )
+
+
+def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference | None:
+    """What the policy is compared with, from its unwrapped UNet before training.
+
+    That is a former policy where the source chooses one, the weights that `tuning.reference` names, else the base.
+    None for an objective without a reference.
+    """
+    tuning, autocast = config.tuning, AUTOCAST[config.training.mixed_precision]
+    if tuning.reference is not None and tuning.method == "lora":
+        return HeldLora(unet, adapter_weights(unet, tuning.reference))
+    if config.source is not None and config.source.own_reference:
+        return make_former(unet, family, autocast)
+    if not config.objective.needs_reference:
+        return None
+    kind: ReferenceKind = "lora_off" if lora_layers(unet) else "user_off" if user_branch(unet) is not None else "copy"
+    return make_reference(kind, unet, autocast)
+
+
+def _resolution(data: DataSection, base: Base) -> int:
+    """Side of the square images in pixels. Raises ModelError for one that the base cannot take."""
+    resolution = data.resolution or base.family.default_resolution
+    if base.vae is not None:
+        check_resolution(base.unet, vae_factor(base.vae), resolution, "data.resolution")
+    return resolution
 
 
 def _check_reference(tuning: TuningSection) -> None:
@@ -360,9 +256,8 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
     return unet
 
 
-def _make_ema(parameters: list[nn.Parameter], decay: float | None) -> Any | None:
-    if decay is None:
-        return None
+def make_ema(parameters: list[nn.Parameter], decay: float) -> Any:
+    """diffusers' moving average of the weights, which starts at what they are now."""
     from diffusers.training_utils import EMAModel
 
     return EMAModel(parameters, decay=decay, foreach=True)

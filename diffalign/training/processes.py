@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, MissingPackageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from diffalign.config.schema import AnyConfig
+
+log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=12)  # others wait while one process examines the data or writes a checkpoint
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's, and MPI's
@@ -107,6 +116,48 @@ def make_state() -> Any:
     state = PartialState(cpu=_uses_cpu(), timeout=PATIENCE)  # Accelerator reads the environment, this does not
     all_in_use(state)
     return state
+
+
+def make_accelerator(config: AnyConfig) -> Accelerator:
+    """Devices and processes as the launcher set them up.
+
+    Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns
+    accumulation. Raises DiffalignError where launched processes are not all in use, for a device that is not there and
+    for sharded strategies, which checkpoints do not cover; MissingPackageError for a tracker that is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    from diffalign.training.settle import with_precision
+
+    trackers = None if config.training.report_to == "none" else config.training.report_to
+    if trackers == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise MissingPackageError(
+            "training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none"
+        )
+    before_accelerate()
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=trackers,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    all_in_use(accelerator)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch says "no" when nothing was asked
+    ours = with_precision(config, accelerator.device).training.mixed_precision
+    if launched not in ("no", ours) and accelerator.is_main_process:
+        log.warning(
+            "accelerate was launched with mixed precision %s; in force is the config's training.mixed_precision: %s",
+            launched,
+            ours,
+        )
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise DiffalignError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")
+    return accelerator
 
 
 def on_main(accelerator: Any, do: Callable[[], T]) -> T:

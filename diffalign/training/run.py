@@ -22,13 +22,14 @@ from diffalign.data.table.prompts import Table
 from diffalign.errors import DiffalignError
 from diffalign.io.folder_lock import folder_lock
 from diffalign.models.loading.base import Base
-from diffalign.training.build import Run, build, make_accelerator, open_table, prepared
+from diffalign.training.build import Run, build
 from diffalign.training.callbacks.validation import validate
 from diffalign.training.checkpoints.checkpoint import find_checkpoint
 from diffalign.training.checkpoints.final_weights import clear_output, has_final_weights
 from diffalign.training.inspect.dry_run import describe
 from diffalign.training.loop import resume, train
-from diffalign.training.processes import on_main
+from diffalign.training.open_data import open_table, prepared
+from diffalign.training.processes import make_accelerator, on_main
 from diffalign.training.remedies import with_remedies
 from diffalign.training.settle import with_precision
 

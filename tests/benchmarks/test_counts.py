@@ -24,8 +24,9 @@ from benchmarks.counts import (
 from diffalign.config.schema import Config
 from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, InPO, InversionDPO, MaPO, SmPO
-from diffalign.training.build import build, make_accelerator
+from diffalign.training.build import build
 from diffalign.training.metrics import Meter
+from diffalign.training.processes import make_accelerator
 from diffalign.training.step import optimizer_step
 from tests.gpu_models import SDXL_UNET
 

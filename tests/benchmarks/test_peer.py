@@ -18,7 +18,8 @@ from diffalign.models.adapters.lora import lora_parameters
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.encoder import Encoder
 from diffalign.objectives.base import ask
-from diffalign.training.build import Run, build, make_accelerator
+from diffalign.training.build import Run, build
+from diffalign.training.processes import make_accelerator
 from diffalign.types import PairBatch, Probe
 
 BETA = 500.0

@@ -96,8 +96,9 @@ def steps(where: str, folder: str) -> None:
     import torch
 
     from diffalign.config.schema import load_config
-    from diffalign.training.build import build, make_accelerator
+    from diffalign.training.build import build
     from diffalign.training.metrics import Meter
+    from diffalign.training.processes import make_accelerator
     from diffalign.training.step import optimizer_step
 
     config = load_config(where)

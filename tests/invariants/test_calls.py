@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from diffalign.config.schema import Config, ConfigError
-from diffalign.training.build import Run, build, make_accelerator
+from diffalign.training.build import Run, build
 from diffalign.training.metrics import Meter
+from diffalign.training.processes import make_accelerator
 from diffalign.training.step import optimizer_step
 
 MakeConfig = Callable[..., Config]

@@ -17,9 +17,10 @@ from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
 from diffalign.data.sampler import Processes
 from diffalign.data.table.open import open_pairs
-from diffalign.training.build import build, make_accelerator
+from diffalign.training.build import build
 from diffalign.training.build_source import curriculum
 from diffalign.training.inspect.dry_run import describe
+from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
 

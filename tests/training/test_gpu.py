@@ -29,6 +29,7 @@ from diffalign.objectives.base import shared_noise
 from diffalign.training import build as setup
 from diffalign.training.build import Run
 from diffalign.training.metrics import Meter, observe
+from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from diffalign.training.step import optimizer_step
 from diffalign.types import Conditioning, Evidence, PairBatch, Score, Transitions
@@ -99,7 +100,7 @@ def build_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> BuildRun:
             section, key = name.split(".")
             tree[section][key] = value
         config = parse_config(tree)
-        return setup.build(config, setup.make_accelerator(config), table=NoPairs())  # type: ignore[arg-type]
+        return setup.build(config, make_accelerator(config), table=NoPairs())  # type: ignore[arg-type]
 
     return make
 

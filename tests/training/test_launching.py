@@ -19,8 +19,7 @@ from diffalign.errors import DiffalignError, explain, lost_worker
 from diffalign.evaluation.sampling import Sampling
 from diffalign.io.folder_lock import FolderInUseError, folder_lock
 from diffalign.training import processes
-from diffalign.training.build import make_accelerator
-from diffalign.training.processes import all_in_use, before_accelerate
+from diffalign.training.processes import all_in_use, before_accelerate, make_accelerator
 from diffalign.training.remedies import ResourceError, with_remedies
 from diffalign.training.run import run_training
 

@@ -14,9 +14,11 @@ import torch
 from diffalign.config.schema import Config, parse_config
 from diffalign.data.row import DataError
 from diffalign.training import build as setup
-from diffalign.training.build import build, make_accelerator
+from diffalign.training.build import build
 from diffalign.training.inspect.dry_run import describe
+from diffalign.training.open_data import open_table
 from diffalign.training.preference_model.setup import build_preference_run
+from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from tests.training.test_run import metrics, same, weights
 
@@ -105,7 +107,7 @@ def test_runs_that_cannot_use_them_stop_before_a_model_is_loaded(
         build(config, make_accelerator(config))
     names = dict.fromkeys(terms, "")
     left_out = make_config(tiny_sd, {"data.path": with_terms(**terms), "data.columns": names, **change})
-    setup.open_table(left_out)
+    open_table(left_out)
 
 
 def test_a_preference_model_refuses_them(tiny_sd: Path, with_terms: Callable[..., str], tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from diffalign.models.adapters.save_load import load_tuned, save_tuned
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.policy.networks import Networks
-from diffalign.training.build import build, make_accelerator
+from diffalign.training.build import build
 from diffalign.training.inspect.dry_run import describe
+from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 
 METHODS = ["lora", "full"]

@@ -13,11 +13,12 @@ import torch
 
 import diffalign.training.run as run
 from diffalign.config.schema import Config, ConfigError
-from diffalign.training.build import build, make_accelerator
+from diffalign.training.build import build
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.checkpoints.final_weights import clear_output
 from diffalign.training.loop import TrainingError
 from diffalign.training.metrics import Meter
+from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from diffalign.training.step import optimizer_step
 from tests.training.test_run import metrics, same, weights

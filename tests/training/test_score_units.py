@@ -12,7 +12,7 @@ from diffalign.config.schema import parse_config
 from diffalign.data.row import DataError
 from diffalign.objectives import SmPO
 from diffalign.rewards import declared_span, scorer_names
-from diffalign.training.build import open_table
+from diffalign.training.open_data import open_table
 from diffalign.training.score_units import check_units
 from tests.data.helpers import pick_rows, write_parquet
 

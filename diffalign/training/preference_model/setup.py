@@ -28,8 +28,9 @@ from diffalign.models.policy.networks import Networks
 from diffalign.rewards import load_scorer
 from diffalign.rewards.clip import load_clip
 from diffalign.rewards.step_aware_clip import StepAwareClip
-from diffalign.training.build import AUTOCAST, load_run_base, no_terms, open_table
+from diffalign.training.build import AUTOCAST, load_run_base
 from diffalign.training.checkpoints.identity import Identity, refuse_others, run_identity
+from diffalign.training.open_data import no_terms, open_table
 from diffalign.training.optim.optimizers import effective_batch, effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.preference_model.batch import Labels, StepWeights
 from diffalign.training.settle import with_precision

@@ -30,7 +30,6 @@ from diffalign.rewards.clip import load_state as load_weights
 from diffalign.rewards.preference_loss import preference_loss
 from diffalign.rewards.step_aware import WEIGHTS_FILE, WEIGHTS_FOLDER, save_step_aware
 from diffalign.rewards.step_aware_clip import step_aware_pixels
-from diffalign.training.build import make_accelerator
 from diffalign.training.callbacks.recovery import TrainingError
 from diffalign.training.callbacks.signals import Stopping
 from diffalign.training.checkpoints.checkpoint import (
@@ -53,6 +52,7 @@ from diffalign.training.preference_model.setup import (
     open_pairs_of,
     with_one_pair,
 )
+from diffalign.training.processes import make_accelerator
 from diffalign.training.remedies import with_remedies
 from diffalign.training.run import begin, own_folder, report_rows
 from diffalign.training.settle import with_precision

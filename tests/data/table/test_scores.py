@@ -117,7 +117,7 @@ def test_faults_are_named(table: PairTable, tmp_path: Path) -> None:
 
 def test_the_command_and_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diffalign.config.schema import ConfigError, load_config
-    from diffalign.training.build import open_table
+    from diffalign.training.open_data import open_table
 
     pairs = write_parquet(tmp_path / "pairs.parquet", pick_rows(5))
     out = tmp_path / "scores.jsonl"

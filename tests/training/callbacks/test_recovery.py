@@ -14,11 +14,12 @@ import torch
 import diffalign.training.callbacks.health as health
 import diffalign.training.loop as loop
 from diffalign.config.schema import Config, ConfigError
-from diffalign.training.build import build, make_accelerator
+from diffalign.training.build import build
 from diffalign.training.callbacks.health import Limits, Line
 from diffalign.training.callbacks.recovery import set_lr
 from diffalign.training.loop import TrainingError, restore
 from diffalign.training.metrics import Meter
+from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from diffalign.training.step import optimizer_step
 from tests.training.test_run import metrics, same, weights

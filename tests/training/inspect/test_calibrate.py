@@ -14,7 +14,7 @@ import torch
 from diffalign.cli.main import main
 from diffalign.config.schema import Config, load_config, packaged_config, save_config
 from diffalign.objectives import OBJECTIVES
-from diffalign.training.build import Run, build, make_accelerator
+from diffalign.training.build import Run, build
 from diffalign.training.inspect.calibrate import (
     MOVEMENT,
     CalibrationError,
@@ -26,6 +26,7 @@ from diffalign.training.inspect.calibrate import (
     scale_of,
 )
 from diffalign.training.inspect.calibration_report import Calibration, Point, report
+from diffalign.training.processes import make_accelerator
 from diffalign.types import Evidence
 
 MakeConfig = Callable[..., Config]

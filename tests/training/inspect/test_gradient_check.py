@@ -13,8 +13,9 @@ import torch
 from diffalign.cli.main import main
 from diffalign.config.schema import Config, save_config
 from diffalign.engine.measure import measure_and_backward
-from diffalign.training.build import Run, build, make_accelerator
+from diffalign.training.build import Run, build
 from diffalign.training.inspect.gradient_check import QUARTERS, _Sums, diagnose, table
+from diffalign.training.processes import make_accelerator
 
 MakeConfig = Callable[..., Config]
 RESIDUAL = {"name": "inversion_dpo", "steps": 4, "substeps": 1}

@@ -20,7 +20,6 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import Interrupted
 from diffalign.rewards import ScorerError, load_scorer
 from diffalign.rewards.preference_loss import preference_loss
-from diffalign.training.build import make_accelerator
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.checkpoints.final_weights import is_finished
 from diffalign.training.loop import TrainingError
@@ -28,6 +27,7 @@ from diffalign.training.preference_model import train as preference_model
 from diffalign.training.preference_model.batch import half_made
 from diffalign.training.preference_model.setup import _as_sampled, _needs_x0, build_preference_run
 from diffalign.training.preference_model.train import run_preference_training
+from diffalign.training.processes import make_accelerator
 from diffalign.training.settle import with_precision
 from diffalign.world import judge
 from tests.invariants.pool import Pool

@@ -1,0 +1,86 @@
+"""The data of a run, opened before any model is loaded: pairs with their scores and users, prompts, or winners."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from accelerate import Accelerator
+
+from diffalign.config.schema import AnyConfig, Config
+from diffalign.data.row import DataError
+from diffalign.data.table.open import open_pairs
+from diffalign.data.table.pairs import PairTable
+from diffalign.data.table.prompts import Table, open_prompts
+from diffalign.data.table.score_aggregation import use_axes
+from diffalign.data.table.users import open_users, use_users
+from diffalign.data.table.winners import open_winners
+from diffalign.training.processes import on_main
+from diffalign.training.score_units import check_units
+
+log = logging.getLogger(__name__)
+
+
+def open_table(config: AnyConfig, accelerator: Accelerator | None = None, *, keep_ties: bool = False) -> Table:
+    """The usable pairs of the run's data, or the prompts of a source that makes its pictures; needs no model.
+
+    With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
+    """
+    if accelerator is None:
+        return _open_table(config, keep_ties)
+    return on_main(accelerator, lambda: _open_table(config, keep_ties))
+
+
+def _open_table(config: AnyConfig, keep_ties: bool) -> Table:
+    data, source = config.data, config.source if isinstance(config, Config) else None
+    if source is not None and isinstance(config, Config):
+        check_units(config, None)
+    if source is not None and source.data == "prompts":
+        return open_prompts(data.path, limit=data.max_pairs)
+    if source is not None:
+        winners = open_winners(data.path, data.spec)
+        if isinstance(winners, PairTable):
+            no_terms(winners, f"source {source.name} makes its pairs")
+        return winners
+    table = open_pairs(data.path, replace(data.spec, keep_ties=keep_ties))
+    table.require_usable()
+    return prepared(config, table)
+
+
+def prepared(config: AnyConfig, table: PairTable) -> PairTable:
+    """Pairs with what a run's `data` section adds: scores, users, the hash of their images. Raises DataError."""
+    data, batch = config.data, config.training.train_batch_size
+    if batch > len(table):
+        limit = "" if data.max_pairs is None else f" (data.max_pairs: {data.max_pairs})"
+        raise DataError(
+            f"training.train_batch_size: {batch} pairs at a time, and {data.path} has {len(table)} usable ones{limit}; "
+            f"give {len(table)} or fewer, or more pairs"
+        )
+    if data.cache_reference_errors and "mask" in table.terms:
+        raise DataError(
+            "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
+        )
+    if data.axes:
+        use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
+    if isinstance(config, Config):
+        check_units(config, table)
+    if isinstance(config, Config) and config.tuning.method == "user_attention":
+        users = None if data.users is None else open_users(data.users)
+        use_users(table, users, where=f"data.users: {data.users}")
+        if users is not None and config.validation.user is not None:
+            users.of(config.validation.user, "validation.user")  # an id that is not there is said now
+    elif table.layout.user_embed is not None:
+        log.info("the pairs have users (%s); only tuning.method: user_attention uses them", table.layout.user_embed)
+    if data.cache_dir is not None:
+        _ = table.identity  # may read every image once: done here, before other processes get the table
+    return table
+
+
+def no_terms(table: PairTable, why: str) -> None:
+    """Raises DataError for pairs with weights, margins or masks in a run that cannot use them."""
+    if table.terms:
+        left_out = ", ".join(f'{part}: ""' for part in table.terms)
+        raise DataError(
+            f"the data have {', '.join(table.terms)} of each pair, which cannot act here, because {why}: leave them "
+            f"out with data.columns: {{{left_out}}}"
+        )
