@@ -3,6 +3,7 @@
 # make test       install, then lint, types and the whole test suite
 # make test-portable   the tests that compare numbers, under the kernels of older processors (AVX2, SSE4.1), of Intel's
 #                 where the C compiler can ask for them, on two threads and in a shuffled order: a table, half an hour
+# make coverage   the tests, and the share of lines that they execute, by package; TESTS=tests/data for some of them
 # make lint       formatting, lint and types alone
 # make gpu-test   the tests that need a CUDA device
 # make gpu-bench  speed and memory of a step on one, PEER=train_diffusion_dpo_sdxl.py beside it
@@ -24,7 +25,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-portable lint gpu-test gpu-bench clean
+.PHONY: install demo test test-portable coverage lint gpu-test gpu-bench clean
 
 install: $(STAMP)
 
@@ -42,6 +43,9 @@ test: lint
 
 test-portable: install
 	WORKERS=$(WORKERS) $(BIN)/python -m tests.portable
+
+coverage: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.covered -n $(WORKERS) $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

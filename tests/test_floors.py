@@ -1,12 +1,13 @@
-"""The house rule of CONTRIBUTING.md, read off the source: a module imports only from lower floors or its own room.
+"""Import levels: a module imports only from lower levels or from its own package. Read off the source.
 
-Imports inside functions and under TYPE_CHECKING count like any other. Registries that name a module in a string
-(`diffalign.rewards`) are the one way to point upwards, and they are not seen here.
+Imports inside functions and under TYPE_CHECKING count like any other. A registry may name a module of a higher level in
+a string, as `diffalign.rewards` does; such strings are not imports, and this test does not see them.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,30 +18,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffalign"
 
-FLOORS = {
-    "errors": -1,
-    "io": 0,
-    "types": 0,
-    "engine": 1,
-    "objectives": 2,
-    "models": 3,
-    "data": 3,
-    "rewards": 3,
-    "experimental": 4,
-    "sources": 4,
-    "world": 4,
-    "config": 5,
-    "evaluation": 5,
-    "training": 6,
-    "export": 6,
-    "arena": 7,
-    "cli": 8,
-    "contrib": 8,  # above everything that it uses, and beside cli, so that nothing of the package imports it
-    "__main__": 9,
-    "__init__": 9,  # the public names, each imported when it is first used; inside, only its `__version__` is
-}
+# The packages and modules at the top of diffalign/, lowest level first; CONTRIBUTING.md explains each level.
+LEVELS = [
+    "errors",
+    "io types",
+    "engine",
+    "objectives",
+    "models data rewards",
+    "experimental sources world",
+    "config evaluation",
+    "training export",
+    "arena",
+    "cli contrib",  # contrib is above all that it uses, and beside cli, so that nothing in the package imports it
+    "__init__ __main__",  # the public names, each imported when it is first used
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+TORCH_ALONE = LEVEL["objectives"]  # up to this level torch is the only third-party package
 
-# Where a package may be imported: a room, or one file of it.
+# Where a third-party package may be imported: a package of ours, or one file of it.
 ONLY_IN = {
     "diffusers": {"models", "experimental", "world", "evaluation", "training/optim/optimizers.py", "training/build.py"},
     "transformers": {"models", "world", "evaluation", "rewards", "training/optim/optimizers.py"},
@@ -63,7 +58,8 @@ def sources() -> dict[str, str]:
     return {p.relative_to(PACKAGE).as_posix(): p.read_text() for p in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room(file: str) -> str:
+def top(file: str) -> str:
+    """The package or module at the top of diffalign/ that a file belongs to."""
     return file.split("/")[0].removesuffix(".py")
 
 
@@ -77,13 +73,13 @@ def imports(source: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
 
 
-def imported_room(module: str) -> str:
-    """The room of a module of ours; a name of the package's own __init__ belongs to that."""
-    name = room(module.split(".")[1]) if "." in module else "__init__"
-    return name if name in FLOORS else "__init__"
+def imported_top(module: str) -> str:
+    """The top of a module of ours; a public name of diffalign belongs to `__init__`."""
+    name = top(module.split(".")[1]) if "." in module else "__init__"
+    return name if name in LEVEL else "__init__"
 
 
-def floor_faults(files: dict[str, str]) -> list[str]:
+def level_faults(files: dict[str, str]) -> list[str]:
     """Imports that go up, sideways, or by a relative name."""
     faults = []
     for file, source in files.items():
@@ -92,16 +88,14 @@ def floor_faults(files: dict[str, str]) -> list[str]:
                 faults.append(f"diffalign/{file}:{line} imports {module}: write the absolute name")
             if module.split(".")[0] != "diffalign" or module == "diffalign.__version__":
                 continue
-            here, there = room(file), imported_room(module)
-            if here != there and FLOORS[there] >= FLOORS[here]:
-                faults.append(
-                    f"diffalign/{file}:{line} (floor {FLOORS[here]}) imports {module} (floor {FLOORS[there]})"
-                )
+            here, there = top(file), imported_top(module)
+            if here != there and LEVEL[there] >= LEVEL[here]:
+                faults.append(f"diffalign/{file}:{line} (level {LEVEL[here]}) imports {module} (level {LEVEL[there]})")
     return faults
 
 
 def package_faults(files: dict[str, str]) -> list[str]:
-    """Third-party imports outside the rooms that may have them."""
+    """Third-party imports outside the packages that may have them."""
     faults = []
     for file, source in files.items():
         for line, module in imports(source):
@@ -109,22 +103,29 @@ def package_faults(files: dict[str, str]) -> list[str]:
             if package in ("", "diffalign", "torch") or package in sys.stdlib_module_names:
                 continue
             where = f"diffalign/{file}:{line} imports {module}"
-            if FLOORS[room(file)] <= 2:
-                faults.append(f"{where}: floors 0 to 2 need only torch")
-            elif package in ONLY_IN and not {room(file), file} & ONLY_IN[package]:
+            if LEVEL[top(file)] <= TORCH_ALONE:
+                faults.append(f"{where}: levels up to objectives need only torch")
+            elif package in ONLY_IN and not {top(file), file} & ONLY_IN[package]:
                 faults.append(f"{where}: {package} belongs in {', '.join(sorted(ONLY_IN[package]))}")
     return faults
 
 
-def test_every_room_has_a_floor() -> None:
-    assert sorted({room(file) for file in sources()} - FLOORS.keys()) == []
+def test_every_package_has_a_level() -> None:
+    assert sorted({top(file) for file in sources()} - LEVEL.keys()) == []
 
 
-def test_modules_import_only_from_lower_floors_or_their_own_room() -> None:
-    assert floor_faults(sources()) == []
+def test_contributing_explains_the_levels() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text.partition("## Import levels")[2], re.MULTILINE)
+    explained = {name: int(level) for level, cell in rows for name in re.findall(r"`(\w+?)(?:/|\.py)`", cell)}
+    assert explained == LEVEL
 
 
-def test_heavy_packages_stay_in_their_rooms() -> None:
+def test_modules_import_only_from_lower_levels_or_their_own_package() -> None:
+    assert level_faults(sources()) == []
+
+
+def test_third_party_packages_stay_where_they_belong() -> None:
     assert package_faults(sources()) == []
 
 
@@ -140,22 +141,22 @@ def test_what_is_imported_is_declared() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "found"),
     [
-        ("engine/x.py", "def f():\n    from diffalign.data.row import PairRow", "(floor 1) imports diffalign.data"),
-        ("models/x.py", "import diffalign.data.row", "(floor 3) imports diffalign.data.row (floor 3)"),
+        ("engine/x.py", "def f():\n    from diffalign.data.row import PairRow", "(level 2) imports diffalign.data"),
+        ("models/x.py", "import diffalign.data.row", "(level 4) imports diffalign.data.row (level 4)"),
         ("data/x.py", "from diffalign import training", "imports diffalign.training"),
-        ("types.py", "from diffalign import NoiseSchedule", "(floor 0) imports diffalign.NoiseSchedule (floor 9)"),
-        ("cli/main.py", "from diffalign import Trainer", "(floor 8) imports diffalign.Trainer (floor 9)"),
-        ("training/x.py", "from diffalign.contrib.ppd import method", "(floor 6) imports diffalign.contrib"),
-        ("cli/x.py", "def f():\n    import diffalign.contrib.ppd", "(floor 8) imports diffalign.contrib"),
-        ("contrib/ppd/x.py", "from diffalign.cli import main", "(floor 8) imports diffalign.cli"),
+        ("types.py", "from diffalign import NoiseSchedule", "(level 1) imports diffalign.NoiseSchedule (level 10)"),
+        ("cli/main.py", "from diffalign import Trainer", "(level 9) imports diffalign.Trainer (level 10)"),
+        ("training/x.py", "from diffalign.contrib.ppd import method", "(level 7) imports diffalign.contrib"),
+        ("cli/x.py", "def f():\n    import diffalign.contrib.ppd", "(level 9) imports diffalign.contrib"),
+        ("contrib/ppd/x.py", "from diffalign.cli import main", "(level 9) imports diffalign.cli"),
         ("data/x.py", "from .rows import PairRow", "absolute name"),
-        ("objectives/x.py", "import numpy as np", "floors 0 to 2 need only torch"),
+        ("objectives/x.py", "import numpy as np", "need only torch"),
         ("data/x.py", "if True:\n    from diffusers import AutoencoderKL", "diffusers belongs in"),
         ("training/loop.py", "import diffusers", "diffusers belongs in"),
     ],
 )
 def test_a_fault_is_found(file: str, source: str, found: str) -> None:
-    faults = floor_faults({file: source}) + package_faults({file: source})
+    faults = level_faults({file: source}) + package_faults({file: source})
     assert len(faults) == 1
     assert found in faults[0]
 
@@ -167,4 +168,4 @@ def test_what_is_allowed_is_not_a_fault() -> None:
         "cli/main.py": "from diffalign import __version__",
         "contrib/ppd/x.py": "from diffalign.training.build import build",
     }
-    assert floor_faults(allowed) + package_faults(allowed) == []
+    assert level_faults(allowed) + package_faults(allowed) == []
