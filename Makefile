@@ -5,9 +5,11 @@
 #                 where the C compiler can ask for them, on two threads and in a shuffled order: a table, half an hour
 # make coverage   the tests, and the share of lines that they execute, by package; TESTS=tests/data for some of them
 # make lint       formatting, lint and types alone
+# make docs       the documentation site, built strictly and offline into site/: a broken link is an error
+# make docs-serve the same at http://127.0.0.1:8000, built again when a page changes
 # make gpu-test   the tests that need a CUDA device
 # make gpu-bench  speed and memory of a step on one, PEER=train_diffusion_dpo_sdxl.py beside it
-# make clean      remove caches and runs/, keep .venv
+# make clean      remove caches, site/ and runs/, keep .venv
 #
 # PYTHON=python3.12 make install     another interpreter (3.11 or later)
 # CONSTRAINTS= make install          the newest versions that pyproject.toml allows
@@ -25,7 +27,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-portable coverage lint gpu-test gpu-bench clean
+.PHONY: install demo test test-portable coverage lint docs docs-serve gpu-test gpu-bench clean
 
 install: $(STAMP)
 
@@ -52,6 +54,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
+
 gpu-test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
@@ -69,5 +77,5 @@ gpu-bench: install
 	$(STEP) --growth --out $(RESULTS)/growth_cuda
 
 clean:
-	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

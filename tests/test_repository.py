@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 MEGABYTES = 6  # the committed base model is the largest file
 LINES = 400  # of a Python file; most are under 250
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-NOT_OURS = {".git", ".venv", "venv", "runs", "build", "dist", "__pycache__"}
+NOT_OURS = {".git", ".venv", "venv", "runs", "build", "dist", "site", "__pycache__"}
 
 # Absolute paths of somebody's machine. Tests and docs may use the temporary folder as an example.
 HOMES = re.compile(rb"(?<![\w./:<-])/(work|root|home|Users|mnt|opt)/[\w.-]")

@@ -1,0 +1,82 @@
+"""What the site adds to the pages of docs/ when mkdocs builds it: code from the source, equations, links out of docs/.
+
+- A line `--8<-- "diffalign/objectives/dpo.py::DiffusionDPO.score"` is replaced by the source of that function or class.
+  A name that does not exist ends the build.
+- `$$ … $$` is LaTeX. It becomes MathML, which browsers render without a script and without a network.
+- Pages link to files of the repository by relative paths, so that the links work on GitHub. On the site a link to a
+  picture or to an HTML report is copied into the site; any other file is linked in the repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import posixpath
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("assets/**/*.png", "benchmarks/results/*.html")  # files of the repository that the site carries
+FOLDER = "repository"  # where it carries them
+CODE = re.compile(r'^--8<-- "([\w/.]+)::([\w.]+)"$', re.MULTILINE)
+MATH = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
+OUTSIDE_CODE = re.compile(r"(```.*?```|(?:^    [^\n]*\n?)+)", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the repository's pictures and reports to the site."""
+    for pattern in COPIED:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, f"{FOLDER}/{name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """The page as mkdocs renders it."""
+    markdown = CODE.sub(lambda found: source(found[1], found[2]), markdown)
+    parts = OUTSIDE_CODE.split(markdown)
+    for n in range(0, len(parts), 2):  # every other part is code
+        parts[n] = MATH.sub(lambda found: f"<div class=equation>{mathml(found[1])}</div>", parts[n])
+        parts[n] = LINK.sub(lambda found: target(found[1], page.file.src_uri, config) + (found[2] or ""), parts[n])
+    return "".join(parts)
+
+
+def source(file: str, name: str) -> str:
+    """The text of a function or class of a file; `name` is its dotted name inside the module."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    node: ast.AST = ast.parse(text)
+    for part in name.split("."):
+        found = [x for x in getattr(node, "body", []) if getattr(x, "name", None) == part]
+        if not found:
+            raise PluginError(f"{file} has no {name}: a page of docs/ shows its source")
+        node = found[0]
+    first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])  # type: ignore[attr-defined]
+    lines = text.splitlines()[first - 1 : node.end_lineno]  # type: ignore[attr-defined]
+    return textwrap.dedent("\n".join(lines))
+
+
+def mathml(latex: str) -> str:
+    """One displayed equation on one line, so that Markdown leaves it alone."""
+    return convert(latex.strip(), display="block").replace("\n", "")
+
+
+def target(link: str, page: str, config: Any) -> str:
+    """Where a link of a page leads on the site. Raises for a file that does not exist."""
+    if re.match(r"[a-z]+:", link):
+        return link
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
+    if path.startswith("docs/"):
+        return link  # mkdocs checks it
+    if not (ROOT / path).exists():
+        raise PluginError(f"docs/{page} links to {link}, which does not exist")
+    if any(Path(path).match(pattern.replace("**/", "*/")) for pattern in COPIED):
+        return posixpath.relpath(f"{FOLDER}/{path}", posixpath.dirname(page) or ".")
+    kind = "tree" if (ROOT / path).is_dir() else "blob"
+    return f"{config['extra']['repository']}/{kind}/main/{path}"

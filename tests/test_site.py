@@ -1,0 +1,72 @@
+"""The documentation site: it builds strictly, offline and from the sources alone, and loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the site is built with the packages of the extra docs")
+
+ROOT = Path(__file__).parent.parent
+LOADED = re.compile(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)|<link[^>]*\shref="(https?:[^"]*)')
+
+
+def build(out: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`make docs`, with sockets that refuse and a torch that cannot be imported."""
+    (out.parent / "offline").mkdir(exist_ok=True)
+    (out.parent / "offline/sitecustomize.py").write_text(
+        "import socket, sys\n"
+        "def refuse(*_): raise OSError('the site is built without a network')\n"
+        "socket.socket.connect = refuse\n"
+        "sys.modules['torch'] = None\n"
+    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(out.parent / "offline"), "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site") / "built"
+    done = build(out)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "WARNING" not in done.stderr
+    return out
+
+
+def test_every_page_is_there(site: Path) -> None:
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    built = {page.removesuffix("README.md") if page.endswith("README.md") else page[:-3] + "/" for page in pages}
+    assert sorted(page for page in built if not (site / page / "index.html").is_file()) == []
+
+
+def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+    found = {p.name: LOADED.findall(p.read_text(encoding="utf-8")) for p in site.rglob("*.html")}
+    assert {name: urls for name, urls in found.items() if urls and name != "arena.html"} == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[x](nowhere.md)", "nowhere.md"),
+        ("[x](data.md#no-such-heading)", "no-such-heading"),
+        ("[x](../no_such_folder)", "no_such_folder, which does not exist"),
+        ('--8<-- "diffalign/objectives/dpo.py::DiffusionDPO.gone"', "has no DiffusionDPO.gone"),
+    ],
+)
+def test_a_broken_page_fails(line: str, said: str, tmp_path: Path) -> None:
+    for path in ROOT.iterdir():
+        if path.name != "docs" and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    page = tmp_path / "docs/world.md"
+    page.write_text(page.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    done = build(tmp_path / "built", tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
