@@ -30,6 +30,7 @@ from diffalign.config.overrides import describe, override
 from diffalign.config.sections import (
     ADAM_ONLY,
     OBJECTIVE_ONLY,
+    STORED_BEFORE,
     DataSection,
     ModelSection,
     PreferenceModelSection,
@@ -134,7 +135,8 @@ class PreferenceModelConfig(Section):
     def _whole(self) -> PreferenceModelConfig:
         for name, keys in OBJECTIVE_ONLY.items():
             section = getattr(self, name)
-            idle = [k for k in keys if getattr(section, k) != type(section).model_fields[k].default]
+            defaults = {k: type(section).model_fields[k].default for k in keys}
+            idle = [k for k in keys if getattr(section, k) not in (defaults[k], STORED_BEFORE.get(k, defaults[k]))]
             if idle:
                 raise DiffalignError(
                     f"{name}.{f', {name}.'.join(idle)}: the run of a preference model has no such setting; remove it"

@@ -47,6 +47,7 @@ OBJECTIVE_ONLY = {
     ),
     "training": ("ema_decay", "max_unet_forwards", "reference_batch_size"),
 }
+STORED_BEFORE = {"gradient_checkpointing": "none"}  # 0.1.0's default, which its preference-model runs stored
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
