@@ -15,15 +15,15 @@ import torch
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.loading.components import (
-    Where,
-    check_tokenizer,
-    load_scheduler_config,
+    PIPELINE,
+    load_other_vae,
+    load_scheduler,
     load_text,
     load_unet,
     load_vae,
+    open_folder,
     outline_unet,
     read_index,
-    schedule_of,
 )
 from diffalign.models.loading.family import ModelError, TextEncoders
 from diffalign.models.loading.modules import VAE, UNet
@@ -57,14 +57,8 @@ def load_base(
     """
     hide_loading_bars()
     spec = spec_of(model)
-    where = Where(spec.revision, spec.variant, torch_dtype)
-    base = (_from_single_file if is_single_file(spec.name) else _from_pretrained)(spec, vae_and_text, where)
-    if spec.pretrained_vae_model_name_or_path is not None and vae_and_text:
-        base.vae = load_vae(spec.pretrained_vae_model_name_or_path, None, Where(None, None, torch_dtype))
-    if spec.prediction_type is not None:
-        base.scheduler_config = base.scheduler_config | {"prediction_type": spec.prediction_type}
-        base.schedule = schedule_of(base.scheduler_config, spec.name)
-    return checked(base)
+    load = _from_single_file if is_single_file(spec.name) else _from_folder
+    return checked(load(spec, vae_and_text, torch_dtype))
 
 
 def checked(base: Base) -> Base:
@@ -89,13 +83,11 @@ def outline_base(model: str | Path | ModelSpec) -> Base:
         base = load_base(spec, vae_and_text=False)
         base.unet.to("meta")
         return base
-    read_index(spec.name, spec.revision)
-    scheduler_config = load_scheduler_config(spec.name, spec.revision)
-    unet = outline_unet(spec.name, Where(spec.revision, spec.variant, torch.float32))
-    if spec.prediction_type is not None:
-        scheduler_config = scheduler_config | {"prediction_type": spec.prediction_type}
+    folder = open_folder(spec, ())
+    read_index(folder)
+    scheduler_config, schedule = load_scheduler(folder)
+    unet = outline_unet(folder)
     check_unet(unet, spec.name)
-    schedule = schedule_of(scheduler_config, spec.name)
     return Base(family_of(unet, spec.name), unet, schedule, scheduler_config, None, None, spec.name)
 
 
@@ -136,48 +128,51 @@ def check_unet(unet: UNet, source: str) -> None:
             )
 
 
-def _from_pretrained(spec: ModelSpec, vae_and_text: bool, where: Where) -> Base:
-    name = spec.name
-    index = read_index(name, where.revision)
-    scheduler_config = load_scheduler_config(name, where.revision)  # first: it may refuse, and is small
-    unet = load_unet(name, where)
-    family = family_of(unet, name)
+def _from_folder(spec: ModelSpec, vae_and_text: bool, dtype: torch.dtype) -> Base:
+    """The base in a pipeline folder, or in a repository of the Hub."""
+    folder = open_folder(spec, PIPELINE if vae_and_text else ("unet",), dtype)
+    index = read_index(folder)
+    scheduler_config, schedule = load_scheduler(folder)  # first: it may refuse, and is small
+    unet = load_unet(folder)
+    family = family_of(unet, spec.name)
     vae = text = None
     if vae_and_text:
         suffixes = ("", "_2") if family.name == "sdxl" else ("",)
         for suffix in suffixes:
             if not (index.get(f"text_encoder{suffix}") or [None])[0]:
                 raise ModelError(
-                    f"{name!r} has no text_encoder{suffix}, which a {family.name} base needs; refiners "
+                    f"{spec.name!r} has no text_encoder{suffix}, which a {family.name} base needs; refiners "
                     "and pipelines saved in parts are not supported"
                 )
-        text = TextEncoders(
-            *load_text(name, suffixes, where),
-            zero_empty_prompt=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
-        )
-        if spec.pretrained_vae_model_name_or_path is None:
-            vae = load_vae(name, "vae", where)
-    schedule = schedule_of(scheduler_config, name)
-    return Base(family, unet, schedule, scheduler_config, vae, text, name)
+        tokenizers, encoders = zip(*(load_text(folder, suffix) for suffix in suffixes), strict=True)
+        zeros = family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
+        text = TextEncoders(tokenizers, encoders, zero_empty_prompt=zeros)
+        other = spec.pretrained_vae_model_name_or_path
+        vae = load_vae(folder) if other is None else load_other_vae(other, dtype)
+    return Base(family, unet, schedule, scheduler_config, vae, text, spec.name)
 
 
-def _from_single_file(spec: ModelSpec, vae_and_text: bool, where: Where) -> Base:
-    name, config = spec.name, spec.single_file_config
-    own_vae = spec.pretrained_vae_model_name_or_path is None
-    pipeline, scheduler_config = load_single_file(name, config, vae_and_text, where.dtype, own_vae)
-    family = family_of(pipeline.unet, name)
+def _from_single_file(spec: ModelSpec, vae_and_text: bool, dtype: torch.dtype) -> Base:
+    pipeline, scheduler_config, schedule = load_single_file(spec, vae_and_text, dtype)
+    base = base_of(pipeline, scheduler_config, schedule, spec.name)
+    if vae_and_text and spec.pretrained_vae_model_name_or_path is not None:
+        base.vae = load_other_vae(spec.pretrained_vae_model_name_or_path, dtype)
+    return base
+
+
+def base_of(pipeline: Any, scheduler_config: dict[str, Any], schedule: NoiseSchedule, source: str) -> Base:
+    """A base of the components of a diffusers pipeline; without text encoders where the pipeline has none."""
     text = None
-    if vae_and_text:
-        suffixes = ("", "_2") if family.name == "sdxl" else ("",)
+    if pipeline.text_encoder is not None:
+        suffixes = ("",) if getattr(pipeline, "text_encoder_2", None) is None else ("", "_2")
+        zeros = len(suffixes) == 2 and bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
         text = TextEncoders(
             tokenizers=tuple(getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes),
             models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
-            zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+            zero_empty_prompt=zeros,
         )
-        for suffix, tokenizer, model in zip(suffixes, text.tokenizers, text.models, strict=True):
-            check_tokenizer(f"the tokenizer{suffix} in {config or 'the Hub config of'} for {name!r}", tokenizer, model)
-    schedule = schedule_of(scheduler_config, name)
-    return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, name)
+    family = family_of(pipeline.unet, source)
+    return Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, source)
 
 
 def family_of(unet: UNet, source: str) -> StableDiffusion | StableDiffusionXL:

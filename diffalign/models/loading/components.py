@@ -1,11 +1,13 @@
-"""One component of a diffusers folder or Hub repository at a time, with errors that say what to do.
+"""The components of a diffusers pipeline folder, one at a time, with errors that say what to do.
 
 Weights come from safetensors only: a pickled .bin or .ckpt can run code when it is opened.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,151 +22,158 @@ from diffalign.io.loaded_weights import check_module, check_report
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import VAE, TextModel, UNet
 from diffalign.models.loading.stored import UNET_STEM, weight_sets, weights_in
+from diffalign.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
 TEXT_STEM = "model"  # of transformers' weight files
+PIPELINE = ("unet", "vae", "text_encoder", "text_encoder_2")  # components with weights
 _TOKENIZER_FILES = "tokenizer.json, or vocab.json and merges.txt,"
 _A_BASE_IS = "a base is a diffusers pipeline folder, a Hub id or one .safetensors file"
 
 
 @dataclass(frozen=True)
-class Where:
-    """Revision, variant and dtype that all components of one load share."""
+class ModelFolder:
+    """A pipeline, or a VAE alone, whose files are on this machine. Part "" is the folder itself."""
 
-    revision: str | None
-    variant: str | None
+    spec: ModelSpec
+    path: Path
     dtype: torch.dtype
 
-    def load(self, cls: Any, source: str, subfolder: str | None, stem: str, **dtype: torch.dtype) -> Any:
-        """`cls.from_pretrained` of safetensors weights, whole and finite; `stem`: `stored.weight_sets`.
+    def what(self, part: str) -> str:
+        """A component as messages name it."""
+        return f"the {part or 'VAE'} of {self.spec.name!r}"
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A component's config.json. Raises ModelError where it is missing or not a JSON object."""
+        try:
+            return _read_object(self.path / part / "config.json")
+        except (OSError, ValueError) as error:
+            raise ModelError(_why_no_component(self.what(part), error)) from error
+
+    def load(self, cls: Any, part: str, stem: str = UNET_STEM) -> Any:
+        """A component with all of its weights, all finite. `stem` is that of its weight files (`stored`).
 
         A folder that has one variant of the weights and no plain ones is read as that variant. Raises ModelError
         naming component, cause and remedy.
         """
-        what = f"the {subfolder or 'VAE'} of {source!r}"
+        what, folder = self.what(part), self.path / part
+        if not Path(self.spec.name).is_dir() and not weight_sets(folder, stem):
+            raise ModelError(_not_fetched(what, self.spec))
+        variant, files = weights_in(folder, stem, self.spec.variant)
+        if variant != self.spec.variant:
+            log.warning("%s: only variant %s exists; it is used", files[0].parent, variant)
+        dtype = {"dtype" if stem == TEXT_STEM else "torch_dtype": self.dtype}
+        options = {"variant": variant, "use_safetensors": True, "output_loading_info": True, **dtype}
         try:
-            module, report = cls.from_pretrained(
-                source,
-                subfolder=subfolder or "",
-                revision=self.revision,
-                variant=self._variant(source, subfolder, stem),
-                use_safetensors=True,
-                output_loading_info=True,
-                **dtype,
-            )
-        except ModelError:
-            raise
+            module, report = cls.from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
         except Exception as error:  # the libraries raise many kinds here, for configs and weights alike
-            raise ModelError(_why_no_component(what, source, self.variant, error)) from error
+            raise ModelError(_why_no_component(what, error)) from error
         check_report(what, report, is_text=stem == TEXT_STEM)
         check_module(what, module)
         return module
 
-    def _variant(self, source: str, subfolder: str | None, stem: str) -> str | None:
-        """The variant of what is on this machine, its files examined; the one asked for where nothing is here yet."""
-        folder = local_folder(source, self.revision)
-        if folder is None or not (Path(source).is_dir() or weight_sets(folder / (subfolder or ""), stem)):
-            return self.variant
-        variant, files = weights_in(folder / (subfolder or ""), stem, self.variant)
-        if variant != self.variant:
-            log.warning("%s: only variant %s exists; it is used", files[0].parent, variant)
-        return variant
 
+def open_folder(spec: ModelSpec, parts: Iterable[str], dtype: torch.dtype = torch.float32) -> ModelFolder:
+    """The folder that a spec names; of a Hub id the place in the Hub's cache, with the files of `parts` fetched.
 
-def local_folder(source: str, revision: str | None) -> Path | None:
-    """The folder on this machine that a source names: itself, or its place in the Hub's cache; None where neither."""
-    if Path(source).is_dir():
-        return Path(source)
-    if not is_hub_id(source):
-        return None
+    Raises ModelError where there is none.
+    """
+    name = spec.name
+    if Path(name).is_dir():
+        return ModelFolder(spec, Path(name), dtype)
+    if not is_hub_id(name):
+        raise ModelError(f"{name!r} does not exist; {_A_BASE_IS}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # huggingface_hub's own are both
-        return None
+        path = snapshot_download(name, revision=spec.revision, allow_patterns=files_of(parts, spec.variant))
+    except Exception as error:  # the Hub's, the connection's and the disk's
+        raise ModelError(f"{name!r} is not a folder on this machine, and {why_not_fetched(name, error)}") from error
+    return ModelFolder(spec, Path(path), dtype)
 
 
-def read_index(source: str, revision: str | None) -> dict[str, Any]:
+def files_of(parts: Iterable[str], variant: str | None) -> list[str]:
+    """Patterns for the files of a repository that loading reads: configs, tokenizers, one variant of the weights."""
+    late = "" if variant is None else f".{variant}"
+    patterns = ["model_index.json", "scheduler/*", "unet/config.json"]
+    for part in parts:
+        stem = f"{part}/{TEXT_STEM if part.startswith('text_encoder') else UNET_STEM}".removeprefix("/")
+        patterns += [f"{part}/config.json".removeprefix("/"), f"{stem}*.index*.json"]
+        patterns += [f"{stem}{late}.safetensors", f"{stem}{late}-?????-of-?????.safetensors"]
+        patterns += [f"{stem}-?????-of-?????{late}.safetensors"]
+        if part.startswith("text_encoder"):
+            patterns.append(f"{part.replace('text_encoder', 'tokenizer')}/*")
+    return patterns
+
+
+def read_index(folder: ModelFolder) -> dict[str, Any]:
     """The pipeline's model_index.json. Raises ModelError when there is none to be had."""
-    from diffusers import DiffusionPipeline
-
     try:
-        return dict(DiffusionPipeline.load_config(source, revision=revision))
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the latter for JSON that is no object
-        raise ModelError(_why_no_pipeline(source, error)) from error
+        return _read_object(folder.path / "model_index.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(_why_no_pipeline(folder.path, folder.spec.name, error)) from error
 
 
-def load_unet(source: str, where: Where) -> UNet:
+def load_unet(folder: ModelFolder) -> UNet:
     """UNet2DConditionModel of a pipeline."""
     from diffusers import UNet2DConditionModel
 
-    return where.load(UNet2DConditionModel, source, "unet", UNET_STEM, torch_dtype=where.dtype)
+    return folder.load(UNet2DConditionModel, "unet")
 
 
-def outline_unet(source: str, where: Where) -> UNet:
+def outline_unet(folder: ModelFolder) -> UNet:
     """The UNet of a pipeline as its config describes it, without weights, on the meta device."""
     from diffusers import UNet2DConditionModel
 
+    config = folder.config("unet")
     try:
-        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=where.revision)
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
     except Exception as error:  # a config of nonsense fails in as many ways as there are settings
-        raise ModelError(_why_no_component(f"the unet of {source!r}", source, where.variant, error)) from error
+        raise ModelError(_why_no_component(folder.what("unet"), error)) from error
 
 
-def load_vae(source: str, subfolder: str | None, where: Where) -> VAE:
-    """The autoencoder in `source[/subfolder]`, of the class its config names; of a whole pipeline its vae."""
-    if source.endswith(".safetensors"):
+def load_other_vae(name: str, dtype: torch.dtype) -> VAE:
+    """The autoencoder of a folder or Hub id; of a whole pipeline its vae."""
+    if name.endswith(".safetensors"):
         raise ModelError(
-            f"the VAE {source!r} is one file, but a diffusers folder or Hub id is required: convert it "
+            f"the VAE {name!r} is one file, but a diffusers folder or Hub id is required: convert it "
             "once with diffusers' AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), or "
             "name a pipeline that has it"
         )
-    folder = local_folder(source, where.revision)
-    if subfolder is None and (_is_pipeline(folder) if folder is not None else _has_vae(source, where.revision)):
-        subfolder = "vae"
-    return where.load(_vae_class(source, subfolder, where), source, subfolder, UNET_STEM, torch_dtype=where.dtype)
+    folder = open_folder(ModelSpec(name), ("", "vae"), dtype)
+    return load_vae(folder, "vae" if (folder.path / "model_index.json").is_file() else "")
 
 
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
-
-
-def _has_vae(source: str, revision: str | None) -> bool:
-    """Whether a Hub id that is not here yet is of a pipeline, and not of a VAE alone."""
+def load_vae(folder: ModelFolder, part: str = "vae") -> VAE:
+    """The autoencoder of a folder, of the class that its config names."""
     import diffusers
 
-    for subfolder in (None, "vae"):
-        try:
-            diffusers.AutoencoderKL.load_config(source, subfolder=subfolder, revision=revision)
-        except Exception:  # what is wrong with it, loading says
-            continue
-        return subfolder is not None
-    return False
+    name = str(folder.config(part).get("_class_name", "AutoencoderKL"))
+    if not (name.startswith("A") and "Autoencoder" in name and hasattr(diffusers, name)):
+        raise ModelError(
+            f"the VAE of {folder.spec.name!r} is a {name!r}; allowed are diffusers' autoencoders (AutoencoderKL, "
+            "AutoencoderDC, AutoencoderTiny, …). Use another one with "
+            "pretrained_vae_model_name_or_path"
+        )
+    return folder.load(getattr(diffusers, name), part)
 
 
-def load_text(source: str, names: tuple[str, ...], where: Where) -> tuple[tuple[Any, ...], tuple[TextModel, ...]]:
-    """Tokenizers and text models; `names` are the model_index keys, e.g. ("", "_2") for both of SDXL."""
+def load_text(folder: ModelFolder, suffix: str) -> tuple[Any, TextModel]:
+    """A tokenizer and its text model; suffix "" is the first, "_2" SDXL's second."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    tokenizers, models = [], []
-    for suffix in names:
-        cls = CLIPTextModelWithProjection if suffix else CLIPTextModel
-        model = where.load(cls, source, f"text_encoder{suffix}", TEXT_STEM, dtype=where.dtype)
-        what = f"the tokenizer{suffix} of {source!r}"
-        _need_tokenizer_files(what, local_folder(source, where.revision), f"tokenizer{suffix}")
-        try:
-            loader: Any = CLIPTokenizer  # its annotation wants a revision
-            tokenizer = loader.from_pretrained(source, subfolder=f"tokenizer{suffix}", revision=where.revision)
-        except Exception as error:  # a damaged file fails in as many ways as there are tokens
-            raise ModelError(_why_no_component(what, source, None, error)) from error
-        check_tokenizer(what, tokenizer, model)
-        models.append(model)
-        tokenizers.append(tokenizer)
-    return tuple(tokenizers), tuple(models)
+    cls = CLIPTextModelWithProjection if suffix else CLIPTextModel
+    model = folder.load(cls, f"text_encoder{suffix}", TEXT_STEM)
+    part = f"tokenizer{suffix}"
+    _need_tokenizer_files(folder.what(part), folder.path / part)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder.path / part)
+    except Exception as error:  # a damaged file fails in as many ways as there are tokens
+        raise ModelError(_why_no_component(folder.what(part), error)) from error
+    check_tokenizer(folder.what(part), tokenizer, model)
+    return tokenizer, model
 
 
 def check_tokenizer(what: str, tokenizer: Any, model: nn.Module) -> None:
@@ -184,94 +193,75 @@ def check_tokenizer(what: str, tokenizer: Any, model: nn.Module) -> None:
         )
 
 
-def _need_tokenizer_files(what: str, folder: Path | None, subfolder: str) -> None:
-    if folder is None:
-        return
-    there = {file.name for file in (folder / subfolder).iterdir()} if (folder / subfolder).is_dir() else set()
+def _need_tokenizer_files(what: str, folder: Path) -> None:
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
         raise ModelError(
-            f"{what} has no files: it needs {_TOKENIZER_FILES}, and {folder / subfolder} contains "
+            f"{what} has no files: it needs {_TOKENIZER_FILES}, and {folder} contains "
             f"{', '.join(sorted(there)) or 'nothing'}. Copy that folder from the base's source, or "
             "fetch it with `hf download`"
         )
 
 
-def load_scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
-    """The scheduler's config, completed with the defaults of its own class. Raises ModelError as `schedule_of` does."""
-    from diffusers import DDIMScheduler
-
+def load_scheduler(folder: ModelFolder) -> tuple[dict[str, Any], NoiseSchedule]:
+    """The scheduler's config and its noise, as `complete_scheduler` gives them."""
+    file = folder.path / "scheduler" / "scheduler_config.json"
     try:
-        config = dict(DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision))
-    except OSError as error:
-        raise ModelError(f"no scheduler/scheduler_config.json in {source!r}: {_first_line(error)}") from error
-    return complete_scheduler_config(config, source)
+        config = _read_object(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no scheduler/scheduler_config.json in {folder.spec.name!r} that can be read: {_first_line(error)}"
+        ) from error
+    return complete_scheduler(config, folder.spec)
 
 
-def complete_scheduler_config(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """`config` with the keys it leaves out, which mean the defaults of the class it names.
+def complete_scheduler(config: dict[str, Any], spec: ModelSpec) -> tuple[dict[str, Any], NoiseSchedule]:
+    """A scheduler config with the defaults of the class that it names, and the noise that it describes.
 
-    Raises ModelError as `schedule_of` does, and for a class that lacks a package.
+    The prediction type is the spec's, where that gives one. Raises ModelError that names the base for noise not tuned
+    here, and for a class that lacks a package.
     """
     import diffusers
 
-    schedule_of(config, source)  # refuses before diffusers makes a DDIM of anything
-    name = config.get("_class_name")
+    if spec.prediction_type is not None:
+        config = config | {"prediction_type": spec.prediction_type}
     try:
-        full = dict(config) if name is None else dict(getattr(diffusers, name).from_config(config).config)
-    except ImportError as error:  # LMSDiscreteScheduler and others want packages of their own
-        raise ModelError(f"the scheduler of {source!r}: {' '.join(str(error).split())}") from error
-    return {key: value for key, value in full.items() if not key.startswith("_")} | {
-        "_class_name": name or "DDIMScheduler"
-    }
+        schedule = NoiseSchedule.from_config(config)
+        name = config.get("_class_name")
+        full = config if name is None else dict(getattr(diffusers, name).from_config(config).config)
+    except (DiffalignError, ImportError) as error:  # LMSDiscreteScheduler and others want packages of their own
+        raise ModelError(f"the scheduler of {spec.name!r}: {' '.join(str(error).split())}") from error
+    plain = {key: value for key, value in full.items() if not key.startswith("_")}
+    return plain | {"_class_name": name or "DDIMScheduler"}, schedule
 
 
-def schedule_of(config: dict[str, Any], source: str) -> NoiseSchedule:
-    """The noise schedule of a scheduler config. Raises ModelError that names the base for noise not tuned here."""
-    try:
-        return NoiseSchedule.from_config(config)
-    except DiffalignError as error:
-        raise ModelError(f"the scheduler of {source!r}: {error}") from error
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises OSError or ValueError."""
+    found = json.loads(file.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} is not a JSON object")
+    return found
 
 
-def _vae_class(source: str, subfolder: str | None, where: Where) -> Any:
-    import diffusers
-
-    try:
-        config = dict(diffusers.AutoencoderKL.load_config(source, subfolder=subfolder, revision=where.revision))
-    except Exception as error:  # one that is no JSON object fails in many ways
-        raise ModelError(_why_no_component(f"the {subfolder or 'VAE'} of {source!r}", source, None, error)) from error
-    name = str(config.get("_class_name", "AutoencoderKL"))
-    if not (name.startswith("A") and "Autoencoder" in name and hasattr(diffusers, name)):
-        raise ModelError(
-            f"the VAE of {source!r} is a {name!r}; allowed are diffusers' autoencoders (AutoencoderKL, "
-            "AutoencoderDC, AutoencoderTiny, …). Use another one with "
-            "pretrained_vae_model_name_or_path"
+def _why_no_pipeline(folder: Path, source: str, error: Exception) -> str:
+    if (folder / "model_index.json").is_file():
+        return f"{source}/model_index.json cannot be read ({_first_line(error)}); download the model again"
+    if (folder / "unet").is_dir() or list(folder.glob("*.safetensors")):
+        return (
+            f"{source!r} contains tuned weights but no model_index.json: it is not a base model. Set "
+            "pretrained_model_name_or_path to the model it was tuned from, and give this folder as "
+            "the tuned weights"
         )
-    return getattr(diffusers, name)
+    return f"{source!r} has no model_index.json; {_A_BASE_IS}"
 
 
-def _why_no_pipeline(source: str, error: Exception) -> str:
-    folder = Path(source)
-    if folder.is_dir():
-        if (folder / "unet").is_dir() or list(folder.glob("*.safetensors")):
-            return (
-                f"{source!r} contains tuned weights but no model_index.json: it is not a base model. Set "
-                "pretrained_model_name_or_path to the model it was tuned from, and give this folder as "
-                "the tuned weights"
-            )
-        if (folder / "model_index.json").is_file():
-            return f"{source}/model_index.json cannot be read ({_first_line(error)}); download the model again"
-        return f"{source!r} has no model_index.json; {_A_BASE_IS}"
-    if not is_hub_id(source):
-        return f"{source!r} does not exist; {_A_BASE_IS}"
-    return f"{source!r} is not a folder on this machine, and {why_not_fetched(source, error)}"
+def _not_fetched(what: str, spec: ModelSpec) -> str:
+    hint = "" if spec.variant else ". If the repository has only fp16 weights, set model.variant: fp16"
+    return f"cannot load {what}: {why_not_fetched(spec.name, FileNotFoundError('no weights'))}{hint}"
 
 
-def _why_no_component(what: str, source: str, variant: str | None, error: Exception) -> str:
+def _why_no_component(what: str, error: Exception) -> str:
     """`error` of a library, with what to do."""
-    if isinstance(error, OSError) and not Path(source).is_dir() and is_hub_id(source):
-        hint = "" if variant else ". If the repository has only fp16 weights, set model.variant: fp16"
-        return f"cannot load {what}: {why_not_fetched(source, error)}{hint}"
     return (
         f"cannot load {what}: {type(error).__name__}: {_first_line(error)[:300]}. Its config and its "
         "weights must be complete and belong to one model; download it again, or save it again from a "

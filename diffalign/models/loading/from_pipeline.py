@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from diffalign.io.loaded_weights import check_module
-from diffalign.models.loading.base import Base, checked, family_of
-from diffalign.models.loading.components import complete_scheduler_config, schedule_of
-from diffalign.models.loading.family import ModelError, TextEncoders
+from diffalign.models.loading.base import Base, base_of, checked
+from diffalign.models.loading.components import complete_scheduler
+from diffalign.models.loading.family import ModelError
+from diffalign.models.spec import ModelSpec
 
 NEEDED = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
@@ -38,18 +39,9 @@ def base_of_pipeline(pipeline: Any) -> Base:
         raise ModelError(
             "model: the pipeline's UNet has adapters; call pipeline.fuse_lora() and unload_lora_weights() first"
         )
-    suffixes = ("", "_2") if getattr(pipeline, "text_encoder_2", None) is not None else ("",)
-    text = TextEncoders(
-        tokenizers=tuple(getattr(pipeline, f"tokenizer{suffix}") for suffix in suffixes),
-        models=tuple(getattr(pipeline, f"text_encoder{suffix}") for suffix in suffixes),
-        zero_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)) and len(suffixes) == 2,
-    )
-    for name in ("unet", "vae", *(f"text_encoder{suffix}" for suffix in suffixes)):
-        check_module(f"model: the pipeline's {name}", getattr(pipeline, name))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if (module := getattr(pipeline, name, None)) is not None:
+            check_module(f"model: the pipeline's {name}", module)
     source = str(pipeline.config.get("_name_or_path") or f"an open {kind}")
-    scheduler_config = complete_scheduler_config(
-        {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}, source
-    )
-    schedule = schedule_of(scheduler_config, source)
-    family = family_of(pipeline.unet, source)
-    return checked(Base(family, pipeline.unet, schedule, scheduler_config, pipeline.vae, text, source))
+    scheduler_config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    return checked(base_of(pipeline, *complete_scheduler(scheduler_config, ModelSpec(source)), source))

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.io.loaded_weights import check_module, named
 from diffalign.io.weight_files import check_weights, refuse_pickle
-from diffalign.models.loading.components import complete_scheduler_config
+from diffalign.models.loading.components import check_tokenizer, complete_scheduler
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
+from diffalign.models.spec import ModelSpec
 
 _UNET_KEY = "model.diffusion_model."
 _VAE_KEYS = ("first_stage_model.", "vae.")
@@ -30,17 +32,18 @@ def is_single_file(name: str) -> bool:
 
 
 def load_single_file(
-    path: str, config: str | None, vae_and_text: bool, dtype: torch.dtype, own_vae: bool = True
-) -> tuple[Any, dict[str, Any]]:
-    """The diffusers pipeline in the file, and its completed scheduler config.
+    spec: ModelSpec, vae_and_text: bool, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any], NoiseSchedule]:
+    """The diffusers pipeline in a file, its completed scheduler config and its noise.
 
-    `config` is a folder with the matching pipeline's configs and tokenizers (no weights); without it diffusers
-    asks the Hub. Checkpoints that carry the keys `v_pred` and `ztsnr` (NoobAI's convention) are taken at their word:
-    v-prediction, zero terminal SNR. `own_vae=False` leaves the file's VAE out: another one takes its place. Raises
+    `single_file_config` is a folder with the matching pipeline's configs and tokenizers (no weights); without it
+    diffusers asks the Hub. Checkpoints that have the keys `v_pred` and `ztsnr` (NoobAI's convention) are taken at
+    their word: v-prediction, zero terminal SNR. The file's VAE is left out where the spec names another. Raises
     ModelError, also where the file lacks tensors that its config asks for.
     """
     import diffusers
 
+    path, config, own_vae = spec.name, spec.single_file_config, spec.pretrained_vae_model_name_or_path is None
     keys = check_weights(path).shapes.keys()
     family = next((name for name, key in _FAMILY_KEYS.items() if any(k.startswith(key) for k in keys)), None)
     if family is None:
@@ -84,12 +87,16 @@ def load_single_file(
         if (module := getattr(pipeline, name, None)) is not None:
             check_module(f"the {name} of {path!r}", module)
     _check_all_used(path, keys, pipeline.unet)
-    scheduler = dict(pipeline.scheduler.config)
+    for suffix in ("", "_2"):
+        if (tokenizer := getattr(pipeline, f"tokenizer{suffix}", None)) is not None:
+            what = f"the tokenizer{suffix} in {config or 'the Hub config of'} for {path!r}"
+            check_tokenizer(what, tokenizer, getattr(pipeline, f"text_encoder{suffix}"))
+    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     if "v_pred" in keys:
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in keys:
         scheduler["rescale_betas_zero_snr"] = True
-    return pipeline, complete_scheduler_config(scheduler | {"_class_name": type(pipeline.scheduler).__name__}, path)
+    return pipeline, *complete_scheduler(scheduler, spec)
 
 
 def _missing(path: str, config: str | None) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from diffalign.io.loaded_weights import check_module
@@ -156,21 +157,81 @@ def test_a_part_of_the_weights_that_is_missing(folder: Path, models) -> None:
         load_base(str(folder), vae_and_text=False)
 
 
-def hub_of_pipelines(name: str, subfolder: str | None = None, revision: str | None = None) -> dict:
-    if (name, subfolder) not in (("org/pipeline", "vae"), ("org/vae", None)):
-        raise OSError("no config.json there")
-    return {}
+def cached_as(monkeypatch: pytest.MonkeyPatch, cache: Path, name: str, folder: Path) -> Path:
+    """Puts a folder into a cache of the Hub as the repository `name`; returns its place."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.HF_HUB_CACHE", str(cache), raising=False)
+    return Path(shutil.copytree(folder, repository / "snapshots" / ("0" * 40)))
 
 
-def test_a_vae_may_be_a_whole_pipelines(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_and_a_vae_in_the_cache_of_the_hub(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models["sdxl"]
+    place = cached_as(monkeypatch, tmp_path / "hub", "org/pipeline", model.folder)
+    cached_as(monkeypatch, tmp_path / "hub", "org/vae", models["sd"].folder / "vae")
+    base = load_base("org/pipeline")
+    assert same_weights(base.unet, model.base.unet)
+    assert base.source == "org/pipeline"
+    for vae, expected in (("org/vae", models["sd"]), ("org/pipeline", model)):
+        spec = ModelSpec(str(model.folder), pretrained_vae_model_name_or_path=vae)
+        assert same_weights(load_base(spec).vae, expected.base.vae)
+    assert same_weights(load_base(ModelSpec("org/pipeline", revision="0" * 40)).unet, model.base.unet)
+    (place / UNET).unlink()  # as after a download of configs alone
+    with pytest.raises(ModelError, match=r"the unet of 'org/pipeline'.*hf download org/pipeline.*model.variant: fp16"):
+        load_base("org/pipeline")
+    assert outline_base("org/pipeline").unet.config.in_channels == 4
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_what_is_fetched_of_a_repository(variant: str | None) -> None:
+    """SDXL's and SD1.5's repositories have several sets of weights of each component; one is fetched."""
+    late = "" if variant is None else f".{variant}"
+    needed = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer_2/merges.txt",
+        "text_encoder/config.json",
+        f"text_encoder/model{late}.safetensors",
+        "text_encoder_2/config.json",
+        f"text_encoder_2/model{late}-00001-of-00002.safetensors",
+        f"text_encoder_2/model-00002-of-00002{late}.safetensors",
+        f"text_encoder_2/model.safetensors.index{late}.json",
+        "unet/config.json",
+        f"unet/diffusion_pytorch_model{late}.safetensors",
+        "vae/config.json",
+        f"vae/diffusion_pytorch_model{late}.safetensors",
+    ]
+    other = ".fp16" if variant is None else ""
+    others = [
+        "sd_xl_base_1.0.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        f"unet/diffusion_pytorch_model{other}.safetensors",
+        f"text_encoder_2/model{other}-00001-of-00002.safetensors",
+        f"text_encoder_2/model-00001-of-00002{other}.safetensors",
+        "text_encoder/flax_model.msgpack",
+        "safety_checker/model.safetensors",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+        "README.md",
+    ]
+    every = sorted(needed + others)
+    patterns = components.files_of(components.PIPELINE, variant)
+    fetched = list(filter_repo_objects(every, allow_patterns=patterns))
+    assert fetched == sorted(needed)
+    alone = list(filter_repo_objects(every, allow_patterns=components.files_of(("unet",), variant)))
+    assert alone == [name for name in fetched if name.startswith(("model_", "scheduler/", "unet/"))]
+    vae = ["config.json", f"diffusion_pytorch_model{late}.safetensors"]
+    patterns = components.files_of(("", "vae"), variant)
+    assert list(filter_repo_objects([*vae, "sdxl.vae.safetensors"], allow_patterns=patterns)) == vae
+
+
+def test_a_vae_may_be_a_whole_pipelines(models, tmp_path: Path) -> None:
     model = models["sdxl"]
     base = load_base(ModelSpec(str(model.folder), pretrained_vae_model_name_or_path=str(models["sd"].folder)))
     assert same_weights(base.vae, models["sd"].base.vae)
-    monkeypatch.setattr(AutoencoderKL, "load_config", hub_of_pipelines)
-    assert components._has_vae("org/pipeline", None)
-    assert not components._has_vae("org/vae", None)
-    assert not components._has_vae("org/nothing", None)
-    monkeypatch.undo()
     with pytest.raises(ModelError, match=r"one file.*AutoencoderKL.from_single_file"):
         load_base(ModelSpec(str(model.folder), pretrained_vae_model_name_or_path="sdxl_vae.safetensors"))
     wide = AutoencoderKL.from_config({**model.base.vae.config, "latent_channels": 8})
