@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffalign.evaluation.stats import Paired, paired
+from diffalign.evaluation.stats import Bootstrap, Paired, paired
 
 OUT = Path("benchmarks/results/coverage")
 SIZES = ((8, 12), (24, 12), (100, 4))  # prompts and pictures of each
@@ -95,9 +95,8 @@ def _limits(draw: Draw, what: str, resamples: int, seed: tuple[int, int]) -> tup
         np.full(sample.size, 0.5),  # not 0 or 1, which would make the scorer a rate itself
         0.5 + sample.ravel(),
         [f"{p:03d}" for p in range(prompts) for _ in range(pictures)] * runs,
-        list(range(pictures)) * prompts * runs,
         runs=np.repeat(np.arange(runs), prompts * pictures).tolist(),
-        resamples=resamples if what == "gain" else 2,  # a rate draws none
+        bootstrap=Bootstrap(resamples=resamples if what == "gain" else 2),  # a rate draws none
     )
     estimate = getattr(found, what)
     return estimate.low, estimate.high

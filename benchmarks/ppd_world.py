@@ -29,7 +29,9 @@ from world_lines import finished, line_file, name_of, train
 
 from diffalign.config.schema import load_config, packaged_config
 from diffalign.evaluation.evaluate import evaluate
+from diffalign.evaluation.recipe import Tuned
 from diffalign.evaluation.sampling import Sampling
+from diffalign.evaluation.scoring import Scoring
 from diffalign.training.run import environment
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import prompts
@@ -104,16 +106,12 @@ def measured(
     for user in users:
         result = evaluate(
             str(base_path()),
-            {setting: [str(run) for run in runs]},
+            {setting: [Tuned(run, user=None if user is None else user.embedding) for run in runs]},
             prompts(split),
             range(pictures),
-            scorers=[*SCORERS, Liking()],
-            faithfulness="world-accuracy",
+            scorers=Scoring([*SCORERS, Liking()], faithfulness="world-accuracy"),
             sampling=Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu"),
-            user=None if user is None else user.embedding,
             out_dir=runs[0].parent / f"evaluation-{split}",
-            grid_rows=8,
-            progress=False,
         )
         found = result.models[0]
         lines.append(

@@ -18,6 +18,7 @@ import torch
 from diffalign.config.schema import load_config, packaged_config, parse_config
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.sampling import Sampling
+from diffalign.evaluation.scoring import Scoring
 from diffalign.training.run import environment, run_training
 from diffalign.world import base_path
 from diffalign.world.captions import prompts
@@ -85,12 +86,9 @@ def measured(
         {setting: [str(run) for run in runs]},
         prompts(split),
         range(pictures),
-        scorers=SCORERS,
-        faithfulness="world-accuracy",
+        scorers=Scoring(SCORERS, faithfulness="world-accuracy"),
         sampling=Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu"),
         out_dir=runs[0].parent / "evaluation",
-        grid_rows=8,
-        progress=False,
     )
     found = result.models[0]
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from diffalign.evaluation.compare import compare as compare
     from diffalign.evaluation.evaluate import evaluate as evaluate
     from diffalign.evaluation.generate import generate as generate
+    from diffalign.evaluation.recipe import Tuned as Tuned
     from diffalign.evaluation.sampling import Sampling as Sampling
+    from diffalign.evaluation.scoring import Scoring as Scoring
+    from diffalign.io.progress import disable_progress_bars as disable_progress_bars
     from diffalign.objectives import DSODRO as DSODRO
     from diffalign.objectives import FDPO as FDPO
     from diffalign.objectives import IPO as IPO
@@ -55,6 +58,9 @@ _HOME = {
     "evaluate": "diffalign.evaluation.evaluate",
     "generate": "diffalign.evaluation.generate",
     "Sampling": "diffalign.evaluation.sampling",
+    "Scoring": "diffalign.evaluation.scoring",
+    "Tuned": "diffalign.evaluation.recipe",
+    "disable_progress_bars": "diffalign.io.progress",
     **dict.fromkeys(_OBJECTIVES.split(), "diffalign.objectives"),
     **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.types"),
     **dict.fromkeys(

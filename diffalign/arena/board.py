@@ -9,9 +9,9 @@ from typing import Any
 from diffalign.arena.entries import PREFERENCES, Entry
 from diffalign.arena.jobs import Done
 from diffalign.evaluation.compare import compare
+from diffalign.evaluation.scoring import Scoring
 from diffalign.evaluation.stats import Paired
 from diffalign.objectives import OBJECTIVES
-from diffalign.rewards import load_scorer
 from diffalign.sources import SOURCES
 
 FAITHFUL = "world-accuracy"
@@ -43,8 +43,8 @@ def measure(entry: Entry, runs: Sequence[Done], base: Done, preference: str) -> 
     }
     if row["failed"]:
         return row
-    scorers = [load_scorer(name) for name in (preference, *(other for other in PREFERENCES if other != preference))]
-    result, _ = compare(base.pictures, {entry.name: [run.pictures for run in runs]}, scorers, load_scorer(FAITHFUL))
+    scorers = [preference, *(other for other in PREFERENCES if other != preference)]
+    result, _ = compare(base.pictures, {entry.name: [run.pictures for run in runs]}, Scoring(scorers, FAITHFUL))
     (found,) = result.models
     rewards = {name: _paired(paired) for name, paired in found.scores.items()}
     accuracy, diversity = found.faithfulness, found.diversity

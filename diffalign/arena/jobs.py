@@ -186,7 +186,6 @@ def _draw(job: Job) -> list[Picture]:
         out_dir=job.folder / "pictures",
         tuned=None if job.config is None else str(job.folder),
         sampling=Sampling(STEPS, GUIDANCE, batch_size=96, device="cpu"),
-        progress=False,
     )
 
 

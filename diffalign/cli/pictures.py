@@ -40,6 +40,7 @@ def compare(args: argparse.Namespace) -> None:
     from diffalign.evaluation.evaluate import RESULT_FILES, write_result
     from diffalign.evaluation.manifest import read_manifest
     from diffalign.evaluation.report import BASE
+    from diffalign.evaluation.scoring import Scoring, load_judges
 
     others = named(args.others, "")
     if BASE in others:
@@ -48,9 +49,8 @@ def compare(args: argparse.Namespace) -> None:
         writable([("--out", args.out / file) for file in RESULT_FILES], args.overwrite)
     base = read_manifest(args.base, whole=True)
     runs = {name: [read_manifest(folder, whole=True) for folder in folders] for name, folders in others.items()}
-    judges = _judges(args.scorer, args.device)
-    (faithful,) = _judges([args.faithfulness], args.device) if args.faithfulness else (None,)
-    result, rows = compare_pictures(base, runs, judges, faithful, tie=args.tie, progress=True)
+    judges = load_judges(Scoring(args.scorer, args.faithfulness, args.tie), device_of(args.device))
+    result, rows = compare_pictures(base, runs, judges)
     print(result.table())
     if args.out is not None:
         write_result(args.out, result, rows, {BASE: base, **{name: some[0] for name, some in runs.items()}})
@@ -74,7 +74,7 @@ def score(args: argparse.Namespace) -> None:
         writable([(f"{folder}:", folder / SCORES)], args.overwrite)
     judges = _judges(args.scorer, args.device)
     for folder in args.folders:
-        rows = score_folder(folder, judges, progress=True)
+        rows = score_folder(folder, judges)
         for judge in judges:
             values = [cast("float", row[judge.name]) for row in rows]
             mean = sum(values) / len(values)
@@ -104,7 +104,7 @@ def label(args: argparse.Namespace) -> None:
         )
     writable([("--out", args.out)], args.overwrite)
     (judge,) = _judges(args.scorer, args.device)
-    found = label_pictures(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite, progress=True)
+    found = label_pictures(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite)
     print(f"{args.out}: {found.pairs} pairs; prompts left out: {found.ties} with a tie, {found.single} with one image")
     print(f"in a config: data.path={args.out}")
 

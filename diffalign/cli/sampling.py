@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from diffalign.cli.common import (
@@ -22,6 +23,7 @@ from diffalign.cli.common import (
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
+    from diffalign.evaluation.recipe import Tuned
     from diffalign.evaluation.sampling import Sampling
 
 SCHEDULERS = ("ddim", "euler", "dpmsolver")  # a test compares these with what the rooms know
@@ -101,20 +103,13 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> None:
     """Makes the pictures."""
     from diffalign.data.table.prompts import read_prompts
-    from diffalign.evaluation import generate as pictures_of
+    from diffalign.evaluation.generate import generate as generate_images
+    from diffalign.evaluation.recipe import Tuned
 
     prompts = read_prompts(args.prompts, limit=args.limit)
-    pictures = pictures_of.generate(
-        args.model,
-        prompts,
-        args.seeds,
-        out_dir=args.out,
-        tuned=args.tuned,
-        sampling=_sampling(args),
-        negative_tuned=args.negative_tuned,
-        user=_user(args),
-    )
-    print(f"{len(pictures)} images in {args.out}")
+    tuned = Tuned(args.tuned, args.negative_tuned, _user(args))
+    images = generate_images(args.model, prompts, args.seeds, out_dir=args.out, tuned=tuned, sampling=_sampling(args))
+    print(f"{len(images)} images in {args.out}")
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,21 +143,43 @@ def evaluate(args: argparse.Namespace) -> None:
     """Generates the images, scores them and prints the table."""
     from diffalign.data.table.prompts import read_prompts
     from diffalign.evaluation.evaluate import evaluate as compare_models
+    from diffalign.evaluation.scoring import Scoring
 
     if not args.tuned and not args.negative_tuned:
         raise DiffalignError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
+    models = _models(named(args.tuned, "--tuned"), named(args.negative_tuned, "--negative-tuned"), _user(args))
     result = compare_models(
         args.base,
-        named(args.tuned, "--tuned"),
+        models,
         read_prompts(args.prompts, limit=args.limit),
         args.seeds,
-        scorers=args.scorer,
-        faithfulness=args.faithfulness,
-        tie=args.tie,
-        negative_tuned=named(args.negative_tuned, "--negative-tuned"),
+        scorers=Scoring(args.scorer, args.faithfulness, args.tie),
         out_dir=args.out,
         sampling=_sampling(args),
-        user=_user(args),
     )
     print(result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
+
+
+def _models(
+    tuned: Mapping[str, list[str]], negative: Mapping[str, list[str]], user: list[float] | None
+) -> dict[str, list[Tuned]]:
+    """The weights of every run by the model's name; a name without --tuned is the base with a negative branch.
+
+    Raises DiffalignError where a name has several of both and their numbers differ.
+    """
+    from diffalign.evaluation.recipe import Tuned
+
+    models = {}
+    for name in dict.fromkeys((*tuned, *negative)):
+        paths: list[str | None] = [*tuned.get(name, [])] or [None]
+        away: list[str | None] = [*negative.get(name, [])] or [None]
+        if len(paths) != len(away) and len(paths) > 1 < len(away):
+            raise DiffalignError(
+                f"'{name}' has {len(paths)} tuned weights and {len(away)} negative ones; give one negative for all "
+                "runs, or one for each"
+            )
+        count = max(len(paths), len(away))
+        runs = zip(paths * (count // len(paths)), away * (count // len(away)), strict=True)
+        models[name] = [Tuned(path, other, user if path else None) for path, other in runs]
+    return models

@@ -1,4 +1,4 @@
-"""What a higher reward may have cost: variety between seeds, and the look of the pictures.
+"""What a higher reward may have cost: variety between seeds, and the look of the images.
 
 Faithfulness, the third guard, is a scorer like any other (world-accuracy, clip) and is compared by `stats`.
 """
@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SMALL = 64  # pixels: larger pictures are shrunk first, so that distance means layout and colour, not grain
+SMALL = 64  # pixels: larger images are shrunk first, so that distance means layout and colour, not grain
 
-Embed = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> features "n d"
+Embed = Callable[[Sequence[Image.Image]], Tensor]  # images -> features "n d"
 
 
 @dataclass(frozen=True)
 class Look:
-    """Averages over pictures; a tuned model far from the base here has changed style, whatever it scores."""
+    """Averages over images; a tuned model far from the base here has changed style, whatever it scores."""
 
     saturation: float  # mean of (largest - smallest RGB channel), 0 to 1
     sharpness: float  # mean absolute difference of neighbouring pixels' luminance, 0 to 1
@@ -28,7 +28,7 @@ class Look:
 
 
 def look(images: Sequence[Image.Image]) -> Tensor:
-    """Saturation, sharpness and brightness of each picture at full size, "n 3"."""
+    """Saturation, sharpness and brightness of each image at full size, "n 3"."""
     values = []
     for image in images:
         rgb = np.asarray(image.convert("RGB"), np.float32) / 255
@@ -39,13 +39,13 @@ def look(images: Sequence[Image.Image]) -> Tensor:
 
 
 def pixel_features(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size, shrunk to 64 pixels, as vectors "n d" whose distance is the RMS pixel difference."""
+    """Images of one size, shrunk to 64 pixels, as vectors "n d" whose distance is the RMS pixel difference."""
     flat = torch.from_numpy(np.stack([_small(image) for image in images])).flatten(1).float() / 255
     return flat / flat.shape[1] ** 0.5
 
 
-def spread(features: Tensor) -> float:
-    """Mean Euclidean distance of two of the pictures "n d" of one prompt; 0 for a single picture.
+def mean_distance(features: Tensor) -> float:
+    """Mean Euclidean distance of two of the images "n d" of one prompt; 0 for a single image.
 
     With `pixel_features` 0 to 1; with unit vectors (a scorer's `embed_images`) sqrt(2 - 2 cos).
     """

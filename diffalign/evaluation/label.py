@@ -1,6 +1,6 @@
-"""Preference pairs out of pictures and a scorer: of each prompt the best picture over the worst.
+"""Preference pairs from images and a scorer: of each prompt the best image over the worst.
 
-What comes out is a parquet file in preference columns with the images' own bytes in it, which `open_pairs` reads.
+The result is a parquet file with preference columns and the images' own bytes, which `open_pairs` reads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Labelled:
     """What became of the prompts."""
 
     pairs: int
-    ties: int  # prompts whose best and worst picture differ by less than the tie threshold
-    single: int  # prompts with one picture
+    ties: int  # prompts whose best and worst image differ by less than the tie threshold
+    single: int  # prompts with one image
 
 
 def label_pictures(
@@ -33,15 +33,14 @@ def label_pictures(
     *,
     tie: float | None = None,
     overwrite: bool = False,
-    progress: bool = False,
 ) -> Labelled:
     """Writes `out` (.parquet): prompt, chosen, rejected, chosen_score, rejected_score; one pair for each prompt.
 
-    folders: of pictures with a manifest; pictures of one prompt in several folders are compared with each other, as
+    folders: of images with a manifest; images of one prompt in several folders are compared with each other, as
     those of a base and a tuned model. tie: replaces the scorer's own threshold. overwrite: replaces `out`.
 
-    Raises ValueError for another suffix or where no pair is left, FileExistsError for a file that is there, and what
-    the scorer raises.
+    Raises DiffalignError for another suffix or where no pair is left, ExistingFileError for a file that exists, and
+    what the scorer raises.
     """
     file = Path(out)
     if file.suffix != ".parquet":
@@ -50,7 +49,7 @@ def label_pictures(
         raise ExistingFileError(f"{out} exists; name another file, or overwrite it (--overwrite)")
     pictures = [picture for folder in folders for picture in read_manifest(folder, whole=True)]
     check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
-    scores = score_pictures(pictures, [scorer], progress=progress)[scorer.name]
+    scores = score_pictures(pictures, [scorer])[scorer.name]
     by_prompt: dict[str, list[tuple[float, Picture]]] = {}
     for score, picture in zip(scores.tolist(), pictures, strict=True):
         by_prompt.setdefault(picture.prompt, []).append((score, picture))
@@ -67,8 +66,8 @@ def label_pictures(
             pairs.append((prompt, best, worst))
     if not pairs:
         raise DiffalignError(
-            f"no pair is left of {len(by_prompt)} prompts: {single} have one picture, and of {ties} all scores lie "
-            f"within {threshold:g}; make several pictures of a prompt (`diffalign generate --seeds 0-3`)"
+            f"no pair is left of {len(by_prompt)} prompts: {single} have one image, and of {ties} all scores lie "
+            f"within {threshold:g}; generate several images of each prompt (`diffalign generate --seeds 0-3`)"
         )
     write_preferences(
         file,

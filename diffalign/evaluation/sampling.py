@@ -1,12 +1,12 @@
-"""Pictures from a pipeline for given (prompt, seed): the one place that samples.
+"""Images from a pipeline for given (prompt, seed): the one place that samples.
 
-The starting noise of a picture is drawn on the CPU from a generator of its own, seeded by its prompt and seed,
-and the samplers draw nothing. So a picture depends neither on its neighbours in the batch nor on device count
-(up to the rounding of kernels, which may differ with the batch size), and two models asked for the same
+The starting noise of an image is drawn on the CPU from a generator of its own, seeded by its prompt and seed,
+and the samplers draw nothing. So an image depends neither on its neighbours in the batch nor on device count
+(up to the rounding of kernels, which may differ with the batch size), and two models that sample the same
 (prompt, seed) start from the same noise. Prompts get different noise for the same seed, so that they are
 independent when an interval is clustered by prompt.
 
-Left out: stochastic samplers (η > 0), guidance rescale, non-square pictures.
+Left out: stochastic samplers (η > 0), guidance rescale, non-square images.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def best_device() -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made, apart from model, prompts and seeds; names as in diffusers.
+    """How images are sampled, apart from model, prompts and seeds; names as in diffusers.
 
-    Raises DiffalignError for a value that no picture can be made with.
+    Raises DiffalignError for a value that no image can be sampled with.
     """
 
     num_inference_steps: int = 30
@@ -53,7 +53,7 @@ class Sampling:
     scheduler: str = "ddim"  # a name of SCHEDULERS
     resolution: int | None = None  # pixels per side; None: what the model was made for
     negative_prompt: str = ""
-    batch_size: int | None = None  # pictures at a time; None: by resolution. No picture depends on it
+    batch_size: int | None = None  # images at a time; None: by resolution. No image depends on it
     dtype: str = "float32"  # a name of DTYPES
     device: str = field(default_factory=best_device)
     vae: str | None = None  # another VAE, e.g. an fp16-safe one
@@ -72,7 +72,7 @@ class Sampling:
         return DTYPES[self.dtype]
 
     def recorded(self) -> dict[str, Any]:
-        """What a picture depends on, under the keys of manifests."""
+        """What an image depends on, under the keys of manifests."""
         return {
             "steps": self.num_inference_steps,
             "guidance": float(self.guidance_scale),
@@ -87,14 +87,14 @@ class Sampling:
 def make_scheduler(pipe: Any, name: str) -> Any:
     """A diffusers scheduler of kind `name` with the betas, spacing and prediction type of the pipeline's own.
 
-    Raises ValueError where those do not say what its noise is (EDM, flow matching).
+    Raises DiffalignError where those do not say what its noise is (EDM, flow matching).
     """
     import diffusers
 
     check_class(type(pipe.scheduler).__name__)
     config = dict(pipe.scheduler.config)
-    # DDIMScheduler clips x_0 unless told otherwise, which is wrong for latents; configs written by other
-    # schedulers do not say.
+    # DDIMScheduler clips x_0 by default, which is wrong for latents; configs written by other schedulers
+    # do not say.
     config.setdefault("clip_sample", False)
     return getattr(diffusers, SCHEDULERS[name]).from_config(config)
 
@@ -105,7 +105,7 @@ def default_resolution(pipe: Any) -> int:
 
 
 def default_batch(resolution: int) -> int:
-    """A batch that fits small machines: 64 tiny pictures, 16 at 512 pixels, 4 at 1024."""
+    """A batch that fits small machines: 64 tiny images, 16 at 512 pixels, 4 at 1024."""
     return max(1, min(64, 16 * 512**2 // resolution**2))
 
 
@@ -117,21 +117,24 @@ def sample_images(
     sampling: Sampling,
     *,
     negative: nn.Module | None = None,
+    autocast: torch.dtype | None = None,
 ) -> list[Image.Image]:
-    """Picture i shows `prompts[i]` from `seeds[i]`; both lists have the same length.
+    """Image i shows `prompts[i]` from `seeds[i]`; both lists have the same length.
 
     `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them; its device, dtype,
     VAE and prediction type count, not those of `sampling`. It is left as it was found: scheduler, training flags,
-    progress bar, and no global random state is read or written. `negative` is a UNet that answers the unconditional
-    branch of guidance (`models/policy/negative_guidance.py`). Raises ValueError naming prompt and seed when a picture
-    comes out as NaN.
+    progress bar, and no global random state is read or written. `negative` is a UNet that computes the unconditional
+    branch of guidance (`models/policy/negative_guidance.py`). `autocast` is the dtype that the network computes in, as
+    in training; the VAE decodes in its own dtype (SDXL's overflows in float16). Raises DiffalignError naming prompt and
+    seed when an image comes out as NaN.
     """
     size = sampling.resolution or default_resolution(pipe)
     check_resolution(pipe.unet, pipe.vae_scale_factor, size, "resolution")
     batch = sampling.batch_size or default_batch(size)
     images: list[Image.Image] = []
     branch = nullcontext() if negative is None else negative_branch(pipe, negative)
-    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), branch:
+    precision = nullcontext() if autocast is None else _unet_in(pipe, autocast)
+    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), branch, precision:
         for start in range(0, len(prompts), batch):
             some, own = prompts[start : start + batch], seeds[start : start + batch]
             latent = size // pipe.vae_scale_factor
@@ -183,3 +186,21 @@ def _ready(pipe: Any, scheduler: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**bar)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _unet_in(pipe: Any, dtype: torch.dtype) -> Iterator[None]:
+    """The network under autocast, the VAE outside it."""
+    device, vae = pipe.unet.device.type, pipe.vae
+    decode = vae.decode
+
+    def decode_in_own_dtype(latents: Tensor, *args: Any, **settings: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return decode(latents.to(next(vae.parameters()).dtype), *args, **settings)
+
+    vae.decode = decode_in_own_dtype
+    try:
+        with torch.autocast(device, dtype):
+            yield
+    finally:
+        del vae.decode  # the instance's own, which hid the class's

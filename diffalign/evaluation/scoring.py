@@ -1,21 +1,62 @@
-"""Scores of pictures on disk."""
+"""Scores of images on disk."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.manifest import Picture, read_manifest
-from diffalign.rewards import Scorer, ScorerError
+from diffalign.evaluation.sampling import best_device
+from diffalign.io.progress import Progress
+from diffalign.rewards import Scorer, ScorerError, load_scorer
 
-SCORES = "scores.jsonl"  # of a folder of pictures
-BATCH = 64  # pictures opened at a time
+SCORES = "scores.jsonl"  # of a folder of images
+BATCH = 64  # images opened at a time
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What images are scored by; each scorer is a name for `load_scorer`, or a scorer."""
+
+    scorers: Sequence[str | Scorer]
+    faithfulness: str | Scorer | None = None  # measures faithfulness to the prompt, a guard beside the gains
+    tie: float | None = None  # a smaller difference of two scores is a tie; None: each scorer's own threshold
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The loaded scorers of a `Scoring`."""
+
+    scorers: list[Scorer]
+    faithfulness: Scorer | None
+    tie: float | None
+
+    @property
+    def every(self) -> list[Scorer]:
+        """Each of them once."""
+        known = {scorer.name for scorer in self.scorers}
+        extra = [self.faithfulness] if self.faithfulness and self.faithfulness.name not in known else []
+        return [*self.scorers, *extra]
+
+
+def load_judges(scorers: Sequence[str | Scorer] | Scoring, device: str | None = None) -> Judges:
+    """The scorers, loaded where they are names. Raises DiffalignError without one, and ScorerError."""
+    scoring = scorers if isinstance(scorers, Scoring) else Scoring(scorers)
+    if not scoring.scorers:
+        raise DiffalignError("no scorer is named; give at least one, for example scorers=['pickscore']")
+
+    def loaded(scorer: str | Scorer) -> Scorer:
+        return load_scorer(scorer, device or best_device()) if isinstance(scorer, str) else scorer
+
+    judges = [loaded(scorer) for scorer in scoring.scorers]
+    return Judges(judges, None if scoring.faithfulness is None else loaded(scoring.faithfulness), scoring.tie)
 
 
 def score_pictures(
@@ -23,16 +64,17 @@ def score_pictures(
     scorers: Sequence[Scorer],
     *,
     also: Callable[[Sequence[Image.Image]], None] | None = None,
-    progress: bool = False,
 ) -> dict[str, NDArray[np.float64]]:
-    """Scores [picture] by scorer name. Raises ScorerError naming the picture whose score is not finite.
+    """Scores [image] by scorer name. Raises ScorerError naming the image whose score is not finite.
 
-    `also` is called with each batch of opened pictures, so that other measures need not open them again.
+    `also` is called with each batch of opened images, so that other measures need not open them again.
     """
     scores: dict[str, list[float]] = {scorer.name: [] for scorer in scorers}
     if len(scores) < len(scorers):
-        raise ScorerError(f"two scorers have the same name: {[scorer.name for scorer in scorers]}")
-    with tqdm(total=len(pictures), desc="score", unit="img", disable=not progress) as bar:
+        raise ScorerError(
+            f"two scorers have the same name: {[scorer.name for scorer in scorers]}; name each scorer once"
+        )
+    with Progress(total=len(pictures), desc="score", unit="img", delay=1.0) as bar:
         for start in range(0, len(pictures), BATCH):
             some = pictures[start : start + BATCH]
             images, prompts = [picture.open() for picture in some], [picture.prompt for picture in some]
@@ -46,13 +88,13 @@ def score_pictures(
     return {name: np.array(values) for name, values in scores.items()}
 
 
-def score_folder(folder: str | Path, scorers: Sequence[Scorer], *, progress: bool = False) -> list[dict[str, object]]:
-    """One row per picture of the folder's manifest: file, prompt, seed and each scorer's value.
+def score_folder(folder: str | Path, scorers: Sequence[Scorer]) -> list[dict[str, object]]:
+    """One row per image of the folder's manifest: file, prompt, seed and each scorer's value.
 
     The rows are also written to `scores.jsonl` in the folder.
     """
     pictures = read_manifest(folder, whole=True)
-    scores = score_pictures(pictures, scorers, progress=progress)
+    scores = score_pictures(pictures, scorers)
     rows = [
         {
             "file": picture.file.name,
@@ -73,9 +115,12 @@ def write_rows(file: Path, rows: Sequence[dict[str, object]]) -> None:
 
 def _check(name: str, pictures: Sequence[Picture], values: Sequence[float]) -> None:
     if len(values) != len(pictures):
-        raise ScorerError(f"scorer '{name}' returned {len(values)} scores for {len(pictures)} pictures")
+        raise ScorerError(
+            f"scorer '{name}' returned {len(values)} scores for {len(pictures)} images; return one for each"
+        )
     for picture, value in zip(pictures, values, strict=True):
         if not np.isfinite(value):
             raise ScorerError(
-                f"scorer '{name}' gave {value} to {picture.file} (prompt {picture.prompt!r}, seed {picture.seed})"
+                f"scorer '{name}' gave {value} to {picture.file} (prompt {picture.prompt!r}, seed {picture.seed}); "
+                "score with another scorer, or generate the image again"
             )

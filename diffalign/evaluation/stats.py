@@ -1,8 +1,8 @@
 """Paired statistics: how much better, how sure, and how often.
 
-Two models are asked for the same prompts from the same noise, so every picture has a partner and the gain of a
-picture is a difference of two scores. Pictures of one prompt resemble each other; the intervals therefore count
-prompts, and, where several training runs were made, runs as well. The interval of a gain resamples whole prompts;
+Two models sample the same prompts from the same noise, so every image has a partner and the gain of an image is a
+difference of two scores. Images of one prompt resemble each other; the intervals therefore count prompts, and, where
+several training runs were made, runs as well. The interval of a gain resamples whole prompts;
 that of a rate is a score interval, because resamples of a rate near 0 or 1 say too little. How often both contain
 the truth is measured by `python -m benchmarks.coverage`.
 """
@@ -26,6 +26,18 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Bootstrap:
+    """How an interval is resampled."""
+
+    level: float = 0.95  # of the interval
+    resamples: int = 10_000
+    seed: int = 0
+
+
+DEFAULT = Bootstrap()
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A value with its interval; the limits are NaN where one prompt alone gives no interval."""
 
@@ -39,13 +51,13 @@ class Paired:
     """A model against the base on the same prompts and seeds."""
 
     gain: Estimate  # dR: mean of (tuned - base), in the scorer's unit
-    win_rate: Estimate  # (wins + ties / 2) / pictures
+    win_rate: Estimate  # (wins + ties / 2) / images
     wins: int
     ties: int
     losses: int
     base: float  # mean score
     tuned: float
-    tie: float  # |difference| below which a picture counts as a tie
+    tie: float  # |difference| below which an image counts as a tie
     pictures: int
     prompts: int
     runs: int
@@ -56,42 +68,41 @@ def paired(
     base: ArrayLike,
     tuned: ArrayLike,
     prompts: Sequence[str],
-    seeds: Sequence[int],
     *,
     runs: Sequence[int] | None = None,
     tie: float = 0.01,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> Paired:
-    """Gain and win rate of `tuned` over `base`; all sequences are [picture] and belong together.
+    """Gain and win rate of `tuned` over `base`; all sequences are [image] and belong together.
 
-    `runs` says which training run made each tuned picture. With more than one (every run must have seen every
-    prompt) both intervals hold the variance between runs, with Student's quantile for so few of them. Where every
+    `runs` says which training run made each tuned image. With more than one (every run must have seen every
+    prompt) both intervals contain the variance between runs, with Student's quantile for so few of them. Where every
     score is 0 or 1 the gain is a difference of two rates, and its interval comes from that of the win rate.
-    Raises DiffalignError naming prompt and seed of a score that is not finite.
+    Raises DiffalignError naming the image and prompt of a score that is not finite.
     """
     base, tuned = np.asarray(base, float), np.asarray(tuned, float)
     for side, scores in (("base", base), ("tuned", tuned)):
-        if scores.shape != (len(prompts),) or len(seeds) != len(prompts):
+        if scores.shape != (len(prompts),):
             raise DiffalignError(
-                f"{side} has scores of shape {scores.shape} for {len(prompts)} prompts and {len(seeds)} seeds; "
-                "pass one score, prompt and seed per picture"
+                f"{side} has scores of shape {scores.shape} for {len(prompts)} prompts; "
+                "pass one score and one prompt per image"
             )
         for i in np.flatnonzero(~np.isfinite(scores))[:1]:
-            raise DiffalignError(f"the {side} score of prompt {prompts[i]!r}, seed {seeds[i]} is {scores[i]}")
+            raise DiffalignError(
+                f"the {side} score of image {i} (prompt {prompts[i]!r}) is {scores[i]}; score it again"
+            )
     if not len(base):
-        raise DiffalignError("there are no pictures to compare")
+        raise DiffalignError("there are no images to compare; pass at least one score on each side")
     gain = tuned - base
     tied = (np.abs(gain) < tie) | (gain == 0)
     win = np.where(tied, 0.5, gain > 0)
     by_cell = _by_cell(prompts, [0] * len(prompts) if runs is None else runs)
     pictures = by_cell(np.ones(len(gain)))
-    rate = _rate(by_cell(win), pictures, float(tied.mean()), level)
+    rate = _rate(by_cell(win), pictures, float(tied.mean()), bootstrap.level)
     if np.isin((base, tuned), (0, 1)).all() and tie <= 1:
         mean = Estimate(2 * rate.value - 1, 2 * rate.low - 1, 2 * rate.high - 1)
     else:
-        mean = _resampled(by_cell(gain), pictures, level, resamples, seed)
+        mean = _resampled(by_cell(gain), pictures, bootstrap)
         if not gain.any():  # the same scores to the bit: one model, not two that happen to tie
             rate = Estimate(0.5, 0.5, 0.5)
     return Paired(
@@ -106,28 +117,21 @@ def paired(
         pictures=len(gain),
         prompts=pictures.shape[1],
         runs=pictures.shape[0],
-        level=level,
+        level=bootstrap.level,
     )
 
 
-def ratio(
-    numerator: ArrayLike,
-    denominator: ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Estimate:
+def ratio(numerator: ArrayLike, denominator: ArrayLike, *, bootstrap: Bootstrap = DEFAULT) -> Estimate:
     """Sum of `numerator` over sum of `denominator`, with an interval over prompts and, where there are several, runs.
 
     numerator is [prompt] or [run, prompt], denominator [prompt] and the same for every run.
     """
     top, bottom = np.atleast_2d(np.asarray(numerator, float)), np.asarray(denominator, float)
-    return _resampled(top, np.broadcast_to(bottom, top.shape), level, resamples, seed)
+    return _resampled(top, np.broadcast_to(bottom, top.shape), bootstrap)
 
 
 def _by_cell(prompts: Sequence[str], runs: Sequence[int]) -> Callable[[Floats], Floats]:
-    """A function that adds up values [picture] by [run, prompt]. Raises DiffalignError where a run lacks a prompt."""
+    """A function that adds up values [image] by [run, prompt]. Raises DiffalignError where a run lacks a prompt."""
     _, p = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)
     _, r = np.unique(np.asarray(runs), return_inverse=True)
 
@@ -137,7 +141,7 @@ def _by_cell(prompts: Sequence[str], runs: Sequence[int]) -> Callable[[Floats], 
         return found
 
     if not sums(np.ones(len(p))).all():
-        raise DiffalignError("not every run has pictures of every prompt; evaluate all runs on the same prompts")
+        raise DiffalignError("not every run has images of every prompt; evaluate all runs on the same prompts")
     return sums
 
 
@@ -160,7 +164,7 @@ def _variance(top: Floats, bottom: Floats) -> tuple[float, float]:
     return total, min(total**2 / known, prompts - 1) if known else prompts - 1
 
 
-def _resampled(top: Floats, bottom: Floats, level: float, resamples: int, seed: int) -> Estimate:
+def _resampled(top: Floats, bottom: Floats, bootstrap: Bootstrap) -> Estimate:
     """sum(top) / sum(bottom), both [run, prompt]: percentiles over prompts, widened for few prompts and for runs.
 
     The percentile interval of n prompts is narrower than Student's by sqrt((n - 1) / n) · z / t (Hesterberg,
@@ -169,9 +173,9 @@ def _resampled(top: Floats, bottom: Floats, level: float, resamples: int, seed: 
     value, prompts = float(top.sum() / bottom.sum()), top.shape[1]
     if prompts < 2:
         return Estimate(value, float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    draws = [(w @ top.sum(0)) / (w @ bottom.sum(0)) for w in _prompt_weights(rng, prompts, resamples)]
-    tail = (1 - level) / 2
+    rng = np.random.default_rng(bootstrap.seed)
+    draws = [(w @ top.sum(0)) / (w @ bottom.sum(0)) for w in _prompt_weights(rng, prompts, bootstrap.resamples)]
+    tail = (1 - bootstrap.level) / 2
     low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])
     total, freedom = _variance(top, bottom)
     of_prompts, _ = _variance(top.sum(0, keepdims=True), bottom.sum(0, keepdims=True))
@@ -181,11 +185,11 @@ def _resampled(top: Floats, bottom: Floats, level: float, resamples: int, seed: 
 
 
 def _rate(top: Floats, pictures: Floats, ties: float, level: float) -> Estimate:
-    """Wins over pictures, both [run, prompt], with the score interval; always within [0, 1]. ties: share of pictures.
+    """Wins over pictures, both [run, prompt], with the score interval; always within [0, 1]. ties: share of images.
 
     Wilson's interval for as many independent trials as have the variance that was found between prompts and runs, with
     Student's quantile (Korn & Graubard 1998, Survey Methodology 24). A few prompts that all win say too little of that
-    variance, so half a prompt whose pictures win or lose as one is added to what was found.
+    variance, so half a prompt whose images win or lose as one is added to what was found.
     """
     rate, prompts = float(top.sum() / pictures.sum()), top.shape[1]
     if prompts < 2:

@@ -20,7 +20,7 @@ from diffalign.export.layout import model_entries
 from diffalign.export.names import ExportError
 from diffalign.export.what import find_what
 from diffalign.models.adapters.merge import lora_updates
-from diffalign.models.adapters.save_load import Tuned
+from diffalign.models.adapters.save_load import TunedWeights
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.modules import UNet
 from diffalign.models.loading.stored import stored_unet
@@ -89,7 +89,7 @@ def check_released(base: Base) -> None:
         raise ExportError(f"{base.source!r} predicts x0 (prediction_type: sample), for which a single file has no mark")
 
 
-def tuned_weights(unet: UNet, tuned: Tuned) -> Callable[[str], Tensor]:
+def tuned_weights(unet: UNet, tuned: TunedWeights) -> Callable[[str], Tensor]:
     """The tuned UNet's weights by name, each read or merged when it is asked for; `unet` is the base's, unchanged.
 
     Raises ModelError for tuned weights that do not fit the base.

@@ -11,7 +11,7 @@ from diffalign.config.schema import Config, PreferenceModelConfig, load_config
 from diffalign.config.sections import ModelSection
 from diffalign.export.names import ExportError
 from diffalign.models.adapters.merge import MERGE_FILE
-from diffalign.models.adapters.save_load import Tuned, find_tuned
+from diffalign.models.adapters.save_load import TunedWeights, find_tuned
 from diffalign.models.loading.family import ModelError
 from diffalign.models.spec import ModelSpec
 
@@ -22,7 +22,7 @@ _CONFIG = "config.yaml"  # the settings that a run, and each of its checkpoints,
 class What:
     """Tuned weights and the settings that load their base."""
 
-    tuned: Tuned
+    tuned: TunedWeights
     base: ModelSection
     objective: str | None  # None where no config.yaml says what was trained
 
@@ -86,7 +86,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "training_state.pt").is_file()
 
 
-def _base(run: str | Path, tuned: Tuned, config: Config | None, base: str | None) -> ModelSection:
+def _base(run: str | Path, tuned: TunedWeights, config: Config | None, base: str | None) -> ModelSection:
     merged = tuned.path.parent / MERGE_FILE
     if config is not None:
         moved = {} if base is None else {"pretrained_model_name_or_path": base, "revision": None, "variant": None}

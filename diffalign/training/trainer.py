@@ -42,6 +42,8 @@ from diffalign.training.run import run_training
 if TYPE_CHECKING:
     from diffalign.evaluation.manifest import Picture
     from diffalign.evaluation.report import Result
+    from diffalign.evaluation.sampling import Sampling
+    from diffalign.evaluation.scoring import Scoring
     from diffalign.rewards import Scorer
 
 GIVEN_MODEL = "an open pipeline"  # in place of a path where the model was given as an object
@@ -189,30 +191,39 @@ class Trainer:
 
         return run_training(self.config, table=self.table, base=self.base, on_built=built)
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int] = (0,), **settings: Any) -> list[Picture]:
-        """Pictures of the tuned model in `output_dir`/pictures; `settings` as in `diffalign.generate`."""
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] = (0,),
+        *,
+        out_dir: str | Path | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[Picture]:
+        """Images of the tuned model in `out_dir`, by default `output_dir`/pictures; see `diffalign.generate`."""
         from diffalign.evaluation.generate import generate
 
-        settings = {"out_dir": self.output_dir / "pictures", **settings}
-        return generate(self._model_path(), prompts, seeds, tuned=str(self._finished()), **settings)
+        folder = self.output_dir / "pictures" if out_dir is None else out_dir
+        model, tuned = self._model_path(), self._finished()
+        return generate(model, prompts, seeds, out_dir=folder, tuned=tuned, sampling=sampling)
 
     def evaluate(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int] = (0, 1, 2, 3),
         *,
-        scorers: Sequence[str | Scorer],
-        **settings: Any,
+        scorers: Sequence[str | Scorer] | Scoring,
+        out_dir: str | Path | None = None,
+        sampling: Sampling | None = None,
     ) -> Result:
-        """The tuned model beside its base on the same prompts and seeds, in `output_dir`/evaluation.
+        """The tuned model beside its base on the same prompts and seeds; see `diffalign.evaluate`.
 
-        `print(result.table())` shows gains, wins and guards. `settings` as in `diffalign.evaluate`.
+        `print(result.table())` shows gains, wins and guards. `out_dir` is by default `output_dir`/evaluation.
         """
         from diffalign.evaluation.evaluate import evaluate
 
-        settings = {"out_dir": self.output_dir / "evaluation", **settings}
-        tuned = {self.config.objective.name: str(self._finished())}
-        return evaluate(self._model_path(), tuned, prompts, seeds, scorers=scorers, **settings)
+        folder = self.output_dir / "evaluation" if out_dir is None else out_dir
+        model, tuned = self._model_path(), {self.config.objective.name: self._finished()}
+        return evaluate(model, tuned, prompts, seeds, scorers=scorers, out_dir=folder, sampling=sampling)
 
     def save_model(self, folder: str | Path) -> Path:
         """Writes the policy's weights as they are (the EMA's where there is one) in diffusers' layout."""

@@ -66,6 +66,12 @@ def test_merge_then_generate_and_evaluate(runs: list[Path], tmp_path: Path, caps
             "--negative-tuned x: write NAME=PATH",
         ),
         (
+            ["evaluate", "b", "--tuned=x=1", "--tuned=x=2"]
+            + [f"--negative-tuned=x={number}" for number in range(3)]
+            + ["--scorer", "world", "--prompts", "p", "--out", "OUT"],
+            "'x' has 2 tuned weights and 3 negative ones",
+        ),
+        (
             ["generate", str(BASE), "--negative-tuned", "x", "--guidance", "1", "--prompts", "p", "--out", "OUT"],
             "guidance_scale 1.0 has none",
         ),

@@ -89,7 +89,7 @@ def test_compare_refuses_what_does_not_match(
 ) -> None:
     odd = paint(tmp_path / "odd", {PROMPTS[0]: [1, 2]})
     for others, said in (
-        ([f"dpo={odd}"], "pictures have no partner"),
+        ([f"dpo={odd}"], "images have no partner"),
         ([str(better)], "write NAME=PATH"),
         ([f"base={better}"], "give another"),
         ([f"dpo={tmp_path}"], "manifest.jsonl does not exist"),
@@ -148,7 +148,7 @@ def test_label_refuses_before_it_writes(base: Path, tmp_path: Path, capsys: pyte
     out = tmp_path / "pairs.parquet"
     for arguments, said in (
         (["--out", str(tmp_path / "pairs.jsonl")], "a .parquet file"),
-        (["--out", str(out), "--tie", "11"], "no pair is left of 3 prompts: 0 have one picture, and of 3"),
+        (["--out", str(out), "--tie", "11"], "no pair is left of 3 prompts: 0 have one image, and of 3"),
         (["--out", str(out), "--scorer", "world"], "one --scorer"),
     ):
         assert said in fails(capsys, *["label", str(base), "--scorer", JUDGE, *arguments])

@@ -11,7 +11,7 @@ from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.manifest import MANIFEST, Picture
 from diffalign.evaluation.sampling import Sampling
-from diffalign.evaluation.scoring import score_folder
+from diffalign.evaluation.scoring import Scoring, score_folder
 from diffalign.models.loading.family import ModelError
 from diffalign.rewards import ScorerError
 
@@ -55,7 +55,7 @@ def painted(tmp_path):
 def test_compare_by_hand(painted):
     """Grey levels are fifths: gains +.2 +.2 | +.2 0 | +.2 -.2; distances between seeds .2 .2 .2 and .2 0 .2."""
     base, better = painted
-    result, rows = compare(base, {"better": [better]}, [Brightness(), Redness()], Brightness())
+    result, rows = compare(base, {"better": [better]}, Scoring([Brightness(), Redness()], Brightness()))
     model = result.models[0]
     score = model.scores["brightness"]
     assert score.gain.value == pytest.approx(0.1)
@@ -117,11 +117,9 @@ def test_evaluate_writes_everything_and_reuses_pictures(tiny, tuned, tmp_path, m
             {"tuned": tuned, "copy": f"{tiny['sdxl']}/unet"},
             PROMPTS,
             SEEDS,
-            scorers=[Brightness(), Redness()],
-            faithfulness=Brightness(),
+            scorers=Scoring([Brightness(), Redness()], faithfulness=Brightness()),
             out_dir=tmp_path,
             sampling=Sampling(num_inference_steps=2),
-            progress=False,
         )
 
     result = run()
@@ -156,7 +154,7 @@ def test_evaluate_writes_everything_and_reuses_pictures(tiny, tuned, tmp_path, m
 
 
 def test_evaluate_refuses_what_it_cannot_name(tiny, tuned, tmp_path):
-    arguments = {"out_dir": tmp_path, "progress": False}
+    arguments = {"out_dir": tmp_path}
     with pytest.raises(ValueError, match="none of them 'base'"):
         evaluate(tiny["sd"], {"base": tuned}, PROMPTS, SEEDS, scorers=[Brightness()], **arguments)
     with pytest.raises(ValueError, match="no scorer"):
@@ -167,9 +165,12 @@ def test_evaluate_refuses_what_it_cannot_name(tiny, tuned, tmp_path):
         evaluate(tiny["sd"], {"a": str(tmp_path)}, PROMPTS, SEEDS, scorers=[Brightness()], **arguments)
     with pytest.raises(ValueError, match="two runs of 'a' have the same weights"):
         evaluate(tiny["sdxl"], {"a": [tuned, f"{tuned}/unet"]}, PROMPTS, SEEDS, scorers=[Brightness()], **arguments)
-    for scorers in ({"scorers": ["world"]}, {"scorers": [Brightness()], "faithfulness": "world-accuracy"}):
+    for scorers in (["world"], Scoring([Brightness()], faithfulness="world-accuracy")):
         with pytest.raises(ValueError, match="'a small photo' is not a caption of"):
-            evaluate(tiny["sd"], {"a": tuned}, PROMPTS[2:], SEEDS, **scorers, **arguments)
+            evaluate(tiny["sd"], {"a": tuned}, PROMPTS[2:], SEEDS, scorers=scorers, **arguments)
+    for prompts, seeds in (([], SEEDS), (PROMPTS, [])):
+        with pytest.raises(ValueError, match="give at least one of each"):
+            evaluate(tiny["sd"], {"a": tuned}, prompts, seeds, scorers=[Brightness()], **arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -196,7 +197,7 @@ def test_bad_scorers_are_named(painted):
     base, better = painted
     with pytest.raises(ScorerError, match=r"'broken' gave nan to .*0_0\.png \(prompt 'a red circle', seed 0\)"):
         compare(base, {"better": [better]}, [Broken()])
-    with pytest.raises(ScorerError, match="returned 1 scores for 6 pictures"):
+    with pytest.raises(ScorerError, match="returned 1 scores for 6 images"):
         compare(base, {"better": [better]}, [Short()])
     with pytest.raises(ScorerError, match="same name"):
         compare(base, {"better": [better]}, [Brightness(), Brightness()])
@@ -220,11 +221,9 @@ def test_the_world_shows_what_a_damaged_base_loses(tmp_path):
         {"damaged": str(tmp_path / "unet")},
         prompts("heldout"),
         [0, 1],
-        scorers=["world"],
-        faithfulness="world-accuracy",
+        scorers=Scoring(["world"], faithfulness="world-accuracy"),
         out_dir=tmp_path / "out",
         sampling=Sampling(num_inference_steps=10),
-        progress=False,
     )
     score = result.models[0].scores["world"]
     assert score.base > 1

@@ -18,7 +18,7 @@ TWO = Sampling(num_inference_steps=2)
 @pytest.fixture
 def made(tiny, tmp_path):
     out = tmp_path / "out"
-    return out, generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False)
+    return out, generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO)
 
 
 def no_loading(monkeypatch):
@@ -60,7 +60,7 @@ def test_files_and_manifest(made):
 def test_finished_pictures_are_not_made_again(made, tiny, monkeypatch):
     out, pictures = made
     no_loading(monkeypatch)
-    assert generate(tiny["sdxl"], PROMPTS[1:], SEEDS, out_dir=out, sampling=TWO, progress=False) == pictures[2:]
+    assert generate(tiny["sdxl"], PROMPTS[1:], SEEDS, out_dir=out, sampling=TWO) == pictures[2:]
 
 
 def test_a_stopped_run_is_completed(made, tiny):
@@ -69,7 +69,7 @@ def test_a_stopped_run_is_completed(made, tiny):
     lines = (out / MANIFEST).read_text().splitlines(keepends=True)
     (out / MANIFEST).write_text("".join(lines[:2]) + lines[2][:40])  # torn in the third line
     pictures[0].file.unlink()  # and a picture was lost
-    again = generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False)
+    again = generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO)
     assert again == pictures
     for picture, pixels in zip(again, before, strict=True):
         assert np.abs(np.asarray(picture.open(), int) - pixels).max() <= 1
@@ -78,7 +78,7 @@ def test_a_stopped_run_is_completed(made, tiny):
 
 def test_new_prompts_get_new_files(made, tiny):
     out, _ = made
-    more = generate(tiny["sdxl"], ["the small photo", *PROMPTS], SEEDS[:1], out_dir=out, sampling=TWO, progress=False)
+    more = generate(tiny["sdxl"], ["the small photo", *PROMPTS], SEEDS[:1], out_dir=out, sampling=TWO)
     assert [p.file.name for p in more] == ["00002_3.png", "00000_3.png", "00001_3.png"]
     assert len(read_manifest(out)) == 5
 
@@ -86,29 +86,29 @@ def test_new_prompts_get_new_files(made, tiny):
 def test_other_settings_need_another_folder(made, tiny, tuned):
     out, _ = made
     with pytest.raises(ValueError, match="steps 2 there, 3 now"):
-        generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=Sampling(num_inference_steps=3), progress=False)
+        generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=Sampling(num_inference_steps=3))
     with pytest.raises(ValueError, match="fingerprint"):
-        generate(tiny["sdxl"], PROMPTS, SEEDS, tuned=tuned, out_dir=out, sampling=TWO, progress=False)
+        generate(tiny["sdxl"], PROMPTS, SEEDS, tuned=tuned, out_dir=out, sampling=TWO)
 
 
 def test_a_moved_model_is_the_same_model(made, tiny, tmp_path, monkeypatch):
     out, pictures = made
     moved = shutil.copytree(tiny["sdxl"], tmp_path / "moved")
     no_loading(monkeypatch)
-    assert generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False) == pictures
+    assert generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO) == pictures
     weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1  # one bit of one weight
     weights.write_bytes(raw)
     with pytest.raises(ValueError, match="fingerprint"):
-        generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO, progress=False)
+        generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO)
 
 
 def test_tuned_weights_change_the_picture(made, tiny, tuned, tmp_path):
     _, pictures = made
     for path in (tuned, f"{tuned}/unet"):
         folder = tmp_path / path.replace("/", "_")
-        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=path, out_dir=folder, sampling=TWO, progress=False)
+        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=path, out_dir=folder, sampling=TWO)
         assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
 
 
@@ -127,9 +127,7 @@ def test_a_lora_file_is_tuned_weights_too(made, tiny, tmp_path):
     file = save_lora(base.unet, tmp_path / "lora", base.family)
     for path in (file, tmp_path / "lora"):
         folder = tmp_path / f"from-{path.name}"
-        changed = generate(
-            tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=str(path), out_dir=folder, sampling=TWO, progress=False
-        )
+        changed = generate(tiny["sdxl"], PROMPTS[:1], SEEDS, tuned=str(path), out_dir=folder, sampling=TWO)
         assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
 
 
@@ -141,7 +139,6 @@ def test_half_precision_makes_nearly_the_same_picture(made, tiny, tmp_path):
         SEEDS[:1],
         out_dir=tmp_path / "half",
         sampling=Sampling(num_inference_steps=2, dtype="bfloat16"),
-        progress=False,
     )
     difference = np.asarray(half[0].open(), int) - np.asarray(pictures[0].open(), int)
     assert 0 < np.abs(difference).mean() < 8
@@ -149,7 +146,7 @@ def test_half_precision_makes_nearly_the_same_picture(made, tiny, tmp_path):
 
 def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, monkeypatch):
     no_loading(monkeypatch)
-    arguments = {"out_dir": tmp_path, "progress": False}
+    arguments = {"out_dir": tmp_path}
     with pytest.raises(ValueError, match="scheduler 'ddpm' is unknown"):
         generate(tiny["sd"], PROMPTS, SEEDS, sampling=Sampling(scheduler="ddpm"), **arguments)
     with pytest.raises(ValueError, match="dtype 'fp16' is unknown; allowed: float32"):

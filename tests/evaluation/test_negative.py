@@ -10,6 +10,7 @@ import torch
 
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
+from diffalign.evaluation.recipe import Tuned
 from diffalign.evaluation.sampling import Sampling, sample_images
 from diffalign.models.adapters.lora import add_lora, save_lora
 from diffalign.models.adapters.save_load import load_pipeline
@@ -109,7 +110,12 @@ def test_without_guidance_there_is_no_branch_to_answer(pipe, tuned, tmp_path, ti
         latents(pipe.to(torch.float64), guidance_scale=1.0)
     with pytest.raises(ValueError, match=r"guidance_scale 1.0 has none; give one above 1"):
         generate(
-            tiny["sdxl"], PROMPTS, [0], out_dir=tmp_path, sampling=Sampling(guidance_scale=1.0), negative_tuned=tuned
+            tiny["sdxl"],
+            PROMPTS,
+            [0],
+            out_dir=tmp_path,
+            sampling=Sampling(guidance_scale=1.0),
+            tuned=Tuned(negative=tuned),
         )
 
 
@@ -133,34 +139,29 @@ def test_a_lora_answers_as_it_does_in_a_pipeline(tiny, tmp_path, dtype):
 
 
 def test_folders_know_their_negative_network(tiny, tuned, tmp_path):
-    make = {"seeds": [0], "sampling": Sampling(num_inference_steps=2), "progress": False}
+    make = {"seeds": [0], "sampling": Sampling(num_inference_steps=2)}
     plain = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "a", **make)
-    away = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "b", negative_tuned=tuned, **make)
-    same = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "c", negative_tuned=tuned, tuned=tuned, **make)
+    away = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "b", tuned=Tuned(negative=tuned), **make)
+    same = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "c", tuned=Tuned(tuned, negative=tuned), **make)
     both = generate(tiny["sdxl"], PROMPTS[:1], out_dir=tmp_path / "d", tuned=tuned, **make)
     pixels = [np.asarray(some[0].open(), int) for some in (plain, away, same, both)]
     assert np.abs(pixels[0] - pixels[1]).max() > 1
     assert np.abs(pixels[2] - pixels[3]).max() <= 1
     with pytest.raises(ValueError, match="other settings"):
-        generate(tiny["sdxl"], PROMPTS, out_dir=tmp_path / "a", negative_tuned=tuned, **make)
+        generate(tiny["sdxl"], PROMPTS, out_dir=tmp_path / "a", tuned=Tuned(negative=tuned), **make)
 
 
 def test_evaluation_names_the_branch_of_each_model(tiny, tuned, tmp_path):
     result = evaluate(
         tiny["sdxl"],
-        {"tuned": tuned, "both": tuned},
+        {"tuned": tuned, "both": Tuned(tuned, negative=tuned), "npo": Tuned(negative=tuned)},
         PROMPTS[:2],
         [0],
         scorers=[Brightness()],
         out_dir=tmp_path,
-        negative_tuned={"both": tuned, "npo": tuned},
         sampling=Sampling(num_inference_steps=2),
-        progress=False,
     )
     gains = {model.name: model.scores["brightness"].gain.value for model in result.models}
     assert gains.keys() == {"tuned", "both", "npo"}
     assert gains["tuned"] == pytest.approx(gains["both"], abs=1e-3)
     assert abs(gains["npo"] - gains["tuned"]) > 1e-3
-    with pytest.raises(ValueError, match="'x' has 2 tuned weights and 3 negative ones"):
-        evaluate(tiny["sdxl"], {"x": ["a", "b"]}, PROMPTS, [0], scorers=[Brightness()], out_dir=tmp_path,
-                 negative_tuned={"x": ["c", "d", "e"]})  # fmt: skip

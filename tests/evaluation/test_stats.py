@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import coverage
-from diffalign.evaluation.stats import paired, ratio, student_ratio, wilson
+from diffalign.evaluation.stats import Bootstrap, paired, ratio, student_ratio, wilson
 
 ROOT = Path(__file__).parents[2]
 T_975 = {2: 4.3027, 4: 2.7764, 9: 2.2622, 11: 2.2010, 23: 2.0687, 39: 2.0227}  # printed tables of Student's t
@@ -18,7 +18,7 @@ Z_975 = 1.959964
 
 
 def labels(prompts: int, seeds: int = 1):
-    return [f"p{i}" for i in range(prompts) for _ in range(seeds)], list(range(seeds)) * prompts
+    return [f"p{i}" for i in range(prompts) for _ in range(seeds)]
 
 
 def width(estimate):
@@ -31,7 +31,7 @@ def test_interval_of_normal_gains_has_students_width(prompts):
     ratios = []
     for seed in range(20):
         gains = np.random.default_rng(seed).normal(0.1, 1, prompts)
-        result = paired(np.zeros(prompts), gains, *labels(prompts), seed=seed, resamples=4000)
+        result = paired(np.zeros(prompts), gains, labels(prompts), bootstrap=Bootstrap(resamples=4000, seed=seed))
         ratios.append(width(result.gain) / (2 * T_975.get(freedom, 0) * gains.std(ddof=1) / sqrt(prompts)))
     # percentiles of 5 values are coarse; the rest is Monte Carlo error of 4,000 resamples
     assert np.mean(ratios) == pytest.approx(1, abs=0.10 if prompts == 5 else 0.02)
@@ -43,7 +43,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     covered = 0
     for trial in range(600):
         gains = (rng.normal(0, 1, (12, 1)) + rng.normal(0, 1, (12, 3)) + 0.3).ravel()
-        low_high = paired(np.zeros(36), gains, *labels(12, 3), resamples=1000, seed=trial).gain
+        low_high = paired(np.zeros(36), gains, labels(12, 3), bootstrap=Bootstrap(resamples=1000, seed=trial)).gain
         covered += low_high.low <= 0.3 <= low_high.high
     assert covered / 600 == pytest.approx(0.945, abs=0.025)  # two standard errors are .018
 
@@ -53,9 +53,9 @@ def test_cluster_interval_is_wider_by_the_design_effect():
     prompts, seeds, rho = 400, 8, 0.4
     rng = np.random.default_rng(1)
     gains = sqrt(rho) * rng.normal(size=(prompts, 1)) + sqrt(1 - rho) * rng.normal(size=(prompts, seeds))
-    clustered = paired(np.zeros(gains.size), gains.ravel(), *labels(prompts, seeds)).gain
+    clustered = paired(np.zeros(gains.size), gains.ravel(), labels(prompts, seeds)).gain
     pictures = [f"p{i}" for i in range(gains.size)]
-    naive = paired(np.zeros(gains.size), gains.ravel(), pictures, [0] * gains.size, resamples=2000).gain
+    naive = paired(np.zeros(gains.size), gains.ravel(), pictures, bootstrap=Bootstrap(resamples=2000)).gain
     assert (width(clustered) / width(naive)) ** 2 == pytest.approx(1 + (seeds - 1) * rho, rel=0.12)
 
 
@@ -64,9 +64,9 @@ def test_runs_add_their_own_variance():
     rng = np.random.default_rng(2)
     run_means, prompt_means = np.array([-0.6, -0.2, 0.2, 0.6]), rng.normal(size=200)
     gains = (run_means[:, None] + prompt_means[None]).ravel()
-    prompts, seeds = labels(200)
-    one = paired(np.zeros(800), gains, prompts * 4, seeds * 4)
-    several = paired(np.zeros(800), gains, prompts * 4, seeds * 4, runs=[r for r in range(4) for _ in range(200)])
+    prompts = labels(200)
+    one = paired(np.zeros(800), gains, prompts * 4)
+    several = paired(np.zeros(800), gains, prompts * 4, runs=[r for r in range(4) for _ in range(200)])
     assert several.runs == 4
     assert width(one.gain) == pytest.approx(2 * Z_975 * prompt_means.std() / sqrt(200), rel=0.05)
     of_runs, of_prompts = run_means.var(ddof=1) / 4, prompt_means.var(ddof=1) / 200
@@ -77,13 +77,13 @@ def test_runs_add_their_own_variance():
 
 def test_every_run_must_have_every_prompt():
     with pytest.raises(ValueError, match="same prompts"):
-        paired([0, 0, 0], [1, 1, 1], ["a", "b", "a"], [0, 0, 0], runs=[0, 0, 1])
+        paired([0, 0, 0], [1, 1, 1], ["a", "b", "a"], runs=[0, 0, 1])
 
 
 def test_swapping_the_sides_mirrors_everything():
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=(2, 60))
-    forth, back = paired(a, b, *labels(20, 3)), paired(b, a, *labels(20, 3))
+    forth, back = paired(a, b, labels(20, 3)), paired(b, a, labels(20, 3))
     assert back.gain.value == -forth.gain.value
     assert back.gain.low == pytest.approx(-forth.gain.high, abs=1e-12)
     assert back.win_rate.value == pytest.approx(1 - forth.win_rate.value, abs=1e-12)
@@ -92,18 +92,18 @@ def test_swapping_the_sides_mirrors_everything():
 
 
 def test_counts_and_rate_by_hand():
-    result = paired([0, 0, 0, 0], [0.5, 0.009, -0.02, 0.011], ["a", "a", "b", "b"], [0, 1, 0, 1])
+    result = paired([0, 0, 0, 0], [0.5, 0.009, -0.02, 0.011], ["a", "a", "b", "b"])
     assert (result.wins, result.ties, result.losses) == (2, 1, 1)
     assert result.win_rate.value == 2.5 / 4
     assert result.gain.value == pytest.approx(0.125)
-    assert paired([0, 0], [0.5, 0.009], ["a", "b"], [0, 0], tie=0).ties == 0
-    assert paired([1, 1], [1, 1], ["a", "b"], [0, 0], tie=0).ties == 2
+    assert paired([0, 0], [0.5, 0.009], ["a", "b"], tie=0).ties == 0
+    assert paired([1, 1], [1, 1], ["a", "b"], tie=0).ties == 2
 
 
 def test_one_model_has_a_rate_of_one_half_and_ties_of_two_are_no_certainty():
-    same = paired(np.full(12, 0.3), np.full(12, 0.3), *labels(4, 3))
+    same = paired(np.full(12, 0.3), np.full(12, 0.3), labels(4, 3))
     assert (same.win_rate.value, same.win_rate.low, same.win_rate.high) == (0.5, 0.5, 0.5)
-    result = paired(np.ones(12), np.ones(12) + 1e-3, *labels(4, 3))
+    result = paired(np.ones(12), np.ones(12) + 1e-3, labels(4, 3))
     assert (result.wins, result.ties, result.losses) == (0, 12, 0)
     assert 0.2 < result.win_rate.low < 0.5 < result.win_rate.high < 0.8
     assert result.win_rate.high - 0.5 == pytest.approx(0.5 - result.win_rate.low)
@@ -111,7 +111,7 @@ def test_one_model_has_a_rate_of_one_half_and_ties_of_two_are_no_certainty():
 
 def test_a_change_of_a_scorer_of_0_and_1_is_twice_its_rate():
     base, tuned = np.ones(24), np.array([1.0] * 23 + [0.0])
-    found = paired(base, tuned, *labels(8, 3))
+    found = paired(base, tuned, labels(8, 3))
     assert found.gain.value == pytest.approx(-1 / 24)
     assert (found.gain.low, found.gain.high) == pytest.approx((2 * found.win_rate.low - 1, 2 * found.win_rate.high - 1))
     assert found.gain.low < -0.1 < 0 <= found.gain.high  # percentiles: -.139 to 0
@@ -144,7 +144,7 @@ def test_a_gain_s_interval_covers(runs, run_sd):
 
 
 def test_winning_everywhere_is_not_certainty():
-    result = paired(np.zeros(24), np.ones(24), *labels(8, 3))
+    result = paired(np.zeros(24), np.ones(24), labels(8, 3))
     assert result.win_rate.value == 1
     assert result.win_rate.low == pytest.approx(8 / (8 + Z_975**2))  # Wilson at rate 1, n = 8 prompts
     assert result.win_rate.high == pytest.approx(1)
@@ -162,16 +162,16 @@ def test_student_quantile_against_the_table(freedom):
 
 def test_scores_that_are_not_numbers_are_named():
     tuned = np.array([0.0, 1.0, np.nan, 2.0])
-    with pytest.raises(ValueError, match="tuned score of prompt 'b', seed 7 is nan"):
-        paired(np.zeros(4), tuned, ["a", "a", "b", "b"], [6, 7, 7, 8])
-    with pytest.raises(ValueError, match="one score, prompt and seed per picture"):
-        paired(np.zeros(3), np.zeros(3), ["a", "a"], [0, 1])
-    with pytest.raises(ValueError, match="no pictures"):
-        paired([], [], [], [])
+    with pytest.raises(ValueError, match=r"tuned score of image 2 \(prompt 'b'\) is nan"):
+        paired(np.zeros(4), tuned, ["a", "a", "b", "b"])
+    with pytest.raises(ValueError, match="one score and one prompt per image"):
+        paired(np.zeros(3), np.zeros(3), ["a", "a"])
+    with pytest.raises(ValueError, match="no images"):
+        paired([], [], [])
 
 
 def test_one_prompt_has_no_interval():
-    result = paired([0, 0], [1, 2], ["a", "a"], [0, 1])
+    result = paired([0, 0], [1, 2], ["a", "a"])
     assert result.gain.value == 1.5
     assert np.isnan([result.gain.low, result.win_rate.high]).all()
 
@@ -189,7 +189,7 @@ def test_ratio_interval_agrees_with_the_delta_method():
 def test_the_same_seed_gives_the_same_interval():
     rng = np.random.default_rng(5)
     gains = rng.normal(size=30)
-    results = [paired(np.zeros(30), gains, *labels(10, 3), seed=seed) for seed in (0, 0, 1)]
+    results = [paired(np.zeros(30), gains, labels(10, 3), bootstrap=Bootstrap(seed=seed)) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
 
 

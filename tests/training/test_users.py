@@ -18,6 +18,7 @@ from diffalign.config.schema import Config, ConfigError
 from diffalign.data.row import DataError
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
+from diffalign.evaluation.recipe import Tuned
 from diffalign.evaluation.sampling import Sampling
 from diffalign.models.adapters.user_attention import USER_FILE
 from diffalign.models.loading.family import ModelError
@@ -162,9 +163,8 @@ def test_pictures_for_somebody(
             ["a red circle"],
             [0],
             out_dir=tmp_path / "pictures/anna",
-            tuned=str(tmp_path / "anna"),
+            tuned=Tuned(tmp_path / "anna", user=USERS["ben"]),
             sampling=Sampling(2),
-            user=USERS["ben"],
         )
     with pytest.raises(ModelError, match="no user was given"):
         generate(
@@ -189,15 +189,12 @@ def test_pictures_for_somebody(
     for user in USERS.values():
         result = evaluate(
             str(tiny_sd),
-            {"ppd": str(tmp_path / "anna")},
+            {"ppd": Tuned(tmp_path / "anna", user=user)},
             ["a red circle", "a blue square"],
             [0],
             scorers=[Brightness()],
             out_dir=tmp_path / "evaluation",
             sampling=Sampling(2),
-            user=user,
-            grid_rows=0,
-            progress=False,
         )
         gains.append(result.models[0].scores["brightness"])
     assert gains[0].base == gains[1].base

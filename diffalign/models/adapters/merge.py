@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffalign.models.adapters.lora import write_lora
 from diffalign.models.adapters.lora_file import LORA_FILE, lora_config, read_lora
-from diffalign.models.adapters.save_load import UNET_FOLDER, Tuned, find_tuned, load_full
+from diffalign.models.adapters.save_load import UNET_FOLDER, TunedWeights, find_tuned, load_full
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
@@ -94,7 +94,7 @@ def lora_updates(unet: UNet, file: Path) -> Iterator[tuple[str, Tensor, Tensor, 
         yield name, down, lora.state[f"{name}.lora_B.weight"], alpha / len(down)
 
 
-def _found(parts: Parts) -> list[tuple[Tuned, float]]:
+def _found(parts: Parts) -> list[tuple[TunedWeights, float]]:
     if not parts:
         raise ModelError("nothing to merge: give at least one PATH=WEIGHT")
     if bad := [f"{path}={weight}" for path, weight in parts if not math.isfinite(weight)]:
@@ -108,7 +108,7 @@ def _found(parts: Parts) -> list[tuple[Tuned, float]]:
     return found
 
 
-def _merge_loras(unet: UNet, found: Sequence[tuple[Tuned, float]]) -> tuple[Any, dict[str, Tensor]]:
+def _merge_loras(unet: UNet, found: Sequence[tuple[TunedWeights, float]]) -> tuple[Any, dict[str, Tensor]]:
     """peft config and weights of the LoRA whose update is the weighted sum of the files' updates."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for tuned, weight in found:
@@ -124,7 +124,7 @@ def _merge_loras(unet: UNet, found: Sequence[tuple[Tuned, float]]) -> tuple[Any,
 
 
 @torch.no_grad()
-def _merge_into(unet: UNet, found: Sequence[tuple[Tuned, float]]) -> None:
+def _merge_into(unet: UNet, found: Sequence[tuple[TunedWeights, float]]) -> None:
     full = sum(weight for tuned, weight in found if tuned.kind == "unet")
     total = {name: (1.0 - full) * p.double() for name, p in unet.named_parameters()}
     for tuned, weight in found:

@@ -42,7 +42,7 @@ UNET_FOLDER = "unet"
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedWeights:
     """Where tuned weights are, and of which kind."""
 
     kind: Literal["unet", "lora", "user"]
@@ -60,7 +60,7 @@ def save_tuned(unet: UNet, output_dir: str | Path, family: Family) -> Path:
     return folder
 
 
-def find_tuned(path: str | Path) -> Tuned:
+def find_tuned(path: str | Path) -> TunedWeights:
     """The tuned weights at `path`: a unet folder, an adapter's file, an output_dir or a checkpoint folder.
 
     Raises ModelError when there are none, or several kinds.
@@ -71,11 +71,12 @@ def find_tuned(path: str | Path) -> Tuned:
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is not a .safetensors file; give one, or a run's output folder")
         _refuse_damaged(path)
-        return Tuned("user" if holds_user_attention(path) else "lora", path)
-    found = [Tuned("unet", p.parent) for p in (path / "config.json", path / UNET_FOLDER / "config.json") if p.is_file()]
-    found += [Tuned("lora", path / name) for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
+        return TunedWeights("user" if holds_user_attention(path) else "lora", path)
+    configs = (path / "config.json", path / UNET_FOLDER / "config.json")
+    found = [TunedWeights("unet", file.parent) for file in configs if file.is_file()]
+    found += [TunedWeights("lora", path / name) for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
     if (path / USER_FILE).is_file():
-        found.append(Tuned("user", path / USER_FILE))
+        found.append(TunedWeights("user", path / USER_FILE))
     if len(found) == 1:
         _refuse_damaged(found[0].path)
         if found[0].kind == "unet":
@@ -129,7 +130,7 @@ def check_tuned(unet: UNet, path: str | Path) -> None:
         stored_unet(tuned.path, unet)
 
 
-def load_tuned(unet: UNet, path: str | Path) -> Tuned:
+def load_tuned(unet: UNet, path: str | Path) -> TunedWeights:
     """Put tuned weights onto a base's UNet, in place; LoRA layers stay separate.
 
     Raises ModelError if they do not fit.
@@ -144,7 +145,7 @@ def load_tuned(unet: UNet, path: str | Path) -> Tuned:
     return tuned
 
 
-def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] | None = None) -> Tuned:
+def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] | None = None) -> TunedWeights:
     """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here.
 
     `user` is the embedding of whom pictures are for: needed with user attention, and with that only. Raises ModelError.

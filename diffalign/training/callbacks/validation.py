@@ -1,4 +1,4 @@
-"""Validation pictures of a run, to its folder and its trackers."""
+"""Validation images of a run, to its folder and its trackers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ log = logging.getLogger(__name__)
 
 
 def validate(run: Run, step: int) -> None:
-    """Pictures of the policy as it stands, from the main process; what fails there does not end the training."""
-    from diffalign.evaluation.sampling import Sampling
-    from diffalign.evaluation.validation import validation_pictures
+    """Images of the policy as it stands, from the main process; an error there does not end the training."""
+    from diffalign.evaluation.grid import comparison_grid
+    from diffalign.evaluation.sampling import Sampling, sample_images
 
     if not run.accelerator.is_main_process:
         return
     settings = run.config.validation
     try:
-        images = validation_pictures(
+        images = sample_images(
             make_pipeline(run.base),
             settings.prompts,
-            step=step,
-            folder=run.output_dir / "validation",
-            seed=settings.seed,
-            sampling=Sampling(settings.steps, settings.guidance_scale, resolution=run.config.data.resolution),
+            [settings.seed] * len(settings.prompts),  # the same at every step: grids show what training changed
+            Sampling(settings.steps, settings.guidance_scale, resolution=run.config.data.resolution),
             autocast=run.networks.autocast_dtype,
         )
+        folder = run.output_dir / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        comparison_grid(settings.prompts, {f"step {step}": images}).save(folder / f"step-{step:06d}.png")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        log.warning("no validation pictures at step %d, training goes on: %s", step, error)
+        log.warning("no validation images at step %d, training goes on: %s", step, error)
         return
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffalign.evaluation.fingerprint import fingerprint
+from diffalign.evaluation.recipe import weights_fingerprint
 from diffalign.export.kohya import export_kohya
 from diffalign.models.adapters.lora import LORA_FILE, add_lora, load_lora, lora_layers, lora_parameters, save_lora
 from diffalign.models.adapters.lora_file import PEFT_FILE, read_lora
@@ -273,6 +273,6 @@ def test_a_second_lora_does_not_replace_the_first(sd: Model, state: State, tmp_p
 
 def test_an_alpha_beside_the_file_is_part_of_what_made_a_picture(state: State, tmp_path: Path) -> None:
     file = write_peft(tmp_path, state, FIELDS) / PEFT_FILE
-    before = fingerprint(file)
+    before = weights_fingerprint(file)
     write_peft(tmp_path, state, FIELDS | {"lora_alpha": 2 * ALPHA})
-    assert fingerprint(file) != before
+    assert weights_fingerprint(file) != before

@@ -1,0 +1,61 @@
+"""Progress bars: one line that is redrawn on a terminal, plain lines in a pipe or log file, none when off.
+
+`disable_progress_bars()` switches them off for this process, as the function of that name in `datasets` does.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 15.0  # at least this long between two lines of a bar that is no terminal's
+_enabled = True
+
+
+def disable_progress_bars() -> None:
+    """No bar is shown from here on."""
+    global _enabled
+    _enabled = False
+
+
+def enable_progress_bars() -> None:
+    """Bars are shown again."""
+    global _enabled
+    _enabled = True
+
+
+class Progress(tqdm):  # type: ignore[misc]
+    """tqdm's bar, in lines where the output is no terminal."""
+
+    def __init__(self, *args: Any, disable: bool = False, **settings: Any) -> None:
+        self.in_lines = not (settings.get("file") or sys.stderr).isatty()
+        self._last_line = ""
+        self.disable: bool
+        if self.in_lines:
+            settings |= {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS, "ncols": 80}
+            settings["delay"] = max(settings.get("delay", 0.0), 1e-9)  # no line before the first result
+        else:
+            settings.setdefault("dynamic_ncols", True)
+        super().__init__(*args, disable=disable or not _enabled, **settings)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draws the bar, or writes one line that differs from the one before."""
+        if not self.in_lines:
+            return bool(super().display(msg, pos))
+        line = str(self) if msg is None else msg
+        if line and line != self._last_line:
+            self.fp.write(f"{line}\n")
+            self._last_line = line
+        return True
+
+    def close(self) -> None:
+        """Ends the bar. In lines the last one says how far it came, unless the bar leaves nothing behind."""
+        if not self.in_lines or self.disable:
+            super().close()
+            return
+        self.disable = True
+        self._decr_instances(self)
+        if self.leave and self.n > self.initial:
+            self.display()
