@@ -80,14 +80,21 @@ def test_every_metric_of_a_preference_model_is_explained() -> None:
     assert sorted((names.keys() | {"lr", "grad_norm"}) - explained) == []
 
 
+OF_FAMILIES = dict.fromkeys(("inpo", "smpo", "inversion_dpo"), "inversion.md") | {"spo": "spo.md"}
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objectives_reference_is_the_dataclass(name: str) -> None:
+    """Each has a page, or a section of its family's page; the overview links to it, and it shows the source."""
     cls: Any = OBJECTIVES[name]
-    page = "inversion.md" if f"inversion.md#{name})" in (DOCS / "objectives.md").read_text() else "objectives.md"
-    assert table(page, name) == {f.name: plain(f.default) for f in dataclasses.fields(cls)}
+    page, heading = (OF_FAMILIES[name], name) if name in OF_FAMILIES else (f"methods/{name}.md", "Settings")
+    text = (DOCS / page).read_text()
+    assert table(page, heading) == {f.name: plain(f.default) for f in dataclasses.fields(cls)}
     arxiv = re.search(r"arXiv (\d{4}\.\d{5})", cls.paper)
-    assert arxiv is None or arxiv[1] in part(page, name)
-    assert f"[`{name}`]({page.replace('objectives.md', '')}#{name})" in (DOCS / "objectives.md").read_text()
+    assert arxiv is None or arxiv[1] in text
+    anchor = f"#{name}" if name in OF_FAMILIES else ""
+    assert f"[`{name}`]({page}{anchor})" in (DOCS / "objectives.md").read_text()
+    assert f"{cls.__module__.replace('.', '/')}.py::" in text
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -2,6 +2,7 @@
 
 - A line `--8<-- "diffalign/objectives/dpo.py::DiffusionDPO.score"` is replaced by the source of that function or class.
   A name that does not exist ends the build.
+- A line `--8<-- "docs/arena.md::dpo"` is replaced by what the arena measured of that method.
 - `$$ … $$` is LaTeX. It becomes MathML, which browsers render without a script and without a network.
 - Pages link to files of the repository by relative paths, so that the links work on GitHub. On the site a link to a
   picture or to an HTML report is copied into the site; any other file is linked in the repository.
@@ -21,6 +22,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
+ARENA = "docs/arena.md"
 COPIED = ("assets/**/*.png", "benchmarks/results/*.html")  # files of the repository that the site carries
 FOLDER = "repository"  # where it carries them
 CODE = re.compile(r'^--8<-- "([\w/.]+)::([\w.]+)"$', re.MULTILINE)
@@ -40,12 +42,32 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """The page as mkdocs renders it."""
-    markdown = CODE.sub(lambda found: source(found[1], found[2]), markdown)
+    markdown = CODE.sub(lambda found: included(found[1], found[2]), markdown)
     parts = OUTSIDE_CODE.split(markdown)
     for n in range(0, len(parts), 2):  # every other part is code
         parts[n] = MATH.sub(lambda found: f"<div class=equation>{mathml(found[1])}</div>", parts[n])
         parts[n] = LINK.sub(lambda found: target(found[1], page.file.src_uri, config) + (found[2] or ""), parts[n])
     return "".join(parts)
+
+
+def included(file: str, name: str) -> str:
+    """What stands on a page in place of a line that names a part of a file."""
+    return arena_lines(name) if file == ARENA else source(file, name)
+
+
+def arena_lines(name: str) -> str:
+    """A table of the method's lines in the comparisons of docs/arena.md, which a test compares with the record."""
+    views = (ROOT / ARENA).read_text(encoding="utf-8").split("\n### ")[1:]
+    lines = []
+    for view in views:
+        heading, *rows = view.splitlines()
+        cells = [row.strip("|").split("|")[1:] for row in rows if row.startswith(f"| `{name}` |")]
+        if not cells:
+            raise PluginError(f"{ARENA} has no line of {name} under {heading}")
+        del cells[0][4]  # the gain in the other reward
+        lines.append("|".join(["", f" {heading} ", *cells[0], ""]))
+    head = "| comparison | gain in reward (dR) | win rate | accuracy | diversity | steps | UNet forwards | CPU s |"
+    return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|", *lines])
 
 
 def source(file: str, name: str) -> str:
