@@ -57,7 +57,8 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         ("[x](nowhere.md)", "nowhere.md"),
         ("[x](data.md#no-such-heading)", "no-such-heading"),
         ("[x](../no_such_folder)", "no_such_folder, which does not exist"),
-        ('--8<-- "diffalign/objectives/dpo.py::DiffusionDPO.gone"', "has no DiffusionDPO.gone"),
+        ("\n[Source of `DiffusionDPO.gone`](../diffalign/objectives/dpo.py)", "has no DiffusionDPO.gone"),
+        ("\n[Arena lines of `gone`](arena.md#results)", "has no line of gone"),
     ],
 )
 def test_a_broken_page_fails(line: str, said: str, tmp_path: Path) -> None:

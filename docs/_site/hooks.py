@@ -1,8 +1,8 @@
 """What the site adds to the pages of docs/ when mkdocs builds it: code from the source, equations, links out of docs/.
 
-- A line `--8<-- "diffalign/objectives/dpo.py::DiffusionDPO.score"` is replaced by the source of that function or class.
-  A name that does not exist ends the build.
-- A line `--8<-- "docs/arena.md::dpo"` is replaced by what the arena measured of that method.
+- A paragraph "[Source of `DiffusionDPO.score`](../diffalign/objectives/dpo.py)" becomes the source of that function or
+  class. A name that does not exist ends the build.
+- A paragraph "[Arena lines of `dpo`](arena.md#results)" becomes a table of what the arena measured of that method.
 - `$$ … $$` is LaTeX. It becomes MathML, which browsers render without a script and without a network.
 - Pages link to files of the repository by relative paths, so that the links work on GitHub. On the site a link to a
   picture or to an HTML report is copied into the site; any other file is linked in the repository.
@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 ARENA = "docs/arena.md"
 COPIED = ("assets/**/*.png", "benchmarks/results/*.html")  # files of the repository that the site carries
 FOLDER = "repository"  # where it carries them
-CODE = re.compile(r'^--8<-- "([\w/.]+)::([\w.]+)"$', re.MULTILINE)
+SOURCE = re.compile(r"^\[Source of `([\w.]+)`\]\(([\w./]+\.py)\)$", re.MULTILINE)
+MEASURED = re.compile(r"^\[Arena lines of `(\w+)`\]\([\w./]*arena\.md#results\)$", re.MULTILINE)
 MATH = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 OUTSIDE_CODE = re.compile(r"(```.*?```|(?:^    [^\n]*\n?)+)", re.MULTILINE | re.DOTALL)
@@ -42,17 +43,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """The page as mkdocs renders it."""
-    markdown = CODE.sub(lambda found: included(found[1], found[2]), markdown)
+    markdown = SOURCE.sub(lambda found: source(in_repository(found[2], page.file.src_uri), found[1]), markdown)
+    markdown = MEASURED.sub(lambda found: arena_lines(found[1]), markdown)
     parts = OUTSIDE_CODE.split(markdown)
     for n in range(0, len(parts), 2):  # every other part is code
         parts[n] = MATH.sub(lambda found: f"<div class=equation>{mathml(found[1])}</div>", parts[n])
         parts[n] = LINK.sub(lambda found: target(found[1], page.file.src_uri, config) + (found[2] or ""), parts[n])
     return "".join(parts)
-
-
-def included(file: str, name: str) -> str:
-    """What stands on a page in place of a line that names a part of a file."""
-    return arena_lines(name) if file == ARENA else source(file, name)
 
 
 def arena_lines(name: str) -> str:
@@ -71,7 +68,7 @@ def arena_lines(name: str) -> str:
 
 
 def source(file: str, name: str) -> str:
-    """The text of a function or class of a file; `name` is its dotted name inside the module."""
+    """A block with the text of a function or class of a file; `name` is its dotted name inside the module."""
     text = (ROOT / file).read_text(encoding="utf-8")
     node: ast.AST = ast.parse(text)
     for part in name.split("."):
@@ -81,7 +78,7 @@ def source(file: str, name: str) -> str:
         node = found[0]
     first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])  # type: ignore[attr-defined]
     lines = text.splitlines()[first - 1 : node.end_lineno]  # type: ignore[attr-defined]
-    return textwrap.dedent("\n".join(lines))
+    return f'```python title="{file}"\n' + textwrap.dedent("\n".join(lines)) + "\n```"
 
 
 def mathml(latex: str) -> str:
@@ -93,7 +90,7 @@ def target(link: str, page: str, config: Any) -> str:
     """Where a link of a page leads on the site. Raises for a file that does not exist."""
     if re.match(r"[a-z]+:", link):
         return link
-    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
+    path = in_repository(link, page)
     if path.startswith("docs/"):
         return link  # mkdocs checks it
     if not (ROOT / path).exists():
@@ -102,3 +99,8 @@ def target(link: str, page: str, config: Any) -> str:
         return posixpath.relpath(f"{FOLDER}/{path}", posixpath.dirname(page) or ".")
     kind = "tree" if (ROOT / path).is_dir() else "blob"
     return f"{config['extra']['repository']}/{kind}/main/{path}"
+
+
+def in_repository(link: str, page: str) -> str:
+    """The path from the root of the repository of what a page links to by a relative path."""
+    return posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
