@@ -1,16 +1,20 @@
-"""What a row may say of its pair besides the images: a weight, a margin, and a mask over the picture.
+"""The terms of a pair, which a row may have besides its images: a weight, a margin, and a mask over the image.
 
     weight   a number ≥ 0 that the pair's loss is multiplied by; empty: 1
     margin   a number subtracted from the logit; empty: 0
-    mask     rows of numbers in [−1, 1], a grid of any size laid over the whole picture; empty: 1 everywhere
+    mask     rows of numbers in [−1, 1], a grid of any size laid over the whole image; empty: 1 everywhere
 
 A mask is relative to the chosen image: 1 counts as the label says, 0 not at all, −1 with the sides swapped. Grids and
 not mask images, because 8 bits have no agreed zero for numbers with a sign: a black region would have to mean −1.
+
+A further term that is a number for each pair is an entry of `TERMS` here and a field of `types.Terms` of that name.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +23,38 @@ from torch import Tensor
 from diffalign.data.formats.text_files import parse_json
 from diffalign.data.row import BAD_TERM, ImageError, ImageRef
 from diffalign.data.transforms import resized
-
-TERMS = ("weight", "margin", "mask")  # the parts of a layout
-NEUTRAL = {"weight": 1.0, "margin": 0.0}
-LEAST = {"weight": 0.0, "margin": -math.inf}
+from diffalign.types import Terms
 
 
-def read_number(cell: Any, part: str, where: str) -> float:
-    """A weight or margin. Raises ImageError (bad weight, margin or mask)."""
-    if cell is None or cell == "":
-        return NEUTRAL[part]
-    try:
-        value = float(cell)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value) or value < LEAST[part]:
-        allowed = "a finite number, 0 or more" if part == "weight" else "a finite number"
-        raise ImageError(BAD_TERM, f"{where}: {part} is {cell!r}; write {allowed}, or leave it empty")
-    return value
+@dataclass(frozen=True)
+class Number:
+    """A term that is one number for each pair."""
+
+    neutral: float  # the value of an empty cell
+    least: float = -math.inf
+
+    def read(self, cell: Any, part: str, where: str) -> float:
+        """The value of a cell. Raises ImageError (bad weight, margin or mask)."""
+        if cell is None or cell == "":
+            return self.neutral
+        try:
+            value = float(cell)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value) or value < self.least:
+            allowed = "a finite number" + (f", {self.least:g} or more" if math.isfinite(self.least) else "")
+            raise ImageError(BAD_TERM, f"{where}: {part} is {cell!r}; write {allowed}, or leave it empty")
+        return value
+
+
+# The terms by the name of their column, which is that of their field in `types.Terms`; None: a grid, see `read_mask`.
+TERMS: dict[str, Number | None] = {"weight": Number(neutral=1.0, least=0.0), "margin": Number(neutral=0.0), "mask": None}
+
+
+def terms_of(numbers: Mapping[str, float], mask: Tensor | None) -> Terms:
+    """The terms of one pair as a batch of one: its numbers by name, and its mask on the latents "h w"."""
+    tensors = {part: torch.tensor([value], dtype=torch.float32) for part, value in numbers.items()}
+    return Terms(**tensors, mask=None if mask is None else mask[None])
 
 
 def read_mask(cell: Any, where: str) -> Tensor:

@@ -18,7 +18,7 @@ before their mean, and its weight the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.types import Conditioning, Evidence, Probe, Score
+from diffalign.types import Conditioning, Evidence, Probe, Score, cat, sides_share
 
 
 class Models(Protocol):
@@ -53,14 +53,8 @@ def measure(models: Models, probe: Probe) -> Evidence:
 
     The reference goes first so that its activations are gone before the policy's graph is built.
     """
-    return Evidence(
-        reference=_reference_errors(models, probe, [probe]),
-        policy=errors(models.policy, probe),
-        t=probe.t,
-        weight=probe.weight,
-        pair_weight=probe.pair_weight,
-        pair_margin=probe.pair_margin,
-    )
+    reference = _reference_errors(models, probe, [probe])
+    return probe.evidence(errors(models.policy, probe), reference)
 
 
 def measure_and_backward(
@@ -86,14 +80,8 @@ def measure_and_backward(
 
     chunks = point_chunks(probe, points_per_forward)
     with torch.no_grad():
-        evidence = Evidence(
-            reference=_reference_errors(models, probe, chunks),
-            policy=joined_errors(models.policy, chunks),
-            t=probe.t,
-            weight=probe.weight,
-            pair_weight=probe.pair_weight,
-            pair_margin=probe.pair_margin,
-        )
+        reference = _reference_errors(models, probe, chunks)
+        evidence = probe.evidence(joined_errors(models.policy, chunks), reference)
     leaf = evidence.policy.requires_grad_()
     scored = weighed(score(replace(evidence, policy=leaf)), evidence)
     (slope,) = torch.autograd.grad(scored.loss.mean() * scale, leaf)
@@ -105,9 +93,8 @@ def measure_and_backward(
 
 def weighed(score: Score, evidence: Evidence) -> Score:
     """The score with each pair's loss multiplied by its weight, where the data have weights."""
-    if evidence.pair_weight is None:
-        return score
-    return replace(score, loss=score.loss * evidence.pair_weight.to(score.loss))
+    weight = evidence.terms.weight
+    return score if weight is None else replace(score, loss=score.loss * weight.to(score.loss))
 
 
 def ask_reference(models: Models, probes: list[Probe]) -> list[Probe]:
@@ -120,40 +107,9 @@ def ask_reference(models: Models, probes: list[Probe]) -> list[Probe]:
     if not first.needs_reference or first.reference is not None or first.points is not None or len(probes) == 1:
         return probes
     with torch.no_grad():
-        found = errors(models.reference, _joined(probes))
+        found = errors(models.reference, cat(probes))
     sizes = [probe.t.shape[0] for probe in probes]
     return [replace(probe, reference=e) for probe, e in zip(probes, found.split(sizes, dim=1), strict=True)]
-
-
-def _joined(probes: list[Probe]) -> Probe:
-    """Probes without points as one, along the pair axis; what sides share stays one view."""
-    first = probes[0]
-
-    def join(parts: list[Tensor]) -> Tensor:
-        if all(_sides_share(x) for x in parts):
-            return torch.cat([x[:1] for x in parts], dim=1).expand(len(parts[0]), *(-1,) * (parts[0].ndim - 1))
-        return torch.cat(parts, dim=1)
-
-    def conditioning(parts: list[Conditioning]) -> Conditioning:
-        def field(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else join(values)
-
-        embeds = join([part.prompt_embeds for part in parts])
-        return Conditioning(embeds, pooled=field("pooled"), time_ids=field("time_ids"), user=field("user"))
-
-    return replace(
-        first,
-        xt=join([p.xt for p in probes]),
-        t=torch.cat([p.t for p in probes]),
-        target=join([p.target for p in probes]),
-        cond=conditioning([p.cond for p in probes]),
-        uncond=None if first.uncond is None else conditioning([p.uncond for p in probes if p.uncond is not None]),
-        mask=None if first.mask is None else torch.cat([p.mask for p in probes if p.mask is not None]),
-        weight=None,
-        pair_weight=None,
-        pair_margin=None,
-    )
 
 
 def errors(network: Network, probe: Probe) -> Tensor:
@@ -161,33 +117,25 @@ def errors(network: Network, probe: Probe) -> Tensor:
 
     With a mask, the mean of the squared difference times the mask; it is not divided by the mask's sum.
     """
-    prediction = _predict(network, _asked_once(probe))
+    return squared_errors(_predict(network, _asked_once(probe)), probe)
+
+
+def squared_errors(prediction: Tensor, probe: Probe) -> Tensor:
+    """The errors of predictions "side pair [point] c h w" that were made at a probe's points; see `errors`."""
     square = (prediction - probe.target) ** 2
-    if probe.mask is not None:
-        places = probe.mask.to(square)[:, None]  # "pair c h w", all channels alike
+    if probe.terms.mask is not None:
+        places = probe.terms.mask.to(square)[:, None]  # "pair c h w", all channels alike
         square = square * (places if probe.points is None else places[:, None])
     return square.mean(dim=(-3, -2, -1))
 
 
 def _asked_once(probe: Probe) -> Probe:
     """The probe at its first side alone, where both sides ask the same of the network; its targets stay two."""
-    if len(probe.xt) == 1 or not all(_sides_share(x) for x in _asked(probe)):
+    inputs = [probe.xt, *probe.cond.tensors(), *(() if probe.uncond is None else probe.uncond.tensors())]
+    if not all(sides_share(x) for x in inputs):  # t is theirs in common anyway
         return probe
-    first = slice(0, 1)
-    uncond = None if probe.uncond is None else probe.uncond.select(first, slice(None))
-    return replace(probe, xt=probe.xt[first], cond=probe.cond.select(first, slice(None)), uncond=uncond)
-
-
-def _asked(probe: Probe) -> Iterator[Tensor]:
-    """All that a network sees of the two sides; t is theirs in common anyway."""
-    yield probe.xt
-    for cond in (probe.cond, probe.uncond):
-        if cond is not None:
-            yield from (x for x in (cond.prompt_embeds, cond.pooled, cond.time_ids, cond.user) if x is not None)
-
-
-def _sides_share(x: Tensor) -> bool:
-    return x.stride(0) == 0
+    one = probe.select(side=slice(0, 1))
+    return replace(probe, xt=one.xt, cond=one.cond, uncond=one.uncond)
 
 
 @torch.no_grad()
@@ -253,15 +201,7 @@ def _flat_conditioning(cond: Conditioning, points: int | None) -> Conditioning:
 
 def point_chunks(probe: Probe, size: int) -> list[Probe]:
     """The probe cut along its point axis."""
-    weights = [None] * len(probe.t.split(size, dim=-1)) if probe.weight is None else probe.weight.split(size, dim=-1)
-    parts = zip(
-        probe.xt.split(size, dim=2),
-        probe.t.split(size, dim=-1),
-        probe.target.split(size, dim=2),
-        weights,
-        strict=True,
-    )
-    return [replace(probe, xt=xt, t=t, target=target, weight=w) for xt, t, target, w in parts]
+    return [probe.select(point=slice(start, start + size)) for start in range(0, probe.points or 1, size)]
 
 
 def _detached(evidence: Evidence) -> Evidence:

@@ -4,7 +4,7 @@ An objective is a frozen dataclass whose fields are its hyper-parameters. It inh
 every trait with its default, or from `OnSharedNoise`, and says where the networks are asked (`probe`) and what the
 loss of a pair is (`score`, the paper's equation).
 
-A pair may carry a weight, a margin and a mask (`PairBatch`). The engine applies weights and masks. `require_terms`
+A pair may have a weight, a margin and a mask (`types.Terms`). The engine applies weights and masks. `require_terms`
 refuses a margin or a signed mask where the objective has not declared that it takes them.
 """
 
@@ -20,7 +20,7 @@ from diffalign.engine.measure import Models
 from diffalign.engine.random import integers, normal, on_device
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
-from diffalign.types import CHOSEN, REJECTED, Conditioning, Evidence, PairBatch, Probe, Score
+from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
 class Objective(Protocol):
@@ -151,26 +151,25 @@ def shared_noise(
         xt=schedule.add_noise(x0, noise, t_sides),
         t=t,
         target=schedule.target(x0, noise, t_sides),
-        cond=_sides(batch.cond, sides),
+        cond=batch.cond.select(side=slice(0, sides)),
         needs_reference=needs_reference,
     )
 
 
 def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
-    """The objective's probe, without grad, with what the data say of each pair: weight, margin and mask,
-    and the reference's errors where they were kept.
+    """The objective's probe, without grad, with the pairs' terms (weight, margin, mask) and the reference's errors where
+    they were precomputed.
 
     Raises ValueError for a margin where the objective has no use for one, or a mask that is not of the latents' size.
     """
-    require_terms(objective, margin=batch.margin is not None, signs=False)
+    mask = batch.terms.mask
+    require_terms(objective, margin=batch.terms.margin is not None, signs=False)
     places = (batch.pairs, *batch.latents.shape[-2:])
-    if batch.mask is not None and tuple(batch.mask.shape) != places:
-        raise DiffalignError(f"a mask of shape {tuple(batch.mask.shape)}: these latents need (pair, h, w) = {places}")
+    if mask is not None and tuple(mask.shape) != places:
+        raise DiffalignError(f"a mask of shape {tuple(mask.shape)}: these latents need (pair, h, w) = {places}")
     with torch.no_grad():
         probe = objective.probe(batch, models)
-    return replace(
-        probe, mask=batch.mask, pair_weight=batch.weight, pair_margin=batch.margin, reference=batch.reference
-    )
+    return replace(probe, terms=batch.terms, reference=batch.reference)
 
 
 def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:
@@ -189,7 +188,8 @@ def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:
 
 def less_margin(logit: Tensor, evidence: Evidence) -> Tensor:
     """The logit minus each pair's margin, where the data have margins."""
-    return logit if evidence.pair_margin is None else logit - evidence.pair_margin.to(logit)
+    margin = evidence.terms.margin
+    return logit if margin is None else logit - margin.to(logit)
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -209,10 +209,6 @@ def dpo_logit(evidence: Evidence, beta: float) -> tuple[Tensor, dict[str, Tensor
     reward = -(beta / 2) * evidence.margin
     logit = reward[CHOSEN] - reward[REJECTED]
     return logit, reward_metrics(reward[CHOSEN], reward[REJECTED])
-
-
-def _sides(cond: Conditioning, sides: int) -> Conditioning:
-    return cond.select(slice(0, sides), slice(None))
 
 
 def positive(name: str, value: float) -> None:

@@ -90,8 +90,8 @@ def encode_run(
         variants=data.cache_variants,
         dtype=data.cache_dtype,
     )
-    workers = data.dataloader_num_workers
-    done = encode_cache(table, encoder, str(data.cache_dir), spec, num_workers=workers, processes=processes)
+    work = Work(num_workers=data.dataloader_num_workers, processes=processes)
+    done = encode_cache(table, encoder, str(data.cache_dir), spec, work)
     if done.shards_written:
         log.info("encoded %d shards into %s", done.shards_written, done.folder)
     for problem in done.problems:

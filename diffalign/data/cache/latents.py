@@ -21,7 +21,8 @@ from torch import Tensor
 
 from diffalign.data.cache.shards import MANIFEST, OpenShards, read_content
 from diffalign.data.cache.shards import manifest_text as hashed_text
-from diffalign.data.loader.dataset import sample_latents
+from diffalign.data.loader.loaded import Loaded, sample_latents
+from diffalign.data.loader.text import for_sides
 from diffalign.data.row import DataError, ImageError
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.transforms import flips
@@ -201,16 +202,15 @@ class PairCache:
         shape = self._shards["moments-00000.safetensors"].get_slice("moments").get_shape()
         return torch.Size((shape[3] // 2, *shape[4:]))
 
-    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
-        """One visit of a pair: latents [2 c h w], geometry [2 6], text (the null prompt's for `prompt` None).
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
+        """One visit of a pair: latents, geometry and text (the null prompt's for `prompt` None).
 
         Raises ImageError for a pair that could not be read when the cache was made.
         """
         moments, geometry = self.moments(index, draw)
-        latents = sample_latents(moments[None], torch.tensor([key], dtype=torch.int64))[0]
+        keys = torch.tensor([key], dtype=torch.int64)
         embeds, pooled = self.null_text() if prompt is None else self.text(index)
-        tensors = {"latents": latents, "geometry": geometry, "prompt_embeds": embeds}
-        return tensors if pooled is None else tensors | {"pooled": pooled}
+        return Loaded(keys, geometry[:, None], latents=sample_latents(moments[:, None], keys), cond=for_sides((embeds, pooled)))
 
     def flip(self, name: str, key: int, draw: int) -> bool:
         """Whether the variant for this draw was mirrored."""
@@ -232,7 +232,7 @@ class PairCache:
         )
 
     def text(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Float32 embeddings [tokens dim] of a pair's prompt and the pooled one [dim], where there is one."""
+        """Float32 embeddings [1 tokens dim] of a pair's prompt and the pooled one [1 dim], where there is one."""
         number, row = divmod(index, self.plan.pairs_per_shard)
         rows = self._shards[f"moments-{number:05d}.safetensors"].get_slice("text_row")
         return self._text_row(int(rows[row : row + 1]))
@@ -245,5 +245,5 @@ class PairCache:
         number, row = divmod(text_row, self.plan.prompts_per_shard)
         shard = self._shards[f"text-{number:05d}.safetensors"]
         names: Mapping[str, None] = dict.fromkeys(shard.keys())
-        pooled = shard.get_slice("pooled")[row : row + 1][0].float() if "pooled" in names else None
-        return shard.get_slice("prompt_embeds")[row : row + 1][0].float(), pooled
+        pooled = shard.get_slice("pooled")[row : row + 1].float() if "pooled" in names else None
+        return shard.get_slice("prompt_embeds")[row : row + 1].float(), pooled

@@ -11,12 +11,12 @@ made under other settings is never found. A pair that could not be read has NaN 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from diffalign.data.cache.latents import PairCache
 from diffalign.data.cache.shards import OpenShards
+from diffalign.data.loader.loaded import Loaded
 
 
 class ReferenceErrors:
@@ -27,12 +27,11 @@ class ReferenceErrors:
         self.cache, self.folder, self.pairs_per_shard = cache, folder, pairs_per_shard
         self._shards = OpenShards(folder)
 
-    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
-        """One visit of a pair as `PairCache.load` has it, with `reference` float32 "side [point]"."""
-        tensors = self.cache.load(index, key, draw, prompt)
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
+        """One visit of a pair as `PairCache.load` has it, with the reference's errors."""
         number, row = divmod(index, self.pairs_per_shard)
-        kept = self._shards[shard_name(draw, number)].get_slice("e")[row : row + 1][0]
-        return {**tensors, "reference": kept}
+        errors = self._shards[shard_name(draw, number)].get_slice("e")[row : row + 1]  # "pair side [point]"
+        return replace(self.cache.load(index, key, draw, prompt), reference=errors.transpose(0, 1))
 
     def flip(self, name: str, key: int, draw: int) -> bool:
         """Whether the visit sees the pictures mirrored."""

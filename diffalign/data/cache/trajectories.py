@@ -14,6 +14,7 @@ Left out: dropped prompts, which would need a second trajectory of every pair.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from diffalign.data.cache.latents import PairCache
 from diffalign.data.cache.shards import OpenShards
+from diffalign.data.loader.loaded import Loaded
+from diffalign.types import Transitions
 
 
 class Trajectories:
@@ -34,12 +37,12 @@ class Trajectories:
         self.levels, self.visited = levels, visited
         self._shards = OpenShards(folder)
 
-    def load(self, index: int, key: int, draw: int, prompt: str | None) -> dict[str, Tensor]:
-        """One visit of a pair as `PairCache.load` has it, with noisy, clean "side point c h w" and t, t_prev [point].
+    def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
+        """One visit of a pair as `PairCache.load` has it, with its transitions, whose clean end its latents are.
 
         Raises ImageError for a pair that could not be read when the cache was made.
         """
-        tensors = self.cache.load(index, key, draw, prompt)
+        loaded = self.cache.load(index, key, draw, prompt)
         number, row = divmod(index, self.pairs_per_shard)
         stored = self._shards[shard_name(number)].get_slice("x")
         variant = draw % int(self.cache.key.variants or 1)
@@ -50,8 +53,9 @@ class Trajectories:
         else:
             ends = torch.stack([stored[row, variant, :, k : k + 2] for k in points.tolist()], dim=1)
             clean, noisy = ends[:, :, 0], ends[:, :, 1]
-        moves = {"clean": clean, "noisy": noisy, "t": self.levels[points + 1], "t_prev": self.levels[points]}
-        return {**tensors, "latents": stored[row, variant, :, 0], **moves}
+        t, t_prev = self.levels[points + 1], self.levels[points]
+        moves = Transitions(noisy[:, None], clean[:, None], t[None], t_prev[None])
+        return replace(loaded, latents=stored[row, variant, :, :1], transitions=moves)
 
     def flip(self, name: str, key: int, draw: int) -> bool:
         """As the encode cache has it."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.data.row import BAD_LABEL, NO_LABEL, TIE
-from diffalign.data.weights import TERMS
 
 PROMPT = ("caption", "prompt", "original_prompt", "text")
 USER = {"user": ("user", "user_id"), "user_embed": ("user_embed",)}
@@ -41,10 +40,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "uid_1": ("image_1_uid", "uid_1"),
     "score_0": ("score_0",),
     "score_1": ("score_1",),
-    **{part: (part,) for part in TERMS},
     **USER,
 }
-OPTIONAL = frozenset({"label_1", "has_label", "uid_0", "uid_1", "score_0", "score_1", *TERMS, *USER})
+OPTIONAL = frozenset({"label_1", "has_label", "uid_0", "uid_1", "score_0", "score_1", *USER})
 
 
 def layout(found: Mapping[str, str]) -> Layout:
@@ -59,7 +57,6 @@ def layout(found: Mapping[str, str]) -> Layout:
         has_label=found.get("has_label"),
         uids=uids if len(uids) == 2 else (),
         scores=(found["score_0"], found["score_1"]) if scored else None,
-        terms={part: found[part] for part in TERMS if part in found},
         user=found.get("user"),
         user_embed=found.get("user_embed"),
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.formats.pickapic import PROMPT, USER, Layout
-from diffalign.data.weights import TERMS
 
 PARTS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", *(name for name in PROMPT if name != "prompt")),
@@ -18,11 +17,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "uid": ("uid", "pair_id"),
     "chosen_score": ("chosen_score", "score_chosen"),
     "rejected_score": ("rejected_score", "score_rejected"),
-    **{part: (part,) for part in TERMS},
     **USER,
 }
 PAIRS_PER_GROUP = 16  # rows of a parquet row group, which is what reading one row costs
-OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *TERMS, *USER})
+OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *USER})
 
 
 def layout(found: Mapping[str, str]) -> Layout:
@@ -34,7 +32,6 @@ def layout(found: Mapping[str, str]) -> Layout:
         (found["chosen"], found["rejected"]),
         uids=(found["uid"],) if "uid" in found else (),
         scores=(found["chosen_score"], found["rejected_score"]) if scored else None,
-        terms={part: found[part] for part in TERMS if part in found},
         user=found.get("user"),
         user_embed=found.get("user_embed"),
     )

@@ -24,9 +24,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "image_1": ("jpg_1", "image_1", "image_path_1"),
     "uid_0": ("image_0_uid", "uid_0"),
     "uid_1": ("image_1_uid", "uid_1"),
-    **{part: (part,) for part in TERMS},  # of both pairs
 }
-OPTIONAL = frozenset({"uid_0", "uid_1", *TERMS})
+OPTIONAL = frozenset({"uid_0", "uid_1"})
 FORMAT = "two_prompts"
 
 _SIDES = ("chosen", "rejected")
@@ -36,8 +35,6 @@ _UIDS = ("chosen_uid", "rejected_uid")
 class TwoPrompts:
     """The stored rows as twice as many: row 2i prefers image_0 for prompt_0, row 2i + 1 image_1 for prompt_1."""
 
-    names: tuple[str, ...] = ("prompt", *_SIDES, *_UIDS, *TERMS)
-
     def __init__(self, stored: Columns, found: Mapping[str, str]) -> None:
         self.stored, self.in_memory, self.files = stored, stored.in_memory, stored.files
         self.storage = f"{stored.storage}, two pairs per row"
@@ -45,7 +42,8 @@ class TwoPrompts:
         self._prompts = tuple(stored.column(found[part]) for part in ("prompt_0", "prompt_1"))
         uids = [found[part] for part in ("uid_0", "uid_1") if part in found]
         self._uids = tuple(stored.column(name) for name in uids) if len(uids) == 2 else ()
-        self._terms = {part: found[part] for part in TERMS if part in found}
+        self._terms = {part: found[part] for part in TERMS if part in found}  # of both pairs
+        self.names = ("prompt", *_SIDES, *_UIDS, *TERMS)
 
     def __len__(self) -> int:
         return 2 * len(self.stored)
@@ -53,8 +51,7 @@ class TwoPrompts:
     @property
     def layout(self) -> Layout:
         """Preference columns."""
-        terms = {part: part for part in self._terms}
-        return Layout(FORMAT, "prompt", _SIDES, uids=_UIDS if self._uids else (), terms=terms)
+        return Layout(FORMAT, "prompt", _SIDES, uids=_UIDS if self._uids else ())
 
     def column(self, name: str) -> Sequence[Any]:
         if name == "prompt":

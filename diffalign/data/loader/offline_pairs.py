@@ -1,12 +1,10 @@
-"""Offline pairs as micro-batches: from pixels through the encoders, or from an encode cache without any model."""
+"""Offline pairs as micro-batches: from pixels through the encoders, or from a latent cache without any model."""
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import astuple, dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -18,25 +16,17 @@ from diffalign.data.cache.latents import PairCache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.encoder import Encoder
-from diffalign.data.finite import LatentsGuard, require_text
-from diffalign.data.loader.dataset import (
-    NULL_PROMPT,
-    Content,
-    Loaded,
-    Pixels,
-    Visits,
-    leave_signals_to_parent,
-    sample_latents,
-)
+from diffalign.data.finite import LatentsGuard
+from diffalign.data.loader.dataset import Content, Pixels, Visits, leave_signals_to_parent
+from diffalign.data.loader.loaded import NULL_PROMPT, Loaded, sample_latents
 from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.loader.text import TextMemo, for_pairs, for_sides
 from diffalign.data.row import DataError, Problem
 from diffalign.data.sampler import positions_for
 from diffalign.data.table.pairs import PairTable
-from diffalign.types import Conditioning, PairBatch, Transitions
+from diffalign.types import Conditioning, PairBatch
 
 log = logging.getLogger(__name__)
-
-TEXT_MEMO = 256  # prompts whose embeddings stay on the encoder's device (SDXL: 0.6 MB each)
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class OfflinePairs:
             if "mask" in table.terms:
                 with torch.no_grad():
                     side = content.encoder.moments(torch.zeros(1, 3, content.resolution, content.resolution)).shape[-1]
-            self._null_text: Callable[[], tuple[Tensor, Tensor | None]] = partial(_null_text, self._text)
+            self._null_text: Callable[[], tuple[Tensor, Tensor | None]] = lambda: self._text((NULL_PROMPT,))
         else:
             cache = content if isinstance(content, PairCache) else content.cache
             if cache.pairs != len(table):
@@ -118,57 +108,53 @@ class OfflinePairs:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up. Raises DataError for the state of a source that has one."""
+        """Nothing to restore. Raises DataError for the state of a source that has one."""
         if state:
             raise DataError(
                 "this checkpoint is from a run that generated its own pairs; resume it with its `source` section"
             )
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Nothing to say."""
+        """None."""
         return {}
 
     def assemble(self, loaded: Loaded) -> PairBatch:
-        """What a loader worker brought as a batch: encoded where it is pixels, with the null prompt where wanted."""
-        if self._encoder is None:
-            assert loaded.latents is not None, "a cache loads them"
-            assert loaded.prompt_embeds is not None, "a cache loads them"
-            latents, embeds, pooled = loaded.latents, loaded.prompt_embeds, loaded.pooled
-        else:
-            assert loaded.pixels is not None, "Pixels loads them"
-            with torch.no_grad():
-                pairs = loaded.pixels.shape[0]
-                moments = self._encoder.moments(loaded.pixels.flatten(0, 1))
-                self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])
-                latents = sample_latents(moments.unflatten(0, (pairs, 2)), loaded.keys)
-                embeds, pooled = self._text(loaded.prompts)
-        time_ids = self._time_ids(loaded.geometry.transpose(0, 1))
+        """What a loader worker read as a batch: encoded where it is pixels, with the null prompt where it is needed."""
+        if self._encoder is not None:
+            loaded = self._encoded(self._encoder, loaded)
+        assert loaded.latents is not None, "a cache has stored them"
+        assert loaded.cond is not None, "a cache has stored it"
+        time_ids = self._time_ids(loaded.geometry)
+
+        def conditioning(text: Conditioning) -> Conditioning:
+            return replace(text, time_ids=time_ids, user=loaded.user)
+
+        null = for_sides(for_pairs(self._null_text(), len(loaded.ids))) if self.spec.with_uncond else None
         return PairBatch(
-            latents=latents.transpose(0, 1),
-            cond=_conditioning(embeds, pooled, time_ids, loaded.users),
+            latents=loaded.latents,
+            cond=conditioning(loaded.cond),
             keys=loaded.keys,
-            uncond=self._uncond(len(loaded.ids), time_ids, loaded.users) if self.spec.with_uncond else None,
-            scores=None if loaded.scores is None else loaded.scores.transpose(0, 1),
-            transitions=_transitions(loaded),
-            weight=loaded.weight,
-            margin=loaded.margin,
-            mask=loaded.mask,
-            reference=None if loaded.reference is None else loaded.reference.transpose(0, 1),
+            uncond=None if null is None else conditioning(null),
+            scores=loaded.scores,
+            transitions=loaded.transitions,
+            terms=loaded.terms,
+            reference=loaded.reference,
             ids=loaded.ids,
         )
 
-    def _uncond(self, pairs: int, time_ids: Tensor | None, users: Tensor | None) -> Conditioning:
-        embeds, pooled = self._null_text()
-        return _conditioning(
-            embeds.expand(pairs, *embeds.shape),
-            None if pooled is None else pooled.expand(pairs, *pooled.shape),
-            time_ids,
-            users,
-        )
+    def _encoded(self, encoder: Encoder, loaded: Loaded) -> Loaded:
+        """Pixels and prompts as latents and text embeddings."""
+        assert loaded.pixels is not None, "Pixels loads them"
+        pairs = len(loaded.ids)
+        with torch.no_grad():
+            moments = encoder.moments(loaded.pixels.transpose(0, 1).flatten(0, 1))  # both sides of a pair in turn
+            self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])
+            latents = sample_latents(moments.unflatten(0, (pairs, 2)).transpose(0, 1), loaded.keys)
+            return replace(loaded, pixels=None, latents=latents, cond=for_sides(self._text(loaded.prompts)))
 
-    def _note(self, problems: tuple[Problem, ...]) -> None:
+    def _note(self, problems: tuple[tuple[Problem, ...], ...]) -> None:
         known = {problem.where for problem in self.problems}
-        for problem in dict.fromkeys(problems):
+        for problem in dict.fromkeys(each for of_pair in problems for each in of_pair):
             if problem.where not in known:
                 self.problems.append(problem)
                 log.warning("replaced by another pair, each time: %s", problem)
@@ -178,32 +164,6 @@ class OfflinePairs:
                 f"most {self._allowed} (last: {self.problems[-1]}); `diffalign data check --full` lists "
                 "them all: repair or remove them"
             )
-
-
-class TextMemo:
-    """Embeddings of unique prompts, the latest ones kept; float32, on the encoder's device."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self._kept: OrderedDict[str, tuple[Tensor, Tensor | None]] = OrderedDict()
-
-    def __call__(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [pair tokens dim] and, where the family has it, the pooled ones [pair dim]."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
-        for prompt in new:
-            # One a call: a batch of another size rounds otherwise, and what is new depends on where the run began.
-            text = self.encoder.prompts([prompt])
-            if text.prompt_embeds.device.type != "cuda":  # there it would wait, once for each new prompt
-                require_text((text.prompt_embeds, text.pooled), [prompt])
-            pooled = None if text.pooled is None else text.pooled[0].float()
-            self._kept[prompt] = (text.prompt_embeds[0].float(), pooled)
-        found = [self._kept[prompt] for prompt in prompts]
-        for prompt in prompts:
-            self._kept.move_to_end(prompt)
-        while len(self._kept) > TEXT_MEMO:
-            self._kept.popitem(last=False)
-        pools = [pooled for _, pooled in found if pooled is not None]
-        return torch.stack([embeds for embeds, _ in found]), torch.stack(pools) if pools else None
 
 
 class _Positions:
@@ -221,37 +181,14 @@ class _Positions:
 
 
 def _plainly(loader: Iterable[Loaded]) -> Iterator[Loaded]:
-    """What a loader brings; an error of a worker's without the traceback that `DataLoader` wraps it in."""
+    """The loader's batches; an error from a worker without the traceback that `DataLoader` wraps it in."""
     try:
         yield from loader
     except DataError as error:
-        wrapped, name, said = str(error).rpartition(f"{type(error).__qualname__}: ")
+        wrapped, name, message = str(error).rpartition(f"{type(error).__qualname__}: ")
         if name and "Original Traceback" in wrapped:
-            raise DataError(said.strip()) from error
+            raise DataError(message.strip()) from error
         raise
-
-
-def _transitions(loaded: Loaded) -> Transitions | None:
-    if loaded.noisy is None:
-        return None
-    assert loaded.clean is not None
-    assert loaded.t is not None
-    assert loaded.t_prev is not None
-    return Transitions(loaded.noisy.transpose(0, 1), loaded.clean.transpose(0, 1), loaded.t, loaded.t_prev)
-
-
-def _null_text(text: TextMemo) -> tuple[Tensor, Tensor | None]:
-    embeds, pooled = text((NULL_PROMPT,))
-    return embeds[0], None if pooled is None else pooled[0]
-
-
-def _conditioning(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None, users: Tensor | None) -> Conditioning:
-    """Both sides see one prompt and one user: a view over the side axis."""
-
-    def shared(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.expand(2, *x.shape)
-
-    return Conditioning(embeds.expand(2, *embeds.shape), shared(pooled), time_ids, shared(users))
 
 
 def _no_time_ids(geometry: Tensor) -> None:

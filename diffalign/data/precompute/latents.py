@@ -1,4 +1,4 @@
-"""Writing an encode cache: shard by shard, resumable, by any number of processes and of runs at once."""
+"""Filling a latent cache: shard by shard, resumable, by any number of processes and of runs at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from diffalign.data.cache.latents import (
 )
 from diffalign.data.cache.shards import (
     MANIFEST,
-    SHARD_BYTES,
     in_own_order,
     not_finite,
     require_room,
@@ -34,12 +33,15 @@ from diffalign.data.cache.shards import (
 )
 from diffalign.data.encoder import Encoder
 from diffalign.data.finite import OVERFLOW
-from diffalign.data.loader.dataset import NULL_PROMPT, leave_signals_to_parent
+from diffalign.data.loader.dataset import leave_signals_to_parent
+from diffalign.data.loader.loaded import NULL_PROMPT
+from diffalign.data.precompute.recording import Work
 from diffalign.data.row import DataError, ImageError, Problem
-from diffalign.data.sampler import ALONE, Processes
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.transforms import prepare_pair
 from diffalign.engine.random import pair_key
+
+WORK = Work()
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Encoded:
     folder: Path
     key: CacheKey
     shards_written: int
-    shards_kept: int  # finished by an earlier, interrupted call or meanwhile by another run
+    shards_found: int  # finished by an earlier, interrupted call or meanwhile by another run
     shards_missing: int  # still to be written by other processes
     problems: tuple[Problem, ...]  # pairs that could not be read; training substitutes them
 
@@ -59,18 +61,14 @@ def encode_cache(
     encoder: Encoder,
     cache_dir: str | Path,
     spec: CacheSpec,
-    *,
-    batch_size: int = 4,
-    num_workers: int = 0,
-    shard_bytes: int = SHARD_BYTES,
-    processes: Processes = ALONE,
+    work: Work = WORK,
 ) -> Encoded:
     """Encode every usable pair and every unique prompt, and the null prompt.
 
-    Variant v of a pair is what online training with `spec.run_seed` sees at its visit v. `batch_size`: pairs per VAE
-    call. This process writes its share of the shards.
+    Variant v of a pair is what online training with `spec.run_seed` sees at its visit v. This process writes its share
+    of the shards.
 
-    Call it again after an interruption: finished shards are kept, and damaged ones are made again. Raises DataError
+    Call it again after an interruption: finished shards are used, and damaged ones are made again. Raises DataError
     when the folder holds a cache of something else, and for a pair or prompt whose values are not finite, by name;
     NoSpaceError when the disk has no room for what is missing.
     """
@@ -79,23 +77,23 @@ def encode_cache(
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
-    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), shard_bytes))
+    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), work.shard_bytes))
     sweep(folder)
     require_room(folder, plan.missing_bytes(folder), "the latent cache")
     problems: dict[int, Problem] = {}  # by index of the pair
     written = 0
 
-    names = processes.share(plan.text_shards())
+    names = work.processes.share(plan.text_shards())
     with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, names, hashed):
             if missing:
                 part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
-                write_shard(folder, name, _encode_text(encoder, part, DTYPES[dtype], batch_size), {})
+                write_shard(folder, name, _encode_text(encoder, part, DTYPES[dtype], work.batch_size), {})
                 written += 1
             bar.update(1)
 
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    names = processes.share(plan.moments_shards())
+    names = work.processes.share(plan.moments_shards())
     total = sum(len(_range(name, plan)) for name in names)
     with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, names, hashed):
@@ -104,16 +102,16 @@ def encode_cache(
                 bar.update(len(indices))
                 continue
             job = _Pixels(table, indices, key, spec.run_seed)
-            tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], batch_size, num_workers, bar.update)
+            tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], work, bar.update)
             tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
             write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)} if unreadable else {})
             for row, each in unreadable.items():
                 index = indices[int(row)]
                 problems[index] = Problem(table.where(index), each["kind"], each["reason"])
             written += 1
-    kept = len(processes.share(plan.text_shards())) + len(names) - written
+    already = len(work.processes.share(plan.text_shards())) + len(names) - written
     found = tuple(problem for _, problem in sorted(problems.items()))
-    return Encoded(folder, key, written, kept, len(plan.missing(folder)), found)
+    return Encoded(folder, key, written, already, len(plan.missing(folder)), found)
 
 
 def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan, bool]:
@@ -189,16 +187,15 @@ def _encode_pixels(
     encoder: Encoder,
     job: _Pixels,
     dtype: torch.dtype,
-    batch_size: int,
-    num_workers: int,
+    work: Work,
     progress: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
     """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors)."""
     loader = DataLoader(
         job,
-        batch_size,
+        work.batch_size,
         collate_fn=list,
-        num_workers=num_workers,
+        num_workers=work.num_workers,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),
     )

@@ -10,7 +10,7 @@ from diffalign.data.formats.columns import Columns
 from diffalign.data.formats.pickapic import Layout, judge
 from diffalign.data.formats.text_files import odd
 from diffalign.data.row import BAD_ROW, ImageError
-from diffalign.data.weights import NEUTRAL, read_number
+from diffalign.data.weights import TERMS, Number
 
 
 class SmallColumns:
@@ -25,7 +25,11 @@ class SmallColumns:
         self._has_label = read(layout.has_label)
         self._uids = [columns.column(name) for name in layout.uids]
         self._scores = [columns.column(name) for name in layout.scores or ()]
-        self._numbers = {part: read(name) for part, name in layout.terms.items() if part in NEUTRAL}
+        self._numbers: dict[str, tuple[Number, Any]] = {
+            part: (number, read(layout.terms[part]))
+            for part, number in TERMS.items()
+            if number is not None and part in layout.terms
+        }
         self._where = columns.where
 
     def prompt(self, row: int) -> str:
@@ -56,8 +60,9 @@ class SmallColumns:
         return one, two
 
     def numbers(self, row: int) -> dict[str, float]:
-        """Weight and margin, those of them that the data have. Raises ImageError."""
-        return {part: read_number(column[row], part, self._where(row)) for part, column in self._numbers.items()}
+        """The terms that are numbers, those of them that the data have. Raises ImageError."""
+        where = self._where(row)
+        return {part: number.read(column[row], part, where) for part, (number, column) in self._numbers.items()}
 
 
 def _score(value: Any) -> float:

@@ -10,6 +10,7 @@ import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffalign.data.formats import pickapic, preference, two_prompts
@@ -25,6 +26,7 @@ from diffalign.data.row import DataError
 from diffalign.data.spec import AS_FOUND, DataSpec
 from diffalign.data.table.index_cache import recall, remember, remembered_at
 from diffalign.data.table.pairs import PairTable
+from diffalign.data.weights import TERMS
 
 log = logging.getLogger(__name__)
 
@@ -89,43 +91,54 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
     if format not in FORMATS:
         raise DataError(f"format={format!r}; allowed are {', '.join(FORMATS)}")
     wanted = [format] if format != "auto" else list(_PARTS)
-    known = {part for name in wanted for part in _PARTS[name].PARTS}
+    known = {part for name in wanted for part in _parts(name)}
     for part, column in columns.items():
         if part not in known:
             raise DataError(f"columns names the part {part!r}; the parts are {', '.join(sorted(known))}")
-        if not column and any(part in _PARTS[name].OPTIONAL for name in wanted):
+        if not column and any(part in _optional(name) for name in wanted):
             continue
         if column not in stored.names:
             raise DataError(f"columns maps {part} to {column!r}, which {_has(stored)}{_near(column, stored)}")
     missing: dict[str, list[str]] = {}
     fitting: dict[str, dict[str, str]] = {}
     for name in wanted:
-        parts = _PARTS[name].PARTS
+        parts = _parts(name)
         found = {part: column for part, column in columns.items() if part in parts}
         for part, names in parts.items():
             present = next((each for each in names if each in stored.names), None)
             if part not in found and present is not None:
                 found[part] = present
         found = {part: column for part, column in found.items() if column}
-        missing[name] = [part for part in parts if part not in found and part not in _PARTS[name].OPTIONAL]
+        missing[name] = [part for part in parts if part not in found and part not in _optional(name)]
         if not missing[name]:
             fitting[name] = found
-    meant = {name: found for name, found in fitting.items() if columns.keys() <= _PARTS[name].PARTS.keys()}
+    meant = {name: found for name, found in fitting.items() if columns.keys() <= _parts(name).keys()}
     if len(meant) > 1:
         raise _several(stored, meant)
     for name, found in (meant or fitting).items():
-        _say_choices(stored, found, _PARTS[name].PARTS, columns)
+        _say_choices(stored, found, _parts(name), columns)
+        terms = {part: found[part] for part in TERMS if part in found}
         if name == two_prompts.FORMAT:
             rows = two_prompts.TwoPrompts(stored, found)
-            return rows, rows.layout
-        return stored, _LAYOUTS[name].layout(found)
+            return rows, replace(rows.layout, terms={part: part for part in terms})
+        return stored, replace(_LAYOUTS[name].layout(found), terms=terms)
     lines = [f"{stored.storage} {_has(stored)}; no known format matches:"]
     for name in sorted(wanted, key=lambda each: len(missing[each])):
         for part in missing[name]:
-            names = _PARTS[name].PARTS[part]
+            names = _parts(name)[part]
             lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
     lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
     raise DataError("\n".join(lines))
+
+
+def _parts(name: str) -> dict[str, tuple[str, ...]]:
+    """Part -> accepted column names of a format, best first, with the terms, which every format may have."""
+    return _PARTS[name].PARTS | {part: (part,) for part in TERMS}
+
+
+def _optional(name: str) -> frozenset[str]:
+    """The parts that may be missing in a format."""
+    return _PARTS[name].OPTIONAL | TERMS.keys()
 
 
 class SeveralFormatsError(DataError):
@@ -136,7 +149,7 @@ def _several(stored: Columns, meant: Mapping[str, Mapping[str, str]]) -> Several
     """The error for rows that have the columns of several formats."""
     lines = [f"{stored.storage} has the columns of several formats:"]
     for name, found in meant.items():
-        needed = [column for part, column in found.items() if part not in _PARTS[name].OPTIONAL]
+        needed = [column for part, column in found.items() if part not in _optional(name)]
         lines.append(f"  {name}: {', '.join(needed)}")
     lines.append(f"set the format: data.format: {next(iter(meant))} in a config, --format on the command line")
     return SeveralFormatsError("\n".join(lines))

@@ -36,7 +36,7 @@ from diffalign.data.row import (
 from diffalign.data.spec import Verify
 from diffalign.data.table.file_hash import Files, file_stat
 from diffalign.data.table.metadata import SmallColumns
-from diffalign.data.weights import NEUTRAL, read_mask
+from diffalign.data.weights import TERMS, read_mask
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class PairTable:
         self._by_file = array("q")  # indices of the pairs that name them
         self._rows, self._first, self._ties = array("q"), bytearray(), bytearray()
         self._scores: list[tuple[float, float]] | None = [] if layout.scores or keep_ties else None
-        self._numbers = {part: array("d") for part in layout.terms if part in NEUTRAL}  # weight, margin
+        self._numbers = {part: array("d") for part in layout.terms if TERMS[part] is not None}
         self.names_files = False  # whether an image looked at was a file of its own, beside the stored rows
         self.negative_masks = False  # whether one below 0 was seen; with verify="none" masks are not looked at
         self._users: tuple[Tensor, array[int]] | None = None  # embeddings [user dim], and each pair's row of them
@@ -104,12 +104,16 @@ class PairTable:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Which of weight, margin and mask the data have."""
+        """Which of the terms in `data/weights.py` the data have."""
         return tuple(self.layout.terms)
 
     def number(self, part: str, index: int) -> float | None:
-        """A pair's weight or margin; None where the data have none."""
-        return self._numbers[part][index] if part in self._numbers else None
+        """A pair's term that is a number; None where the data have none of that name."""
+        return self.numbers(index).get(part)
+
+    def numbers(self, index: int) -> dict[str, float]:
+        """The terms of a pair that are numbers, those of them that the data have."""
+        return {part: values[index] for part, values in self._numbers.items()}
 
     def mask(self, index: int) -> Tensor | None:
         """A pair's mask over its whole picture, float64 [H W]; None where the data have none. Raises ImageError."""

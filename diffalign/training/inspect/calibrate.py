@@ -172,7 +172,7 @@ def _views(run: Run, unit: Objective, steps: int, pairs: int) -> list[_View]:
         batch = next(batches).to(run.accelerator.device)
         probe = ask(unit, batch, run.networks)
         base = predictions(run.networks.policy, probe)
-        views.append(_View(probe, base, _errors(base, probe), float(((base - probe.target) ** 2).mean())))
+        views.append(_View(probe, base, squared_errors(base, probe), float(((base - probe.target) ** 2).mean())))
         found += batch.pairs
     if not any(view.base_square for view in views):  # Inversion-DPO as released
         raise CalibrationError(
@@ -188,7 +188,7 @@ def _look(networks: Networks, unit: Objective, views: Sequence[_View]) -> _Look:
         change += float(((now - view.base) ** 2).mean())
         base += view.base_square
         reference = view.base_errors if view.probe.needs_reference else None
-        evidence = Evidence(_errors(now, view.probe), reference, view.probe.t, view.probe.weight)
+        evidence = view.probe.evidence(squared_errors(now, view.probe), reference)
         logits.append(_logit(unit.score(evidence)).double())
     joined = torch.cat(logits).cpu()
     return _Look(math.sqrt(change / base), _spread(joined), joined)
@@ -310,14 +310,6 @@ def _micro_batches(training: TrainingSection) -> int:
 def _logit(score: Score) -> Tensor:
     assert score.logit is not None  # scale_of has looked
     return score.logit
-
-
-def _errors(prediction: Tensor, probe: Probe) -> Tensor:
-    square = (prediction - probe.target) ** 2
-    if probe.mask is not None:  # as in the engine, which asks the network itself
-        places = probe.mask.to(square)[:, None]
-        square = square * (places if probe.points is None else places[:, None])
-    return square.mean((-3, -2, -1))
 
 
 def _with(objective: Any, field: str, value: float) -> Any:

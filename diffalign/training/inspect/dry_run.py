@@ -112,12 +112,12 @@ def trial(run: Run) -> str:
 
 def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
     """The first pair; on a CPU only a corner of its latents, because this is a look at the machinery."""
-    one = batch.select(slice(0, 1))
+    one = batch.select(pair=slice(0, 1))
     if full:
         return replace(one, latents=one.latents.contiguous())
     corner = (..., slice(TINY_LATENT), slice(TINY_LATENT))
-    mask = None if one.mask is None else one.mask[corner]
-    return replace(one, latents=one.latents[corner].contiguous(), mask=mask)
+    mask = None if one.terms.mask is None else one.terms.mask[corner]
+    return replace(one, latents=one.latents[corner].contiguous(), terms=replace(one.terms, mask=mask))
 
 
 def _memory(run: Run, activations: float, casts: int) -> str:

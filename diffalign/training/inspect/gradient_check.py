@@ -122,7 +122,7 @@ class _Sums:
             frozen = networks.policy if self.run.reference_kind == "none" else networks.reference
             reference = joined_errors(frozen, chunks) if probe.needs_reference else None
         leaf = policy.requires_grad_()
-        evidence = Evidence(leaf, reference, probe.t, probe.weight, probe.pair_weight, probe.pair_margin)
+        evidence = probe.evidence(leaf, reference)
         (slope,) = torch.autograd.grad(weighed(objective.score(evidence), evidence).loss.mean(), leaf)
         for q in range(QUARTERS):
             inside = (quarter == q).to(slope.device)
