@@ -7,8 +7,8 @@ Shape words used everywhere in this package, in this order:
     point   several (x_t, t) per pair and side; objectives with one point per pair have no such axis
     c h w   latent channels, height, width
 
-A record is a frozen dataclass. Each of its fields with axes declares them once, in `field(metadata=axes(...))`. Selecting
-pairs, joining batches, moving and pinning follow from that declaration, so no function lists fields by hand.
+A record is a frozen dataclass. Each of its fields with axes declares them once, in `field(metadata=axes(...))`.
+Selecting pairs, joining batches, moving and pinning follow from that declaration: no function lists fields by hand.
 """
 
 from __future__ import annotations
@@ -80,6 +80,17 @@ class Record:
         """A copy in pinned memory; `DataLoader` calls this."""
         return self.map(lambda x: _shared_once(x, Tensor.pin_memory))
 
+    def pair_first(self) -> dict[str, Tensor]:
+        """Its tensors by name with the pair axis first, as they are stored; with those of records inside it."""
+        found: dict[str, Tensor] = {}
+        for declared in fields(self):
+            value = getattr(self, declared.name)
+            if isinstance(value, Record):
+                found |= value.pair_first()
+            elif isinstance(value, Tensor):
+                found[declared.name] = value.movedim(_axes_of(value, declared).index("pair"), 0)
+        return found
+
     def _each(self, fn: Callable[[Any, Field[Any]], Any]) -> Self:
         """A copy with `fn` applied to every field that has axes and a value."""
         changed: dict[str, Any] = {}
@@ -103,6 +114,9 @@ def cat(records: Sequence[R], axis: str = "pair") -> R:
     changed: dict[str, Any] = {}
     for declared in fields(first):
         values = [getattr(record, declared.name) for record in records]
+        if declared.metadata.get("derived"):
+            changed[declared.name] = None
+            continue
         there = [value is not None for value in values]
         if not any(there):
             continue
@@ -111,8 +125,6 @@ def cat(records: Sequence[R], axis: str = "pair") -> R:
             raise DiffalignError(f"{name} is set in {sum(there)} of {len(there)} batches; set it in all or in none")
         if isinstance(values[0], Record):
             changed[declared.name] = cat(values, axis)
-        elif declared.metadata.get("derived"):
-            changed[declared.name] = None
         elif axis in declared.metadata.get("axes", ()):
             changed[declared.name] = _joined(values, _axes_of(values[0], declared).index(axis))
     return replace(first, **changed)

@@ -33,7 +33,7 @@ def test_what_is_looked_at_stays_on_the_cpu() -> None:
 
 def test_select_and_flatten_are_side_major() -> None:
     cond = Conditioning(torch.arange(12.0).view(2, 3, 2, 1), pooled=torch.arange(6.0).view(2, 3, 1))
-    assert cond.select(slice(1, 2), slice(2, 3)).pooled.flatten().tolist() == [5.0]
+    assert cond.select(side=slice(1, 2), pair=slice(2, 3)).pooled.flatten().tolist() == [5.0]
     assert cond.flatten().pooled.flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert cond.flatten().prompt_embeds.shape == (6, 2, 1)
     assert cond.flatten().distinct_prompts is None
@@ -49,16 +49,14 @@ def test_prompts_that_sides_share_come_along_once() -> None:
     assert torch.equal(flat.prompt_embeds, flat.distinct_prompts.repeat(2, 1, 1))
     assert flat.map(lambda x: x[1:]).distinct_prompts is None
     assert flat.followed_by(flat).distinct_prompts is None
-    assert (
-        Conditioning(prompts.expand(2, -1, -1, -1)).select(slice(0, 1), slice(None)).flatten().distinct_prompts is None
-    )
+    assert Conditioning(prompts.expand(2, -1, -1, -1)).select(side=slice(0, 1)).flatten().distinct_prompts is None
 
 
 def test_transitions_follow_their_pairs() -> None:
     start = torch.randn(1, 3, 4, 2, 2).expand(2, -1, -1, -1, -1)
     moves = Transitions(start, torch.randn(2, 3, 4, 2, 2), torch.tensor([9, 5, 1]), torch.tensor([5, 1, -1]))
     batch = replace(toy_batch(3), transitions=moves)
-    one = batch.select(slice(1, 2)).transitions
+    one = batch.select(pair=slice(1, 2)).transitions
     assert one is not None
     assert (one.t.tolist(), one.t_prev.tolist()) == ([5], [1])
     assert torch.equal(one.clean, moves.clean[:, 1:2])

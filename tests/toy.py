@@ -96,4 +96,4 @@ def toy_transitions(pairs: int = 4, dtype: torch.dtype = torch.float64, seed: in
 
 def single(batch: PairBatch, i: int) -> PairBatch:
     """One pair of a batch as a batch of its own."""
-    return batch.select(slice(i, i + 1))
+    return batch.select(pair=slice(i, i + 1))

@@ -48,7 +48,11 @@ class Number:
 
 
 # The terms by the name of their column, which is that of their field in `types.Terms`; None: a grid, see `read_mask`.
-TERMS: dict[str, Number | None] = {"weight": Number(neutral=1.0, least=0.0), "margin": Number(neutral=0.0), "mask": None}
+TERMS: dict[str, Number | None] = {
+    "weight": Number(neutral=1.0, least=0.0),
+    "margin": Number(neutral=0.0),
+    "mask": None,
+}
 
 
 def terms_of(numbers: Mapping[str, float], mask: Tensor | None) -> Terms:

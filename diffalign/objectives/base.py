@@ -157,8 +157,7 @@ def shared_noise(
 
 
 def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
-    """The objective's probe, without grad, with the pairs' terms (weight, margin, mask) and the reference's errors where
-    they were precomputed.
+    """The objective's probe, without grad, with the pairs' terms (weight, margin, mask) and precomputed errors.
 
     Raises ValueError for a margin where the objective has no use for one, or a mask that is not of the latents' size.
     """

@@ -71,16 +71,15 @@ def chosen_records(resolution: int, found: Candidates, rows: list[int], picks: T
     """Records of the candidates `picks` int64 "row side" at the places `rows`, chosen first; None without rows."""
     if not rows:
         return None
-    at, sides = torch.tensor(rows), picks.shape[1]
-    geometry = sampled_geometry(resolution, len(rows) * sides).unflatten(0, (len(rows), sides))
+    at, sides = torch.tensor(rows), picks.T
     return Records(
         prompt=torch.tensor([found.places[row].row for row in rows]),
         place=torch.tensor([found.places[row].number for row in rows]),
         index=torch.zeros(len(rows), dtype=torch.int64),
-        latents=found.latents[at[:, None], picks],
-        geometry=geometry,
-        seeds=found.seeds[at[:, None], picks],
-        scores=found.scores[at[:, None], picks],
+        latents=found.latents[at, sides],
+        geometry=sampled_geometry(resolution, len(rows)).expand(len(sides), -1, -1),
+        seeds=found.seeds[at, sides],
+        scores=found.scores[at, sides],
     )
 
 

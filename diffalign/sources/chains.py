@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data.loader.offline_pairs import TextMemo
+from diffalign.data.loader.text import TextMemo
 from diffalign.data.transforms import pictures
 from diffalign.engine.predictor import predictor
 from diffalign.engine.random import initial_noise, integers, normal, pair_key
@@ -25,6 +25,7 @@ from diffalign.sources.branching import Rule, Verdict, branching_chain, branchin
 from diffalign.sources.rounds import Records, join
 from diffalign.sources.sampling import guidance_conditioning, sampled_geometry
 from diffalign.sources.stream import Place, Rollout
+from diffalign.types import Transitions
 
 
 class ChainSettings(Protocol):
@@ -149,22 +150,25 @@ class Chains:
         found = [places[i] for i in who.tolist()]
         sides = 1 if self.settings.rule == "every_step" else 2  # how many x_t a pair has: siblings start from one
 
-        def each(values: Tensor) -> Tensor:  # "pair ..." -> "(pair step) ..."
-            return values.repeat_interleave(steps, 0)
+        def each(values: Tensor) -> Tensor:  # "... pair" or "side pair ..." -> as many for each of its steps
+            return values.repeat_interleave(steps, min(1, values.ndim - 1))
 
         path = verdict.path[:, there].float().cpu()
+        moves = Transitions(
+            noisy=path[:sides, :, :-1].flatten(1, 2),
+            clean=path[:, :, 1:].flatten(1, 2),
+            t=verdict.levels[:-1].repeat(len(who)),
+            t_prev=verdict.levels[1:].repeat(len(who)),
+        )
         return Records(
             prompt=each(torch.tensor([place.row for place in found], dtype=torch.int64)),
             place=each(torch.tensor([place.number for place in found], dtype=torch.int64)),
             index=(verdict.index + torch.arange(steps)).repeat(len(who)),
-            latents=each(verdict.judged[:, there].float().cpu().transpose(0, 1)),
-            geometry=sampled_geometry(self.context.resolution, len(who) * steps)[:, None],
-            seeds=each(torch.tensor(self._seeds(found), dtype=torch.int64))[:, None].expand(-1, 2),
-            scores=each(verdict.scores[:, who].float().T),
-            noisy=path[:sides, :, :-1].flatten(1, 2).transpose(0, 1),
-            clean=path[:, :, 1:].flatten(1, 2).transpose(0, 1),
-            t=verdict.levels[:-1].repeat(len(who)),
-            t_prev=verdict.levels[1:].repeat(len(who)),
+            latents=each(verdict.judged[:, there].float().cpu()),
+            geometry=sampled_geometry(self.context.resolution, len(who) * steps)[None],
+            seeds=each(torch.tensor(self._seeds(found), dtype=torch.int64)).expand(2, -1),
+            scores=each(verdict.scores[:, who].float()),
+            transitions=moves,
         )
 
 

@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +37,27 @@ from torch import Tensor
 
 from diffalign.io.files import EMPTY_STAMP, room_for, stamp, stamp_fault, sync, temporary
 from diffalign.sources.base import SourceError
+from diffalign.types import Record, Transitions, axes, cat
 
 FORMAT = "1"
 NO_SEED = -1  # of a picture that was not sampled
+_MOVES = ("noisy", "clean", "t", "t_prev")
+_WITH_SIDES = ("latents", "geometry", "seeds", "scores", "noisy", "clean")
 _SHARE = re.compile(r"share-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Records:
-    """Pairs as they are written; see the head of this file for each field."""
+class Records(Record):
+    """The pairs of a round; see the head of this file for each field. In a file, the pair axis comes first."""
 
-    prompt: Tensor
-    place: Tensor
-    index: Tensor
-    latents: Tensor
-    geometry: Tensor
-    seeds: Tensor
-    scores: Tensor | None = None
-    noisy: Tensor | None = None
-    clean: Tensor | None = None
-    t: Tensor | None = None
-    t_prev: Tensor | None = None
+    prompt: Tensor = field(metadata=axes("pair"))
+    place: Tensor = field(metadata=axes("pair"))
+    index: Tensor = field(metadata=axes("pair"))
+    latents: Tensor = field(metadata=axes("side pair c h w"))
+    geometry: Tensor = field(metadata=axes("side pair 6"))
+    seeds: Tensor = field(metadata=axes("side pair"))
+    scores: Tensor | None = field(default=None, metadata=axes("side pair"))
+    transitions: Transitions | None = None
 
     def __len__(self) -> int:
         return len(self.place)
@@ -105,8 +105,7 @@ def write_share(
     file = place / f"share-{process:05d}-of-{processes:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     if records is not None and len(records):
-        values: dict[str, Any] = {f.name: getattr(records, f.name) for f in fields(Records)}
-        tensors = {name: value.contiguous() for name, value in values.items() if value is not None}
+        tensors = {name: value.contiguous() for name, value in records.pair_first().items()}
     header = {**about.header(0 if records is None else len(records)), "sha256": EMPTY_STAMP}
     if made is not None:
         values = {name: [str(x.dtype).removeprefix("torch."), x.tolist()] for name, x in made.metrics.items()}
@@ -191,11 +190,14 @@ class Round:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """The fields of one pair, without the pair axis."""
+    def __getitem__(self, position: int) -> Records:
+        """One pair."""
         _, _, number, row = self._rows[position]
         share = self._shares[number]
-        return {name: share.get_slice(name)[row : row + 1][0] for name in share.keys()}  # noqa: SIM118
+        found = {name: share.get_slice(name)[row : row + 1] for name in share.keys()}  # noqa: SIM118
+        found |= {name: value.transpose(0, 1) for name, value in found.items() if name in _WITH_SIDES}
+        moves = {name: found.pop(name) for name in _MOVES if name in found}
+        return Records(**found, transitions=Transitions(**moves) if moves else None)
 
 
 def _opened(file: Path, about: About) -> Any:
@@ -216,8 +218,4 @@ def _opened(file: Path, about: About) -> Any:
 def join(parts: list[Records]) -> Records | None:
     """Records one after the other; None where there is none. All have the same fields."""
     parts = [part for part in parts if len(part)]
-    if not parts:
-        return None
-    values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Records)}
-    joined: dict[str, Any] = {name: None if each[0] is None else torch.cat(each) for name, each in values.items()}
-    return Records(**joined)
+    return cat(parts) if parts else None

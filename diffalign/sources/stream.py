@@ -14,14 +14,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.data.loader.offline_pairs import TextMemo
+from diffalign.data.loader.text import TextMemo, for_pairs, for_sides
 from diffalign.data.sampler import PairOrder, positions_for
 from diffalign.engine.random import generator, pair_key, uniform
 from diffalign.sources.base import Context, SourceError
@@ -38,7 +38,7 @@ from diffalign.sources.rounds import (
     write_share,
 )
 from diffalign.sources.sampling import NULL_PROMPT
-from diffalign.types import Conditioning, PairBatch, Transitions
+from diffalign.types import Conditioning, PairBatch, cat
 
 log = logging.getLogger(__name__)
 
@@ -269,28 +269,32 @@ class RoundPairs:
 
     def _batch(self, visits: list[Visit]) -> PairBatch:
         c, table = self.context, self.context.table
-        found = [self._open[visit.round][visit.position] for visit in visits]
-        names = [f"{table.ids[int(p['prompt'])]}\x1f{int(p['place'])}\x1f{int(p['index'])}" for p in found]
+        found = cat([self._open[visit.round][visit.position] for visit in visits])
+        rows, sides = found.prompt.tolist(), len(found.latents)
+        which = zip(rows, found.place.tolist(), found.index.tolist(), strict=True)
+        names = [f"{table.ids[row]}\x1f{place}\x1f{index}" for row, place, index in which]
         keys = torch.tensor([pair_key(c.seed, name, visit.draw) for name, visit in zip(names, visits, strict=True)])
-        fields = {name: torch.stack([pair[name] for pair in found]) for name in found[0]}
-        prompts = tuple(table.prompts[int(row)] for row in fields["prompt"])
+        prompts = tuple(table.prompts[row] for row in rows)
         if c.prompt_dropout > 0:
             dropped = (uniform(keys, "prompt_dropout") < c.prompt_dropout).tolist()
             prompts = tuple(NULL_PROMPT if d else prompt for d, prompt in zip(dropped, prompts, strict=True))
-        sides = fields["latents"].shape[1]
-        time_ids = c.encoder.time_ids(fields["geometry"].transpose(0, 1))
-        embeds, pooled = self.text(prompts)
-        uncond = None
-        if c.with_uncond:
-            null, null_pooled = self.text((NULL_PROMPT,) * len(visits))
-            uncond = _both(null, null_pooled, time_ids, sides)
+        time_ids = c.encoder.time_ids(found.geometry)
+        if time_ids is not None:
+            time_ids = _all_sides(time_ids, sides)
+
+        def conditioning(text: tuple[Tensor, Tensor | None]) -> Conditioning:
+            return replace(for_sides(text, sides), time_ids=time_ids)
+
+        moves = found.transitions
+        if moves is not None:
+            moves = replace(moves, noisy=_all_sides(moves.noisy, sides), clean=_all_sides(moves.clean, sides))
         return PairBatch(
-            latents=fields["latents"].transpose(0, 1),
-            cond=_both(embeds, pooled, time_ids, sides),
+            latents=found.latents,
+            cond=conditioning(self.text(prompts)),
             keys=keys,
-            uncond=uncond,
-            scores=fields["scores"].transpose(0, 1) if "scores" in fields else None,
-            transitions=_transitions(fields, sides),
+            uncond=conditioning(for_pairs(self.text((NULL_PROMPT,)), len(visits))) if c.with_uncond else None,
+            scores=found.scores,
+            transitions=moves,
             ids=tuple(name.replace("\x1f", "/") for name in names),
         )
 
@@ -328,20 +332,6 @@ def _pool(number: int, pairs: int, seed: int, steps: int) -> Line:
     return Line(steps, lambda position: Visit(number, *order(position)), [])
 
 
-def _both(embeds: Tensor, pooled: Tensor | None, time_ids: Tensor | None, sides: int) -> Conditioning:
-    """All sides see one prompt: a view over the side axis."""
-    return Conditioning(
-        embeds.expand(sides, *embeds.shape),
-        None if pooled is None else pooled.expand(sides, *pooled.shape),
-        None if time_ids is None else time_ids.expand(sides, *time_ids.shape[1:]),
-    )
-
-
-def _transitions(fields: dict[str, Tensor], sides: int) -> Transitions | None:
-    if "noisy" not in fields:
-        return None
-
-    def side_first(x: Tensor) -> Tensor:  # a side axis of 1 is shared by both
-        return x.transpose(0, 1).expand(sides, *x.shape[:1], *x.shape[2:])
-
-    return Transitions(side_first(fields["noisy"]), side_first(fields["clean"]), fields["t"], fields["t_prev"])
+def _all_sides(x: Tensor, sides: int) -> Tensor:
+    """A tensor "side …" whose side axis of 1 is shared by all sides."""
+    return x.expand(sides, *x.shape[1:])

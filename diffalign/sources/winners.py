@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.finite import require_latents
-from diffalign.data.loader.dataset import sample_latents as draw_latents
+from diffalign.data.loader.loaded import sample_latents as draw_latents
 from diffalign.data.row import ImageError
 from diffalign.data.table.winners import prepare_winner
 from diffalign.engine.random import pair_key
@@ -45,9 +45,9 @@ def against_winners(
         prompt=torch.tensor([place.row for place in kept]),
         place=torch.tensor([place.number for place in kept]),
         index=torch.zeros(len(kept), dtype=torch.int64),
-        latents=torch.stack([latents, made], dim=1),
-        geometry=torch.stack([geometry, sampled_geometry(context.resolution, len(kept))], dim=1),
-        seeds=torch.stack([torch.full_like(own, NO_SEED), own], dim=1),
+        latents=torch.stack([latents, made]),
+        geometry=torch.stack([geometry, sampled_geometry(context.resolution, len(kept))]),
+        seeds=torch.stack([torch.full_like(own, NO_SEED), own]),
     )
     return Rollout(records, metrics)
 
@@ -78,6 +78,6 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
         if pixels:
             moments = context.encoder.moments(torch.stack(pixels)).cpu()
             require_latents(moments, [table.where(place.row) for place in kept[-len(pixels) :]])
-            found.append(draw_latents(moments[:, None], torch.tensor(keys))[:, 0])
+            found.append(draw_latents(moments[None], torch.tensor(keys))[0])
     empty = torch.empty(0, *context.latent_shape)
     return kept, torch.cat(found) if found else empty, torch.stack(boxes) if boxes else torch.empty(0, 6)

@@ -46,7 +46,7 @@ from diffalign.models.spec import ModelSpec
 from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
 from diffalign.sources import Source
-from diffalign.training.build_source import make_feed
+from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import Identity, refuse_others, run_identity
 from diffalign.training.open_data import open_table
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
@@ -129,7 +129,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     objective.check_schedule(base.schedule)
 
     encoder = Encoder(base, device)
-    feed = make_feed(config, accelerator, table, encoder, _resolution(config.data, base))
+    build_source = source_builder(config, accelerator, table, encoder, _resolution(config.data, base))
     unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
     place(unet, device)
     reference = make_run_reference(config, unet, base.family)
@@ -156,7 +156,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         base=base,
         unet=unet,
         networks=networks,
-        source=feed(networks, unet, reference if isinstance(reference, FormerLora | FormerCopy) else None),
+        source=build_source(networks, unet, reference if isinstance(reference, FormerLora | FormerCopy) else None),
         objective=objective,
         parameters=parameters,
         optimizer=optimizer,

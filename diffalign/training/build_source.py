@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +13,14 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from diffalign.config.schema import Config
-from diffalign.config.sections import DataSection
+from diffalign.config.sections import DataSection, ModelSection, TrainingSection, TuningSection
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
+from diffalign.data.precompute.recording import Work, cache_of
 from diffalign.data.precompute.reference_errors import record_reference, reference_key
 from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
 from diffalign.data.row import DataError
@@ -34,7 +35,7 @@ from diffalign.models.loading.fingerprint import network_fingerprint
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.snapshot_reference import Former
-from diffalign.objectives.base import ask
+from diffalign.objectives.base import Objective, Recordable, ask
 from diffalign.sources import Context, Source
 from diffalign.training.checkpoints.checkpoint import source_states
 from diffalign.training.optim.optimizers import effective_batch
@@ -42,9 +43,9 @@ from diffalign.types import PairBatch
 
 log = logging.getLogger(__name__)
 
-SOURCE_FOLDER = "source"  # in a run's folder: what a source that makes its pairs keeps on disk
+SOURCE_FOLDER = "source"  # in a run's folder: files of a source that makes its pairs
 
-Feed = Callable[[Networks, UNet, Former | None], Source]
+BuildSource = Callable[[Networks, UNet, Former | None], Source]
 
 
 def processes_of(launched: Accelerator | PartialState) -> Processes:
@@ -52,33 +53,47 @@ def processes_of(launched: Accelerator | PartialState) -> Processes:
     return Processes(launched.process_index, launched.num_processes)
 
 
-def make_feed(config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int) -> Feed:
-    """What makes the run's source once its networks are there.
+def source_builder(
+    config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int
+) -> BuildSource:
+    """A function that makes the run's source once its networks are there.
 
-    What needs no UNet is done here, before that takes its memory: filling an encode cache, and looking at the base's
-    weights while they are still as they were loaded.
+    What needs no UNet is done here, before that takes its memory: filling a latent cache, and the fingerprint of the
+    base's weights while they are still as they were loaded.
     """
     if config.source is not None:
-        return partial(_own_pairs, config, accelerator, table, encoder, resolution)
+        return _own_source(config, accelerator, table, encoder, resolution)
+    data, training = config.data, config.training
     pairs = cast("PairTable", table)
-    make = _source_maker(config, accelerator, pairs, encoder)
-    content = _content(config, accelerator, pairs, encoder, resolution)
-    keep = {"trajectories": config.data.cache_trajectories, "errors": config.data.cache_reference_errors}
-    if not isinstance(content, PairCache) or not any(keep.values()):
+    make = partial(OfflinePairs, pairs, spec=_loader_spec(config, accelerator, pairs), time_ids=encoder.time_ids)
+    content = _content(data, config.seed, accelerator, pairs, encoder, resolution)
+    if not (data.cache_trajectories or data.cache_reference_errors):
         return lambda networks, unet, former: make(content)
     fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
-    kept = _trajectories if keep["trajectories"] else _reference_errors
 
-    def with_kept(networks: Networks, unet: UNet, former: Former | None) -> Source:
-        return make(kept(config, accelerator, make(content), content, networks, fingerprint))
+    def with_results(networks: Networks, unet: UNet, former: Former | None) -> Source:
+        source = make(content)
+        work = Work(training.train_batch_size, processes=processes_of(accelerator), counts=networks)
+        found: Trajectories | ReferenceErrors
+        facts: dict[str, Any]
+        if data.cache_trajectories:
+            facts = {"network": fingerprint, "precision": training.mixed_precision}
+            found = _trajectories(config.objective, source, networks, facts, work)
+        else:
+            kernels = _kernels(config.model, config.tuning, training, accelerator.device)
+            found = _reference_errors(
+                config.objective, source, networks, {"network": fingerprint, "kernels": kernels}, work
+            )
+        accelerator.wait_for_everyone()
+        return make(found)
 
-    return with_kept
+    return with_results
 
 
 def encode_run(
     data: DataSection, run_seed: int, table: PairTable, encoder: Encoder, resolution: int, processes: Processes
 ) -> CacheKey:
-    """Fills the run's encode cache as far as it is not there yet; this process writes its share of the shards.
+    """Fills the run's latent cache as far as it is not there yet; this process writes its share of the shards.
 
     Returns the key of that cache.
     """
@@ -99,57 +114,54 @@ def encode_run(
     return done.key
 
 
-def _own_pairs(
-    config: Config,
-    accelerator: Accelerator,
-    table: Table,
-    encoder: Encoder,
-    resolution: int,
-    networks: Networks,
-    unet: UNet,
-    former: Former | None,
-) -> Source:
-    """The source of a run that makes its pairs, and what it is given to work with."""
+def _own_source(
+    config: Config, accelerator: Accelerator, table: Table, encoder: Encoder, resolution: int
+) -> BuildSource:
+    """Builds the source of a run that makes its pairs, and all that it may use."""
+    assert config.source is not None, "only such a run has none of these pairs"
     assert encoder.base.vae is not None, "only a run with a cache unloads its encoder"
-    side = resolution // vae_factor(encoder.base.vae)
+    build, side = config.source.build, resolution // vae_factor(encoder.base.vae)
     output_dir = Path(config.output_dir)
-    context = Context(
-        networks=networks,
-        unet=unet,
-        former=former,
-        family=networks.family,
-        encoder=encoder,
-        table=table,
-        seed=config.seed,
-        train_batch_size=config.training.train_batch_size,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
-        folder=output_dir / SOURCE_FOLDER,
-        saved=lambda: source_states(output_dir),
-        latent_shape=(unet.config.in_channels, side, side),
-        resolution=resolution,
-        device=accelerator.device,
-        center_crop=config.data.center_crop,
-        random_flip=config.data.random_flip,
-        prompt_dropout=config.data.proportion_empty_prompts,
-        with_uncond=config.objective.needs_uncond,
-    )
-    return config.source.build(context)
+
+    def with_networks(networks: Networks, unet: UNet, former: Former | None) -> Source:
+        return build(
+            Context(
+                networks=networks,
+                unet=unet,
+                former=former,
+                family=networks.family,
+                encoder=encoder,
+                table=table,
+                seed=config.seed,
+                train_batch_size=config.training.train_batch_size,
+                gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+                process=accelerator.process_index,
+                processes=accelerator.num_processes,
+                wait=accelerator.wait_for_everyone,
+                folder=output_dir / SOURCE_FOLDER,
+                saved=lambda: source_states(output_dir),
+                latent_shape=(unet.config.in_channels, side, side),
+                resolution=resolution,
+                device=accelerator.device,
+                center_crop=config.data.center_crop,
+                random_flip=config.data.random_flip,
+                prompt_dropout=config.data.proportion_empty_prompts,
+                with_uncond=config.objective.needs_uncond,
+            )
+        )
+
+    return with_networks
 
 
-def _source_maker(
-    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder
-) -> Callable[[Online | PairCache | Trajectories | ReferenceErrors], OfflinePairs]:
-    """From where the pixels come from to the run's source of batches."""
+def _loader_spec(config: Config, accelerator: Accelerator, table: PairTable) -> LoaderSpec:
+    """How the run draws, groups and reads its pairs."""
     data, training = config.data, config.training
     order = None
     if data.curriculum is not None:
         steps = data.curriculum.steps or training.max_train_steps
         positions = steps * effective_batch(training, accelerator.num_processes)
         order = curriculum(table, config.seed, data.curriculum.chunks, positions)
-    spec = LoaderSpec(
+    return LoaderSpec(
         run_seed=config.seed,
         train_batch_size=training.train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -162,7 +174,6 @@ def _source_maker(
         num_workers=data.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return partial(OfflinePairs, table, spec=spec, time_ids=encoder.time_ids)
 
 
 def curriculum(table: PairTable, seed: int, chunks: int, positions: int) -> CurriculumOrder:
@@ -178,91 +189,60 @@ def curriculum(table: PairTable, seed: int, chunks: int, positions: int) -> Curr
 
 
 def _content(
-    config: Config, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
+    data: DataSection, run_seed: int, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
 ) -> Online | PairCache:
-    """The pixels themselves, or the encode cache, which is filled as far as it is not yet."""
-    data = config.data
+    """The images themselves, or the latent cache, which is filled as far as it is not yet."""
     if data.cache_dir is None:
         return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
-    key = encode_run(data, config.seed, table, encoder, resolution, processes_of(accelerator))
+    key = encode_run(data, run_seed, table, encoder, resolution, processes_of(accelerator))
     accelerator.wait_for_everyone()
     return open_cache(data.cache_dir, key)
 
 
 def _trajectories(
-    config: Config,
-    accelerator: Accelerator,
-    source: OfflinePairs,
-    cache: PairCache,
-    networks: Networks,
-    fingerprint: str,
+    objective: Recordable, source: OfflinePairs, networks: Networks, facts: Mapping[str, Any], work: Work
 ) -> Trajectories:
     """The trajectories of all pairs, made as far as they are not there yet; each process makes its share."""
-    objective = config.objective
-    facts = {
-        "network": fingerprint,
-        "precision": config.training.mixed_precision,
-        "objective": objective.name,
-        "recording": objective.recording,
-    }
-    levels = objective.levels(networks.schedule)
-    folder, per_shard = record_trajectories(
-        source,
-        cache,
-        trajectory_key(cache, facts),
-        lambda batch: objective.record(batch.to(accelerator.device), networks),
-        len(levels),
-        batch_size=config.training.train_batch_size,
-        processes=processes_of(accelerator),
-        counts=networks,
-    )
-    accelerator.wait_for_everyone()
+    cache, levels = cache_of(source), objective.levels(networks.schedule)
+    key = trajectory_key(cache, {**facts, "objective": objective.name, "recording": objective.recording})
+
+    def record(batch: PairBatch) -> Tensor:
+        return objective.record(batch.to(networks.device), networks)
+
+    folder, per_shard = record_trajectories(source, key, record, len(levels), work)
     return Trajectories(cache, folder, per_shard, levels, objective.visited)
 
 
 def _reference_errors(
-    config: Config,
-    accelerator: Accelerator,
-    source: OfflinePairs,
-    cache: PairCache,
-    networks: Networks,
-    fingerprint: str,
+    objective: Objective, source: OfflinePairs, networks: Networks, facts: Mapping[str, Any], work: Work
 ) -> ReferenceErrors:
     """The reference's errors at all draws, asked as far as they are not there yet; then the reference can go."""
-    objective, device, draws = config.objective, accelerator.device, config.data.draws_per_pair
-    assert draws is not None, "a config without it is refused"
+    assert source.spec.draws is not None, "a config without it is refused"
 
     def asked(batch: PairBatch) -> Tensor:
         with torch.no_grad():
-            return errors(networks.reference, ask(objective, batch.to(device), networks))
+            return errors(networks.reference, ask(objective, batch.to(networks.device), networks))
 
-    facts = {"network": fingerprint, "drawn": objective.drawn, "kernels": _kernels(config, device)}
-    folder, per_shard = record_reference(
-        source,
-        cache,
-        reference_key(source, cache, facts),
-        asked,
-        draws,
-        processes=processes_of(accelerator),
-        counts=networks,
-    )
-    accelerator.wait_for_everyone()
+    key = reference_key(source, {**facts, "drawn": objective.drawn})
+    folder, per_shard = record_reference(source, key, asked, source.spec.draws, work)
     networks.forget_reference()
-    return ReferenceErrors(cache, folder, per_shard)
+    return ReferenceErrors(cache_of(source), folder, per_shard)
 
 
-def _kernels(config: Config, device: torch.device) -> dict[str, Any]:
-    """What decides how a forward rounds: kept errors must be those that the reference would give now."""
-    fused = kernels_by(device) if config.model.fused_kernels else None
+def _kernels(
+    model: ModelSection, tuning: TuningSection, training: TrainingSection, device: torch.device
+) -> dict[str, Any]:
+    """What decides how a forward rounds: stored errors must be those that the reference would give now."""
+    fused = kernels_by(device) if model.fused_kernels else None
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
-        "tuning": config.tuning.method,  # matmul looks at requires_grad to choose between kernels
-        "precision": config.training.mixed_precision,
-        "allow_tf32": config.training.allow_tf32,
-        "attention": config.model.attention,
-        "compile": config.model.compile,
-        "channels_last": config.model.channels_last,
+        "tuning": tuning.method,  # matmul looks at requires_grad to choose between kernels
+        "precision": training.mixed_precision,
+        "allow_tf32": training.allow_tf32,
+        "attention": model.attention,
+        "compile": model.compile,
+        "channels_last": model.channels_last,
         "text": "once for both sides",  # matmuls of other sizes may round otherwise
         **({} if fused is None else {"fused_kernels": fused}),
     }

@@ -131,7 +131,7 @@ def test_the_same_pictures_give_the_same_moments_and_embeddings(tiny_sdxl: Path,
         assert geometry[0].tolist() == [64, 64, 0, 0, 64, 64]
         embeds, pooled = peer._encode([row["tokens_one"][None], row["tokens_two"][None]])
         own_embeds, own_pooled = cache.text(i)
-        torch.testing.assert_close(own_embeds, embeds[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(own_pooled, pooled[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own_embeds, embeds, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own_pooled, pooled, rtol=1e-4, atol=1e-5)
     peer.step()
     assert peer.logged[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.cache.latents import PairCache, open_cache
+from diffalign.data.precompute.recording import Work
 from diffalign.data.precompute.reference_errors import record_reference, reference_key
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
@@ -150,7 +151,7 @@ def test_recordings_that_are_not_finite_are_not_kept(table: PairTable, cache: Pa
 
     pairs = source(table, cache)
     with pytest.raises(DataError, match=r"reference's error of pair a0:b0 .* is not finite and is not stored"):
-        record_reference(pairs, cache, reference_key(pairs, cache, {}), errors, 1)
+        record_reference(pairs, reference_key(pairs, {}), errors, 1, Work())
 
 
 def test_a_full_disk_is_named_before_and_while_shards_are_written(

@@ -107,9 +107,9 @@ def test_masks_follow_crop_and_flip_of_their_images(tmp_path: Path) -> None:
     for position in range(24):
         loaded = source.visits.__getitems__([position])
         assert loaded.pixels is not None
-        assert loaded.mask is not None
-        mean = encoder.moments(loaded.pixels[:, 0])[0, 0]
-        torch.testing.assert_close(loaded.mask[0], mean, rtol=0, atol=1e-5)
+        assert loaded.terms.mask is not None
+        mean = encoder.moments(loaded.pixels[0])[0, 0]
+        torch.testing.assert_close(loaded.terms.mask[0], mean, rtol=0, atol=1e-5)
         seen.append(mean)
     assert len({tuple(x.flatten().tolist()) for x in seen}) > 20  # crops differ
 
@@ -121,10 +121,10 @@ def test_the_cache_gives_the_terms_of_the_pixels(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "cache", done.key)
     online, cached = take(batches(table), 8), take(batches(table, content=cache), 8)
     for one, other in zip(online, cached, strict=True):
-        assert one.mask is not None
-        assert other.mask is not None
-        assert torch.equal(one.mask, other.mask)
-        assert one.mask.shape == (2, 4, 4)
+        assert one.terms.mask is not None
+        assert other.terms.mask is not None
+        assert torch.equal(one.terms.mask, other.terms.mask)
+        assert one.terms.mask.shape == (2, 4, 4)
         torch.testing.assert_close(one.latents, other.latents)
 
 
@@ -199,17 +199,17 @@ def test_every_format_has_them(make: Callable[[Path], Path], tmp_path: Path) -> 
         assert (table.number("weight", i), table.number("margin", i)) == (0.5, -2.0)
         assert table.mask(i).tolist() == GRID  # type: ignore[union-attr]
     batch = take(batches(table), 1)[0]
-    assert batch.weight is not None
-    assert batch.margin is not None
-    assert batch.mask is not None
-    assert (batch.weight.tolist(), batch.margin.tolist()) == ([0.5, 0.5], [-2.0, -2.0])
-    assert batch.mask.shape == (2, 4, 4)
-    assert batch.mask.dtype == torch.float32
+    assert batch.terms.weight is not None
+    assert batch.terms.margin is not None
+    assert batch.terms.mask is not None
+    assert (batch.terms.weight.tolist(), batch.terms.margin.tolist()) == ([0.5, 0.5], [-2.0, -2.0])
+    assert batch.terms.mask.shape == (2, 4, 4)
+    assert batch.terms.mask.dtype == torch.float32
 
 
 def test_data_without_them_have_none(tmp_path: Path) -> None:
     batch = take(batches(open_pairs(write_parquet(tmp_path / "pairs.parquet", pick_rows(3)))), 1)[0]
-    assert (batch.weight, batch.margin, batch.mask) == (None, None, None)
+    assert (batch.terms.weight, batch.terms.margin, batch.terms.mask) == (None, None, None)
 
 
 def test_empty_cells_are_neutral(tmp_path: Path) -> None:
@@ -217,12 +217,12 @@ def test_empty_cells_are_neutral(tmp_path: Path) -> None:
     rows[1] |= dict.fromkeys(TERMS)
     batch = take(batches(open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))), 1)[0]
     i = batch.ids.index("a1:b1")
-    assert batch.weight is not None
-    assert batch.margin is not None
-    assert batch.mask is not None
-    assert (batch.weight[i].item(), batch.margin[i].item()) == (1.0, 0.0)
-    assert torch.equal(batch.mask[i], torch.ones(4, 4))
-    assert batch.weight[1 - i].item() == 0.5
+    assert batch.terms.weight is not None
+    assert batch.terms.margin is not None
+    assert batch.terms.mask is not None
+    assert (batch.terms.weight[i].item(), batch.terms.margin[i].item()) == (1.0, 0.0)
+    assert torch.equal(batch.terms.mask[i], torch.ones(4, 4))
+    assert batch.terms.weight[1 - i].item() == 0.5
 
 
 @pytest.mark.parametrize(

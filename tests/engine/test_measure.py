@@ -43,7 +43,7 @@ def test_errors_are_the_mean_squared_difference_by_hand() -> None:
     evidence = measure(models, probe)
     for side in range(2):
         for pair in range(2):
-            cond = probe.cond.select(slice(side, side + 1), slice(pair, pair + 1)).flatten()
+            cond = probe.cond.select(side=slice(side, side + 1), pair=slice(pair, pair + 1)).flatten()
             out = models.net(probe.xt[side, pair][None], probe.t[pair][None], cond)[0]
             expected = ((out - probe.target[side, pair]) ** 2).sum() / out.numel()
             torch.testing.assert_close(evidence.policy[side, pair], expected)

@@ -241,6 +241,6 @@ def test_the_lever_acts_and_kept_errors_know_it(
         unet = prepare_policy(base, config, torch.device(DEVICE))
         kinds = [type(m) for m in unet.modules()]
         assert (kinds.count(FusedResnetBlock2D), kinds.count(FusedGEGLU)) == ((8, 8) if fused else (0, 0))
-        facts.append(_kernels(config, torch.device(DEVICE)))
+        facts.append(_kernels(config.model, config.tuning, config.training, torch.device(DEVICE)))
     assert "fused_kernels" not in facts[0]
     assert facts[1] == {**facts[0], "fused_kernels": kernels_by(DEVICE)}

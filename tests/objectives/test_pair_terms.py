@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.engine.measure import measure, measure_and_backward
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, InversionDPO
 from diffalign.objectives.base import ask, require_terms
-from diffalign.types import Evidence, PairBatch, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score, Terms
 from tests.toy import single, toy_batch, toy_models
 
 TAKES_MARGIN = [name for name, cls in OBJECTIVES.items() if getattr(cls, "takes_margin", False)]
@@ -23,12 +23,16 @@ TAKES_SIGNS = [name for name, cls in OBJECTIVES.items() if getattr(cls, "takes_s
 def terms(batch: PairBatch, weight: float = 1.0, margin: float = 0.0, mask: Tensor | float = 1.0) -> PairBatch:
     n, (h, w) = batch.pairs, batch.latents.shape[-2:]
     like: dict[str, Any] = {"dtype": batch.latents.dtype}
-    return replace(
+    return with_terms(
         batch,
         weight=torch.full((n,), weight, **like),
         margin=torch.full((n,), margin, **like),
         mask=torch.full((n, h, w), mask, **like) if isinstance(mask, float) else mask.expand(n, h, w),
     )
+
+
+def with_terms(batch: PairBatch, **changed: Tensor | None) -> PairBatch:
+    return replace(batch, terms=replace(batch.terms, **changed))
 
 
 def step(objective: Any, batch: PairBatch, **change: Any) -> tuple[Evidence, Score, list[Tensor]]:
@@ -44,7 +48,7 @@ def test_neutral_terms_change_no_bit(name: str) -> None:
     objective, batch = OBJECTIVES[name](), toy_batch(4, torch.float32)
     neutral = terms(batch)
     if name not in TAKES_MARGIN:
-        neutral = replace(neutral, margin=None)
+        neutral = with_terms(neutral, margin=None)
     _, plain, expected = step(objective, batch)
     _, score, grads = step(objective, neutral)
     assert torch.equal(score.loss, plain.loss)
@@ -57,7 +61,7 @@ def test_a_weight_multiplies_the_loss_and_its_gradient(name: str) -> None:
     objective, batch = OBJECTIVES[name](), toy_batch(3)
     weights = torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64)
     _, plain, _ = step(objective, batch)
-    _, score, grads = step(objective, replace(batch, weight=weights))
+    _, score, grads = step(objective, with_terms(batch, weight=weights))
     torch.testing.assert_close(score.loss, weights * plain.loss, rtol=1e-12, atol=0)
     alone = [step(objective, single(batch, i))[2] for i in range(3)]
     for i, grad in enumerate(grads):
@@ -68,9 +72,8 @@ def test_a_weight_multiplies_the_loss_and_its_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_batch_is_its_singletons_with_terms(name: str) -> None:
     objective, g = OBJECTIVES[name](), torch.Generator().manual_seed(1)
-    batch = toy_batch(4)
-    batch = replace(
-        batch,
+    batch = with_terms(
+        toy_batch(4),
         weight=torch.rand(4, generator=g, dtype=torch.float64),
         margin=torch.randn(4, generator=g, dtype=torch.float64) if name in TAKES_MARGIN else None,
         mask=torch.rand(4, 6, 6, generator=g, dtype=torch.float64),
@@ -82,7 +85,7 @@ def test_batch_is_its_singletons_with_terms(name: str) -> None:
 def test_margin_by_hand() -> None:
     """E_policy = (.4, .5), E_reference = (.5, .5), beta = 20: logit 1, and log(1 + e^-(1 - 3)) with a margin of 3."""
     errors = (torch.tensor([[0.4], [0.5]]).double(), torch.tensor([[0.5], [0.5]]).double())
-    score = DiffusionDPO(beta=20.0).score(Evidence(*errors, pair_margin=torch.tensor([3.0]).double()))
+    score = DiffusionDPO(beta=20.0).score(Evidence(*errors, terms=Terms(margin=torch.tensor([3.0]).double())))
     assert score.loss.item() == pytest.approx(math.log1p(math.exp(2)))
     assert score.logit is not None
     assert score.logit.item() == pytest.approx(1.0)  # what the policy says, not what is asked of it
@@ -131,7 +134,7 @@ def test_masked_errors_by_hand() -> None:
     models.policy = models.reference = lambda xt, t, cond: xt  # type: ignore[method-assign]
     assert measure(models, probe).policy.tolist() == [[7.5], [7.5]]
     mask = torch.tensor([[[1.0, 0.0], [-1.0, 0.5]]])
-    masked = measure(models, replace(probe, mask=mask))
+    masked = measure(models, replace(probe, terms=Terms(mask=mask)))
     assert masked.policy.tolist() == [[0.0], [0.0]]
     assert masked.reference.tolist() == [[0.0], [0.0]]  # type: ignore[union-attr]
 
@@ -142,7 +145,7 @@ def test_where_the_mask_is_zero_nothing_counts(name: str) -> None:
     objective, batch = OBJECTIVES[name](), toy_batch(3)
     mask = torch.ones(6, 6, dtype=torch.float64)
     mask[:3, 2:] = 0.0
-    batch = replace(terms(batch, mask=mask), margin=None)
+    batch = with_terms(terms(batch, mask=mask), margin=None)
     target = ask(objective, batch, toy_models(apart=0.05)).target
     inside, outside = target.clone(), target.clone()
     inside[..., :3, 2:] += 1.0
@@ -161,7 +164,7 @@ def test_a_mask_of_minus_one_is_the_pair_with_its_sides_swapped(name: str) -> No
     seen, plain, _ = step(objective, batch)
     reference = None if seen.reference is None else seen.reference.flip(0)
     swapped = objective.score(replace(seen, policy=seen.policy.flip(0), reference=reference))
-    _, score, _ = step(objective, replace(terms(batch, mask=-1.0), margin=None))
+    _, score, _ = step(objective, with_terms(terms(batch, mask=-1.0), margin=None))
     torch.testing.assert_close(score.logit, -plain.logit, rtol=1e-12, atol=1e-15)  # type: ignore[operator]
     torch.testing.assert_close(score.loss, swapped.loss, rtol=1e-12, atol=1e-15)
 
@@ -170,12 +173,12 @@ def test_densedpos_sum_over_places() -> None:
     """-log s(-(b/2) sum over places of l (D^c - D^r) / (c h w)), from predictions, place by place."""
     objective, batch, models = DiffusionDPO(beta=50.0), toy_batch(2), toy_models(apart=0.1)
     label = torch.randint(-1, 2, (2, 6, 6), generator=torch.Generator().manual_seed(3)).double()
-    probe = ask(objective, replace(batch, mask=label), models)
+    probe = ask(objective, with_terms(batch, mask=label), models)
     got = objective.score(measure(models, probe)).loss
     for i in range(2):
         total = 0.0
         for side, sign in ((0, 1), (1, -1)):
-            cond = batch.cond.select(slice(side, side + 1), slice(i, i + 1)).flatten()
+            cond = batch.cond.select(side=slice(side, side + 1), pair=slice(i, i + 1)).flatten()
             x, tau = probe.xt[side, i : i + 1], probe.target[side, i]
             theta, ref = (net(x, probe.t[i : i + 1], cond)[0] for net in (models.policy, models.reference))
             d = ((theta - tau) ** 2 - (ref - tau) ** 2).sum(0)  # over channels, "h w"
@@ -186,7 +189,7 @@ def test_densedpos_sum_over_places() -> None:
 def test_terms_go_the_two_passes_as_they_go_one() -> None:
     objective = InversionDPO(steps=5, points_per_forward=2)
     g = torch.Generator().manual_seed(2)
-    batch = replace(
+    batch = with_terms(
         toy_batch(3),
         weight=torch.rand(3, generator=g, dtype=torch.float64),
         margin=torch.rand(3, generator=g, dtype=torch.float64),
@@ -201,17 +204,18 @@ def test_terms_go_the_two_passes_as_they_go_one() -> None:
 
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask of shape \(4, 6, 5\): these latents need \(pair, h, w\) = \(4, 6, 6\)"):
-        ask(DiffusionDPO(), replace(toy_batch(), mask=torch.ones(4, 6, 5)), toy_models())
+        ask(DiffusionDPO(), with_terms(toy_batch(), mask=torch.ones(4, 6, 5)), toy_models())
 
 
 def test_terms_follow_their_pairs() -> None:
-    batch = replace(
+    batch = with_terms(
         toy_batch(3), weight=torch.arange(3.0), margin=torch.arange(3.0), mask=torch.arange(3.0)[:, None, None]
     )
-    for part in (batch.select(slice(1, 3)), batch.to("cpu").select(slice(1, 3))):
+    for chosen in (batch.select(pair=slice(1, 3)), batch.to("cpu").select(pair=slice(1, 3))):
+        part = chosen.terms
         assert part.weight is not None
         assert part.margin is not None
         assert part.mask is not None
         assert part.weight.tolist() == part.margin.tolist() == part.mask.flatten().tolist() == [1.0, 2.0]
-    moved = batch.to("meta")
+    moved = batch.to("meta").terms
     assert {x.device.type for x in (moved.weight, moved.margin, moved.mask) if x is not None} == {"meta"}

@@ -146,18 +146,19 @@ def test_the_batch_and_the_process_change_no_pair(make_context: MakeContext) -> 
         (int(whole.place[i]), int(whole.index[i])) for i in order
     ]
     for i, (_, _, part, j) in zip(order, sorted(rows, key=lambda r: r[:2]), strict=True):
-        assert torch.equal(part.t[j], whole.t[i])
-        assert torch.equal(part.seeds[j], whole.seeds[i])
-        for name in ("noisy", "clean", "latents"):
+        found, expected = (r.select(pair=slice(k, k + 1)) for r, k in ((part, j), (whole, i)))
+        assert torch.equal(found.transitions.t, expected.transitions.t)
+        assert torch.equal(found.seeds, expected.seeds)
+        for x, y in zip(found.pair_first().values(), expected.pair_first().values(), strict=True):
             # x̂_0 at the noisiest levels magnifies the rounding of a batch of another size
-            torch.testing.assert_close(getattr(part, name)[j], getattr(whole, name)[i], rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
 
 
 def test_a_second_visit_to_a_prompt_draws_anew(make_context: MakeContext) -> None:
     context = make_context("sd", PROMPTS)
     first, again = (records(context, 4, range(n, n + 1)).records for n in (0, len(PROMPTS)))
     assert torch.equal(first.prompt, again.prompt)
-    assert not torch.equal(first.noisy, again.noisy)
+    assert not torch.equal(first.transitions.noisy, again.transitions.noisy)
 
 
 def test_faults_are_named(make_context: MakeContext) -> None:

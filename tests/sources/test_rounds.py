@@ -12,6 +12,7 @@ from safetensors import safe_open
 from diffalign.sources.base import SourceError
 from diffalign.sources.rounds import About, Round, join, round_folder, rounds_there, shares, write_share
 from diffalign.sources.stream import Place
+from diffalign.types import Transitions
 from tests.sources.toy import made
 
 ABOUT = About(round=3, policy_version=40, key="k")
@@ -27,26 +28,28 @@ def test_shares_are_read_as_one_round_in_order(tmp_path: Path) -> None:
     assert shares(tmp_path, 3) == []  # not all there yet
     write_share(tmp_path, made(places(5)), ABOUT, 2, 3)
     found = Round(tmp_path, ABOUT)
-    assert [(int(pair["place"]), int(pair["index"])) for pair in map(found.__getitem__, range(len(found)))] == [
+    assert [(int(pair.place), int(pair.index)) for pair in map(found.__getitem__, range(len(found)))] == [
         (2, 0),
         (2, 1),
         (5, 0),
         (8, 0),
         (8, 1),
     ]
-    assert float(found[1]["latents"][1, 0, 0, 0]) == 21.0
+    assert float(found[1].latents[1, 0, 0, 0, 0]) == 21.0
     assert rounds_there(tmp_path) == [3]
 
 
 def test_transitions_travel_with_shared_sides_stored_once(tmp_path: Path) -> None:
     records = made(places(1, 2))
-    noisy, clean = torch.randn(2, 1, 5, 1, 2, 2), torch.randn(2, 2, 5, 1, 2, 2)
+    noisy, clean = torch.randn(1, 2, 5, 1, 2, 2), torch.randn(2, 2, 5, 1, 2, 2)
     t = torch.arange(10).view(2, 5)
-    write_share(tmp_path, replace(records, noisy=noisy, clean=clean, t=t, t_prev=t - 1), ABOUT, 0, 1)
-    pair = Round(tmp_path, ABOUT)[1]
-    assert pair["noisy"].shape == (1, 5, 1, 2, 2)
-    assert torch.equal(pair["clean"], clean[1])
-    assert pair["t"].tolist() == [5, 6, 7, 8, 9]
+    file = write_share(tmp_path, replace(records, transitions=Transitions(noisy, clean, t, t - 1)), ABOUT, 0, 1)
+    moves = Round(tmp_path, ABOUT)[1].transitions
+    assert moves.noisy.shape == (1, 1, 5, 1, 2, 2)
+    assert torch.equal(moves.clean, clean[:, 1:])
+    assert moves.t.tolist() == [[5, 6, 7, 8, 9]]
+    with safe_open(file, "pt") as opened:
+        assert torch.equal(opened.get_tensor("clean"), clean.transpose(0, 1))
 
 
 def test_the_header_says_where_pairs_come_from(tmp_path: Path) -> None:
@@ -79,4 +82,4 @@ def test_join() -> None:
     assert join([]) is None
     both = join([made(places(1)), made(places(2, 3))])
     assert both.place.tolist() == [1, 2, 3]
-    assert both.noisy is None
+    assert both.transitions is None

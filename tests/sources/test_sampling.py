@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffalign.data.loader.offline_pairs import TextMemo
+from diffalign.data.loader.text import TextMemo
 from diffalign.data.transforms import pictures
 from diffalign.engine.random import initial_noise
 from diffalign.models.adapters.save_load import load_pipeline

@@ -64,10 +64,10 @@ def made(places: list[Place], pairs: int = 1, sides: int = 2) -> Records | None:
         prompt=prompt,
         place=number,
         index=index,
-        latents=value[:, None, None, None, None].expand(-1, sides, 1, 2, 2),
-        geometry=torch.full((len(rows), sides, 6), 8),
-        seeds=torch.zeros(len(rows), sides, dtype=torch.int64),
-        scores=torch.stack([value, -value], 1)[:, :sides],
+        latents=value[:, None, None, None].expand(sides, -1, 1, 2, 2),
+        geometry=torch.full((sides, len(rows), 6), 8),
+        seeds=torch.zeros(sides, len(rows), dtype=torch.int64),
+        scores=torch.stack([value, -value])[:sides],
     )
 
 

@@ -87,7 +87,7 @@ def build_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> BuildRun:
     def make(base: Base, overrides: dict[str, object]) -> Run:
         monkeypatch.setattr(setup, "load_run_base", lambda config: base)
         monkeypatch.setattr(setup, "Encoder", lambda base, device: None)
-        monkeypatch.setattr(setup, "make_feed", lambda *args: lambda networks, unet, former: None)
+        monkeypatch.setattr(setup, "source_builder", lambda *args: lambda networks, unet, former: None)
         tree: dict[str, Any] = {
             "output_dir": str(tmp_path),
             "model": {"pretrained_model_name_or_path": "in memory"},

@@ -13,6 +13,7 @@ import torch
 import diffalign.training.run as module
 from diffalign.config.schema import Config, ConfigError
 from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.precompute.recording import Work
 from diffalign.data.precompute.reference_errors import record_reference
 from diffalign.data.row import DataError
 from diffalign.data.sampler import Processes
@@ -201,14 +202,13 @@ def test_unreadable_pairs_are_left_out_and_shards_are_shared(tmp_path: Path) -> 
 
     key = {"network": "a"}
     for process in range(2):
-        folder, per_shard = record_reference(
-            source(cache), cache, key, errors, 3, pairs_per_shard=4, processes=Processes(process, 2)
-        )
+        work = Work(processes=Processes(process, 2))
+        folder, per_shard = record_reference(source(cache), key, errors, 3, work, pairs_per_shard=4)
     assert per_shard == 4
     assert len(list(folder.glob("errors-*.safetensors"))) == 3 * 2
     assert set(sizes) == {2}  # the last batch of a shard with three readable pairs is filled up
     made = len(sizes)
-    record_reference(source(cache), cache, key, errors, 3, pairs_per_shard=4)
+    record_reference(source(cache), key, errors, 3, Work(), pairs_per_shard=4)
     assert len(sizes) == made
     batches = source(ReferenceErrors(cache, folder, per_shard)).batches()
     for _ in range(12):  # every pair at all of its draws

@@ -209,8 +209,9 @@ class PairCache:
         """
         moments, geometry = self.moments(index, draw)
         keys = torch.tensor([key], dtype=torch.int64)
-        embeds, pooled = self.null_text() if prompt is None else self.text(index)
-        return Loaded(keys, geometry[:, None], latents=sample_latents(moments[:, None], keys), cond=for_sides((embeds, pooled)))
+        latents = sample_latents(moments[:, None], keys)
+        text = for_sides(self.null_text() if prompt is None else self.text(index))
+        return Loaded(keys, geometry[:, None], latents=latents, cond=text)
 
     def flip(self, name: str, key: int, draw: int) -> bool:
         """Whether the variant for this draw was mirrored."""

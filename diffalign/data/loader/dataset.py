@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class Visits(Dataset[Loaded]):
         return dropout <= 0 or float(uniform(torch.tensor([key], dtype=torch.int64), "prompt_dropout")) >= dropout
 
     def _terms(self, index: int, key: int, draw: int, geometry: Tensor) -> Terms:
-        """The pair's terms: numbers as they are, masks on the latents as these are cropped and flipped at this visit."""
+        """The pair's terms; its mask on the latents, cropped and flipped as they are at this visit."""
         mask, grid = None, self.table.mask(index)
         if grid is not None and self.latent_side is not None:
             where = self.table.where(index)

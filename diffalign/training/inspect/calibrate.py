@@ -31,7 +31,7 @@ from torch import Tensor
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import TrainingSection
-from diffalign.engine.measure import measure_and_backward, predictions
+from diffalign.engine.measure import measure_and_backward, predictions, squared_errors
 from diffalign.errors import DiffalignError
 from diffalign.models.policy.networks import Networks
 from diffalign.objectives import Objective

@@ -29,7 +29,7 @@ from diffalign.objectives import DiffusionDPO, Objective
 from diffalign.objectives.base import ask
 from diffalign.training.build import Run
 from diffalign.training.metrics import QUARTERS
-from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe
+from diffalign.types import CHOSEN, REJECTED, PairBatch, Probe
 
 
 @dataclass(frozen=True)

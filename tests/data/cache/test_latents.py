@@ -18,6 +18,7 @@ from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, cache_k
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import Encoded, encode_cache
+from diffalign.data.precompute.recording import Work
 from diffalign.data.row import DataError
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
@@ -39,7 +40,7 @@ def table(tmp_path: Path) -> PairTable:
 def encode(table: PairTable, folder: Path, encoder: FakeEncoder | None = None, **options: Any) -> Encoded:
     spec = {name: options.pop(name) for name in ("variants", "dtype", "run_seed", *SHAPE) if name in options}
     made = CacheSpec(**({**SHAPE, "run_seed": 3} | spec))
-    return encode_cache(table, encoder or FakeEncoder(), folder, made, **({"shard_bytes": SHARD} | options))
+    return encode_cache(table, encoder or FakeEncoder(), folder, made, Work(**({"shard_bytes": SHARD} | options)))
 
 
 def needed(table: PairTable, **options: Any) -> CacheKey:

@@ -15,6 +15,7 @@ from diffalign.data.cache.latents import PairCache, open_cache
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.precompute.recording import Work
 from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
 from diffalign.data.sampler import Processes
 from diffalign.data.spec import DataSpec
@@ -64,9 +65,8 @@ def made(
     table: PairTable, cache: PairCache, inverter: Inverter, network: str = "a", process: int = 0, processes: int = 1
 ) -> tuple[Path, int]:
     key = trajectory_key(cache, {"network": network, "recording": {"steps": 4}})
-    return record_trajectories(
-        source(table, cache), cache, key, inverter, 5, shard_bytes=SHARD, processes=Processes(process, processes)
-    )
+    work = Work(shard_bytes=SHARD, processes=Processes(process, processes))
+    return record_trajectories(source(table, cache), key, inverter, 5, work)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

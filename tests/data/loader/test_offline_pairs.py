@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.data.loader import offline_pairs as source
-from diffalign.data.loader.dataset import sample_latents, substitute
+from diffalign.data.loader import text as source
+from diffalign.data.loader.dataset import substitute
+from diffalign.data.loader.loaded import sample_latents
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError

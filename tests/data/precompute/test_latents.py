@@ -45,7 +45,7 @@ def test_killed_encoding_goes_on_where_it_stopped(table: PairTable, tmp_path: Pa
         open_cache(folder, needed(table))
     encoder = FakeEncoder()
     result = encode(table, folder, encoder, batch_size=2)
-    assert (result.shards_written, result.shards_kept, result.shards_missing) == (2, 3, 0)
+    assert (result.shards_written, result.shards_found, result.shards_missing) == (2, 3, 0)
     assert encoder.image_calls == 2
     for name, content in finished.items():
         assert (folder / name).read_bytes() == content
@@ -87,7 +87,7 @@ def test_runs_that_fill_one_folder_at_once_share_the_work(tmp_path: Path) -> Non
     for thread in threads:
         thread.join()
     assert len(results) == 2
-    assert sum(result.shards_kept for result in results) >= 6  # of 13; 12 with no shard encoded twice
+    assert sum(result.shards_found for result in results) >= 6  # of 13; 12 with no shard encoded twice
     encode(table, tmp_path / "alone")
     assert {file.name for file in (tmp_path / "cache").iterdir()} == {f.name for f in (tmp_path / "alone").iterdir()}
     for file in (tmp_path / "alone").iterdir():
@@ -107,7 +107,7 @@ def test_another_run_that_finishes_meanwhile_is_not_repeated(table: PairTable, t
     fresh = folder / ".moments-00000.safetensors.node2.17.cd"
     fresh.write_bytes(b"being written")
     result = encode(table, folder, Overtaken(), batch_size=2)
-    assert (result.shards_written, result.shards_kept, result.shards_missing) == (2, 3, 0)  # the text and that shard
+    assert (result.shards_written, result.shards_found, result.shards_missing) == (2, 3, 0)  # the text and that shard
     assert fresh.read_bytes() == b"being written"
 
 

@@ -157,7 +157,7 @@ def test_batches_carry_the_users_of_their_pairs(cached: bool, tmp_path: Path) ->
         for cond in (batch.cond, batch.uncond):
             assert torch.equal(cond.user[0, pair], expected)
             assert torch.equal(cond.user[1, pair], expected)
-    part = batch.select(slice(1, 3)).to("cpu").cond
+    part = batch.select(pair=slice(1, 3)).to("cpu").cond
     assert torch.equal(part.user, batch.cond.user[:, 1:3])
     joined = part.flatten().followed_by(part.flatten())
     assert joined.user.shape == (8, 3)

@@ -79,7 +79,7 @@ def test_what_differs_is_named(
     for what in ("pairs", "base"):
         shutil.copytree(tmp_path / what, tmp_path / f"{what}.kept")
     with monkeypatch.context() as patch:
-        patch.setattr("diffalign.training.build.make_feed", lambda *_: pytest.fail("something was encoded"))
+        patch.setattr("diffalign.training.build.source_builder", lambda *_: pytest.fail("something was encoded"))
         for what, change, words in CHANGES.values():
             change(tmp_path / what)
             with pytest.raises(CheckpointError, match=rf"(?s)checkpoint-2 is of a run .*\n  {words}.*\nput back what"):
