@@ -28,7 +28,7 @@ from diffalign.experimental.fused_geglu import geglu, geglu_eager
 from diffalign.experimental.fused_norm import NHWC, group_norm_silu, group_norm_silu_eager
 from diffalign.experimental.fusing import fuse_kernels
 from diffalign.models.kernels.checkpointing import Checkpointing, set_checkpointing
-from diffalign.training.inspect.activation_memory import Kept
+from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.run import environment
 from tests.gpu_models import SDXL_UNET
 
@@ -119,7 +119,7 @@ def kept(unet: nn.Module, side: int) -> int:
     inputs = unet_inputs(unet, 1, side)
     inputs["sample"] = inputs["sample"].to(torch.bfloat16).contiguous(memory_format=NHWC)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to(torch.bfloat16)
-    with Kept() as found:
+    with SavedForBackward() as found:
         out = unet(**inputs)[0]
     del out
     return found.bytes

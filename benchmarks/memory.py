@@ -28,7 +28,7 @@ from benchmarks.peak import Peak
 from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.experimental.fusing import fuse_kernels
 from diffalign.models.kernels.checkpointing import set_checkpointing, store_for_autocast
-from diffalign.training.inspect.activation_memory import Kept
+from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.inspect.dry_run import OPTIMIZER_BYTES
 from diffalign.training.run import environment
 from tests.gpu_models import SDXL_UNET
@@ -92,7 +92,7 @@ def activations(unet: nn.Module, checkpointing: str, pictures: int, side: int) -
     }
     for p in unet.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    with Kept() as kept:
+    with SavedForBackward() as kept:
         out = unet(**inputs)[0]
     del out
     with Peak() as peak:

@@ -1,4 +1,4 @@
-"""Every packaged config is built and takes its trial step: small models of its family, pictures and pairs of the world.
+"""Every packaged config is built and takes its dry run: small models of its family, pictures and pairs of the world.
 
 What a test cannot have is replaced, and nothing else: weights, pairs, prompts, scorers, and an optimiser that CUDA has.
 """
@@ -52,7 +52,7 @@ def test_builds_and_takes_a_step(
 ) -> None:
     main(["check", str(CONFIGS[name]), *replaced(name, tmp_path / "out", request)])
     said = capsys.readouterr().out
-    assert "trial step" in said
+    assert "dry run" in said
     assert "gradient norm" in said or "past fp16's range" in said
     assert not (tmp_path / "out").exists()  # a look leaves nothing behind
 

@@ -175,7 +175,7 @@ def _train(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
     from diffalign.training.build import build
-    from diffalign.training.inspect.dry_run import describe, trial
+    from diffalign.training.inspect.dry_run import describe, dry_run
     from diffalign.training.optim.optimizers import effective_lr
     from diffalign.training.preference_model.train import check_preference_run
     from diffalign.training.processes import make_accelerator, on_main
@@ -208,7 +208,7 @@ def _check(args: argparse.Namespace) -> None:
         )
         if accelerator.is_main_process:
             print(describe(planned))
-        tried = trial(planned)
+        tried = dry_run(planned)
         if accelerator.is_main_process:
             print(tried)
         accelerator.wait_for_everyone()  # the folder goes with the main process

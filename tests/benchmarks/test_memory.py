@@ -17,7 +17,7 @@ from benchmarks.peak import Peak
 from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.models.policy.reference import FrozenCopy
-from diffalign.training.inspect.activation_memory import Kept
+from diffalign.training.inspect.activation_memory import SavedForBackward
 from tests.test_training_configs import header
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_the_peak_reaches_into_a_checkpoints_second_forward() -> None:
             x = checkpoint(layer, x, use_reentrant=False)
         return x.sum()
 
-    with Kept() as kept:
+    with SavedForBackward() as kept:
         out = whole(x)
     assert kept.bytes == 9 * 4000 + 4  # nine layers' inputs made here, and the sum
     with Peak() as peak:
@@ -102,7 +102,7 @@ def test_the_activations_are_those_of_autocast(checkpointing: str, tiny_sdxl: Pa
     unet.set_attn_processor(FusedAttention())
     set_checkpointing(unet, checkpointing)
     inputs = unet_inputs(unet, 2, 32, device="cuda")
-    with Kept(unet.parameters()) as kept, torch.autocast("cuda", torch.bfloat16):
+    with SavedForBackward(unet.parameters()) as kept, torch.autocast("cuda", torch.bfloat16):
         out = unet(**inputs)[0]
     del out
     assert kept.bytes == pytest.approx(counted, rel=0.05)

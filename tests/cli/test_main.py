@@ -121,7 +121,7 @@ def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         "1.25 M parameters",
         "0.00032 = 1e-05 x 32 (scale_lr)",
         "9.38 epochs of 1024",
-        "trial step",
+        "dry run",
         "loss 0.693147",
     ):
         assert part in printed

@@ -26,7 +26,7 @@ from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import LoraOff, make_reference
 from diffalign.training.build import prepare_policy
 from diffalign.training.build_source import _kernels
-from diffalign.training.inspect.activation_memory import Kept
+from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.types import Conditioning
 from tests.models.conftest import Model, move_lora
 
@@ -198,7 +198,7 @@ def test_fewer_bytes_and_fewer_nodes(tiny_sdxl: Path) -> None:
         inputs["sample"] = inputs["sample"].contiguous(memory_format=NHWC)
         bytes_ = kept_bytes(unet, inputs)
         expected = expected if fused else sum(answers)
-        with Kept() as kept:
+        with SavedForBackward() as kept:
             out = unet(**inputs)[0]
         found[fused] = bytes_, nodes(out), kept.bytes
     assert found[False][0] - found[True][0] == expected

@@ -1,7 +1,7 @@
 """How much memory a forward leaves behind for its backward, counted without a GPU.
 
-Autograd's saved-tensor hooks do not see what a checkpoint keeps. So this looks at storages: every one that an operation
-of the forward made and that is still alive when the backward begins. It works on any device, `meta` included.
+Autograd's saved-tensor hooks do not see what gradient checkpointing saves. So this counts storages: every one that an
+operation of the forward made and that is still alive when the backward begins. It works on any device, `meta` included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class Kept(TorchDispatchMode):
+class SavedForBackward(TorchDispatchMode):
     """Bytes alive at the beginning of a backward pass; of several, those of the largest.
 
     A compiled block runs uncompiled within it.
@@ -25,14 +25,14 @@ class Kept(TorchDispatchMode):
     def __init__(self, weights: Iterable[nn.Parameter] = ()) -> None:
         """Copies of `weights` in another dtype are counted apart: they are the same for every batch."""
         super().__init__()
-        self.bytes = 0  # grows with pictures and their size
+        self.bytes = 0  # grows with the number of images and their size
         self.casts = 0  # weights in autocast's dtype
         self._shapes = {shape for p in weights if p.ndim > 1 for shape in (p.shape, p.shape[::-1])}
         self._made: dict[int, tuple[StorageWeakRef, int, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._current_graph_task_id() != -1:
-            self._look()
+            self._count()
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
@@ -44,11 +44,11 @@ class Kept(TorchDispatchMode):
         return out
 
     def __exit__(self, *error: Any) -> None:
-        self._look()
+        self._count()
         super().__exit__(*error)
 
-    def _look(self) -> None:
-        """Counts what is alive, once for each forward."""
+    def _count(self) -> None:
+        """Counts the storages that are alive, once for each forward."""
         if not self._made:
             return
         sizes = {True: 0, False: 0}

@@ -1,8 +1,8 @@
 """Which scale of the logit, and which learning rate, fit this model and these pairs? Measured, before a run.
 
 Where a run starts, policy and reference are equal and every logit is exactly 0, whatever β is: β can only be judged
-after a small movement. So a few optimiser steps are taken with the run's own optimiser and pairs, and at pairs not
-trained on two things are watched as the policy moves away:
+after a small movement. So calibration takes a few optimiser steps with the run's own optimiser and pairs. At other
+pairs it measures two things as the policy moves away:
 
     movement m   rms change of the network's predictions, divided by the rms error of the reference there
     spread       of the logit for a scale of 1, over pairs, t and noise: half the distance between its 10th and 90th
@@ -11,23 +11,25 @@ trained on two things are watched as the policy moves away:
     scale  the logit's spread is 1 where m = 5 %: 80 % of the pairs then have a σ(−h) within about .22 and .78
     lr     highest: one step has m = 5 %; lowest: all steps of the run have m = 5 %, if they all agree
 
-The steps follow the gradient that the loss has at the start (the logit's own, which no σ damps), so the scale that was
-configured has no part in the measurement. They are repeated at another learning rate until 5 % is reached between the
-2nd and the last of them, so neither has the configured learning rate. Adam's first steps have every parameter move by
-about lr, whatever the gradient's size; what that does to the predictions is measured and not assumed.
+The steps follow the gradient that the loss has at the start (the logit's own, which no σ damps), so the measurement
+does not depend on the configured scale. They are repeated at another learning rate until 5 % is reached between the
+2nd and the last of them, so it does not depend on the configured learning rate either. In Adam's first steps every
+parameter moves by about lr, whatever the gradient's size; the effect on the predictions is measured.
 
-docs/calibration.md has the reasons and the limits. Memory is a training step and a copy of what is trained.
+docs/calibration.md gives the reasons and the limits. Memory: a training step, and a copy of what is trained.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import TrainingSection
@@ -39,7 +41,9 @@ from diffalign.objectives.base import ask
 from diffalign.training.build import Run
 from diffalign.training.inspect.calibration_report import LARGEST_STEP, MOVEMENT, Calibration, Point
 from diffalign.training.optim.optimizers import make_lr_scheduler, make_optimizer
-from diffalign.types import Evidence, Probe, Score
+from diffalign.types import Evidence, PairBatch, Probe, Score
+
+log = logging.getLogger(__name__)
 
 NORMAL_90 = 1.2816  # the 90th percentile of a standard normal variable
 ATTEMPTS = 8  # learning rates tried
@@ -57,7 +61,7 @@ class Scale:
 
     field: str
     wanted: float = 1.0  # spread aimed at, of the value of the field times the spread
-    in_logit: bool = True  # False (ipo): the reported logit is the bare difference of errors
+    in_logit: bool = True  # False: the logit that the objective reports does not contain the scale
 
 
 def calibratable(config: Config) -> Scale:
@@ -67,17 +71,17 @@ def calibratable(config: Config) -> Scale:
     """
     if config.source is not None:
         raise CalibrationError(
-            f"source {config.source.name} makes its pairs while training: there are none to measure at before a run. "
-            "Calibrate the same objective on pairs of the same kind that are there already, without the source"
+            f"source {config.source.name} generates its pairs while training: there are none to measure before a run. "
+            "Calibrate the same objective on existing pairs of the same kind, without the source"
         )
     if config.tuning.resume_lora is not None:
         raise CalibrationError(
-            "tuning.resume_lora: the policy has left its reference already, so no logit is 0; calibrate without it"
+            "tuning.resume_lora: the policy differs from its reference already, so no logit is 0; calibrate without it"
         )
     if config.training.mixed_precision == "fp16":
         raise CalibrationError(
             "training.mixed_precision: fp16 skips its first steps to find a loss scale; calibrate with "
-            "training.mixed_precision=bf16 (or '\"no\"'): what is proposed holds for fp16 as well"
+            "training.mixed_precision=bf16 (or '\"no\"'): its proposals are valid for fp16 too"
         )
     return scale_of(config.objective)
 
@@ -96,7 +100,7 @@ def scale_of(objective: Objective) -> Scale:
 
 
 def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
-    """Measures and proposes. The run's weights are as before when it returns, and nothing is written.
+    """Measures, and proposes a scale and a learning rate. It restores the run's weights and writes nothing.
 
     steps: optimiser steps of the path, a power of two, at least 4. pairs: those at which the spread is measured.
     Raises CalibrationError for runs that cannot be calibrated (see `calibratable`), for an objective without gradient
@@ -108,13 +112,13 @@ def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
         raise CalibrationError(f"steps = {steps}: give a power of two, at least 4")
     scale, objective, training = calibratable(run.config), run.objective, run.config.training
     unit = objective if not scale.in_logit else _with(objective, scale.field, 1)
-    views = _views(run, unit, steps, pairs)
+    views = _views(run.networks, run.source.batches(steps), unit, pairs)
     configured, anchored = float(getattr(objective, scale.field)), objective.needs_reference
-    start = _look(run.networks, unit, views)
+    start = _observed(run.networks, unit, views)
     followed = unit
     if not anchored:
         followed = _with(objective, scale.field, scale.wanted / start.spread)
-    path, logits, lr = _find_path(run, _Following(unit, followed, tuple(views), steps, anchored))
+    path, logits, lr = _find_path(_Walk(run, unit, followed, tuple(views), steps, anchored))
     spread = _spread_at(path, MOVEMENT) if anchored else start.spread
     nearest = min(logits, key=lambda p: abs(math.log(p[0] / MOVEMENT)))[1] if anchored else start.logits
     h = nearest / _spread(nearest) * (1.0 if anchored else scale.wanted)
@@ -149,7 +153,7 @@ def calibrate(run: Run, steps: int = 16, pairs: int = 128) -> Calibration:
 
 @dataclass(frozen=True)
 class _View:
-    """Points at which the policy is looked at, and what the base said there."""
+    """Points at which the policy is observed, and the base's answers there."""
 
     probe: Probe
     base: Tensor  # predictions
@@ -158,30 +162,31 @@ class _View:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Observed:
     movement: float
     spread: float
     logits: Tensor
 
 
-def _views(run: Run, unit: Objective, steps: int, pairs: int) -> list[_View]:
-    """Pairs that come after those of the path; the points are made by the base and stay."""
+def _views(networks: Networks, batches: Iterator[PairBatch], unit: Objective, pairs: int) -> list[_View]:
+    """So many pairs, or a few more, which come after those of the path; the base chooses their points."""
     views, found = [], 0
-    batches = run.source.batches(steps)
-    while found < pairs:
-        batch = next(batches).to(run.accelerator.device)
-        probe = ask(unit, batch, run.networks)
-        base = predictions(run.networks.policy, probe)
-        views.append(_View(probe, base, squared_errors(base, probe), float(((base - probe.target) ** 2).mean())))
-        found += batch.pairs
-    if not any(view.base_square for view in views):  # Inversion-DPO as released
+    with _progress(pairs, f"the base at {pairs} pairs", " pairs") as bar:
+        while found < pairs:
+            batch = next(batches).to(networks.device)
+            probe = ask(unit, batch, networks)
+            base = predictions(networks.policy, probe)
+            views.append(_View(probe, base, squared_errors(base, probe), float(((base - probe.target) ** 2).mean())))
+            found += batch.pairs
+            bar.update(batch.pairs)
+    if not any(view.base_square for view in views):  # its targets are its own predictions
         raise CalibrationError(
-            f"{unit.name} with these settings has no gradient where training starts: the base answers as asked"
+            f"{unit.name} with these settings has no gradient where training starts: the base's error is 0"
         )
     return views
 
 
-def _look(networks: Networks, unit: Objective, views: Sequence[_View]) -> _Look:
+def _observed(networks: Networks, unit: Objective, views: Sequence[_View]) -> _Observed:
     change, base, logits = 0.0, 0.0, []
     for view in views:
         now = predictions(networks.policy, view.probe)
@@ -191,13 +196,14 @@ def _look(networks: Networks, unit: Objective, views: Sequence[_View]) -> _Look:
         evidence = view.probe.evidence(squared_errors(now, view.probe), reference)
         logits.append(_logit(unit.score(evidence)).double())
     joined = torch.cat(logits).cpu()
-    return _Look(math.sqrt(change / base), _spread(joined), joined)
+    return _Observed(math.sqrt(change / base), _spread(joined), joined)
 
 
 @dataclass(frozen=True)
-class _Following:
-    """What leads the path, and what is looked at on it."""
+class _Walk:
+    """The steps of one calibration: their gradient, and where the policy is observed on the way."""
 
+    run: Run
     unit: Objective  # the objective with a scale of 1
     followed: Objective  # whose gradient is followed
     views: tuple[_View, ...]
@@ -205,13 +211,15 @@ class _Following:
     anchored: bool
 
 
-def _find_path(run: Run, following: _Following) -> tuple[list[Point], list[tuple[float, Tensor]], float]:
+def _find_path(walk: _Walk) -> tuple[list[Point], list[tuple[float, Tensor]], float]:
     """The path at a learning rate at which 5 % is reached after the 2nd step and before the end."""
-    kept = [p.detach().clone() for p in run.parameters]
+    run = walk.run
+    before = [p.detach().clone() for p in run.parameters]
     lr = run.lr
     try:
-        for _ in range(ATTEMPTS):
-            path, logits = _path(run, following, lr, kept)
+        for attempt in range(1, ATTEMPTS + 1):
+            with _progress(walk.steps, f"attempt {attempt}, learning rate {lr:.2g}", " steps") as bar:
+                path, logits = _path(walk, lr, before, bar)
             last = path[-1].movement
             second = [p for p in path if p.step <= 2][-1].movement
             if second < MOVEMENT <= last < math.inf:
@@ -220,50 +228,58 @@ def _find_path(run: Run, following: _Following) -> tuple[list[Point], list[tuple
             between = math.sqrt(second * last)
             lr *= min(100.0, max(0.01, MOVEMENT / between)) if between < math.inf else 0.01
     finally:
-        _restore(run.parameters, kept)
+        _restore(run.parameters, before)
     raise CalibrationError(
-        f"no learning rate was found with which {following.steps} steps move the predictions by {MOVEMENT:.0%} "
-        f"(the last one tried was {lr:.2g}): look at the data and at training.optimizer's settings"
+        f"no learning rate was found with which {walk.steps} steps move the predictions by {MOVEMENT:.0%} "
+        f"(the last one tried was {lr:.2g}): check the data and training.optimizer's settings"
     )
 
 
-def _path(
-    run: Run, following: _Following, lr: float, kept: list[Tensor]
-) -> tuple[list[Point], list[tuple[float, Tensor]]]:
-    """Steps from the base at a constant learning rate, looked at after 1, 2, 4, … of them."""
-    training, followed, anchored = run.config.training, following.followed, following.anchored
-    _restore(run.parameters, kept)
+def _path(walk: _Walk, lr: float, before: list[Tensor], bar: Any) -> tuple[list[Point], list[tuple[float, Tensor]]]:
+    """Steps from the base at a constant learning rate; the policy is observed after 1, 2, 4, … of them."""
+    run, training = walk.run, walk.run.config.training
+    _restore(run.parameters, before)
     optimizer = make_optimizer(run.parameters, training, lr)
     batches, micro = run.source.batches(0), _micro_batches(training)
     limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
-    norm = math.sqrt(sum(float((w.double() ** 2).sum()) for w in kept))
+    norm = math.sqrt(sum(float((w.double() ** 2).sum()) for w in before))
     path, logits = [], []
 
     def score(evidence: Evidence) -> Score:
-        found = followed.score(evidence)
-        return replace(found, loss=-LIFT * _logit(found)) if anchored else found
+        found = walk.followed.score(evidence)
+        return replace(found, loss=-LIFT * _logit(found)) if walk.anchored else found
 
-    for step in range(1, following.steps + 1):
+    for step in range(1, walk.steps + 1):
         for _ in range(micro):
             batch = next(batches).to(run.accelerator.device)
-            probe = ask(followed, batch, run.networks)
+            probe = ask(walk.followed, batch, run.networks)
             measure_and_backward(run.networks, probe, score, scale=1 / micro)
         gradient = torch.nn.utils.clip_grad_norm_(run.parameters, limit)
         if step == 1 and float(gradient) == 0:  # weight decay alone would move something
             raise CalibrationError(f"{run.objective.name} with these settings has no gradient where training starts")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        bar.update()
         if step & (step - 1):
             continue
-        now = _look(run.networks, following.unit, following.views)
-        moved = math.sqrt(sum(float(((p.detach() - w).double() ** 2).sum()) for p, w in zip(run.parameters, kept)))
+        now = _observed(run.networks, walk.unit, walk.views)
+        moved = math.sqrt(sum(float(((p.detach() - w).double() ** 2).sum()) for p, w in zip(run.parameters, before)))
         finite = math.isfinite(now.movement)
         path.append(Point(step, now.movement if finite else math.inf, now.spread, moved / norm))
+        bar.set_postfix(moved=f"{now.movement:.2%}")
         if not finite:
             break
         if now.movement > 0:
             logits.append((now.movement, now.logits))
     return path, logits
+
+
+def _progress(total: int, stage: str, unit: str) -> Any:
+    """A bar with rate and time left on a terminal; elsewhere one log line for the stage."""
+    bar = tqdm(total=total, desc=stage, unit=unit, disable=None)
+    if bar.disable:
+        log.info("calibrate: %s", stage)
+    return bar
 
 
 def _spread(logits: Tensor) -> float:
@@ -308,7 +324,7 @@ def _micro_batches(training: TrainingSection) -> int:
 
 
 def _logit(score: Score) -> Tensor:
-    assert score.logit is not None  # scale_of has looked
+    assert score.logit is not None  # scale_of refuses objectives without one
     return score.logit
 
 
@@ -319,12 +335,12 @@ def _with(objective: Any, field: str, value: float) -> Any:
 
 
 @torch.no_grad()
-def _restore(parameters: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    for p, w in zip(parameters, kept, strict=True):
+def _restore(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for p, w in zip(parameters, before, strict=True):
         p.copy_(w)
         p.grad = None
 
 
 def _rounded(value: float) -> float:
-    """Two digits: more would be a pretence."""
+    """Two digits, as many as the measurement justifies."""
     return float(f"{value:.1e}")

@@ -1,4 +1,4 @@
-"""What `training/inspect/calibrate.py` measured, what follows from it, and how that is said."""
+"""The figures that `training/inspect/calibrate.py` measures, what follows from them, and the report in words."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 MOVEMENT = 0.05  # m at which the logit's standard deviation is to be 1
 LARGEST_STEP = MOVEMENT  # m of one step at the highest learning rate
-TOLERANCE = 3.0  # a configured scale within this factor of the proposed one is left alone
+TOLERANCE = 3.0  # a configured scale within this factor of the proposed one is not changed
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where the policy stood after so many steps."""
+    """The policy's distance from the base after so many steps."""
 
     step: int
     movement: float  # m
@@ -42,11 +42,11 @@ class Calibration:
     path: tuple[Point, ...]
     path_lr: float  # in force on the path
     batch: int  # pairs in each of its steps
-    pairs: int  # looked at
+    pairs: int  # at which the policy was observed
 
     @property
     def changes(self) -> dict[str, float]:
-        """Overrides for the config: what is proposed, where that differs from what is there by more than it matters."""
+        """Overrides for the config: the proposals that differ from the configured values by more than TOLERANCE."""
         found = {}
         if not 1 / TOLERANCE <= self.configured / self.proposed <= TOLERANCE:
             found[f"objective.{self.field}"] = self.proposed
@@ -60,16 +60,16 @@ def report(found: Calibration) -> str:
     name, value = f"objective.{found.field}", _number(found.proposed)
     lines = ["| step | predictions moved | spread of the logit at a scale of 1 | weights moved |", "|---|---|---|---|"]
     lines += [f"| {p.step} | {p.movement:.2%} | {p.spread:.3g} | {p.weights:.2g} |" for p in found.path]
-    lines += [f"(steps of {found.batch} pairs at lr {found.path_lr:.2g}, looked at on {found.pairs} other pairs)", ""]
+    lines += [f"(steps of {found.batch} pairs at lr {found.path_lr:.2g}, measured on {found.pairs} other pairs)", ""]
     if found.anchored:
         lines.append(
             f"{name}: when the predictions have moved by {MOVEMENT:.0%} of the reference's error, the logit's spread "
-            f"is {found.spread:.3g} for a scale of 1. It is to be {found.wanted:g} there: {value}."
+            f"is {found.spread:.3g} for a scale of 1. It should be {found.wanted:g} there: {value}."
         )
     else:
         lines.append(
             f"{name}: there is no reference, so logits differ before any step, with a spread of "
-            f"{found.spread:.3g} for a scale of 1. It is to be {found.wanted:g} at the start: {value}."
+            f"{found.spread:.3g} for a scale of 1. It should be {found.wanted:g} at the start: {value}."
         )
     mean, low, high = found.factor
     lines.append(
@@ -95,16 +95,17 @@ def _judged(found: Calibration) -> str:
     ratio = found.configured / found.proposed
     given = f"The configured {_number(found.configured)}"
     if 1 / TOLERANCE <= ratio <= TOLERANCE:
-        return f"{given} is within a factor of {TOLERANCE:g} of that: leave it."
+        return f"{given} is within a factor of {TOLERANCE:g} of that: keep it."
     much = f"{given} is {max(ratio, 1 / ratio):.2g} times too {'large' if ratio > 1 else 'small'}"
     if found.movement_at_configured is None:
-        return f"{much}: {'most pairs would have no gradient' if ratio > 1 else 'all pairs would count alike'}."
+        return (
+            f"{much}: {'most pairs would have no gradient' if ratio > 1 else 'all pairs would have the same weight'}."
+        )
     moved = found.movement_at_configured
     if ratio > 1:
         return f"{much}: pairs would saturate once the predictions have moved by {moved:.1g} of the error."
     return (
-        f"{much}: nothing would hold the policy back before the predictions have moved by {moved:.2g} times the "
-        "reference's error."
+        f"{much}: no pair would saturate before the predictions have moved by {moved:.2g} times the reference's error."
     )
 
 
@@ -113,7 +114,7 @@ def _lr_judged(found: Calibration) -> str:
     if found.lowest > found.highest:
         return f"The run is too short for that: take more steps. Proposed: {found.proposed_learning_rate:.2g}."
     if found.lowest <= found.learning_rate <= found.highest:
-        return f"{given} is between them: leave it."
+        return f"{given} is between them: keep it."
     side = "above" if found.learning_rate > found.highest else "below"
     return f"{given} is {side} both; proposed is their geometric mean, {found.proposed_learning_rate:.2g}."
 

@@ -87,14 +87,14 @@ def _run(config: PreferenceModelConfig, accelerator: Accelerator) -> dict[str, f
 
 
 def check_preference_run(config: PreferenceModelConfig, accelerator: Accelerator) -> str:
-    """Builds a run, takes one optimiser step of one pair, and says what it measured; writes nothing."""
+    """Builds a run, takes one optimiser step of one pair, and returns its plan and measurements; writes nothing."""
     with with_remedies(config):
         run = build_preference_run(config, accelerator)
         small, meter = with_one_pair(run), Meter()
         optimizer_step(small, 1, small.source.batches(0), meter)
         values = meter.means()
-    trial = f"1 pair: loss {values['loss']:.6f}, gradient norm {values['grad_norm']:.4g}"
-    return f"{describe(run)}\n{'trial step':>14}  {trial}"
+    step = f"1 pair: loss {values['loss']:.6f}, gradient norm {values['grad_norm']:.4g}"
+    return f"{describe(run)}\n{'dry run':>14}  {step}"
 
 
 def train(run: PreferenceRun, start: int = 0) -> dict[str, float]:

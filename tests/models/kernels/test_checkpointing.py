@@ -8,7 +8,7 @@ from diffalign.models.kernels.checkpointing import ALIGNMENT, place, set_checkpo
 from diffalign.models.loading.base import load_base
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import make_reference
-from diffalign.training.inspect.activation_memory import Kept
+from diffalign.training.inspect.activation_memory import SavedForBackward
 from tests.models.conftest import Model, move_lora
 
 
@@ -22,7 +22,7 @@ def step(model: Model, unet, kind: str, dtype) -> tuple[torch.Tensor, list[torch
         autocast_dtype=dtype,
     )
     unet.zero_grad()
-    with Kept() as kept:
+    with SavedForBackward() as kept:
         policy = networks.policy(model.xt, model.t, model.cond)
     loss = (policy - networks.reference(model.xt, model.t, model.cond) - 1).square().mean()
     loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,17 +147,17 @@ def test_adams_first_step_moves_every_weight_by_the_learning_rate(make_config: M
 
 
 def test_the_movement_and_the_spread_are_those_of_the_errors(make_config: MakeConfig, tiny_sd: Path) -> None:
-    """Against a look with the engine's own evidence at the same points, after one step at the same learning rate."""
+    """Against the engine's own evidence at the same points, after one step at the same learning rate."""
     from diffalign.engine.measure import measure, predictions
     from diffalign.training.inspect import calibrate as module
 
     run = built(make_config(tiny_sd, {"tuning.method": "full", "training.train_batch_size": 4}))
     unit = replace(run.objective, beta=1.0)  # type: ignore[type-var]
-    views = module._views(run, unit, 1, 4)
+    views = module._views(run.networks, run.source.batches(1), unit, 4)
     with torch.no_grad():
         for p in run.parameters:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=1e-3)
-    seen = module._look(run.networks, unit, views)
+    seen = module._observed(run.networks, unit, views)
     probe = views[0].probe
     with torch.no_grad():
         evidence = measure(run.networks, probe)
@@ -215,3 +216,14 @@ def test_steps_that_cannot_be_looked_at_are_refused(
 ) -> None:
     with pytest.raises(CalibrationError, match=named):
         calibrate(built(make_config(tiny_sd)), steps=steps)
+
+
+def test_progress_is_one_line_a_stage_where_there_is_no_terminal(
+    make_config: MakeConfig, tiny_sd: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO):
+        found = calibrate(built(make_config(tiny_sd, {"training.train_batch_size": 3})), steps=4, pairs=6)
+    stages = [line for line in caplog.messages if line.startswith("calibrate: ")]
+    assert stages[0] == "calibrate: the base at 6 pairs"
+    assert stages[-1] == f"calibrate: attempt {len(stages) - 1}, learning rate {found.path_lr:.2g}"
+    assert "it/s" not in capsys.readouterr().err

@@ -269,7 +269,7 @@ def test_the_command_line_trains_checks_and_does_not_encode(make: Make, tmp_path
     main(["check", str(tmp_path / "spm.yaml")])
     printed = capsys.readouterr().out
     assert "step-aware preference model from" in printed
-    assert "trial step  1 pair: loss" in printed
+    assert "dry run  1 pair: loss" in printed
     assert not Path(config.output_dir).exists()
     with pytest.raises(SystemExit):
         main(["encode", str(tmp_path / "spm.yaml")])
