@@ -1,1 +1,1 @@
-"""Noise schedule, DDIM in both directions, and the one place where networks are called. Needs torch alone."""
+"""Noise schedule, DDIM in both directions, the calls of the networks, and random numbers. Needs torch alone."""

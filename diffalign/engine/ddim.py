@@ -3,9 +3,9 @@
     σ² = η² (1−ᾱ')/(1−ᾱ) · (1−ᾱ/ᾱ')                          (eq. 16; ᾱ at t, ᾱ' at t_prev)
     x' = √ᾱ' x̂_0 + √(1−ᾱ'−σ²) ε + σ z                        (eq. 12)
 
-With η = 0 the step is deterministic and runs backwards as well: from a lower to a higher noise level it is DDIM
-inversion, which has a file of its own and shows `invert` here. Functions here never call a network except through an
-`eps_fn` that the caller hands in.
+With η = 0 the step is deterministic, and also runs backwards: from a lower to a higher noise level it is DDIM inversion
+(`inversion.py`, whose `invert` can be imported from here). No function here calls a network, except through an `eps_fn`
+that the caller passes.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Step:
-    """One DDIM step: N(mean, std²) and the point taken from it."""
+    """One DDIM step: the distribution N(mean, std²) and one point of it."""
 
     prev: Tensor  # "n c h w"
     mean: Tensor  # "n c h w"
     std: Tensor  # [n] (the shape of t), float64
-    x0: Tensor  # "n c h w", the clean latent the step aims at
+    x0: Tensor  # "n c h w", the predicted clean latent
 
 
 def variance(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 1.0) -> Tensor:
     """σ² of the step t → t_prev in float64, shaped like t (eq. 16, times η²).
 
-    0 where both have the same ᾱ: at zero terminal SNR and at a final ᾱ of 1, too, where the formula is 0/0.
+    0 where t and t_prev have the same ᾱ, also where the formula is 0/0: at zero terminal SNR and at a final ᾱ of 1.
     """
     now, prev = s.alpha_bar(t), s.alpha_bar(t_prev)
     sigma2 = eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
@@ -55,10 +55,10 @@ def variance(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 1.0) -> T
 
 
 def inversion_std(s: NoiseSchedule, ascent: Ascent, eta: float) -> Tensor:
-    """Std of the noise that InPO adds after each step of an ascent, float64 [n, k].
+    """Standard deviation of the noise that InPO adds after each step of an ascent, float64 [n, k].
 
-    That of the sampling step which would lead to the level just reached from as far above it again (at most T − 1).
-    Source: the released code of InPO (arXiv 2503.18454), whose grid lets it look one step ahead.
+    It is that of the sampling step that would end at the level just reached. That step starts as far above this level
+    as the inversion step started below it, at most at T − 1. Source: the released code of InPO (arXiv 2503.18454).
     """
     above = (2 * ascent.high - ascent.low).clamp(max=s.num_train_timesteps - 1)
     return variance(s, above, ascent.high, eta).sqrt()
@@ -74,12 +74,12 @@ def step(
     noise: Tensor | None = None,
     x0: Tensor | None = None,
 ) -> Step:
-    """Moves x_t to the noise level of t_prev (below 0: the schedule's final ᾱ), each sample on its own t.
+    """Moves x_t "n c h w" to the noise level of t_prev, each sample with its own t and t_prev, int64 [n].
 
-    `prev` is mean + std·noise, or the mean where no noise is given. `x0` overrides the clean latent that follows
-    from `eps`; pass it where ᾱ_t = 0 (`NoiseSchedule.to_x0`).
+    A negative t_prev means the schedule's final ᾱ. `prev` is mean + std·noise, or the mean if `noise` is None. `x0`
+    replaces the clean latent that follows from `eps`; it is needed where ᾱ_t = 0 (`NoiseSchedule.to_x0`).
 
-    Raises ValueError when η > 0 and t_prev ≥ t: noise can only be added on the way to a cleaner level.
+    Raises DiffalignError for a negative η, and for η > 0 with t_prev ≥ t: inversion steps are deterministic.
     """
     if eta < 0:
         raise DiffalignError(f"eta = {eta} is negative; 0 is deterministic DDIM, 1 has the variance of DDPM")
@@ -96,15 +96,15 @@ def step(
 
 
 def mean_of_prediction(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
-    """p and q of `step(...).mean` = p·x_t + q·(the network's raw prediction), float64, shaped like t.
+    """p and q with `step(...).mean` = p·x_t + q·(the network's raw prediction), float64, shaped like t.
 
-    The mean is affine in the prediction, whatever its type, with a = √ᾱ, s = √(1−ᾱ) and d = √(1−ᾱ'−σ²):
+    The mean is affine in every type of prediction. With a = √ᾱ, s = √(1−ᾱ) and d = √(1−ᾱ'−σ²):
 
         noise     p = a'/a          q = d − a' s/a
         velocity  p = a a' + s d    q = a d − s a'
         sample    p = d/s           q = a' − a d/s
 
-    Raises ValueError for a noise-predicting network where ᾱ_t = 0: its answer there says nothing of the image.
+    Raises DiffalignError where ᾱ_t = 0 and the network predicts noise: x_0 does not follow from such a prediction.
     """
     now, prev = s.alpha_bar(t), s.alpha_bar(t_prev)
     a, sigma, a_prev = now.sqrt(), (1 - now).sqrt(), prev.sqrt()
@@ -114,15 +114,18 @@ def mean_of_prediction(s: NoiseSchedule, t: Tensor, t_prev: Tensor, eta: float =
     if s.prediction_type == "sample":
         return d / sigma, a_prev - a * d / sigma
     if t.device.type == "cpu" and bool((now == 0).any()):
-        raise DiffalignError("a network that predicts noise says nothing of the image at zero terminal SNR (ᾱ_t = 0)")
+        raise DiffalignError(
+            "a prediction of noise does not determine the image at zero terminal SNR (ᾱ_t = 0); use a model that "
+            "predicts v or the sample, or stop one step earlier"
+        )
     return a_prev / a, d - a_prev * sigma / a
 
 
 def log_density(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(sample; mean, std²) averaged over every axis that `std` does not have.
+    """log N(sample; mean, std²), the mean over all axes that `std` [n] does not have.
 
-    The mean, not the sum, is the convention of SPO's released code (arXiv 2406.04314); the paper's sum is C·H·W
-    times larger. Raises ValueError where std = 0: a deterministic step has no density.
+    The mean is the convention of SPO's released code (arXiv 2406.04314). The paper's sum is C·H·W times as large.
+    Raises DiffalignError where std = 0: a deterministic step has no density.
     """
     if std.device.type == "cpu" and bool((std <= 0).any()):
         raise DiffalignError("log_density needs std > 0: take the step with eta > 0 and t_prev ≥ 0")
@@ -132,16 +135,16 @@ def log_density(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def transition_noise(s: NoiseSchedule, xt: Tensor, x_prev: Tensor, t: Tensor, t_prev: Tensor) -> Tensor:
-    """The noise prediction with which a deterministic step takes x_t exactly to x_prev; see `noise_between`."""
+    """The noise prediction with which a deterministic step leads exactly from x_t to x_prev; see `noise_between`."""
     return noise_between(x_prev, xt, s.alpha_bar(t_prev), s.alpha_bar(t))
 
 
 def sample(
     s: NoiseSchedule, eps_fn: EpsFn, xt: Tensor, steps: int, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
-    """Runs the model's sampling grid from pure noise to a clean latent.
+    """Samples clean latents "n c h w" from pure noise, on the sampling grid of the schedule.
 
-    `noise`, "steps n c h w", is required when η > 0: randomness is the caller's.
+    With η > 0 the caller draws the `noise`, "steps n c h w". Raises DiffalignError if it is missing.
     """
     if eta > 0 and noise is None:
         raise DiffalignError("sample with eta > 0 needs noise of shape [steps, n, c, h, w]")

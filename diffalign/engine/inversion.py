@@ -1,17 +1,17 @@
-"""DDIM inversion: clean latents on their way up to noise, each on its own grid of levels.
+"""DDIM inversion: from clean latents to noise, each latent on its own grid of noise levels.
 
     x_high = √ᾱ_high x̂_0 + √(1−ᾱ_high) ε,   x̂_0 = (x_low − √(1−ᾱ_low) ε) / √ᾱ_low,   ε = ε(x_low, high)
 
-Every step asks at the level it goes to, as diffusers' DDIMInverseScheduler and the released inversion methods do: an
-explicit Euler step of the probability-flow ODE, of order one. `FixedPoint` makes it the implicit step that DDIM
-sampling undoes exactly. For networks that predict noise the step is DDIMInverseScheduler's. A velocity or a clean
-image is turned into noise at the level that the network was asked at; that scheduler does it at the level the latent
-is at, so its steps differ there, by less with more of them.
+The network receives t of the level that a step leads to, as in diffusers' DDIMInverseScheduler and in the released
+inversion methods. This is an explicit Euler step of the probability-flow ODE, of order one; `FixedPoint` makes it the
+implicit step that a DDIM sampling step exactly reverses. For networks that predict noise, the step equals
+DDIMInverseScheduler's. Predictions of velocities or clean images are converted to noise at the level whose t the
+network received; that scheduler converts them at the level of the latent, and the difference shrinks with more steps.
 
-Rows that have arrived drop out of the batch. A function that is to follow takes the surviving rows' indices
-(`Predict`); a plain `eps_fn(x, t)` may close over something of the whole batch and is always asked for all of it.
+Rows that have reached their last level leave the batch. A `Predict` receives the indices of the rows that remain. A
+plain `eps_fn(x, t)` may depend on the whole batch, so it is always called with all of it.
 
-Left out: steps of higher order (the methods here are defined by this one), and keeping graphs through inversion.
+Left out: steps of higher order, because the methods here are defined with this one; gradients through inversion.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Ascent:
-    """The levels of every row: step k takes row i from low[i, k] to high[i, k], and steps[i] of them are taken."""
+    """The levels of every row: step k leads row i from t = low[i, k] to t = high[i, k]; row i takes steps[i] steps."""
 
     low: Tensor  # int64 [n, k], CPU; below 0: the clean image
     high: Tensor  # int64 [n, k], CPU
@@ -42,16 +42,16 @@ class Ascent:
 
 
 def exact_ascent(t: Tensor, steps: Tensor) -> Ascent:
-    """From the clean image (ᾱ = 1) to exactly t, in `steps` [n] nearly equal integer steps, all at least one wide.
+    """From the clean image (ᾱ = 1) to exactly t, in `steps` [n] nearly equal steps of at least one timestep.
 
-    The final ᾱ of many configs is ᾱ_0 < 1: right for the end of sampling, wrong for a clean start.
-    Raises ValueError for a negative t or a number of steps outside 1 … t + 1.
+    It starts at ᾱ = 1, not at the final ᾱ of the config. The latter is often ᾱ_0 < 1, which fits the end of sampling.
+    Raises DiffalignError for a negative t, and for a number of steps outside 1 … t + 1.
     """
     t, steps = t.cpu(), steps.cpu()
     if bool(((t < 0) | (steps < 1) | (steps > t + 1)).any()):
         raise DiffalignError(
             f"inversion needs t >= 0 and between 1 and t + 1 steps for every row, got t = {t.tolist()} with "
-            f"{steps.tolist()} steps"
+            f"{steps.tolist()} steps; change the numbers of steps"
         )
     k = torch.arange(int(steps.max()) + 1).clamp(max=steps[:, None])
     levels = (t[:, None] + 1) * k // steps[:, None] - 1
@@ -59,17 +59,18 @@ def exact_ascent(t: Tensor, steps: Tensor) -> Ascent:
 
 
 def strided_ascent(t: Tensor, stride: int) -> Ascent:
-    """The exact ascent with ⌈(t+1)/stride⌉ steps for each row. Raises ValueError for stride < 1 or a negative t."""
+    """`exact_ascent` in ⌈(t+1)/stride⌉ steps for each row. Raises DiffalignError for stride < 1 or a negative t."""
     if stride < 1 or bool((t < 0).any()):
-        raise DiffalignError(f"inversion needs stride >= 1 and t >= 0, got stride = {stride}, t = {t.tolist()}")
+        raise DiffalignError(f"inversion needs stride >= 1 and t >= 0, got stride = {stride} and t = {t.tolist()}")
     return exact_ascent(t, -(-(t + 1) // stride))
 
 
 def released_ascent(s: NoiseSchedule, t: Tensor, steps: int) -> Ascent:
-    """The grid of the released InPO, SmPO and Inversion-DPO: the sampler's own timesteps below t, from ᾱ_0 on.
+    """The grid of the released InPO, SmPO and Inversion-DPO: the sampler's timesteps below t, from ᾱ_0 on.
 
-    It stops at the last grid level below t, so the latent is cleaner than t says; with t ≤ the first level no step
-    is taken at all. Pass t = T for the whole grid. For comparison with the authors' numbers; use `exact_ascent`.
+    It ends at the last of them below t, so the latent has less noise than t implies; where t is at most the first of
+    them, no step is taken. t = T gives the whole grid. Use it to compare with the authors' numbers, else
+    `exact_ascent`.
     """
     t = t.cpu()
     high = s.timesteps(steps).flip(0).expand(len(t), -1)
@@ -83,25 +84,24 @@ def released_ascent(s: NoiseSchedule, t: Tensor, steps: int) -> Ascent:
 
 @dataclass(frozen=True)
 class ReNoise:
-    """Moves by the mean of the predictions at a step's start and at its provisional ends (arXiv 2403.14602).
+    """A step uses the mean of the noise predicted at its start and at its provisional ends (arXiv 2403.14602).
 
-    With one refinement, as in the released SmPO: ε1 at the start, ε2 where ε1 leads, step with their mean.
+    With one refinement, as in the released SmPO: ε1 at the start, ε2 where ε1 leads to, then the step with their mean.
     """
 
-    refinements: int = 1
+    refinements: int = 1  # provisional ends
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Moves by the prediction at the step's own end, found by iteration: the inverse of a DDIM sampling step.
+    """A step uses the noise predicted at its own end, found by iteration: the inverse of a DDIM sampling step.
 
-    Rows stop iterating, one by one, when the prediction changes by no more than `tolerance` (root mean square) or
-    after `limit` iterations; the iteration converges where the network is smooth on the scale of a step. Reads a
-    number back from the device at every iteration.
+    Each row stops when the prediction changes by at most `tolerance` (root mean square), or after `limit` iterations.
+    The iteration converges where the network is smooth on the scale of a step. Each iteration waits for the device.
     """
 
     tolerance: float = 1e-4
-    limit: int = 50
+    limit: int = 50  # iterations
 
 
 Refinement = ReNoise | FixedPoint
@@ -109,17 +109,17 @@ Refinement = ReNoise | FixedPoint
 
 @dataclass(frozen=True)
 class Rise:
-    """One step of the rows that are still on their way."""
+    """One step of the rows that have not reached their last level."""
 
     index: int  # k
-    rows: Tensor  # int64 [m], CPU: which rows of the batch
-    high: Tensor  # int64 [m], CPU: where it leads, and the t that the network was told
+    rows: Tensor  # int64 [m], CPU: their indices in the batch
+    high: Tensor  # int64 [m], CPU: t of the level it leads to, which the network received
     alpha_bar: tuple[Tensor, Tensor]  # ᾱ float64 [m], CPU: before and after
     before: Tensor  # "m c h w"
     after: Tensor  # "m c h w"
-    eps: Tensor  # "m c h w", the noise it moved by
+    eps: Tensor  # "m c h w", the noise of the step
     prediction: Tensor  # "m c h w", the raw prediction at `before`
-    residual: Tensor | None  # [m], FixedPoint's last change of the prediction
+    residual: Tensor | None  # [m], the last change of the prediction in FixedPoint
 
 
 @torch.no_grad()
@@ -131,10 +131,10 @@ def ascend(
     refine: Refinement | None = None,
     added: Tensor | None = None,
 ) -> Iterator[Rise]:
-    """Takes x_0 up its ascent, one step of all surviving rows at a time.
+    """Inverts x_0 "n c h w" along an ascent and yields each step of the rows that remain.
 
-    `added`, "step n c h w", is added to the latents after each step: `ddim.inversion_std` times a normal draw, for
-    InPO's η. Memory is that of one step; who wants the trajectory keeps what is yielded.
+    `added`, "step n c h w", is added to the latents after each step; for InPO's η it is `ddim.inversion_std` times a
+    normal draw. Memory is that of one step. Store what is yielded if you need the trajectory.
     """
     x = x0.to(torch.promote_types(x0.dtype, torch.float32), copy=True)
     for k in range(int(ascent.steps.max())):
@@ -165,7 +165,7 @@ def arrive(
     refine: Refinement | None = None,
     added: Tensor | None = None,
 ) -> Tensor:
-    """Where `ascend` ends, for every row: "n c h w"."""
+    """The last latent of every row in `ascend`, "n c h w", float32 or better."""
     x = x0.to(torch.promote_types(x0.dtype, torch.float32), copy=True)
     for rise in ascend(s, predict, x0, ascent, refine, added):
         x[beside(rise.rows, x)] = rise.after
@@ -173,29 +173,29 @@ def arrive(
 
 
 def beside(index: Tensor, x: Tensor) -> Tensor:
-    """An index from the CPU on the device of x, without waiting for that device."""
+    """A CPU index on the device of x; does not wait for the device."""
     return index.to(x.device, non_blocking=True)
 
 
 def invert(
     s: NoiseSchedule, eps_fn: EpsFn, x0: Tensor, t: Tensor, stride: int = 100, refine: Refinement | None = None
 ) -> Tensor:
-    """DDIM inversion of clean latents to exactly t, each sample in ⌈(t+1)/stride⌉ nearly equal integer steps.
+    """DDIM inversion of clean latents "n c h w" to exactly t [n], each in ⌈(t+1)/stride⌉ nearly equal steps.
 
-    `eps_fn` answers with noise, whatever the schedule's prediction type, and is asked for the whole batch each time:
-    samples that have arrived are asked again at the t and x they reached, and the answer is not used.
+    `eps_fn` returns noise for any prediction type of the schedule. It is called with the whole batch: rows that have
+    reached their t are passed again with the x and t they reached, and their result is not used.
 
-    Raises ValueError for a stride below 1 or a negative t.
+    Raises DiffalignError for a stride below 1 or a negative t.
     """
     in_noise = replace(s, prediction_type="epsilon")
     return arrive(in_noise, _whole_batch(eps_fn, x0), x0, strided_ascent(t, stride), refine)
 
 
 def merged(rises: Iterable[Rise], substeps: int) -> Iterator[Rise]:
-    """Every `substeps` steps as one, with the noise that leads from the end of the last to the start of the first.
+    """Every `substeps` steps as one, with the noise that leads from the end of the last back to the start of the first.
 
-    A transition of a finer path: its noise is the mean of the predictions along it, not the one at its start. Rows
-    must take a multiple of `substeps` steps. `prediction` is that of the first.
+    That noise is a mean of the predictions along the steps. `prediction` is that of the first step. Each row must take
+    a multiple of `substeps` steps.
     """
     if substeps == 1:
         yield from rises
@@ -211,10 +211,10 @@ def merged(rises: Iterable[Rise], substeps: int) -> Iterator[Rise]:
 
 
 def noise_between(x_low: Tensor, x_high: Tensor, below: Tensor, above: Tensor) -> Tensor:
-    """The noise prediction with which a deterministic step leads from x_high, at ᾱ `above`, exactly to x_low.
+    """The noise prediction with which a deterministic step leads exactly from x_high, at ᾱ `above`, to x_low.
 
-    Between neighbouring levels it is a small difference of latents over a small difference of coefficients: exact in
-    float64, a few digits in float32. Defined at ᾱ = 0, too.
+    Between neighbouring levels it is a small difference of latents over a small difference of coefficients: precise in
+    float64, a few digits in float32. Defined at ᾱ = 0 as well.
     """
     apart = (above * (1 - below)).sqrt() - (below * (1 - above)).sqrt()
     return spread(above.sqrt() / apart, x_low) * x_low - spread(below.sqrt() / apart, x_high) * x_high
@@ -223,10 +223,9 @@ def noise_between(x_low: Tensor, x_high: Tensor, below: Tensor, above: Tensor) -
 def transition_target(
     s: NoiseSchedule, clean: Tensor, noisy: Tensor, below: Tensor, above: Tensor, t: Tensor
 ) -> Tensor:
-    """What the network would have to answer at `noisy` for a DDIM step to lead to `clean` exactly.
+    """The raw prediction at `noisy` with which a DDIM step leads exactly to `clean`, in the network's prediction type.
 
-    ᾱ is `below` at the clean end and `above` at the noisy one, which the network is told is at t. In the network's
-    own prediction space, and defined at ᾱ = 0 too.
+    ᾱ is `below` at the clean end and `above` at the noisy end, where the network receives t. Defined at ᾱ = 0 as well.
     """
     eps = noise_between(clean, noisy, below, above)
     if s.prediction_type == "epsilon":
@@ -237,7 +236,7 @@ def transition_target(
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a step starts, and all that its end depends on besides the noise."""
+    """The start of a step, and all that its end depends on besides the noise."""
 
     s: NoiseSchedule
     predict: Predict
@@ -248,13 +247,13 @@ class _Start:
     above: Tensor
 
     def end(self, eps: Tensor) -> Tensor:
-        """The end of the step that moves by `eps`."""
+        """The end of the step with the noise `eps`."""
         scale = (self.above / self.below).sqrt()
         shift = (1 - self.above).sqrt() - scale * (1 - self.below).sqrt()
         return spread(scale, self.x) * self.x + spread(shift, self.x) * eps
 
     def ask(self, x: Tensor) -> Tensor:
-        """The noise predicted at x on the step's upper level."""
+        """The noise predicted at x, with t of the step's upper level."""
         return self.s.to_eps(self.predict(x, beside(self.high, x), self.rows), x, self.high)
 
     def some(self, keep: Tensor) -> _Start:
@@ -287,7 +286,7 @@ def _fixed_point(start: _Start, eps: Tensor, refine: FixedPoint) -> tuple[Tensor
 
 
 def _whole_batch(eps_fn: EpsFn, x0: Tensor) -> Predict:
-    """A plain function as a `Predict`; rows that are not asked for keep their last x and t."""
+    """A plain function as a `Predict`; the other rows are passed with their last x and t."""
     x = x0.to(torch.promote_types(x0.dtype, torch.float32), copy=True)
     t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
 

@@ -1,19 +1,19 @@
-"""Where networks are called: squared errors of policy and reference at the points of a probe.
+"""The calls of the networks: squared errors of policy and reference at the points of a probe.
 
-A loss depends on the errors alone, so its gradient at the errors can be had without building any graph through
-the network, and the network can then be differentiated a few points at a time:
+A loss depends on the errors alone. So its gradient by the errors needs no graph through the network, and the network
+can then be differentiated for a few points at a time:
 
-    pass 1   all errors without grad           ->  E, loss(E), g = dloss/dE
-    pass 2   for each chunk of points, with grad:  backward(Σ g · E)
+    pass 1   all errors without grad               ->  E, loss(E), g = dloss/dE
+    pass 2   for each chunk of points, with grad:      backward(Σ g · E)
 
-The parameter gradient is the same and N points cost the memory of one chunk, for one more forward per point.
-A network with dropout would draw different masks in the two passes; `models/policy/networks.py` refuses one.
+The gradient of the parameters is the same. N points need the memory of one chunk, and one more forward per point.
+Dropout would draw different masks in the two passes; `models/policy/networks.py` refuses such networks.
 
-Where the sides of a probe share x_t and all conditioning (the side axis of each is an expanded view), a network is
-asked once for both, and its answer is compared with both targets.
+Where both sides of a probe share x_t and all conditioning (each side axis is an expanded view), a network is called
+once for both, and its prediction is compared with both targets.
 
-What the data say of a pair acts here, so that no objective needs to know: its mask multiplies the squared errors
-before their mean, and its weight the loss.
+The data's terms of a pair act here, so that no objective has to apply them: the mask multiplies the squared errors
+before their mean, and the weight multiplies the loss.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from diffalign.types import Conditioning, Evidence, Probe, Score, cat, sides_sha
 
 
 class Models(Protocol):
-    """The two networks an objective compares. Batches are flat: x "n c h w", t int64 [n]."""
+    """The two networks that an objective compares. Batches are flat: x "n c h w", t int64 [n]."""
 
     schedule: NoiseSchedule
 
     def policy(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The tuned network's raw prediction, float32, through the wrapped (DDP) module."""
+        """Raw prediction of the tuned network, float32, through the wrapped (DDP) module."""
         ...
 
     def reference(self, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The frozen network's raw prediction on the same dtype path and kernels, without grad."""
+        """Raw prediction of the frozen network, without grad, in the same dtypes and with the same kernels."""
         ...
 
 
@@ -49,9 +49,9 @@ Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 def measure(models: Models, probe: Probe) -> Evidence:
-    """Policy and reference errors at every point: one reference forward (if any), then one policy forward.
+    """Errors of policy and reference at every point: one forward of the reference, if needed, then one of the policy.
 
-    The reference goes first so that its activations are gone before the policy's graph is built.
+    The reference comes first, so that its activations are freed before the policy's graph is built.
     """
     reference = _reference_errors(models, probe, [probe])
     return probe.evidence(errors(models.policy, probe), reference)
@@ -66,10 +66,10 @@ def measure_and_backward(
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Evidence, Score]:
-    """Measures, scores, weighs and backpropagates scale · mean(loss); evidence and score come back without graph.
+    """Measures the errors, scores them, backpropagates scale · mean(loss), and returns both without graph.
 
-    A probe with more points than its `points_per_forward` goes in two passes, any other the direct way. `no_sync`
-    suppresses gradient reduction of a wrapped module and is entered for every backward but the last.
+    A probe with more points than its `points_per_forward` takes two passes, any other one pass. `no_sync` suppresses
+    the gradient reduction of a wrapped module; every backward but the last runs inside it.
     """
     points, points_per_forward = probe.points, probe.points_per_forward
     if points is None or points_per_forward is None or points_per_forward >= points:
@@ -92,16 +92,17 @@ def measure_and_backward(
 
 
 def weighed(score: Score, evidence: Evidence) -> Score:
-    """The score with each pair's loss multiplied by its weight, where the data have weights."""
+    """The score, with each pair's loss multiplied by the pair's weight if the data have weights."""
     weight = evidence.terms.weight
     return score if weight is None else replace(score, loss=score.loss * weight.to(score.loss))
 
 
 def ask_reference(models: Models, probes: list[Probe]) -> list[Probe]:
-    """The probes of several micro-batches with the reference's errors in them, from one forward over all their pairs.
+    """The probes of several micro-batches with the reference's errors added, from one forward over all their pairs.
 
-    A forward without grad keeps nothing, so it can be larger than the policy's. Its kernels may round otherwise: equal
-    weights then give margins of rounding's size in place of exactly 0. A probe with points is asked by its own chunks.
+    A forward without grad stores no activations, so its batch can be larger than the policy's. Other batch sizes may
+    round differently: equal weights then give margins of the size of rounding errors instead of exactly 0. Probes with
+    a point axis come back unchanged.
     """
     first = probes[0]
     if not first.needs_reference or first.reference is not None or first.points is not None or len(probes) == 1:
@@ -113,15 +114,15 @@ def ask_reference(models: Models, probes: list[Probe]) -> list[Probe]:
 
 
 def errors(network: Network, probe: Probe) -> Tensor:
-    """Mean over c, h, w of the squared difference from the target: "side pair [point]", float32 or better.
+    """Mean over c, h, w of the squared difference of prediction and target: "side pair [point]", float32 or better.
 
-    With a mask, the mean of the squared difference times the mask; it is not divided by the mask's sum.
+    A mask multiplies the squared difference before the mean. The mean is not divided by the mask's sum.
     """
     return squared_errors(_predict(network, _asked_once(probe)), probe)
 
 
 def squared_errors(prediction: Tensor, probe: Probe) -> Tensor:
-    """The errors of predictions "side pair [point] c h w" that were made at a probe's points; see `errors`."""
+    """The errors of predictions "side pair [point] c h w" at the points of a probe; see `errors`."""
     square = (prediction - probe.target) ** 2
     if probe.terms.mask is not None:
         places = probe.terms.mask.to(square)[:, None]  # "pair c h w", all channels alike
@@ -130,9 +131,9 @@ def squared_errors(prediction: Tensor, probe: Probe) -> Tensor:
 
 
 def _asked_once(probe: Probe) -> Probe:
-    """The probe at its first side alone, where both sides ask the same of the network; its targets stay two."""
+    """The probe with inputs of the first side alone if both sides have the same inputs; it still has both targets."""
     inputs = [probe.xt, *probe.cond.tensors(), *(() if probe.uncond is None else probe.uncond.tensors())]
-    if not all(sides_share(x) for x in inputs):  # t is theirs in common anyway
+    if not all(sides_share(x) for x in inputs):  # both sides always share t
         return probe
     one = probe.select(side=slice(0, 1))
     return replace(probe, xt=one.xt, cond=one.cond, uncond=one.uncond)
@@ -140,7 +141,7 @@ def _asked_once(probe: Probe) -> Probe:
 
 @torch.no_grad()
 def predictions(network: Network, probe: Probe) -> Tensor:
-    """The network's (guided) predictions at all points, shaped like x_t; `points_per_forward` of them at a time."""
+    """Predictions of a network at all points, with guidance, shaped like x_t; `points_per_forward` points at a time."""
     points = probe.points
     if points is None:
         return _predict(network, probe)
@@ -149,7 +150,7 @@ def predictions(network: Network, probe: Probe) -> Tensor:
 
 
 def _reference_errors(models: Models, probe: Probe, chunks: list[Probe]) -> Tensor | None:
-    """The errors that the probe brings along, or else the reference's own answers to its chunks."""
+    """The reference's errors that the probe carries, or else those measured on its chunks; None without a reference."""
     if not probe.needs_reference:
         return None
     if probe.reference is not None:
@@ -159,13 +160,13 @@ def _reference_errors(models: Models, probe: Probe, chunks: list[Probe]) -> Tens
 
 
 def joined_errors(network: Network, chunks: list[Probe]) -> Tensor:
-    """The errors of the chunks as those of the probe they were cut from."""
+    """The errors of all chunks, joined along the point axis."""
     found = [errors(network, chunk) for chunk in chunks]
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _predict(network: Network, probe: Probe) -> Tensor:
-    """The network's (guided) prediction at all points, shaped like the probe's x_t."""
+    """Prediction of a network at all points, with guidance, shaped like the probe's x_t."""
     lead = probe.xt.shape[:-3]  # side, pair and, where there is one, point
     xt = probe.xt.flatten(0, len(lead) - 1)
     t = probe.t.expand(lead).flatten().to(xt.device, non_blocking=True)
@@ -173,7 +174,9 @@ def _predict(network: Network, probe: Probe) -> Tensor:
     null = None
     if probe.guidance != 1.0:
         if probe.uncond is None:
-            raise DiffalignError(f"guidance = {probe.guidance} needs the null prompt's conditioning (Probe.uncond)")
+            raise DiffalignError(
+                f"guidance = {probe.guidance} needs the null prompt's conditioning; set Probe.uncond, or guidance = 1"
+            )
         null = _flat_conditioning(probe.uncond, probe.points)
     prediction = guided(network, xt, t, cond, probe.guidance, null)
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32)).unflatten(0, lead)
@@ -182,9 +185,9 @@ def _predict(network: Network, probe: Probe) -> Tensor:
 def guided(
     network: Network, xt: Tensor, t: Tensor, cond: Conditioning, guidance: float, uncond: Conditioning | None
 ) -> Tensor:
-    """A flat batch's raw prediction with classifier-free guidance: one forward of twice the rows.
+    """Raw prediction for a flat batch with classifier-free guidance (arXiv 2207.12598), in one forward of 2n rows.
 
-    Without a null prompt, or with guidance 1, the conditional prediction alone.
+    Without a null prompt, or with guidance 1, it is the conditional prediction, in a forward of n rows.
     """
     if uncond is None or guidance == 1.0:
         return network(xt, t, cond)
@@ -200,7 +203,7 @@ def _flat_conditioning(cond: Conditioning, points: int | None) -> Conditioning:
 
 
 def point_chunks(probe: Probe, size: int) -> list[Probe]:
-    """The probe cut along its point axis."""
+    """The probe cut along its point axis into probes of at most `size` points."""
     return [probe.select(point=slice(start, start + size)) for start in range(0, probe.points or 1, size)]
 
 

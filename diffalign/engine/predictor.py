@@ -1,7 +1,4 @@
-"""A network as inversion asks it: for some rows of a batch, under their own conditioning, guided or not.
-
-And as a judge of half-made pictures asks it: for the clean latent that a noisy one is heading for.
-"""
+"""A network as inversion calls it: for some rows of a batch, each with its conditioning, with or without guidance."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from torch import Tensor
 
 from diffalign.engine.inversion import Predict
 from diffalign.engine.measure import Network, guided
-from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.types import Conditioning
 
@@ -17,9 +13,9 @@ from diffalign.types import Conditioning
 def predictor(
     network: Network, cond: Conditioning, guidance: float = 1.0, uncond: Conditioning | None = None
 ) -> Predict:
-    """A network's (guided) raw prediction for some rows of a flat batch; `cond` and `uncond` are flat.
+    """A function for the raw prediction of some rows of a flat batch; `cond` and `uncond` are flat and have all rows.
 
-    Guidance takes one forward of twice the rows, as in `measure`. Raises ValueError where it has no null prompt.
+    With guidance, m rows need one forward of 2m rows. Raises DiffalignError for guidance without `uncond`.
     """
     if guidance != 1.0 and uncond is None:
         raise DiffalignError(
@@ -36,19 +32,3 @@ def predictor(
         return guided(network, x, t, of(cond, rows), guidance, null)
 
     return predict
-
-
-def predict_x0(
-    network: Network,
-    schedule: NoiseSchedule,
-    xt: Tensor,
-    t: Tensor,
-    cond: Conditioning,
-    guidance: float = 1.0,
-    uncond: Conditioning | None = None,
-) -> Tensor:
-    """x̂_0 "n c h w": the clean latent that a network's (guided) prediction at a flat batch's x_t stands for.
-
-    Raises ValueError where it is undefined (`NoiseSchedule.to_x0`).
-    """
-    return schedule.to_x0(guided(network, xt, t, cond, guidance, uncond), xt, t)

@@ -1,8 +1,8 @@
-"""Randomness that belongs to the pair.
+"""Random numbers that belong to a pair.
 
-Every random number used on a pair is a function of (run seed, pair id, how often the pair was drawn before,
-stream name) and of nothing else, so batch size, number of processes, loader workers and resuming change nothing.
-A picture that is sampled starts from noise that belongs to its prompt and seed in the same way.
+Every random number of a pair depends on the run's seed, the pair's id, the number of earlier visits to the pair, and
+the name of a stream. It depends on nothing else, so batch size, number of processes, loader workers and resuming
+change no result. In the same way, the initial noise of a sampled image depends on its prompt and seed alone.
 """
 
 from __future__ import annotations
@@ -23,52 +23,52 @@ def _hash(text: str) -> int:
 
 
 def pair_key(run_seed: int, pair_id: str, draw: int) -> int:
-    """63-bit seed of one visit to one pair; `draw` counts the earlier visits."""
+    """The seed of one visit to one pair, 63 bits; `draw` is the number of earlier visits."""
     return _hash(f"{run_seed}\x1f{draw}\x1f{pair_id}")
 
 
 def generator(key: int, stream: str) -> torch.Generator:
-    """The CPU generator of one named stream of a pair; streams of one key are independent."""
+    """A CPU generator for one named stream of a pair's key; the streams of one key are independent."""
     return torch.Generator().manual_seed(_hash(f"{key}\x1f{stream}"))
 
 
 def uniform(keys: Tensor, stream: str) -> Tensor:
-    """One float64 in [0, 1) for each key."""
+    """One uniform number in [0, 1) for each key: float64 [pair]."""
     draws = [torch.rand((), generator=generator(k, stream), dtype=torch.float64) for k in _listed(keys)]
     return torch.stack(draws)
 
 
 def integers(keys: Tensor, stream: str, low: int, high: int) -> Tensor:
-    """One int64 in [low, high) for each key."""
+    """One uniform integer in [low, high) for each key: int64 [pair]."""
     draws = [torch.randint(low, high, (), generator=generator(k, stream)) for k in _listed(keys)]
     return torch.stack(draws)
 
 
 def normal(keys: Tensor, stream: str, shape: Sequence[int]) -> Tensor:
-    """A float32 standard normal tensor of `shape` for each key, stacked on a new first axis."""
+    """One standard normal tensor of `shape` for each key: float32 [pair, *shape]."""
     draws = [torch.randn(tuple(shape), generator=generator(k, stream)) for k in _listed(keys)]
     return torch.stack(draws)
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """What was drawn on the CPU, on `device` without waiting; from memory that is not pinned a GPU's copy waits."""
+    """A CPU tensor on `device`. It is pinned first, because a copy to a GPU from other memory waits for the GPU."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def noise_seed(prompt: str, seed: int) -> int:
-    """The generator seed of a picture, 63 bits.
+    """The generator's seed of an image, 63 bits.
 
-    `latents=torch.randn(1, c, h, w, generator=torch.Generator().manual_seed(noise_seed(prompt, seed)))` gives
-    the same picture in plain diffusers.
+    `latents=torch.randn(1, c, h, w, generator=torch.Generator().manual_seed(noise_seed(prompt, seed)))` gives the same
+    image in a pipeline of diffusers.
     """
     digest = hashlib.blake2b(f"{seed}\n{prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def initial_noise(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal float32 "n c h w" on the CPU, row i from `noise_seed(prompts[i], seeds[i])` alone."""
+    """Standard normal noise "n c h w", float32 on the CPU; row i depends on `prompts[i]` and `seeds[i]` alone."""
     generator = torch.Generator()
     rows = []
     for prompt, seed in zip(prompts, seeds, strict=True):

@@ -2,11 +2,11 @@
 
     x_t = a_t x_0 + s_t ε,   a_t = √ᾱ_t,   s_t = √(1−ᾱ_t),   v = a_t ε − s_t x_0   (Salimans & Ho, arXiv 2202.00512)
 
-Timesteps are int64 and stand for the leading axes of the latents they belong to: t "n" goes with x "n c h w", and
-t "side pair" with x "side pair c h w". A 0-dimensional t serves every sample. Coefficients are looked up and
-combined in float64 and cast once, to the latents' dtype (float32 at least).
+Timesteps are int64 and have the leading axes of their latents: t "n" belongs to x "n c h w", and t "side pair" to x
+"side pair c h w". A 0-dimensional t belongs to every sample. Coefficients are computed in float64 and cast once, to
+the dtype of the latents or to float32 if that is wider.
 
-Left out: continuous-time and flow schedules; the models tuned here are trained on a discrete table.
+Left out: continuous-time and flow schedules; the models tuned here were trained on a discrete table.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from diffalign.errors import DiffalignError
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A trained model's ᾱ table with everything that follows from it."""
+    """The ᾱ table that a model was trained with, and all that follows from it."""
 
     alphas_cumprod: Tensor  # float64 [T]
-    final_alpha_cumprod: float = 1.0  # ᾱ "before" t = 0, used for any timestep below 0
+    final_alpha_cumprod: float = 1.0  # ᾱ of any timestep below 0, where sampling ends
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
@@ -50,24 +50,23 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule described by a diffusers scheduler config, its table computed in float64.
+        """The schedule of a diffusers scheduler config, with the table computed in float64.
 
-        Keys that are missing have the defaults of the class in `_class_name`; without a class, betas must be given.
-        Keys that do not concern the table, the prediction type or the sampling grid are none of its business.
+        A missing key has the default of the class in `_class_name`. Without a class, the config must give the betas.
+        Keys that concern neither the table nor the prediction type nor the sampling grid are ignored.
 
-        Raises ValueError for a class or keys of noise without such a table (EDM, flow matching, unknown classes),
-        missing betas, and a beta schedule, prediction type or spacing that is not known here.
+        Raises DiffalignError for a class or key of a model without such a table (EDM, flow matching, unknown classes),
+        for missing betas, and for an unknown beta schedule, prediction type or spacing.
         """
         config = completed(config)
         return cls._with_grid(alphas_cumprod(config), config)
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler object: its own float32 table, cast to float64.
+        """The schedule of a diffusers scheduler object: the object's float32 table, cast to float64.
 
-        With zero terminal SNR, Euler-type schedulers keep 2^-24 in its last place; `from_config` has the exact 0.
-
-        Raises ValueError as `from_config` does; a subclass counts as the class it is derived from.
+        At zero terminal SNR, Euler-type schedulers have 2^-24 as the last entry; `from_config` gives the exact 0.
+        A subclass has the defaults of the class it is derived from. Raises DiffalignError as `from_config` does.
         """
         names = [base.__name__ for base in type(scheduler).__mro__]
         name = next((name for name in names if name in DEFAULTS), names[0])
@@ -91,15 +90,16 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ_t in float64, shaped and placed like t; a negative t gives the final ᾱ.
+        """ᾱ_t in float64, with the shape and device of t; a negative t gives the final ᾱ.
 
-        Raises TypeError unless t is int64, ValueError for t ≥ T (checked where reading it costs no device sync).
+        Raises TypeError if t is no int64 tensor, and DiffalignError for t ≥ T if t is on the CPU. On another device t
+        is not checked, because reading it would wait for the device.
         """
         if not isinstance(t, Tensor):
-            raise TypeError(f"timesteps must be an int64 tensor, got {t!r}; torch.tensor({t!r}) serves every sample")
+            raise TypeError(f"timesteps must be an int64 tensor, got {t!r}; use torch.tensor({t!r}) for all samples")
         if t.dtype != torch.int64:
             raise TypeError(
-                f"timesteps must be int64, got {t.dtype}; half-precision timesteps hit wrong entries of the table"
+                f"timesteps must be int64, got {t.dtype}; convert them before they are rounded to half precision"
             )
         if t.device.type == "cpu" and t.numel() and int(t.max()) >= self.num_train_timesteps:
             raise DiffalignError(
@@ -109,7 +109,7 @@ class NoiseSchedule:
         return torch.where(t < 0, self.final_alpha_cumprod, table[t.clamp(min=0)])
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and s_t, shaped to multiply `like` and in its device and dtype (float32 at least)."""
+        """a_t and s_t, shaped to multiply `like`, on its device, in its dtype or float32 if that is wider."""
         alpha_bar = self.alpha_bar(t)
         return spread(alpha_bar.sqrt(), like), spread((1 - alpha_bar).sqrt(), like)
 
@@ -119,14 +119,14 @@ class NoiseSchedule:
         return a * x0 + s * noise
 
     def implied_noise(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """The noise for which `add_noise(x0, noise, t)` is xt: whatever explains xt, in general no normal draw."""
+        """The noise ε with `add_noise(x0, ε, t)` = x_t. In general it is not a sample of a normal distribution."""
         a, s = self.coefficients(t, x0)
         return (xt - a * x0) / s
 
     def predict_x0(self, eps: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that x_t and a noise prediction stand for.
+        """The clean latent x̂_0 that follows from x_t and a noise prediction.
 
-        Raises ValueError where ᾱ_t = 0: x_t is then noise alone and says nothing of x_0.
+        Raises DiffalignError where ᾱ_t = 0: x_t is then pure noise and does not determine x_0.
         """
         self._needs_signal(t, "predict_x0")
         a, s = self.coefficients(t, xt)
@@ -138,13 +138,13 @@ class NoiseSchedule:
         return a * v + s * xt
 
     def v_from_eps(self, eps: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """v = (ε − s_t x_t) / a_t. Raises ValueError where ᾱ_t = 0."""
+        """v = (ε − s_t x_t) / a_t. Raises DiffalignError where ᾱ_t = 0."""
         self._needs_signal(t, "v_from_eps")
         a, s = self.coefficients(t, xt)
         return (eps - s * xt) / a
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network answers at `add_noise(x0, noise, t)`, in its own prediction type."""
+        """The training target at `add_noise(x0, noise, t)`: noise, velocity or sample, as the network predicts."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -153,7 +153,7 @@ class NoiseSchedule:
         return a * noise - s * x0
 
     def to_eps(self, prediction: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """A network's raw prediction expressed as noise."""
+        """The noise that a network's raw prediction implies."""
         if self.prediction_type == "epsilon":
             return prediction
         if self.prediction_type == "sample":
@@ -161,7 +161,7 @@ class NoiseSchedule:
         return self.eps_from_v(prediction, xt, t)
 
     def to_x0(self, prediction: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """A network's raw prediction expressed as a clean latent; defined at ᾱ_t = 0 for v and sample models."""
+        """The clean latent that a network's raw prediction implies; at ᾱ_t = 0 only v and sample models define it."""
         if self.prediction_type == "epsilon":
             return self.predict_x0(prediction, xt, t)
         if self.prediction_type == "sample":
@@ -175,15 +175,16 @@ class NoiseSchedule:
         return alpha_bar / (1 - alpha_bar)
 
     def timesteps(self, steps: int, spacing: str | None = None, steps_offset: int | None = None) -> Tensor:
-        """The int64 grid of `steps` timesteps that a diffusers sampler visits, noisiest first.
+        """The timesteps of a diffusers sampler with `steps` steps: int64 [steps], noisiest first.
 
-        Spacing and offset default to the model's own (Lin et al., arXiv 2305.08891, Table 2).
+        Spacing (Lin et al., arXiv 2305.08891, Table 2) and offset default to those of this schedule.
+        Raises DiffalignError for an unknown spacing, and for a number of steps outside 1 … T.
         """
         T = self.num_train_timesteps
         spacing = one_of("spacing", spacing or self.timestep_spacing, SPACINGS)
         offset = self.steps_offset if steps_offset is None else steps_offset
         if not 1 <= steps <= T:
-            raise DiffalignError(f"steps = {steps}: a grid on this schedule has between 1 and {T} steps")
+            raise DiffalignError(f"steps = {steps}: this schedule allows 1 to {T} steps")
         index = torch.arange(steps, dtype=torch.int64).flip(0)
         if spacing == "leading":
             return (index * (T // steps) + offset).clamp(max=T - 1)
@@ -194,21 +195,21 @@ class NoiseSchedule:
     def _needs_signal(self, t: Tensor, what: str) -> None:
         if float(self.alphas_cumprod[-1]) == 0.0 and bool((self.alpha_bar(t) == 0).any()):
             raise DiffalignError(
-                f"{what} is undefined at zero terminal SNR (ᾱ_t = 0): noise alone says nothing of the image; "
-                "use to_x0 with a v- or sample-prediction, or stop one step earlier"
+                f"{what} is undefined at zero terminal SNR (ᾱ_t = 0), where x_t is pure noise; use to_x0 with a model "
+                "that predicts v or the sample, or stop one step earlier"
             )
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A per-sample coefficient as a tensor that multiplies `like`: same leading axes, ones behind, its dtype.
+    """A coefficient per sample, shaped to multiply `like`: trailing axes of size 1, its device, float32 or better.
 
-    Raises ValueError when the coefficient's axes are not the leading axes of `like`.
+    Raises DiffalignError if the coefficient's axes are not the leading axes of `like`.
     """
     n = coefficient.ndim
     if coefficient.shape != like.shape[:n]:
         raise DiffalignError(
-            f"timesteps of shape {tuple(coefficient.shape)} do not lead latents of shape {tuple(like.shape)}; "
-            "give one timestep per sample (expand it over the side axis where sides share it)"
+            f"timesteps of shape {tuple(coefficient.shape)} do not match the leading axes of latents of shape "
+            f"{tuple(like.shape)}; give one timestep per sample, expanded over the side axis if both sides share it"
         )
     dtype = torch.promote_types(like.dtype, torch.float32)
     return coefficient.to(like.device, dtype, non_blocking=True).reshape(coefficient.shape + (1,) * (like.ndim - n))

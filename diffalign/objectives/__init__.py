@@ -1,4 +1,4 @@
-"""Preference objectives, one paper a file, and the table that finds them by name."""
+"""Preference objectives, one paper a file, and the table of their names."""
 
 from __future__ import annotations
 

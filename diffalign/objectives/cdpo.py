@@ -1,10 +1,10 @@
 """Conservative DPO (Mitchell, "A note on DPO with noisy preferences & relationship to IPO", 2023).
 
-    L = −(1−ε) log σ(h) − ε log σ(−h),   h Diffusion-DPO's logit, ε the share of labels believed to be wrong
+    L = −(1−ε) log σ(h) − ε log σ(−h),   h Diffusion-DPO's logit, ε the share of labels assumed to be wrong
 
-Cross-entropy against smoothed labels; its minimum is at the finite logit log((1−ε)/ε). Stated for language models;
-the logit is the only thing that changes. Computed with log σ(−h) = log σ(h) − h as −log σ(h) + ε h, which is exactly
-log 2 at h = 0.
+Cross-entropy with smoothed labels; its minimum is at the finite logit log((1−ε)/ε). The paper is about language models;
+here h is Diffusion-DPO's logit, and nothing else changes. Since log σ(−h) = log σ(h) − h, it is computed as
+−log σ(h) + ε h, which is exactly log 2 at h = 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ConservativeDPO(OnSharedNoise):
     """Diffusion-DPO with smoothed labels."""
 
     beta: float = 5000.0  # as DiffusionDPO
-    label_smoothing: float = 0.1  # ε, the share of labels believed to be wrong
+    label_smoothing: float = 0.1  # ε, the share of labels assumed to be wrong
 
     name: ClassVar[str] = "cdpo"
     paper: ClassVar[str] = (
@@ -38,7 +38,7 @@ class ConservativeDPO(OnSharedNoise):
         noise_rate(self.label_smoothing)
 
     def score(self, evidence: Evidence) -> Score:
-        """Cross-entropy against labels (1−ε, ε)."""
+        """Cross-entropy with the labels (1−ε, ε)."""
         h, metrics = dpo_logit(evidence, self.beta)
         e, x = self.label_smoothing, less_margin(h, evidence)
         return Score(loss=-logsigmoid(x) + e * x, logit=h, metrics=metrics)

@@ -1,21 +1,21 @@
-"""Diffusion-DRO (Wu et al., arXiv 2510.18353): experts' pictures ranked above the policy's own, by a margin.
+"""Diffusion-DRO (Wu et al., arXiv 2510.18353): expert images ranked above the policy's own images, by a margin.
 
     L = max( 0, m − (R_expert − R_policy) ),   R = E_reference − E_policy
 
-A ranking in place of a sigmoid: a pair counts in full until the expert's picture is ahead by m, and then not at all.
-The experts are the chosen images; the others are samples of the policy as it is now, which `sources/selfplay.py` makes
-with `reference: latest`. On fixed pairs the loss stands by itself. With equal weights it is exactly m. It is
-max(−m, −R_expert + R_policy) + m: that hinge, with its flat end at 0.
+A hinge replaces the sigmoid: a pair has full gradient until the expert image leads by m, and then none. The expert
+images are the chosen ones. The others are samples of the current policy, which `sources/selfplay.py` generates with
+`reference: latest`; the loss itself also works on fixed pairs. With equal weights it is exactly m. The paper's hinge
+max(−m, −R_expert + R_policy) differs from it by the constant m.
 
-Differs from the released code (basiclab/DiffusionDRO, train.py): there the policy's x_t are states on its sampler's
-path and the target is the prediction that it made there; here its final pictures get noise afresh, the same t and ε as
-the expert's, as in SePPO and SPIN. There a new picture is made for every step by a policy that is copied every 16;
-with `selfplay`, each iteration makes a pool. There E_reference is the first policy's; with `selfplay` it is the
-latest's, so the margin is to be won anew in every iteration. Where the hinge is active the reference has no
-gradient in either case.
+Differs from the released code (basiclab/DiffusionDRO, train.py):
+- there, x_t of the policy's images are states of its sampler, and the target is the prediction made there; here, the
+  final images are noised again, with the same t and ε as the expert images, as in SePPO and SPIN;
+- there, every step has new images, by a policy that is copied every 16 steps; `selfplay` generates a pool an iteration;
+- there, E_reference is of the initial policy; with `selfplay` it is of the latest snapshot, so that each iteration
+  starts at R = 0. In both cases the reference has no gradient.
 
 By hand: E_policy = (.4, .5), E_reference = (.5, .5), m = .3 → R = (.1, 0), L = .3 − .1 = .2, slopes (1, −1).
-With m = .05 the expert is ahead by more: L = 0, slopes (0, 0).
+With m = .05 the expert image leads by more than m: L = 0, slopes (0, 0).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffalign.types import Evidence, Score
 
 @dataclass(frozen=True)
 class DiffusionDRO(OnSharedNoise):
-    """Hinge on the difference of denoising rewards between experts' pictures and the policy's own."""
+    """Hinge on the difference of denoising rewards between expert images and the policy's own."""
 
     margin: float = 0.001  # m, in units of the error; the released code's default
 

@@ -2,11 +2,11 @@
 
     L = −log σ( −(β/2) · (D^c − D^r) ),   D = E_policy − E_reference at the same x_t, t and ε
 
-Both sides of a pair share one t ~ U{0 … T−1} and one ε. A policy equal to its reference scores exactly log 2: the
-loss says how far the policy has moved, not how good it is; look at the win rate for that.
+Both sides of a pair share one t ~ U{0 … T−1} and one ε. A policy equal to its reference has a loss of exactly log 2.
+The loss measures how far the policy has moved, not how good it is; evaluate a win rate for that.
 
-Differs from the released code (SalesforceAIResearch/DiffusionDPO): the sides of a pair are cropped and flipped
-alike, and policy and reference run on one dtype path, so that the margin is exactly 0 at the start.
+Differs from the released code (SalesforceAIResearch/DiffusionDPO): both sides of a pair are cropped and flipped alike,
+and policy and reference use the same dtypes, so that the margin is exactly 0 at the start.
 
 By hand: E_policy = (.4, .5), E_reference = (.5, .5), β = 20 → D = (−.1, 0), logit = −10·(−.1 − 0) = 1,
 loss = log(1 + e^−1) = .3133.
@@ -42,7 +42,7 @@ class DiffusionDPO(OnSharedNoise):
 
     @property
     def points(self) -> SharedNoise:
-        """One shared (t, ε) for each pair, at the timesteps given."""
+        """One shared (t, ε) for each pair, t from `timesteps`."""
         return SharedNoise(self.timesteps)
 
     def score(self, evidence: Evidence) -> Score:

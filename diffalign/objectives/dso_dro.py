@@ -1,17 +1,18 @@
-"""DRO, the direct reward optimisation of DSO (Li et al., arXiv 2503.22677), with a floor under what it can gain.
+"""DRO, the direct reward optimisation of DSO (Li et al., arXiv 2503.22677), with a lower bound on its loss.
 
     L = E_policy(x_c) − min( E_policy(x_r), E_reference(x_r) + m )
 
-The denoising loss on chosen images minus that on rejected ones. There is no sigmoid to saturate, so the paper's
-rejected term, E_policy(x_r) alone, can pay for ever: a policy that destroys its prediction there lowers the loss
-without end. Here it pays up to m above the reference's error; beyond (D^r > m) it has no gradient any more, while the
-chosen term keeps its own. The bound is relative to the reference because errors at a random t and ε differ far more
-between draws than a policy changes them: one absolute bound would be reached at once at some timesteps and never at
-others. It is a minimum and not a stopping rule, so that a pair comes back once its D^r is below m again.
+The denoising loss on chosen images minus that on rejected ones. No sigmoid saturates it. The paper's rejected term,
+E_policy(x_r) alone, has no bound: a policy can lower the loss for ever by destroying its prediction there. Here the
+term has no gradient where E_policy(x_r) is more than m above the reference's error (D^r > m); the chosen term still
+has its gradient. The bound is relative to the reference because errors differ far more between draws of t and ε than a
+policy changes them: an absolute bound would be exceeded at once at some timesteps and never at others. The gradient
+returns when D^r falls below m again.
 
-Differs from the released code (RuiningLi/dso, forward_dro_loss): the bound, and with it the reference, which that code
-does not need (a very large m is its loss); both sides share one ε, drawn there for each; a diffusion model in place of
-a flow, with t uniform in place of logit-normal.
+Differs from the released code (RuiningLi/dso, forward_dro_loss):
+- the bound, and with it the reference, which that code does not need; a very large m gives its loss;
+- both sides share one ε, which is drawn for each side there;
+- a diffusion model with uniform t, there a flow with logit-normal t.
 
 By hand: E_policy = (.4, .6), E_reference = (.5, .5), m = .2 → L = .4 − min(.6, .7) = −.2, slopes (1, −1).
 With m = .05: L = .4 − min(.6, .55) = −.15, slopes (1, 0).
@@ -32,7 +33,7 @@ from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 class DSODRO(OnSharedNoise):
     """Denoising loss of chosen images minus that of rejected ones, bounded against the reference."""
 
-    margin: float = 0.001  # m, in units of the error; our choice: where DPO's reward of x_r is −2.5 at its β of 5000
+    margin: float = 0.001  # m, in units of the error; our choice: there DPO's reward of x_r is −2.5, with β = 5000
 
     name: ClassVar[str] = "dso_dro"
     paper: ClassVar[str] = (
@@ -43,7 +44,7 @@ class DSODRO(OnSharedNoise):
         positive("margin", self.margin)
 
     def score(self, evidence: Evidence) -> Score:
-        """The difference of the errors, the rejected one bounded; rewards are E_reference − E_policy."""
+        """The difference of the errors with the rejected one bounded; rewards are E_reference − E_policy."""
         logit, metrics = dpo_logit(evidence, beta=2.0)
         beyond = relu(evidence.margin[REJECTED] - self.margin)
         rejected = evidence.policy[REJECTED] - beyond  # min(E_policy, E_reference + m)

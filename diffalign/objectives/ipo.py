@@ -2,8 +2,8 @@
 
     L = ( −(D^c − D^r) − 1/(2τ) )²
 
-A regression to a fixed margin instead of a sigmoid: no saturation, no drift to infinite margins. The loss is of the
-order 1/(4τ²) at the start, so with τ in the thousands its gradients are small; lower Adam's epsilon accordingly.
+A regression to a fixed margin instead of a sigmoid: it does not saturate, and margins do not grow for ever. The loss is
+about 1/(4τ²) at the start. With τ in the thousands its gradients are small, so lower Adam's epsilon.
 
 By hand: D = (−.1, 0), τ = 10 → (.1 − .05)² = .0025.
 """
@@ -19,9 +19,9 @@ from diffalign.types import Evidence, Score
 
 @dataclass(frozen=True)
 class IPO(OnSharedNoise):
-    """Identity preference optimisation of a denoiser."""
+    """Identity preference optimisation on Diffusion-DPO's difference of errors."""
 
-    tau: float = 5000.0  # the margin of errors aimed at is 1/(2τ)
+    tau: float = 5000.0  # the target margin of errors is 1/(2τ)
 
     name: ClassVar[str] = "ipo"
     paper: ClassVar[str] = (

@@ -1,19 +1,19 @@
-"""Diffusion-KTO (Li et al., arXiv 2404.04465): each image is good or bad by itself, and its utility saturates.
+"""Diffusion-KTO (Li et al., arXiv 2404.04465): each image is good or bad by itself, with a utility that saturates.
 
     L = mean over both images of  λ_y · (1 − σ( y · β · (g − kl) )),   g = E_reference − E_policy
     y = +1 for the chosen image, −1 for the rejected one
     kl = max(0, mean of g over the pair's two images), without gradient
 
-A very good image and a very bad one have little slope, so that no single image is chased for ever. A policy equal to
-its reference scores (λ_desirable + λ_undesirable)/4, not log 2.
+Images with a very high or very low utility have a small slope, so that no single image dominates. A policy equal to its
+reference has a loss of (λ_desirable + λ_undesirable)/4, not log 2.
 
-Differs from the released code (jacklishufan/diffusion-kto): there the images of a batch are drawn by themselves, 80 %
-of them desirable, each has its own t and ε, and kl is the mean over the batch of all processes. Here both images of a
-pair are used and share t and ε; λ_desirable 1.6 and λ_undesirable 0.4 weigh them as that share of 80 % does. A mean
-over the batch would make the loss of a pair depend on its company and on the number of processes, so kl is what the
-released code computes for a batch of these two images. It has the same mean before it is clipped at 0, and more
-variance. Where it is above 0 the pair is compared as DPO compares it: g^c − kl = (g^c − g^r)/2 = −(g^r − kl).
-`reference_point: zero` sets kl = 0: no image then depends on another at all.
+Differs from the released code (jacklishufan/diffusion-kto). There, the images of a batch are drawn independently, 80 %
+of them desirable, each with its own t and ε, and kl is the mean over the batch of all processes. Here, both images of
+a pair are used and share t and ε; λ_desirable 1.6 and λ_undesirable 0.4 give the weights of that share of 80 %. A mean
+over the batch would make the loss of a pair depend on the other pairs and on the number of processes. So kl is what
+the released code computes for a batch of the pair's two images: the same mean before it is clipped at 0, with more
+variance. Where kl > 0, the pair is compared as in DPO: g^c − kl = (g^c − g^r)/2 = −(g^r − kl). `reference_point: zero`
+sets kl = 0; then the loss of an image depends on no other image.
 
 By hand: E_policy = (.4, .6), E_reference = (.5, .5), β = 10 → g = (.1, −.1), kl = 0, both arguments of σ are 1,
 loss = 1 − σ(1) = .2689. E_policy = (.3, .5): g = (.2, 0), kl = .1, the arguments are 1 and 1 again: the same loss.
@@ -37,12 +37,12 @@ REFERENCE_POINTS = ("pair", "zero")
 
 @dataclass(frozen=True)
 class KTO(OnSharedNoise):
-    """Saturating utility of each image against a reference, without comparing the two."""
+    """Saturating utility of each image compared with the reference, not with the other image."""
 
     beta: float = 1000.0  # errors are means over c·h·w; the released code's default
     lambda_desirable: float = 1.0  # weight of chosen images; the released code's lambda_d_kto
     lambda_undesirable: float = 1.0  # weight of rejected images; the released code's lambda_u_kto
-    reference_point: Literal["pair", "zero"] = "pair"  # kl: from the pair's own errors, or none
+    reference_point: Literal["pair", "zero"] = "pair"  # kl: from the errors of the pair, or 0
 
     name: ClassVar[str] = "kto"
     paper: ClassVar[str] = (
@@ -59,11 +59,11 @@ class KTO(OnSharedNoise):
             raise DiffalignError(f"reference_point = {self.reference_point!r}; allowed: {', '.join(REFERENCE_POINTS)}")
 
     def score(self, evidence: Evidence) -> Score:
-        """Mean of the two images' losses; the logit is the difference of their rewards β·g, for the metrics."""
+        """Mean of the losses of both images; the logit, for metrics alone, is the difference of their rewards β·g."""
         g = -evidence.margin
         kl = self._reference_point(g.detach())
         chosen, rejected = self.beta * (g[CHOSEN] - kl), -self.beta * (g[REJECTED] - kl)
-        # 1 − σ(z) = σ(−z) keeps its digits for large z, and by its logarithm its slope keeps them on both sides
+        # 1 − σ(z) = σ(−z) is precise for large z, and through its logarithm its slope is precise on both sides
         desirable = self.lambda_desirable * logsigmoid(-chosen).exp()
         undesirable = self.lambda_undesirable * logsigmoid(-rejected).exp()
         reward = self.beta * g

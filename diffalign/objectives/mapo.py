@@ -3,12 +3,12 @@
     q(E) = κE / (e^{κE} − 1)
     L    = E^c − β · log σ( T · (q(E^c) − q(E^r)) )
 
-q falls from 1 at E = 0 towards 0: a bounded stand-in for the likelihood of a sample with error E. The sides share t
-and ε as in Diffusion-DPO. Source of the form: the released code (mapo-t2i/mapo, utils.py); the implicit reward
+q falls from 1 at E = 0 towards 0: a bounded replacement for the likelihood of a sample with error E. The sides share t
+and ε as in Diffusion-DPO. The form is that of the released code (mapo-t2i/mapo, utils.py). The implicit reward
 reported here is T·q(E), so that the reward margin is the logit.
 
-Differs from the released code: q is written as κE·e^{−κE}/(1 − e^{−κE}) with expm1, which does not overflow far from
-0, and as a series near it, where the closed form's slope loses its digits.
+Differs from the released code: q is computed as κE·e^{−κE}/(1 − e^{−κE}) with expm1, which does not overflow far from
+0, and as a series near 0, where the slope of the closed form loses precision.
 
 By hand: E = (0, ∞), T = 1, β = 1 → q = (1, 0), L = 0 + log(1 + e^−1) = .3133.
 """
@@ -25,14 +25,14 @@ from torch.nn.functional import logsigmoid
 from diffalign.objectives.base import OnSharedNoise, less_margin, positive, reward_metrics
 from diffalign.types import CHOSEN, REJECTED, Evidence, Score
 
-SERIES_BELOW = 0.25  # from here on the closed form's slope loses less than a digit; the series is exact below
+SERIES_BELOW = 0.25  # above it the closed form's slope loses less than a digit; below it the series is exact
 # x/(e^x − 1) = Σ B_n x^n / n!, the Bernoulli numbers up to x¹⁰; the next term is 3e-17 at x = .25
 SERIES = (1.0, -1 / 2, 1 / 12, 0.0, -1 / 720, 0.0, 1 / 30240, 0.0, -1 / 1209600, 0.0, 1 / 47900160)
 
 
 @dataclass(frozen=True)
 class MaPO(OnSharedNoise):
-    """Denoising loss on the chosen side plus a margin between bounded likelihoods; no reference forward."""
+    """Denoising loss on the chosen side plus a margin between bounded likelihoods, without a reference."""
 
     beta: float = 0.1  # weight of the margin term
     snr: float = 0.5  # κ, called `snr` in the released code
@@ -52,7 +52,7 @@ class MaPO(OnSharedNoise):
         positive("num_train_timesteps", self.num_train_timesteps)
 
     def score(self, evidence: Evidence) -> Score:
-        """The chosen side's error and the margin term."""
+        """The error of the chosen side plus β times the margin term."""
         reward = self.num_train_timesteps * bounded_likelihood(self.snr * evidence.policy)
         logit = reward[CHOSEN] - reward[REJECTED]
         margin_loss = -logsigmoid(less_margin(logit, evidence))
@@ -68,7 +68,7 @@ class MaPO(OnSharedNoise):
 
 
 def bounded_likelihood(x: Tensor) -> Tensor:
-    """x / (e^x − 1) for x ≥ 0, continued by its limit 1 at x = 0, with a finite gradient everywhere."""
+    """x / (e^x − 1) for x ≥ 0, with its limit 1 at x = 0 and a finite gradient everywhere."""
     small = x < SERIES_BELOW
     safe = torch.where(small, torch.ones_like(x), x)
     series = torch.zeros_like(x)

@@ -2,9 +2,9 @@
 
     L = ( −(1−ε) log σ(h) + ε log σ(−h) ) / (1 − 2ε),   h Diffusion-DPO's logit, ε the share of labels that are wrong
 
-On average over the label noise it is the loss on clean labels, and it is unbounded below for pairs that the policy gets
-very wrong. Stated for language models; the logit is the only thing that changes. Computed with log σ(−h) = log σ(h) − h
-as −log σ(h) − ε h / (1 − 2ε), which is exactly log 2 at h = 0.
+Its mean over the label noise is the loss on clean labels. For pairs with a large wrong logit it has no lower bound. The
+paper is about language models; here h is Diffusion-DPO's logit, and nothing else changes. Since
+log σ(−h) = log σ(h) − h, it is computed as −log σ(h) − ε h / (1 − 2ε), which is exactly log 2 at h = 0.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from diffalign.types import Evidence, Score
 
 @dataclass(frozen=True)
 class RobustDPO(ConservativeDPO):
-    """Diffusion-DPO with the unbiased correction for label noise; its settings are those of conservative DPO."""
+    """Diffusion-DPO with the unbiased correction for label noise; the settings are those of conservative DPO."""
 
     name: ClassVar[str] = "robust_dpo"
     paper: ClassVar[str] = "Chowdhury et al., Provably Robust DPO, arXiv 2403.00409"
 
     def score(self, evidence: Evidence) -> Score:
-        """The loss whose mean over flipped labels is the clean one."""
+        """The loss whose mean over label noise is the loss on clean labels."""
         h, metrics = dpo_logit(evidence, self.beta)
         e, x = self.label_smoothing, less_margin(h, evidence)
         return Score(loss=-logsigmoid(x) - e * x / (1 - 2 * e), logit=h, metrics=metrics)

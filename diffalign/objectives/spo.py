@@ -1,23 +1,24 @@
 """SPO, Step-by-step Preference Optimization (Liang et al., arXiv 2406.04314): preferences between two sampling steps.
 
-A sampler with η > 0 moves x_t to x' ~ N(μ(network's answer), σ²). From the same x_t (or two that share an ancestor) it
-moved to a chosen and to a rejected x'; how much likelier policy than reference is to make a move is
+A sampler with η > 0 moves x_t to x' ~ N(μ(prediction), σ²). From the same x_t (or from two with a common ancestor) it
+moved to a chosen x' and to a rejected x'. The log-ratio of such a move under policy and reference is
 
     log r = log p_policy(x'|x_t) − log p_reference(x'|x_t),      log p the mean over c, h, w of the Gaussian's
     L     = −log σ( β·clip(log r^c) − β·clip(log r^r) ),         clip to [log(1−ε), log(1+ε)]
 
-μ = p·x_t + q·answer is affine in the network's answer. With y* = (x' − p·x_t)/q, the answer that leads to x' exactly,
+μ = p·x_t + q·prediction is affine in the network's prediction. With y* = (x' − p·x_t)/q, the prediction that leads
+exactly to x',
 
     log r = w·(E_reference − E_policy),    w = q²/(2σ²),    E the mean squared error against y*
 
-which is why a transition is a point with a target and a weight like any other. For a network that predicts noise and
-η = 1, w = ½(SNR(t')/SNR(t) − 1): .19 to .65 on a grid of 20 steps, but 14.7 at its last but one (t = 51), which
-therefore clips first. With both predictions guided (as in sampling), the loss is the authors'.
+so a transition is a point with a target and a weight. For a network that predicts noise and η = 1, w =
+½(SNR(t')/SNR(t) − 1): .19 to .65 on a grid of 20 steps, but 14.7 at the last step but one (t = 51), which is therefore
+clipped first. With guidance in both predictions, as in sampling, the loss is the authors'.
 
 Differs from the released code (RockeyCoss/SPO):
-- the clip acts on log r: the same value, and no NaN where exp overflows or log meets 0;
-- where the sides share x_t the policy is asked once for both (there, twice);
-- gradients are clipped by the loop as configured (there, an exhausted iterator clips nothing).
+- the clip acts on log r: the same value, without NaN where exp overflows or log is of 0;
+- where the sides share x_t, the policy is evaluated once for both (there, twice);
+- the training loop clips gradients as configured (there, an exhausted iterator clips nothing).
 
 By hand: w = 1, E_policy = (.45, .5), E_reference = (.5, .5), β = 10 → log r = (.05, 0), logit = .5, loss = log(1 +
 e^−.5) = .4741. With E_policy^c = .3 instead, log r^c = .2 is clipped to log 1.1 = .0953, and its gradient is 0.
@@ -42,12 +43,12 @@ from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 @dataclass(frozen=True)
 class SPO(Objective):
-    """Preference optimisation of single sampling steps, on the transitions that a sampler recorded."""
+    """Preference optimisation of single sampling steps, on transitions that a sampler recorded."""
 
-    beta: float = 10.0  # the released code; log-densities are means over c·h·w
-    clip: float = 0.1  # ε: the ratio of densities is kept in [1 − ε, 1 + ε]; the released code (`train.eps`)
-    guidance: float = 5.0  # of both predictions, and of the sampler that made the transitions; the released code
-    eta: float = 1.0  # share of DDPM's noise in the sampler's steps, in (0, 1]; the released code
+    beta: float = 10.0  # the released code's; log-densities are means over c·h·w
+    clip: float = 0.1  # ε: the ratio of densities is clipped to [1 − ε, 1 + ε]; the released code's (`train.eps`)
+    guidance: float = 5.0  # of both predictions and of the sampler that made the transitions; the released code's
+    eta: float = 1.0  # share of DDPM's noise in the sampler's steps, in (0, 1]; the released code's
 
     name: ClassVar[str] = "spo"
     paper: ClassVar[str] = (
@@ -61,33 +62,34 @@ class SPO(Objective):
     def __post_init__(self) -> None:
         positive("beta", self.beta)
         if not 0 < self.clip < 1:
-            raise DiffalignError(f"clip = {self.clip}: must be in (0, 1); the ratio is kept in [1 − clip, 1 + clip]")
+            raise DiffalignError(f"clip = {self.clip}: must be in (0, 1); ratios are clipped to [1 − clip, 1 + clip]")
         if not 0 < self.eta <= 1:
             raise DiffalignError(f"eta = {self.eta}: must be in (0, 1]; a step without noise has no density")
 
     @property
     def needs_uncond(self) -> bool:
-        """Whether batches must carry the null prompt."""
+        """Whether batches must contain the null prompt."""
         return self.guidance != 1.0
 
     @torch.no_grad()
     def probe(self, batch: PairBatch, models: Models) -> Probe:
-        """Both sides' x_t, and the answers that would have led from there to where the sampler went.
+        """x_t of both sides, and as targets the predictions that lead exactly to the x' that the sampler reached.
 
-        Raises ValueError for a batch without transitions, with several to a pair, or with one that no noise enters.
+        Raises DiffalignError for a batch without transitions or with several a pair, and for a step without noise.
         """
         moves, s = batch.transitions, models.schedule
         if moves is None or moves.t.ndim != 1:
             found = "are finished images" if moves is None else f"have {moves.t.shape[1]} steps each"
             raise DiffalignError(
                 f"spo compares one sampling step of each pair (PairBatch.transitions), and these pairs {found}; use a "
-                "source that samples, `source: {name: rollout}`"
+                "source that records its sampling, `source: {name: rollout}`"
             )
         t, t_prev = moves.t, moves.t_prev
         sigma2 = ddim.variance(s, t, t_prev, self.eta)
         if bool((sigma2 <= 0).any()):
             raise DiffalignError(
-                f"no noise is added between t = {t.tolist()} and {t_prev.tolist()}: no density to compare"
+                f"no noise is added between t = {t.tolist()} and {t_prev.tolist()}, so there is no density to compare; "
+                "set eta above 0 and use steps to a lower noise level"
             )
         p, q = ddim.mean_of_prediction(s, t, t_prev, self.eta)
         p_sides, q_sides = (spread(x.expand(moves.noisy.shape[:2]), moves.noisy) for x in (p, q))
@@ -102,9 +104,9 @@ class SPO(Objective):
         )
 
     def score(self, evidence: Evidence) -> Score:
-        """−log σ of the difference of clipped log-ratios. Raises ValueError for evidence without weights."""
+        """−log σ of the difference of clipped log-ratios. Raises DiffalignError for evidence without weights."""
         if evidence.weight is None:
-            raise DiffalignError("spo's evidence needs the weight w of each transition (Evidence.weight)")
+            raise DiffalignError("spo needs the weight w of each transition (Evidence.weight); copy it from the probe")
         weight = evidence.weight.to(evidence.margin, non_blocking=True)
         log_ratio = -weight * evidence.margin
         low, high = math.log1p(-self.clip), math.log1p(self.clip)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.engine.predictor import predict_x0
+from diffalign.engine.measure import guided
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.decoder import decode
 from diffalign.models.loading.encoder import Encoder
@@ -69,15 +69,10 @@ def half_made(base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float
         latents = encoder.moments(pairs.pixels[:, part].flatten(0, 1)).chunk(2, dim=1)[0]
         noise = torch.randn(latents[: len(latents) // 2].shape, generator=generator).repeat(2, 1, 1, 1)
         times = torch.full((len(latents),), t)
-        x0 = predict_x0(
-            networks.policy,
-            base.schedule,
-            base.schedule.add_noise(latents, noise, times),
-            times,
-            _conditioning(encoder, pairs.captions[part] * 2),
-            guidance,
-            _conditioning(encoder, [""] * len(latents)),
-        )
+        xt = base.schedule.add_noise(latents, noise, times)
+        cond = _conditioning(encoder, pairs.captions[part] * 2)
+        null = _conditioning(encoder, [""] * len(latents))
+        x0 = base.schedule.to_x0(guided(networks.policy, xt, times, cond, guidance, null), xt, times)
         assert base.vae is not None, "the encoder has encoded with it"
         for side, pictures in zip(made, decode(base.vae, x0).chunk(2), strict=True):
             side.append(pictures)

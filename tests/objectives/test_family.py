@@ -230,9 +230,9 @@ def test_gradients_are_those_of_finite_differences(objective: Any) -> None:
         (lambda: DSODRO(margin=0), "margin = 0"),
         (lambda: DiffusionDRO(margin=-1), "margin = -1"),
         (lambda: FDPO(link="tv"), "link = 'tv'; allowed: reverse_kl"),
-        (lambda: FDPO(link="alpha"), r"alpha = None: link alpha needs it in \(0, 1\)"),
-        (lambda: FDPO(link="alpha", alpha=1.0), r"alpha = 1.0: link alpha needs it"),
-        (lambda: FDPO(link="js", alpha=0.5), "only link alpha has such a setting"),
+        (lambda: FDPO(link="alpha"), r"alpha = None: link alpha needs a value in \(0, 1\)"),
+        (lambda: FDPO(link="alpha", alpha=1.0), r"alpha = 1.0: link alpha needs a value"),
+        (lambda: FDPO(link="js", alpha=0.5), "only link alpha has this setting"),
     ],
 )
 def test_faulty_settings_are_named(make: Any, words: str) -> None:

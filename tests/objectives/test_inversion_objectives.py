@@ -136,7 +136,7 @@ def test_smpo_needs_scores() -> None:
     with pytest.raises(ValueError, match=r"the data have none.*chosen_score"):
         SmPO().probe(replace(batch, scores=None), models)
     holey = replace(batch, scores=batch.scores.index_fill(1, torch.tensor([2]), math.nan), ids=tuple("abcd"))
-    with pytest.raises(ValueError, match=r"lack one: c$"):
+    with pytest.raises(ValueError, match=r"lack one: c; score or remove them"):
         SmPO().probe(holey, models)
     with pytest.raises(ValueError, match="no weight"):
         SmPO().score(Evidence(column(1.0, 1.0), column(1.0, 1.0)))
@@ -244,8 +244,8 @@ def test_smpo_costs_two_predictions_a_step() -> None:
         (lambda: SmPO(tolerance=0.0), "tolerance = 0.0"),
         (lambda: as_released(form="both"), "residual, released and released_flipped"),
         (lambda: as_released(weighting="snr"), "inverse_alpha and uniform"),
-        (lambda: as_released(substeps=2, form="released"), "with form: residual"),
-        (lambda: InversionDPO(normalise=True), "w = 1 already"),
+        (lambda: as_released(substeps=2, form="released"), "exactly 1 unless form: residual"),
+        (lambda: InversionDPO(normalise=True), "every w is 1"),
         (lambda: as_released(points_per_step=81), "1 … steps = 80"),
         (lambda: as_released(points_per_forward=0), "points_per_forward = 0"),
     ],

@@ -117,7 +117,7 @@ def test_an_objective_without_a_logit_refuses_margins(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in TAKES_SIGNS])
 def test_an_objective_that_is_no_difference_refuses_negative_masks(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"swaps the sides of a part of the picture, and {name}"):
+    with pytest.raises(ValueError, match=rf"swaps the sides of a part of the image, and the loss of {name}"):
         require_terms(OBJECTIVES[name](), margin=False, signs=True)
 
 
@@ -203,7 +203,8 @@ def test_terms_go_the_two_passes_as_they_go_one() -> None:
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask of shape \(4, 6, 5\): these latents need \(pair, h, w\) = \(4, 6, 6\)"):
+    size = r"mask of shape \(4, 6, 5\): give masks of the latents' size, \(pair, h, w\) = \(4, 6, 6\)"
+    with pytest.raises(ValueError, match=size):
         ask(DiffusionDPO(), with_terms(toy_batch(), mask=torch.ones(4, 6, 5)), toy_models())
 
 

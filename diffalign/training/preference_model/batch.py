@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign.data.sampler import PairOrder, positions_for
 from diffalign.data.table.pairs import PairTable
-from diffalign.engine.predictor import predict_x0
+from diffalign.engine.measure import guided
 from diffalign.models.loading.decoder import decode
 from diffalign.models.loading.modules import VAE
 from diffalign.models.policy.networks import Networks
@@ -36,7 +36,8 @@ def half_made(batch: PairBatch, networks: Networks, vae: VAE, guidance: float) -
     xt = probe.xt.flatten(0, 1)
     t = probe.t.expand(sides).flatten().to(xt.device)
     uncond = None if batch.uncond is None else batch.uncond.flatten()
-    x0 = predict_x0(networks.policy, networks.schedule, xt, t, batch.cond.flatten(), guidance, uncond)
+    prediction = guided(networks.policy, xt, t, batch.cond.flatten(), guidance, uncond)
+    x0 = networks.schedule.to_x0(prediction, xt, t)
     return decode(vae, x0).unflatten(0, sides), probe.t
 
 
