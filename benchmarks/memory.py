@@ -117,7 +117,7 @@ def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
     training, method = config.training, config.tuning.method
     if config.data.cache_dir is None or config.validation.prompts:
         raise ConfigError("counted are runs without VAE and text encoders: data.cache_dir and no validation.prompts")
-    if method == "user_attention" or training.mixed_precision != "bf16" or training.ema_decay or config.source:
+    if method not in ("lora", "full") or training.mixed_precision != "bf16" or training.ema_decay or config.source:
         raise ConfigError("counted are bf16 runs of LoRA or of all weights, without EMA and without a source")
     if getattr(config.objective, "points_per_forward", 1) != 1:
         raise ConfigError("objective.points_per_forward: one point of a pair in a forward is counted here, set it to 1")

@@ -169,7 +169,7 @@ class Conditioning(Record):
     time_ids: Tensor | None = field(default=None, metadata=axes("side pair 6"))
     """SDXL's original h w, crop top left, target h w, in pixels."""
     user: Tensor | None = field(default=None, metadata=axes("side pair dim"))
-    """The embedding of the user whose preference a pair is, for user attention."""
+    """The embedding of the user whose preference a pair is, where pairs have users."""
     distinct_prompts: Tensor | None = field(default=None, metadata=axes("pair tokens dim", derived=True))
     """Of a flat batch whose sides share prompts: those of one side."""
 

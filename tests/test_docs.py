@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from diffalign.config.schema import OBJECTIVE_ONLY, Config, PreferenceModelConfig, PreferenceModelSection
+from diffalign.models.adapters.methods import METHODS, known_methods
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 from diffalign.training.run import _FREE
@@ -48,14 +49,20 @@ def test_the_config_reference_is_the_config(heading: str) -> None:
     expected = {
         key: "—" if field.is_required() else plain(field.default)
         for key, field in SECTIONS[heading].model_fields.items()
-        if key not in ("objective", *(s.strip("`") for s in SECTIONS))
+        if key not in ("objective", "tuning", *(s.strip("`") for s in SECTIONS))
     }
     # YAML 1.1 reads a bare `no` as false; pydantic's Literal wants the string, and so does the reader
     assert table("training.md", heading) == {k: False if v == "no" else v for k, v in expected.items()}
 
 
 def test_every_section_is_covered() -> None:
-    assert set(SECTIONS) == {"The run", "`model`", "`tuning`", "`data`", "`training`", "`validation`", "`health`"}
+    assert set(SECTIONS) == {"The run", "`model`", "`data`", "`training`", "`validation`", "`health`"}
+
+
+def test_the_tuning_reference_is_the_fields_of_all_methods() -> None:
+    fields = {f.name: plain(f.default) for cls in known_methods().values() for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    assert table("training.md", "`tuning`") == {"method": "lora", **fields}
+    assert [name for name in METHODS if f"`{name}`" not in part("training.md", "`tuning`")] == []
 
 
 def test_the_preference_models_reference_is_its_section() -> None:

@@ -56,7 +56,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--user",
         action="append",
         metavar="ID[=WEIGHT]",
-        help=("the user to generate for, with user attention; several users are averaged"),
+        help="the user to generate for, with weights that were tuned for users; several users are averaged",
     )
     parser.add_argument("--out", type=path, required=True, help="output folder")
 

@@ -1,7 +1,7 @@
 """Checks of settings that must be compatible across sections of a config.
 
-Each check takes a `diffalign.config.schema.Config` (or its section `tuning`) and raises ValueError, which the config
-reports with its other faults.
+Each check takes a `diffalign.config.schema.Config` and raises DiffalignError, which the config reports with its other
+faults.
 """
 
 from __future__ import annotations
@@ -9,40 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.models.adapters.methods import known_methods
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import OnSharedNoise
 
-LORA_ONLY = ("rank", "alpha", "target_modules", "resume_lora")
-USERS_ONLY = ("user_tokens", "user_scale")
-
-
-def check_tuning(tuning: Any) -> None:
-    """Raises ValueError for settings that belong to another tuning method."""
-    fields = type(tuning).model_fields
-    for method, names in (("lora", LORA_ONLY), ("user_attention", USERS_ONLY)):
-        idle = [name for name in names if getattr(tuning, name) != fields[name].default]
-        if idle and tuning.method != method:
-            raise DiffalignError(
-                f"tuning.{', tuning.'.join(idle)}: only tuning.method: {method} has this setting; remove it"
-            )
-
 
 def check_users(config: Any) -> None:
-    """Raises ValueError for users without user attention, or for user attention in a run that cannot have users."""
-    users, validation = config.data.users, config.validation
-    if config.tuning.method != "user_attention":
+    """Raises DiffalignError for users that the tuning method does not need, or a run that cannot have its users."""
+    users, validation, method = config.data.users, config.validation, config.tuning.method
+    if not config.tuning.needs_users:
         if users is not None or validation.user is not None:
             name = "data.users" if users is not None else "validation.user"
-            raise DiffalignError(f"{name}: only tuning.method: user_attention supports users; remove it")
+            needing = " or ".join(name for name, cls in known_methods().items() if cls.needs_users)
+            raise DiffalignError(f"{name}: only tuning.method: {needing} supports users; remove it")
         return
-    if config.tuning.reference is not None:
-        raise DiffalignError(
-            "tuning.reference: user attention is compared with the network without user "
-            "attention; remove tuning.reference"
-        )
     if config.source is not None:
         raise DiffalignError(
-            f"tuning.method: user_attention needs pairs with a user column, and source {config.source.name} "
+            f"tuning.method: {method} needs pairs with a user column, and source {config.source.name} "
             "generates pairs without users; remove source"
         )
     if bool(validation.prompts) != (validation.user is not None):
@@ -54,7 +37,7 @@ def check_users(config: Any) -> None:
 
 
 def can_fuse_kernels(model: Any) -> None:
-    """Raises ValueError for fused kernels with an unsupported memory layout or with torch.compile."""
+    """Raises DiffalignError for fused kernels with an unsupported memory layout or with torch.compile."""
     if model.compile:
         raise DiffalignError("model.fused_kernels: model.compile fuses the same layers; set one of the two to false")
     if not model.channels_last:
@@ -135,7 +118,7 @@ def can_keep_errors(config: Any) -> None:
 def can_train_in_bf16(config: Any) -> None:
     """Optimisers without float32 master weights, and the settings they do not support."""
     name = config.training.optimizer
-    if config.tuning.method != "full":
+    if not config.tuning.trains_base:
         raise DiffalignError(
             f"training.optimizer: {name} is for tuning.method: full; for LoRA, which has few weights, use adamw"
         )
@@ -148,7 +131,7 @@ def can_train_in_bf16(config: Any) -> None:
 
 
 def usable_together(config: Any) -> None:
-    """Raises ValueError for settings that a source does not support."""
+    """Raises DiffalignError for settings that a source does not support."""
     source, objective, data = config.source, config.objective, config.data
     if source.objectives and objective.name not in source.objectives:
         raise DiffalignError(

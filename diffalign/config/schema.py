@@ -1,17 +1,16 @@
 """One YAML file is one run: parsed, overridden from the command line, validated, and written back with all defaults.
 
 Field names follow diffusers and TRL. Unknown keys and wrong values are errors, reported all at once, each with the
-nearest right name or the allowed values. The `objective` and `source` nodes parse straight into their own dataclasses.
+nearest right name or the allowed values. The nodes `tuning`, `objective` and `source` become dataclasses of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, InstanceOf, ValidationError, field_validator, model_validator
 
 from diffalign.config.compatibility import (
     can_fuse_kernels,
@@ -19,13 +18,13 @@ from diffalign.config.compatibility import (
     can_keep_errors,
     can_keep_trajectories,
     can_train_in_bf16,
-    check_tuning,
     check_users,
     reference_batch_fits,
     usable_together,
 )
 from diffalign.config.data_sections import packaged_asset as packaged_asset
 from diffalign.config.health_section import HealthSection, can_roll_back
+from diffalign.config.named_classes import parse_named, parse_tuning, plain_fields, plain_named
 from diffalign.config.overrides import describe, override
 from diffalign.config.sections import (
     ADAM_ONLY,
@@ -35,13 +34,13 @@ from diffalign.config.sections import (
     ModelSection,
     PreferenceModelSection,
     TrainingSection,
-    TuningSection,
     ValidationSection,
 )
 from diffalign.config.strict_yaml import ConfigError, dump_yaml, read_yaml
-from diffalign.config.value_types import PathText, Section, Seed, Switch, strict
+from diffalign.config.value_types import PathText, Section, Seed, Switch
 from diffalign.errors import DiffalignError
-from diffalign.io.plugins import name_of, nearest, resolve
+from diffalign.models.adapters.core_methods import LoRA
+from diffalign.models.adapters.methods import TuningMethod
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
@@ -55,7 +54,7 @@ class Config(Section):
     overwrite_output_dir: Switch = False  # false: a folder that holds a run is resumed or refused, never lost
     seed: Seed = 0
     model: ModelSection
-    tuning: TuningSection = TuningSection()
+    tuning: InstanceOf[TuningMethod] = LoRA()  # what is trained, and what it is compared with
     objective: Any  # an objective's dataclass
     source: Any = None  # the settings of a source that makes pairs while training; null: the pairs of `data`
     data: DataSection
@@ -63,15 +62,20 @@ class Config(Section):
     validation: ValidationSection = ValidationSection()
     health: HealthSection = HealthSection()
 
+    @field_validator("tuning", mode="before")
+    @classmethod
+    def _tuning(cls, node: Any) -> Any:
+        return parse_tuning(node)
+
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, node: Any) -> Any:
-        return _parse_named(node, OBJECTIVES, "objective")
+        return parse_named(node, OBJECTIVES, "objective")
 
     @field_validator("source", mode="before")
     @classmethod
     def _source(cls, node: Any) -> Any:
-        return None if node is None else _parse_named(node, SOURCES, "source")
+        return None if node is None else parse_named(node, SOURCES, "source")
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
@@ -104,7 +108,6 @@ class Config(Section):
             can_keep_trajectories(self)
         if self.data.cache_reference_errors:
             can_keep_errors(self)
-        check_tuning(self.tuning)
         check_users(self)
         if self.tuning.reference is not None:
             can_have_a_reference(self)
@@ -115,9 +118,12 @@ class Config(Section):
 
     def resolved(self) -> dict[str, Any]:
         """The config as plain YAML-ready values, defaults included."""
-        plain = self.model_dump(mode="json", exclude={"objective", "source"})
-        source = None if self.source is None else _plain(self.source)
-        return {**plain, "objective": _plain(self.objective), "source": source}
+        return {
+            **self.model_dump(mode="json", exclude={"tuning", "objective", "source"}),
+            "tuning": {"method": self.tuning.method, **plain_fields(self.tuning)},
+            "objective": plain_named(self.objective, OBJECTIVES),
+            "source": None if self.source is None else plain_named(self.source, SOURCES),
+        }
 
 
 class PreferenceModelConfig(Section):
@@ -228,65 +234,3 @@ def packaged_config(name: str) -> Path:
         if file.as_posix().endswith(f"/{name}"):
             return file
     raise ConfigError(f"no config {name} in this installation; reinstall diffalign")
-
-
-def _parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
-    """The dataclass called `name` in a table, made from the node's other keys."""
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        _complete(node, what)
-        name_of(type(node), known)  # a saved config must find it again
-        return node
-    if not isinstance(node, dict) or "name" not in node:
-        raise DiffalignError(f"give a mapping with a name, one of: {', '.join(known)}")
-    name = node["name"]
-    cls = resolve(str(name), known, what)
-    make: Callable[..., Any] = cls
-    if not dataclasses.is_dataclass(cls):
-        raise DiffalignError(f"{what} {name!r} is not a dataclass; make it one, its fields are its settings")
-    _complete(cls, what)
-    allowed = [f.name for f in dataclasses.fields(cls)]
-    settings = {k: v for k, v in node.items() if k != "name"}
-    faults = [f"{k}: {name} has no such setting{nearest(k, allowed)}" for k in settings if k not in allowed]
-    if not faults:
-        try:
-            return make(**_checked(cls, settings))
-        except ValidationError as e:
-            faults = [describe(fault, Section) for fault in e.errors()]
-        except DiffalignError as e:
-            faults = [f"{name}: {e}"]
-    raise DiffalignError("; ".join(faults))
-
-
-def _complete(settings: Any, what: str) -> None:
-    """Raises DiffalignError for a class that lacks what every objective or source has."""
-    missing = [name for name in _NEEDED[what] if not hasattr(settings, name)]
-    if missing:
-        cls = settings if isinstance(settings, type) else type(settings)
-        raise DiffalignError(
-            f"{what} {cls.__qualname__} lacks {', '.join(missing)}; CONTRIBUTING.md shows what it must define"
-        )
-
-
-_NEEDED = {
-    "objective": ("name", "paper", "needs_reference", "drawn", "scale_field", "probe", "score"),
-    "source": ("name", "paper", "data", "objectives", "own_reference", "build", "small"),
-}
-
-
-def _checked(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The values of a dataclass's fields, each of its type. Raises ValidationError."""
-    hints = get_type_hints(cls)
-    fields: Any = {f.name: (strict(hints[f.name]), ...) for f in dataclasses.fields(cls) if f.name in settings}
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    fields |= {name: (strict(hints[name]), ...) for name in required}
-    return dict(create_model(cls.__name__, __base__=Section, **fields).model_validate(settings))
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings with its name, as YAML-ready values."""
-    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    known = OBJECTIVES if hasattr(settings, "score") else SOURCES
-    return {
-        "name": name_of(type(settings), known),
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-    }

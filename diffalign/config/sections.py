@@ -78,26 +78,6 @@ class ModelSection(Section):
         return {"true": "full", "yes": "full", "false": "none", "no": "none"}.get(str(value).lower(), value)
 
 
-class TuningSection(Section):
-    """What is trained, and what it is compared with."""
-
-    method: Literal["lora", "full", "user_attention"] = "lora"
-    rank: Count = 16
-    alpha: Positive | None = None  # null: equal to rank
-    target_modules: tuple[Text, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    resume_lora: PathText | None = None  # start from these LoRA weights
-    reference: PathText | None = (
-        None  # tuned weights of the reference, from which the policy starts too; null: the base
-    )
-    user_tokens: Count = 4  # tokens that user attention makes of a user (IP-Adapter's 4)
-    user_scale: Positive = 1.0  # of what user attention adds to the text's
-
-    @property
-    def lora_alpha(self) -> float:
-        """alpha, or the rank if alpha is not set."""
-        return float(self.rank if self.alpha is None else self.alpha)
-
-
 class DataSection(Section):
     """The preference pairs and how they become latents."""
 
@@ -189,7 +169,7 @@ class ValidationSection(Section):
     steps: Count = 25
     guidance_scale: Guidance = 5.0
     seed: Seed = 0
-    user: Text | None = None  # an id in data.users: for whom the pictures are, with user attention
+    user: Text | None = None  # an id in data.users: whom the images are for
 
 
 class PreferenceModelSection(Section):

@@ -98,17 +98,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def strict(hint: Any) -> Any:
+def strict(hint: Any, path: bool = False) -> Any:
     """A dataclass field's type with the same checks: `float | None` becomes `Number | None`.
 
-    Objectives and sources are plain dataclasses of a lower floor, which know nothing of YAML.
+    Objectives, sources and tuning methods are plain dataclasses of a lower level, which know nothing of YAML.
+    path: a string is the path of a file or folder.
     """
-    plain = {float: Number, int: Whole, bool: Switch, str: Text}
+    plain = {float: Number, int: Whole, bool: Switch, str: PathText if path else Text}
     if hint in plain:
         return plain[hint]
     parts = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        return Union[tuple(strict(part) for part in parts)]  # noqa: UP007 - made of a tuple
+        return Union[tuple(strict(part, path) for part in parts)]  # noqa: UP007 - made of a tuple
     if get_origin(hint) is tuple:
-        return tuple[tuple(part if part is Ellipsis else strict(part) for part in parts)]  # type: ignore[misc]
+        return tuple[tuple(part if part is Ellipsis else strict(part, path) for part in parts)]  # type: ignore[misc]
     return hint

@@ -59,10 +59,11 @@ def find_what(run: str | Path, base: str | None = None) -> What:
     if isinstance(config, PreferenceModelConfig):
         raise ExportError(f"{run} trained a preference model, a judge and not a generator: there is nothing to export")
     tuned = find_tuned(run)
-    if tuned.kind == "user":
+    if tuned.layout.adds_layers:
+        user = " Images for a user: diffalign generate --users FILE --user ID" if tuned.layout.needs_user else ""
         raise ExportError(
-            f"{tuned.path} is user attention, a layer that no other program has; export covers LoRA and full tuning. "
-            "Pictures for a user: diffalign generate --users FILE --user ID"
+            f"{tuned.path} is {tuned.layout.label}, a layer that no other program has; export covers LoRA and full "
+            f"tuning.{user}"
         )
     named = tuned.path.samefile(run)  # the file or folder itself, not where a run has put it
     if config is not None and config.training.ema_decay is not None and not named and _is_checkpoint(Path(run)):

@@ -1,7 +1,8 @@
 """Classes by name: the package's own, another package's entry point, or `package.module:Class`.
 
-A package offers its own under the entry-point group `diffalign.objectives`, `diffalign.sources` or
-`diffalign.scorers`; a script or notebook names the class where it is defined.
+A package offers its own under the entry-point group `diffalign.objectives`, `diffalign.sources`,
+`diffalign.scorers` or `diffalign.tuning_methods`; a script or notebook names the class where it is defined. A table of
+our own names may have `package.module:Class` in place of a class, which is then imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ def resolve(name: str, known: Mapping[str, Any], what: str) -> Any:
 
     Raises DiffalignError with the nearest known name, or with the reason why the import failed.
     """
-    if name in known:
+    if name in known and not isinstance(known[name], str):
         return known[name]
-    module, colon, attribute = name.partition(":")
+    module, colon, attribute = str(known.get(name, name)).partition(":")
     if colon:
         return imported(module, attribute, f"{what} {name!r}")
-    offered = {entry.name: entry for entry in entry_points(group=f"diffalign.{what}s")}
+    offered = _offered(what)
     if name in offered:
         module, _, attribute = offered[name].value.partition(":")
         return imported(module, attribute, f"{what} {name!r} (entry point of {_package(offered[name])})")
     raise DiffalignError(
         f"no {what} is called {name!r}{nearest(name, [*known, *offered])} (your own: package.module:Class)"
     )
+
+
+def known_names(known: Mapping[str, Any], what: str) -> list[str]:
+    """The names of a table and of the entry points of `diffalign.WHATs`."""
+    return list(dict.fromkeys([*known, *_offered(what)]))
 
 
 def imported(module: str, attribute: str, what: str) -> Any:
@@ -61,7 +67,7 @@ def name_of(cls: type, known: Mapping[str, Any]) -> str:
     Raises DiffalignError for a class that cannot be imported by another process, such as one inside a function.
     """
     for name, each in known.items():
-        if each is cls:
+        if each is cls or each == f"{cls.__module__}:{cls.__qualname__}":
             return name
     module = sys.modules.get(cls.__module__)
     if "<locals>" in cls.__qualname__ or not _holds(module, cls):
@@ -83,6 +89,10 @@ def _holds(module: Any, cls: type) -> bool:
     for part in cls.__qualname__.split("."):
         found = getattr(found, part, None)
     return found is cls
+
+
+def _offered(what: str) -> dict[str, Any]:
+    return {entry.name: entry for entry in entry_points(group=f"diffalign.{what.replace(' ', '_')}s")}
 
 
 def _package(entry: Any) -> str:

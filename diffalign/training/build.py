@@ -13,34 +13,23 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config.schema import Config
-from diffalign.config.sections import DataSection, ModelSection, TuningSection
+from diffalign.config.sections import DataSection, ModelSection
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.data.table.users import open_users
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.experimental.fusing import fuse_kernels
-from diffalign.models.adapters.lora import (
-    ADAPTER,
-    adapter_weights,
-    add_lora,
-    check_targets,
-    fuse_lora,
-    load_lora,
-    lora_layers,
-)
-from diffalign.models.adapters.merge import merge_into
-from diffalign.models.adapters.save_load import check_tuned, find_tuned
-from diffalign.models.adapters.user_attention import add_user_attention, set_user, user_branch
+from diffalign.models.adapters.methods import Start
 from diffalign.models.kernels.attention import set_attention
 from diffalign.models.kernels.checkpointing import Checkpointing, place, set_checkpointing, store_for_autocast
 from diffalign.models.kernels.compile import compile_blocks
 from diffalign.models.loading.base import Base, load_base, vae_factor
 from diffalign.models.loading.encoder import Encoder
-from diffalign.models.loading.family import Family, ModelError, check_resolution
+from diffalign.models.loading.family import Family, check_resolution
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import FrozenCopy, HeldLora, Reference, ReferenceKind, make_reference
+from diffalign.models.policy.reference import FrozenCopy, Reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
 from diffalign.models.spec import ModelSpec
 from diffalign.objectives import Objective
@@ -73,7 +62,7 @@ class Run:
     lr_scheduler: LRScheduler
     scaler: torch.amp.GradScaler  # disabled unless fp16
     ema: Any | None  # diffusers' EMAModel
-    reference_kind: ReferenceKind
+    reference_kind: str  # `Reference.kind`, or "none"
     lr: float  # in force, after scale_lr
     table: Table
     identity: Identity = field(default_factory=dict)  # what the run is made from, for its checkpoints
@@ -119,11 +108,11 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     table = open_table(config, accelerator) if table is None else table
     if isinstance(table, PairTable):
         require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
-    _check_reference(config.tuning)
+    config.tuning.check()
     base = load_run_base(config.model) if base is None else trained_as(base, config.model)
     config = settled(config, device, base.family.name)
     training = config.training
-    _check_start(config.tuning, base.unet)
+    config.tuning.check_base(base.unet)
     identity = run_identity(config, table, base)
     refuse_others(config, identity)
     objective.check_schedule(base.schedule)
@@ -173,18 +162,13 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
 def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference | None:
     """What the policy is compared with, from its unwrapped UNet before training.
 
-    That is a former policy where the source chooses one, the weights that `tuning.reference` names, else the base.
-    None for an objective without a reference.
+    That is a former policy where the source chooses one, else what the tuning method makes. None for an objective
+    without a reference.
     """
-    tuning, autocast = config.tuning, AUTOCAST[config.training.mixed_precision]
-    if tuning.reference is not None and tuning.method == "lora":
-        return HeldLora(unet, adapter_weights(unet, tuning.reference))
+    autocast = AUTOCAST[config.training.mixed_precision]
     if config.source is not None and config.source.own_reference:
         return make_former(unet, family, autocast)
-    if not config.objective.needs_reference:
-        return None
-    kind: ReferenceKind = "lora_off" if lora_layers(unet) else "user_off" if user_branch(unet) is not None else "copy"
-    return make_reference(kind, unet, autocast)
+    return config.tuning.make_reference(unet, autocast) if config.objective.needs_reference else None
 
 
 def _resolution(data: DataSection, base: Base) -> int:
@@ -195,58 +179,23 @@ def _resolution(data: DataSection, base: Base) -> int:
     return resolution
 
 
-def _check_reference(tuning: TuningSection) -> None:
-    """Raises ModelError for tuned weights that cannot be this run's reference, before anything is encoded."""
-    if tuning.reference is not None and find_tuned(tuning.reference).kind == "unet" and tuning.method == "lora":
-        raise ModelError(
-            f"tuning.reference: {tuning.reference} is a full UNet, and a LoRA on top of it would not be one of the "
-            "base's; give a LoRA file, use tuning.method: full, or make that UNet part of the base model"
-        )
-
-
-def _check_start(tuning: TuningSection, unet: UNet) -> None:
-    """Raises ModelError for adapters that the base's UNet cannot take, before anything is encoded."""
-    given = [path for path in (tuning.resume_lora, tuning.reference) if path is not None]
-    for path in given:
-        check_tuned(unet, path)
-    if tuning.method == "lora" and not given:
-        check_targets(unet, tuning.target_modules, tuning.rank)
-
-
 def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: int | None = None) -> UNet:
-    """The base's UNet made trainable as configured: attention, checkpointing, and LoRA, user attention or all weights.
+    """The base's UNet made trainable as configured: attention, the tuning method, memory layout, checkpointing.
 
-    `user_dim` is the length of the users' embeddings, for user attention.
+    `user_dim` is the length of the users' embeddings, for a method that needs users.
     """
-    unet, tuning = base.unet, config.tuning
-    autocast = AUTOCAST[config.training.mixed_precision]
+    unet, training = base.unet, config.training
+    autocast = AUTOCAST[training.mixed_precision]
     set_attention(unet, config.model.attention, device)
-    if tuning.method == "lora":
-        if (start := tuning.resume_lora or tuning.reference) is not None:
-            load_lora(unet, start)
-            found = unet.peft_config[ADAPTER]
-            if (found.r, found.lora_alpha) != (tuning.rank, tuning.lora_alpha):
-                log.warning(
-                    "%s has rank %d and alpha %g: these are in force, not tuning.rank and tuning.alpha",
-                    start,
-                    found.r,
-                    found.lora_alpha,
-                )
-        else:
-            add_lora(unet, tuning.rank, tuning.lora_alpha, tuning.target_modules, seed=config.seed)
-        fuse_lora(unet)
-    elif tuning.method == "user_attention":
-        assert user_dim is not None, "the table was opened with its users"
-        add_user_attention(unet, user_dim, tuning.user_tokens, tuning.user_scale, seed=config.seed)
-        if config.validation.user is not None:
-            set_user(unet, open_users(str(config.data.users)).of(config.validation.user, "validation.user"))
-    else:
-        if tuning.reference is not None:
-            merge_into(unet, [(tuning.reference, 1.0)])
-        if config.training.bf16_weights:
-            store_for_autocast(unet, torch.bfloat16)  # while it is frozen: those become the trained weights
-        unet.requires_grad_(True)
-    if tuning.method != "full" and autocast is not None:
+    user = config.validation.user
+    start = Start(
+        seed=config.seed,
+        weights_dtype=torch.bfloat16 if training.bf16_weights else None,
+        user_dim=user_dim,
+        default_user=None if user is None else open_users(str(config.data.users)).of(user, "validation.user"),
+    )
+    config.tuning.prepare(unet, start)
+    if not config.tuning.trains_base and autocast is not None:
         store_for_autocast(unet, autocast)
     if config.model.channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no overload of torch's has it

@@ -13,7 +13,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from diffalign.config.schema import Config
-from diffalign.config.sections import DataSection, ModelSection, TrainingSection, TuningSection
+from diffalign.config.sections import DataSection, ModelSection, TrainingSection
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
@@ -29,6 +29,7 @@ from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.engine.measure import errors
 from diffalign.experimental.kernels import kernels_by
+from diffalign.models.adapters.methods import TuningMethod
 from diffalign.models.loading.base import vae_factor
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.fingerprint import network_fingerprint
@@ -230,7 +231,7 @@ def _reference_errors(
 
 
 def _kernels(
-    model: ModelSection, tuning: TuningSection, training: TrainingSection, device: torch.device
+    model: ModelSection, tuning: TuningMethod, training: TrainingSection, device: torch.device
 ) -> dict[str, Any]:
     """What decides how a forward rounds: stored errors must be those that the reference would give now."""
     fused = kernels_by(device) if model.fused_kernels else None

@@ -15,6 +15,7 @@ from diffalign.data.table.prompts import Table, open_prompts
 from diffalign.data.table.score_aggregation import use_axes
 from diffalign.data.table.users import open_users, use_users
 from diffalign.data.table.winners import open_winners
+from diffalign.models.adapters.methods import known_methods
 from diffalign.training.processes import on_main
 from diffalign.training.score_units import check_units
 
@@ -64,13 +65,14 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
     if isinstance(config, Config):
         check_units(config, table)
-    if isinstance(config, Config) and config.tuning.method == "user_attention":
+    if isinstance(config, Config) and config.tuning.needs_users:
         users = None if data.users is None else open_users(data.users)
         use_users(table, users, where=f"data.users: {data.users}")
         if users is not None and config.validation.user is not None:
             users.of(config.validation.user, "validation.user")  # an id that is not there is said now
     elif table.layout.user_embed is not None:
-        log.info("the pairs have users (%s); only tuning.method: user_attention uses them", table.layout.user_embed)
+        needing = " or ".join(name for name, method in known_methods().items() if method.needs_users)
+        log.info("the pairs have users (%s); only tuning.method: %s uses them", table.layout.user_embed, needing)
     if data.cache_dir is not None:
         _ = table.identity  # may read every image once: done here, before other processes get the table
     return table

@@ -42,9 +42,10 @@ def _smaller(config: Config | PreferenceModelConfig) -> str:
         hints.append(f"set model.gradient_checkpointing: full (now {config.model.gradient_checkpointing})")
     if training.mixed_precision == "no":
         hints.append("set training.mixed_precision: bf16 (now no)")
-    if isinstance(config, Config) and config.tuning.method == "full":
+    if isinstance(config, Config) and config.tuning.trains_base:
         hints.append(
-            f"set tuning.method: lora (now full), or training.optimizer: adamw_8bit (now {training.optimizer})"
+            f"set tuning.method: lora (now {config.tuning.method}), or training.optimizer: adamw_8bit (now "
+            f"{training.optimizer})"
         )
     if config.data.resolution is None or config.data.resolution > 512:
         hints.append(f"lower data.resolution (now {config.data.resolution or 'that of the model'})")

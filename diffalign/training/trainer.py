@@ -24,13 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.config.health_section import HealthSection
 from diffalign.config.schema import Config, parse_config, settings_of
-from diffalign.config.sections import DataSection, ModelSection, TrainingSection, TuningSection, ValidationSection
+from diffalign.config.sections import DataSection, ModelSection, TrainingSection, ValidationSection
 from diffalign.config.strict_yaml import ConfigError
 from diffalign.data.formats.arrow import object_columns
 from diffalign.data.formats.columns import Columns
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
+from diffalign.models.adapters.core_methods import FullFineTuning as FullFineTuning
+from diffalign.models.adapters.core_methods import LoRA as LoRA
+from diffalign.models.adapters.methods import TuningMethod
 from diffalign.models.adapters.save_load import save_tuned
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.from_pipeline import base_of_pipeline
@@ -56,24 +59,6 @@ class TrainingArguments(TrainingSection):
     output_dir: str
     overwrite_output_dir: bool = False
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on the attention of the UNet; the reference is the policy with its adapter switched off."""
-
-    rank: int = 16
-    alpha: float | None = None  # None: equal to rank
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    start: str | None = None  # LoRA weights to start from
-    reference: str | None = None  # LoRA weights of the reference, from which the policy starts too
-
-
-@dataclass(frozen=True)
-class FullFineTuning:
-    """All weights of the UNet; the reference is a frozen copy."""
-
-    reference: str | None = None  # tuned weights of the reference, from which the policy starts too
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ class Trainer:
     objective: an objective, its name, or `package.module:Class`.
     train_dataset: what `load_pairs` takes, or what it returns. With `source`, prompts or winners by path.
     args: where to, how long, how fast.
-    tuning: `LoRA()` or `FullFineTuning()`.
+    tuning: `LoRA()`, `FullFineTuning()` or another `TuningMethod`.
     source: settings of a source that makes its pairs while training (`diffalign.sources`); None: the pairs given.
     resolution: pixels; None: the model family's own, or what `load_pairs` was given.
     model_settings, validation, health: fields of the config's sections of these names.
@@ -129,7 +114,7 @@ class Trainer:
         train_dataset: Any,
         args: TrainingArguments,
         *,
-        tuning: LoRA | FullFineTuning | None = None,
+        tuning: TuningMethod | None = None,
         source: Any = None,
         resolution: int | None = None,
         model_settings: Mapping[str, Any] | None = None,
@@ -152,7 +137,7 @@ class Trainer:
             "model": settings_of(
                 ModelSection, {"pretrained_model_name_or_path": name, **(model_settings or {})}, "model"
             ),
-            "tuning": _tuning(tuning or LoRA()),
+            "tuning": LoRA() if tuning is None else tuning,
             "objective": {"name": objective} if isinstance(objective, str) else objective,
             "source": source,
             "data": data,
@@ -248,16 +233,3 @@ class Trainer:
 
     def _none(self) -> Path:
         raise DiffalignError(f"{self.output_dir} does not exist: nothing was trained yet; call train() first")
-
-
-def _tuning(tuning: LoRA | FullFineTuning) -> TuningSection:
-    if isinstance(tuning, FullFineTuning):
-        return TuningSection(method="full", reference=tuning.reference)
-    settings = {
-        "rank": tuning.rank,
-        "alpha": tuning.alpha,
-        "target_modules": tuple(tuning.target_modules),
-        "resume_lora": tuning.start,
-        "reference": tuning.reference,
-    }
-    return settings_of(TuningSection, {k: v for k, v in settings.items() if v is not None}, "LoRA")

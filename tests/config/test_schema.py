@@ -12,6 +12,7 @@ import yaml
 
 from diffalign.config.schema import Config, ConfigError, load_config, parse_config, save_config
 from diffalign.config.strict_yaml import dump_yaml, parse_yaml
+from diffalign.models.adapters.methods import known_methods
 from diffalign.objectives import OBJECTIVES, DiffusionDPO, MaPO
 from diffalign.sources import SOURCES
 
@@ -118,7 +119,7 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         (["model.revision=a\udcff"], r"model.revision: the character U\+DCFF is not allowed"),
         (["data.path=~nobody-of-this-name/x"], "no home folder is known.*in full"),
         (["training=5"], "training: this is a section, got 5"),
-        (["tuning.method=full", "tuning.resume_lora=x"], r"tuning\.resume_lora: only tuning.method: lora"),
+        (["tuning.method=full", "tuning.resume_lora=x"], r"tuning: resume_lora: only tuning.method: lora"),
         (["training.lr_scheduler=constant", "training.lr_warmup_steps=5"], "constant has no warm-up"),
         (["training.optimizer=adafactor", "training.adam_beta1=0.8"], r"training\.adam_beta1: adafactor"),
         (["training.lr=1"], "did you mean 'learning_rate'"),
@@ -152,7 +153,7 @@ def numeric_fields() -> list[str]:
         for name, part in parts.items():
             kinds = {part.annotation, *get_args(part.annotation)}
             found += [".".join(filter(None, (section, name)))] * bool(kinds & {int, float})
-    for table, known in (("objective", OBJECTIVES), ("source", SOURCES)):
+    for table, known in (("objective", OBJECTIVES), ("source", SOURCES), ("tuning", known_methods())):
         for name, cls in known.items():
             hints = get_type_hints(cls)
             fields = [
@@ -168,7 +169,8 @@ def test_numbers_are_numbers_and_have_bounds(field: str, file: Path) -> None:
     table, _, rest = field.partition(" ")
     name, _, leaf = rest.partition(" ")
     for given, words in BAD_NUMBERS.items():
-        key = f"{table}={{name: {name}, {leaf}: {given}}}" if name else f"{field}={given}"
+        which = "method" if table == "tuning" else "name"
+        key = f"{table}={{{which}: {name}, {leaf}: {given}}}" if name else f"{field}={given}"
         with pytest.raises(ConfigError, match=words) as error:
             load_config(file, [key])
         assert (leaf or field) in str(error.value), given

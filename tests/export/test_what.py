@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from diffalign.config.schema import Config, parse_config, save_config
+from diffalign.contrib.ppd.user_attention import add_user_attention
+from diffalign.contrib.ppd.weights import save_user_attention
 from diffalign.export.names import ExportError
 from diffalign.export.what import find_what
 from diffalign.models.adapters.lora import LORA_FILE
-from diffalign.models.adapters.user_attention import add_user_attention, save_user_attention
 from diffalign.models.loading.family import ModelError
 from tests.models.adapters.test_merge import write_full, write_lora
 from tests.models.conftest import Model

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.config.schema import Config
-from diffalign.models.adapters.user_attention import USER_FILE
+from diffalign.contrib.ppd.weights import USER_FILE
 from diffalign.training.run import run_training
 from tests.data.helpers import pick_rows, write_parquet
 from tests.invariants.pool import Pool

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffalign.contrib.ppd.weights import load_user_attention
 from diffalign.data.table.users import open_users
 from diffalign.errors import ModelError
 from diffalign.export.kohya import export_kohya
@@ -17,7 +18,6 @@ from diffalign.io.weight_files import MAX_HEADER, check_weights
 from diffalign.models.adapters.lora import load_lora
 from diffalign.models.adapters.merge import merge_tuned
 from diffalign.models.adapters.save_load import find_tuned, load_full
-from diffalign.models.adapters.user_attention import load_user_attention
 from diffalign.models.loading.base import load_base
 from diffalign.rewards.clip import load_state
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from diffalign.cli.main import main
 from diffalign.config.schema import Config, ConfigError
+from diffalign.contrib.ppd.weights import USER_FILE
 from diffalign.data.row import DataError
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.recipe import Tuned
 from diffalign.evaluation.sampling import Sampling
-from diffalign.models.adapters.user_attention import USER_FILE
 from diffalign.models.loading.family import ModelError
 from diffalign.training.run import run_training
 from tests.data.helpers import pick_rows, write_parquet
@@ -241,12 +241,12 @@ def test_data_without_users_and_users_that_nobody_uses(
     ("overrides", "fault"),
     [
         ({"tuning": {"method": "lora"}}, "data.users: only tuning.method: user_attention"),
-        ({"tuning": {"method": "user_attention", "rank": 8}}, "tuning.rank: only tuning.method: lora"),
-        ({"tuning": {"user_tokens": 8}, "data.users": None}, "tuning.user_tokens: only tuning.method: user_attention"),
+        ({"tuning": {"method": "user_attention", "rank": 8}}, "tuning: rank: only tuning.method: lora"),
+        ({"tuning": {"user_tokens": 8}, "data.users": None}, "tuning: user_tokens: only tuning.method: user_attention"),
         ({"validation": {"prompts": ["x"]}}, "validation.user"),
         (
             {"tuning": {"method": "user_attention", "reference": "runs/x"}},
-            "compared with the network without user attention",
+            "tuning: reference: only tuning.method: lora or full has this setting; remove it",
         ),
         ({"validation": {"user": "anna"}}, "need both validation.prompts"),
         ({"validation": {"prompts": ["x"], "user": "anna"}, "data.users": None}, "is an id in data.users"),

@@ -88,7 +88,7 @@ def use_users(table: PairTable, users: Users | None, *, where: str) -> None:
     if column is None:
         part = "user" if users is not None else "user_embed"
         raise DataError(
-            f"tuning.method: user_attention needs pairs with a user, and these have no column {part}. "
+            f"this tuning method needs pairs with a user, and these have no column {part}. "
             f"Name it (data.columns={{{part}: MY_COLUMN}})"
             + (", or give data.users, a file of embeddings by id" if users is None and layout.user is not None else "")
         )

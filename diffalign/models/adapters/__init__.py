@@ -1,1 +1,1 @@
-"""What is tuned and how it is stored: LoRA, user attention, full weights, sums of them."""
+"""What is tuned and how it is stored: tuning methods, LoRA, full weights, sums of them."""

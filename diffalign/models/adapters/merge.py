@@ -100,10 +100,10 @@ def _found(parts: Parts) -> list[tuple[TunedWeights, float]]:
     if bad := [f"{path}={weight}" for path, weight in parts if not math.isfinite(weight)]:
         raise ModelError(f"{', '.join(bad)}: a weight is a finite number")
     found = [(find_tuned(path), float(weight)) for path, weight in parts]
-    if users := [str(tuned.path) for tuned, _ in found if tuned.kind == "user"]:
+    if added := [f"{tuned.path} is {tuned.layout.label}" for tuned, _ in found if tuned.layout.adds_layers]:
         raise ModelError(
-            f"{', '.join(users)}: user attention adds layers to the base and changes none "
-            "of its weights; it cannot be merged"
+            f"{', '.join(added)}: it adds layers to the base and changes none of its weights, so it cannot be merged; "
+            "merge LoRA files and full UNets"
         )
     return found
 

@@ -1,10 +1,11 @@
-"""Tuned weights on disk, back onto a network, and into a pipeline that makes pictures.
+"""Tuned weights on disk, back onto a network, and into a pipeline that generates images.
 
 What a run leaves in its output_dir (or in a checkpoint-N/ of it) is one of
 
     unet/                                 full fine-tuning: a diffusers folder, safetensors
     pytorch_lora_weights.safetensors      LoRA: diffusers' layout with the adapter's metadata
-    user_attention.safetensors            user attention: a layout of our own
+
+or has the layout of another tuning method (`methods.known_layouts`).
 """
 
 from __future__ import annotations
@@ -13,51 +14,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.io.files import file_faults
-from diffalign.io.loaded_weights import is_finite
 from diffalign.io.manifest import MANIFEST, read_manifest
-from diffalign.io.weight_files import check_weights, refuse_pickle
-from diffalign.models.adapters.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
-from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
-from diffalign.models.adapters.user_attention import (
-    USER_FILE,
-    holds_user_attention,
-    load_user_attention,
-    save_user_attention,
-    set_user,
-    user_branch,
-)
+from diffalign.io.weight_files import refuse_pickle
+from diffalign.models.adapters.layouts import LORA, UNET
+from diffalign.models.adapters.layouts import UNET_FOLDER as UNET_FOLDER
+from diffalign.models.adapters.layouts import load_full as load_full
+from diffalign.models.adapters.methods import WeightLayout, known_layouts
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.loading.stored import UNET_STEM, stored_unet, weights_in
 from diffalign.models.spec import ModelSpec
-
-UNET_FOLDER = "unet"
 
 
 @dataclass(frozen=True)
 class TunedWeights:
-    """Where tuned weights are, and of which kind."""
+    """Where tuned weights are, and in which layout."""
 
-    kind: Literal["unet", "lora", "user"]
+    layout: WeightLayout
     path: Path  # the unet folder, or the file
+
+    @property
+    def kind(self) -> str:
+        """The layout's name: "unet", "lora", or another method's."""
+        return self.layout.kind
+
+
+def layout_on(unet: UNet) -> WeightLayout:
+    """The layout of what was added to a UNet; without any, that of the UNet itself."""
+    return next((each for each in known_layouts() if each is not UNET and each.is_on(unet)), UNET)
 
 
 def save_tuned(unet: UNet, output_dir: str | Path, family: Family) -> Path:
-    """Write the unwrapped UNet's adapter, or without one its `unet/` folder, into `output_dir`; returns which."""
-    if user_branch(unet) is not None:
-        return save_user_attention(unet, output_dir)
-    if lora_layers(unet):
-        return save_lora(unet, output_dir, family)
-    folder = Path(output_dir) / UNET_FOLDER
-    unet.save_pretrained(folder, safe_serialization=True)
-    return folder
+    """Writes what was added to the unwrapped UNet, else its `unet/` folder, into `output_dir`; returns which."""
+    return layout_on(unet).save(unet, Path(output_dir), family)
 
 
 def find_tuned(path: str | Path) -> TunedWeights:
@@ -65,32 +60,26 @@ def find_tuned(path: str | Path) -> TunedWeights:
 
     Raises ModelError when there are none, or several kinds.
     """
-    path = Path(path)
+    path, layouts = Path(path), sorted(known_layouts(), key=lambda layout: layout is not UNET)
     if path.is_file():
         refuse_pickle(path)
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is not a .safetensors file; give one, or a run's output folder")
         _refuse_damaged(path)
-        return TunedWeights("user" if holds_user_attention(path) else "lora", path)
-    configs = (path / "config.json", path / UNET_FOLDER / "config.json")
-    found = [TunedWeights("unet", file.parent) for file in configs if file.is_file()]
-    found += [TunedWeights("lora", path / name) for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
-    if (path / USER_FILE).is_file():
-        found.append(TunedWeights("user", path / USER_FILE))
+        return TunedWeights(next((each for each in layouts if each.owns(path)), LORA), path)
+    found = [TunedWeights(layout, place) for layout in layouts for place in layout.find(path)]
     if len(found) == 1:
         _refuse_damaged(found[0].path)
-        if found[0].kind == "unet":
-            weights_in(found[0].path, UNET_STEM, None)
-        else:
-            check_weights(found[0].path)
+        found[0].layout.check_whole(found[0].path)
         return found[0]
     if found:
         raise ModelError(f"{path} contains several tuned models: name one of {', '.join(str(t.path) for t in found)}")
     checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))  # by step
     hint = f"; use one of its checkpoints, e.g. {checkpoints[-1]}" if checkpoints else ""
     missing = "" if path.exists() else " (no such path)"
+    names = [f"{name}/" if layout is UNET else name for layout in layouts for name in layout.names]
     raise ModelError(
-        f"no tuned weights at {path}{missing}: expected a folder with {UNET_FOLDER}/, {LORA_FILE} or {USER_FILE}, "
+        f"no tuned weights at {path}{missing}: expected a folder with {', '.join(names[:-1])} or {names[-1]}, "
         f"a unet folder, or a LoRA file{hint}"
     )
 
@@ -124,10 +113,7 @@ def _faults(folder: Path, listed: tuple[tuple[str, int, str, tuple[int, int] | N
 def check_tuned(unet: UNet, path: str | Path) -> None:
     """Raises ModelError unless the tuned weights at `path` are whole and fit this UNet, which stays as it is."""
     tuned = find_tuned(path)
-    if tuned.kind == "lora":
-        read_lora(tuned.path, unet).unet_only()
-    elif tuned.kind == "unet":
-        stored_unet(tuned.path, unet)
+    tuned.layout.check_fit(unet, tuned.path)
 
 
 def load_tuned(unet: UNet, path: str | Path) -> TunedWeights:
@@ -136,53 +122,26 @@ def load_tuned(unet: UNet, path: str | Path) -> TunedWeights:
     Raises ModelError if they do not fit.
     """
     tuned = find_tuned(path)
-    if tuned.kind == "lora":
-        load_lora(unet, tuned.path)
-    elif tuned.kind == "user":
-        load_user_attention(unet, tuned.path)
-    else:
-        load_full(unet, tuned.path)
+    tuned.layout.load(unet, tuned.path)
     return tuned
 
 
 def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] | None = None) -> TunedWeights:
     """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here.
 
-    `user` is the embedding of whom pictures are for: needed with user attention, and with that only. Raises ModelError.
+    `user` is the embedding of whom images are for: required by weights that need a user, and refused by others.
+    Raises ModelError.
     """
     tuned = find_tuned(path)
-    if (tuned.kind == "user") != (user is not None):
+    if tuned.layout.needs_user and user is None:
         raise ModelError(
-            (f"{tuned.path} is user attention, and no user was given: give a user's embedding (--users FILE --user ID)")
-            if user is None
-            else f"a user was given, and {tuned.path} has no user attention; remove the user"
+            f"{tuned.path} is {tuned.layout.label}, and no user was given: give a user's embedding "
+            "(--users FILE --user ID)"
         )
-    if tuned.kind == "user":
-        load_user_attention(pipeline.unet, tuned.path, pipeline.unet.dtype)
-        set_user(pipeline.unet, user)
-    elif tuned.kind == "lora":
-        _apply_lora(pipeline, read_lora(tuned.path, pipeline.unet))
-    else:
-        load_full(pipeline.unet, tuned.path)
+    if user is not None and not tuned.layout.needs_user:
+        raise ModelError(f"a user was given, and {tuned.path} is {tuned.layout.label}, without users; remove the user")
+    tuned.layout.apply(pipeline, tuned.path, user)
     return tuned
-
-
-def _apply_lora(pipeline: Any, lora: LoraFile) -> None:
-    """A LoRA on the UNet and, where the file says so, the text encoders. Raises ModelError unless all of it acts."""
-    if lora_layers(pipeline.unet):
-        raise ModelError(f"this pipeline already has a LoRA, and {lora.file} would replace it; load a new pipeline")
-    parts = [(pipeline.unet, lora)] if lora.state else []
-    for component in sorted({name.split(".")[0] for name in lora.text}):
-        encoder = getattr(pipeline, component, None)
-        if encoder is None:
-            raise ModelError(
-                f"{lora.file} has LoRA weights for {component}, and this base has none: use the base it was made for"
-            )
-        parts.append((encoder, lora.for_text(component, encoder)))
-    for module, part in parts:  # nothing is placed before all of it fits
-        place_lora(module, part)
-        for parameter in lora_parameters(module):
-            parameter.data = parameter.data.to(module.dtype)
 
 
 def load_pipeline(
@@ -233,17 +192,3 @@ def make_pipeline(base: Base) -> Any:
         force_zeros_for_empty_prompt=base.text.zero_empty_prompt,
         add_watermarker=False,
     )
-
-
-def load_full(unet: UNet, folder: Path) -> None:
-    """Put the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
-    read = stored_unet(folder, unet)
-    with torch.no_grad():
-        for name, own in unet.state_dict().items():
-            value = read(name)
-            if not is_finite(value):
-                raise ModelError(
-                    f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that "
-                    "wrote it had diverged; use an earlier checkpoint"
-                )
-            own.copy_(value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.adapters.lora import leave_casts_to_autocast, refuse_dropout
-from diffalign.models.adapters.user_attention import user_branch
+from diffalign.models.adapters.save_load import layout_on
 from diffalign.models.kernels.attention import shares_text
 from diffalign.models.kernels.checkpointing import memory_format
 from diffalign.models.loading.base import check_unet
@@ -52,7 +52,7 @@ class Networks:
         if autocast_dtype is not None:
             leave_casts_to_autocast(unet)
         self._reference = reference
-        self._takes_users = user_branch(unet) is not None
+        self._takes_users = layout_on(unet).needs_user
         self.shares_text = shares_text(unet)  # keys and values of a prompt that both sides have are made once
         self._memory_format = memory_format(unet)
         self._input_dtype = autocast_dtype or next(unet.parameters()).dtype
@@ -75,6 +75,11 @@ class Networks:
         with torch.no_grad(), self._reference.active() as module:
             return self._predict(module, xt, t, cond)
 
+    @property
+    def compares_with(self) -> str:
+        """What the reference is, in a few words; "none" without one."""
+        return "none" if self._reference is None else self._reference.description
+
     def forget_reference(self) -> None:
         """Give up a reference that will not be asked any more, with the memory it takes."""
         self._reference = None
@@ -85,9 +90,9 @@ class Networks:
         inputs = self.family.unet_inputs(cond)
         if self._takes_users != (cond.user is not None):
             raise ModelError(
-                "this network has user attention and the batch has no users"
+                "this network predicts for users and the batch has no users; train on pairs with users"
                 if self._takes_users
-                else ("the batch has users and this network has no user attention; build it with add_user_attention")
+                else "the batch has users and this network takes none; use a tuning method that needs users"
             )
         if cond.user is not None:
             inputs["user_embeds"] = cond.user

@@ -1,12 +1,11 @@
-"""What the policy is compared with. Six kinds:
+"""What the policy is compared with. The kinds of the core:
 
     lora_off   the policy's own network with its LoRA layers switched off: no second UNet in memory
     held       the policy's own network with other LoRA weights put in: a soup, or any tuned weights
-    user_off   the policy's own network without its user attention: the base
     copy       a frozen copy, made before training starts
-    former     a former policy, which a source chooses (`snapshot_reference.py`)
-    none       objectives that need no reference
+    former     a snapshot of an earlier policy, which a source chooses (`snapshot_reference.py`)
 
+A tuning method makes its own reference (`TuningMethod.make_reference`), and may have a kind of its own.
 With equal weights reference and policy give bitwise the same output: same kernels, same dtypes.
 """
 
@@ -15,26 +14,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diffalign.models.adapters.lora import lora_layers
-from diffalign.models.adapters.user_attention import user_branch
 from diffalign.models.kernels.checkpointing import store_for_autocast
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
-
-ReferenceKind = Literal["lora_off", "user_off", "held", "copy", "former", "none"]
 
 
 class Reference(Protocol):
     """A frozen network, available inside `active()`."""
 
     @property
-    def kind(self) -> ReferenceKind:
+    def kind(self) -> str:
         """Which of them this is."""
+
+    @property
+    def description(self) -> str:
+        """What it is, in a few words for the plan of a run."""
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
@@ -49,7 +49,8 @@ class LoraOff:
     must stay as the optimiser and DDP found it. Runs outside the DDP wrapper, so it never touches gradient buckets.
     """
 
-    kind: ReferenceKind = "lora_off"
+    kind = "lora_off"
+    description = "the policy with LoRA off"
 
     def __init__(self, unet: UNet) -> None:
         """Raises ModelError when `unet` has no LoRA layers."""
@@ -76,9 +77,10 @@ class LoraOff:
 
 
 class HeldLora:
-    """The policy's own network with other weights in its adapter: those at the start, or what it is given to hold."""
+    """The policy's own network with other weights in its adapter: those at the start, or what `hold` is given."""
 
-    kind: ReferenceKind = "held"
+    kind = "held"
+    description = "the policy with other LoRA weights"
 
     def __init__(self, unet: UNet, weights: Mapping[str, Tensor] | None = None) -> None:
         """`weights` by parameter name, as `lora.adapter_weights` gives them; None: the adapter as it is now."""
@@ -105,35 +107,11 @@ class HeldLora:
                 p.data = own[name]
 
 
-class UserOff:
-    """The policy's unwrapped UNet without its user attention: exactly the base, whoever the batch's users are."""
-
-    kind: ReferenceKind = "user_off"
-
-    def __init__(self, unet: UNet) -> None:
-        """Raises ModelError when `unet` has no user attention."""
-        branch = user_branch(unet)
-        if branch is None:
-            raise ModelError(
-                "reference user_off: this UNet has no user attention to switch off, so the reference would be the "
-                "policy itself. Add it with add_user_attention, or use reference copy"
-            )
-        self._unet, self._branch = unet, branch
-
-    @contextmanager
-    def active(self) -> Iterator[UNet]:
-        """User attention off inside the block, and back on however it ends."""
-        try:
-            self._branch.enabled = False
-            yield self._unet
-        finally:
-            self._branch.enabled = True
-
-
 class FrozenCopy:
     """A copy of the network as it is now; make it before the first optimiser step."""
 
-    kind: ReferenceKind = "copy"
+    kind = "copy"
+    description = "frozen copy"
 
     def __init__(self, unet: UNet, autocast_dtype: torch.dtype | None = None) -> None:
         """With `autocast_dtype` the copy keeps its matmul and conv weights in it: half the memory, the same bits."""
@@ -153,14 +131,12 @@ class FrozenCopy:
         yield self.module
 
 
-def make_reference(kind: ReferenceKind, unet: UNet, autocast_dtype: torch.dtype | None = None) -> Reference | None:
-    """The reference of a run, from its unwrapped policy before training; None for kind "none"."""
+def make_reference(kind: str, unet: UNet, autocast_dtype: torch.dtype | None = None) -> Reference | None:
+    """The reference lora_off or copy of an unwrapped policy before training; None for kind "none"."""
     if kind == "none":
         return None
     if kind == "lora_off":
         return LoraOff(unet)
-    if kind == "user_off":
-        return UserOff(unet)
     if kind == "copy":
         if lora_layers(unet):
             raise ModelError(
@@ -168,4 +144,4 @@ def make_reference(kind: ReferenceKind, unet: UNet, autocast_dtype: torch.dtype 
                 "UNet; use reference lora_off"
             )
         return FrozenCopy(unet, autocast_dtype)
-    raise ModelError(f"reference = {kind!r}; allowed: lora_off, user_off, copy, none")
+    raise ModelError(f"reference = {kind!r}; allowed: lora_off, copy, none")

@@ -25,7 +25,7 @@ from diffalign.io.weight_files import check_weights
 from diffalign.models.adapters.lora import adapter_weights, lora_layers, save_lora
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.policy.reference import FrozenCopy, HeldLora, ReferenceKind
+from diffalign.models.policy.reference import FrozenCopy, HeldLora
 
 DELTA_FILE = "delta.safetensors"
 HASHES = "hashes.json"  # size and SHA-256 of each file
@@ -35,8 +35,12 @@ class Former(Protocol):
     """A reference whose weights can be exchanged for those of a former policy."""
 
     @property
-    def kind(self) -> ReferenceKind:
+    def kind(self) -> str:
         """ "former"."""
+
+    @property
+    def description(self) -> str:
+        """What it is, in a few words for the plan of a run."""
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
@@ -52,7 +56,8 @@ class Former(Protocol):
 class FormerLora:
     """The policy's own network with another state of its adapter."""
 
-    kind: ReferenceKind = "former"
+    kind = "former"
+    description = "former policies"
 
     def __init__(self, unet: UNet, family: Family) -> None:
         self._unet, self._family = unet, family
@@ -84,7 +89,8 @@ class FormerLora:
 class FormerCopy:
     """A second UNet, made before training starts."""
 
-    kind: ReferenceKind = "former"
+    kind = "former"
+    description = "former policies"
 
     def __init__(self, unet: UNet, autocast_dtype: torch.dtype | None = None) -> None:
         self._unet = unet

@@ -14,16 +14,16 @@ from pathlib import Path
 from diffalign.io import manifest
 from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, take_place, temporary
 from diffalign.io.manifest import MANIFEST
-from diffalign.models.adapters.lora_file import LORA_FILE
-from diffalign.models.adapters.save_load import UNET_FOLDER
-from diffalign.models.adapters.user_attention import USER_FILE
+from diffalign.models.adapters.methods import known_layouts
 from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.build_source import SOURCE_FOLDER
 from diffalign.training.callbacks.recovery import HEALTH_FILE, METRICS_FILE
 from diffalign.training.checkpoints.checkpoint import NO_ROOM, CheckpointError, checkpoints, sweep
 
-WEIGHTS = (UNET_FOLDER, WEIGHTS_FOLDER)  # final weights of any kind of run, as folders
-WEIGHT_FILES = (LORA_FILE, USER_FILE)
+
+def weight_names() -> list[str]:
+    """The files and folders that hold final weights, of any kind of run."""
+    return [name for layout in known_layouts() for name in layout.names] + [WEIGHTS_FOLDER]
 
 
 def save_final_weights(output_dir: Path, step: int, write: Callable[[Path], object], needed: int = 0) -> None:
@@ -55,8 +55,7 @@ def is_finished(output_dir: Path) -> bool:
 
 def has_final_weights(output_dir: Path) -> bool:
     """Whether anything lies where final weights do; `is_finished` says whether they are whole."""
-    folders, files = ((output_dir / name for name in names) for names in (WEIGHTS, WEIGHT_FILES))
-    return any(path.is_dir() for path in folders) or any(path.is_file() for path in files)
+    return any((output_dir / name).exists() for name in weight_names())
 
 
 def refuse_finished(output_dir: Path) -> None:
@@ -79,8 +78,10 @@ def clear_output(output_dir: Path) -> None:
     """
     for old in checkpoints(output_dir):
         shutil.rmtree(old)
-    for name in (*WEIGHTS, "logs", "validation", SOURCE_FOLDER):
+    for name in weight_names():
+        remove(output_dir / name)
+    for name in ("logs", "validation", SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in (MANIFEST, *WEIGHT_FILES, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
+    for name in (MANIFEST, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
     sweep(output_dir)

@@ -74,7 +74,7 @@ def calibratable(config: Config) -> Scale:
             f"source {config.source.name} generates its pairs while training: there are none to measure before a run. "
             "Calibrate the same objective on existing pairs of the same kind, without the source"
         )
-    if config.tuning.resume_lora is not None:
+    if not config.tuning.starts_at_reference:
         raise CalibrationError(
             "tuning.resume_lora: the policy differs from its reference already, so no logit is 0; calibrate without it"
         )

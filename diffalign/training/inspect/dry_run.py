@@ -6,10 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from diffalign.config.sections import TrainingSection
-from diffalign.models.adapters.lora import ADAPTER
-from diffalign.models.adapters.lora_file import LORA_FILE
-from diffalign.models.adapters.save_load import UNET_FOLDER
-from diffalign.models.adapters.user_attention import USER_FILE, is_user_weight, user_branch
 from diffalign.training.build import Run
 from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.metrics import Meter
@@ -32,35 +28,22 @@ def describe(run: Run, start: int = 0) -> str:
     config, training = run.config, run.config.training
     processes = run.accelerator.num_processes
     batch = effective_batch(training, processes)
-    added = (".lora_" in name or is_user_weight(name) for name, _ in run.unet.named_parameters())
-    total = sum(p.numel() for p, new in zip(run.unet.parameters(), added, strict=True) if not new)
+    adds = config.tuning.layout.adds
+    total = sum(p.numel() for name, p in run.unet.named_parameters() if not adds(name))
     trained = sum(p.numel() for p in run.parameters)
-    how: str = config.tuning.method
-    if how == "lora":
-        adapter = run.unet.peft_config[ADAPTER]  # what is in force, also where it came with resume_lora
-        how += f" rank {adapter.r} alpha {adapter.lora_alpha:g}"
-    if (branch := user_branch(run.unet)) is not None:
-        how += f" of {branch.tokens} tokens, users of {branch.dim} numbers"
     product = f"{training.train_batch_size} x {training.gradient_accumulation_steps} x {processes}"
     lr = f"{run.lr:.3g}"
     if training.scale_lr:
         lr += f" = {training.learning_rate:.3g} x {batch} (scale_lr)"
     steps = training.max_train_steps
-    reference = {
-        "none": "none",
-        "copy": "frozen copy",
-        "lora_off": "the policy with LoRA off",
-        "held": "the policy with other LoRA weights",
-        "user_off": "the policy with user attention off",
-        "former": "former policies",
-    }[run.reference_kind] + (f" of {config.tuning.reference}" if config.tuning.reference else "")
+    reference = run.networks.compares_with + (f" of {config.tuning.reference}" if config.tuning.reference else "")
     pairs = len(run.table)
     epochs = "" if config.source is not None else f" = {steps * batch / pairs:.2f} epochs of {pairs}"
     rows = [
         ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
         ("model", f"{config.model.pretrained_model_name_or_path} ({run.base.family.name}, "
                   f"{run.base.schedule.prediction_type}), {total / 1e6:.2f} M parameters"),
-        ("training", f"{how}: {trained / 1e6:.3f} M parameters, reference: {reference}"),
+        ("training", f"{config.tuning.describe(run.unet)}: {trained / 1e6:.3f} M parameters, reference: {reference}"),
         ("batch", f"{batch} pairs = {product} (per device x accumulation x processes)"),
         ("learning rate", f"{lr}, {training.lr_scheduler}, {_warmup(training)}"),
         ("optimizer", f"{training.optimizer}, precision {training.mixed_precision}, gradient checkpointing "
@@ -125,7 +108,7 @@ def _memory(run: Run, activations: float, casts: int) -> str:
     weights = sum(p.numel() * p.element_size() for p in run.unet.parameters())
     trained = sum(p.numel() for p in run.parameters)
     reference = 0
-    if run.reference_kind == "copy" or (run.reference_kind == "former" and run.config.tuning.method == "full"):
+    if run.reference_kind == "copy" or (run.reference_kind == "former" and run.config.tuning.trains_base):
         reference = (
             weights if run.networks.autocast_dtype is None else 2 * sum(p.numel() for p in run.unet.parameters())
         )
@@ -160,8 +143,8 @@ def _settings(objective: Any) -> str:
 
 
 def _files(run: Run) -> str:
-    weights = {"full": f"{UNET_FOLDER}/", "lora": LORA_FILE, "user_attention": USER_FILE}
-    names = [weights[run.config.tuning.method], "config.yaml", "run.json", "metrics.jsonl"]
+    weights = (name if "." in name else f"{name}/" for name in run.config.tuning.layout.names)
+    names = [*weights, "config.yaml", "run.json", "metrics.jsonl"]
     if run.config.training.checkpointing_steps:
         names.append("checkpoint-N/")
     return f"{run.output_dir}/ {', '.join(names)}"

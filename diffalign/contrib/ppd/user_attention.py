@@ -1,4 +1,4 @@
-"""User attention: what a network is told of the person it draws for, by a second cross-attention beside the text's.
+"""User attention: a second cross-attention beside the text's, through which a network is conditioned on a user.
 
 PPD, "Personalized Preference Fine-tuning of Diffusion Models" (Dang et al., arXiv 2501.06655), with IP-Adapter's
 decoupled cross-attention (Ye et al., arXiv 2308.06721, equation 5). A user is a vector; a projection makes N tokens of
@@ -17,30 +17,22 @@ Left out: several vectors per user, users beside LoRA, other networks than UNets
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffalign.io.loaded_weights import is_finite
-from diffalign.io.weight_files import check_weights
 from diffalign.models.kernels.attention import cross_attentions, is_plain
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
 
-USER_FILE = "user_attention.safetensors"
 _BRANCH = "user_attention"  # the UNet's submodule
-_METADATA_KEY = "user_attention"  # in the file's header: JSON of tokens, dim, scale
-_FACTS = ("tokens", "dim", "scale")
 
 
 class UserBranch(nn.Module):
-    """From users to tokens, and whether they count: IP-Adapter's projection, a linear layer and a LayerNorm."""
+    """From users to tokens: IP-Adapter's projection, a linear layer and a LayerNorm; `enabled` switches it."""
 
     def __init__(self, dim: int, tokens: int, width: int, scale: float, seed: int = 0) -> None:
         """`dim` numbers per user become `tokens` tokens of the UNet's cross-attention `width`."""
@@ -140,7 +132,7 @@ def is_user_weight(name: str) -> bool:
 
 
 def set_user(unet: UNet, embedding: Tensor | Sequence[float] | None) -> None:
-    """Who is drawn for in calls that name no user, a pipeline's for example; None: nobody, which is the base.
+    """The user of calls that name none, a pipeline's for example; None: no user, which is the base.
 
     Both halves of guidance see the user: for one user the network is an ordinary network.
     Raises ModelError without user attention, or for an embedding of another length or with values not finite.
@@ -160,77 +152,6 @@ def set_user(unet: UNet, embedding: Tensor | Sequence[float] | None) -> None:
     if not bool(user.isfinite().all()):
         raise ModelError("the user's embedding has values that are not finite")
     branch.default = user.to(branch.proj.weight)
-
-
-def save_user_attention(unet: UNet, directory: str | Path) -> Path:
-    """Write `user_attention.safetensors`, with number of tokens, dim and scale in its header; returns its path."""
-    branch = user_branch(unet)
-    if branch is None:
-        raise ModelError("this UNet has no user attention to save")
-    facts = json.dumps({name: getattr(branch, name) for name in _FACTS})
-    state = {name: p.detach().cpu().contiguous() for name, p in user_parameters(unet).items()}
-    file = Path(directory) / USER_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file, metadata={"format": "pt", _METADATA_KEY: facts})
-    return file
-
-
-def holds_user_attention(file: Path) -> bool:
-    """Whether a .safetensors file says of itself that it is user attention."""
-    return _METADATA_KEY in check_weights(file).metadata
-
-
-def load_user_attention(unet: UNet, file: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Put a file's user attention onto a UNet: onto the one it has, or onto a base, in `dtype`.
-
-    Raises ModelError when the file is none, or does not fit.
-    """
-    written = check_weights(file).metadata.get(_METADATA_KEY)
-    if written is None:
-        raise ModelError(f"{file} is not user attention: its header does not contain the marker")
-    try:
-        facts = {name: json.loads(written)[name] for name in _FACTS}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{file}: its header does not contain {', '.join(_FACTS)} ({written!r:.80}); save it again"
-        ) from (error)
-    branch = user_branch(unet)
-    if branch is None:
-        _fits(file, unet, load_file(file))
-        branch = add_user_attention(unet, facts["dim"], facts["tokens"], facts["scale"], dtype=dtype)
-    for name, theirs in facts.items():
-        if (own := getattr(branch, name)) != theirs:
-            raise ModelError(f"{file} has user attention of {name} = {theirs}, this run of {own}; use the file's value")
-    state, own_state = load_file(file), user_parameters(unet)
-    if bad := [name for name, value in state.items() if not is_finite(value)]:
-        raise ModelError(f"{file} has NaN or infinite values in {bad[0]}; use an earlier checkpoint")
-    if state.keys() != own_state.keys():
-        raise ModelError(
-            f"{file} does not fit this base: {sorted(state.keys() ^ own_state.keys())[0]} exists on one side only"
-        )
-    with torch.no_grad():
-        for name, parameter in own_state.items():
-            if parameter.shape != state[name].shape:
-                raise ModelError(
-                    f"{file} does not fit this base: its {name} is {tuple(state[name].shape)}, the UNet's "
-                    f"{tuple(parameter.shape)}"
-                )
-            parameter.copy_(state[name])
-
-
-def _fits(file: Path, unet: UNet, state: dict[str, Tensor]) -> None:
-    """Raise ModelError for a base with other cross-attention layers, before anything is added to it."""
-    cross = set(cross_attentions(unet))
-    own = {
-        f"{name}.to_k_user.weight": module.to_k.weight.shape for name, module in unet.named_modules() if module in cross
-    }
-    theirs = {name: value.shape for name, value in state.items() if name.endswith(".to_k_user.weight")}
-    if own != theirs:
-        name = next(n for n in sorted({*own, *theirs}) if own.get(n) != theirs.get(n))
-        raise ModelError(
-            f"{file} does not fit this base: {name} is {theirs.get(name, 'absent')} in the file and "
-            f"{own.get(name, 'absent')} in this base. Use the base it was tuned from"
-        )
 
 
 def _join_user(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

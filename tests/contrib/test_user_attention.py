@@ -12,23 +12,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from diffalign.models.adapters.lora import add_lora
-from diffalign.models.adapters.merge import merge_into
-from diffalign.models.adapters.save_load import find_tuned, load_pipeline, load_tuned, save_tuned
-from diffalign.models.adapters.user_attention import (
-    USER_FILE,
+from diffalign.contrib.ppd.method import UserOff
+from diffalign.contrib.ppd.user_attention import (
     add_user_attention,
     is_user_weight,
     set_user,
     user_branch,
     user_parameters,
 )
+from diffalign.contrib.ppd.weights import USER_FILE
+from diffalign.models.adapters.lora import add_lora
+from diffalign.models.adapters.merge import merge_into
+from diffalign.models.adapters.save_load import find_tuned, load_pipeline, load_tuned, save_tuned
 from diffalign.models.kernels.attention import set_attention
 from diffalign.models.kernels.checkpointing import set_checkpointing, store_for_autocast
 from diffalign.models.loading.family import ModelError
 from diffalign.models.policy.negative_guidance import load_negative
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import make_reference
 from diffalign.types import Conditioning
 from tests.models.conftest import Model, picture
 from tests.tolerance import PICTURE, assert_same_picture
@@ -47,7 +47,7 @@ def networks(model: Model, unet, dtype=None, module=None) -> Networks:
         module or unet,
         family=model.base.family,
         schedule=model.base.schedule,
-        reference=make_reference("user_off", unet, dtype),
+        reference=UserOff(unet),
         autocast_dtype=dtype,
     )
 
@@ -165,12 +165,12 @@ def test_users_and_networks_that_do_not_belong_together(model: Model) -> None:
     with pytest.raises(ModelError, match="the batch has no users"):
         nets.policy(model.xt, model.t, model.cond)
     plain = Networks(model.unet(), family=model.base.family, schedule=model.base.schedule)
-    with pytest.raises(ModelError, match="no user attention"):
+    with pytest.raises(ModelError, match="this network takes none"):
         plain.policy(model.xt, model.t, with_users(model.cond, ANNA, BEN))
     with pytest.raises(ModelError, match=r"takes \[n, 3\]"):
         nets.policy(model.xt, model.t, with_users(model.cond, ANNA[:2], BEN[:2]))
     with pytest.raises(ModelError, match="no user attention to switch off"):
-        make_reference("user_off", model.unet())
+        UserOff(model.unet())
 
 
 def test_save_and_load_give_the_same_bits(model: Model, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_errors_say_what_to_do(model: Model, tmp_path: Path) -> None:
     lora = model.unet()
     add_lora(lora, rank=2)
     save_tuned(lora, tmp_path / "lora", model.base.family)
-    with pytest.raises(ModelError, match="has no user attention"):
+    with pytest.raises(ModelError, match="is a LoRA, without users; remove the user"):
         load_pipeline(folder, tuned=str(tmp_path / "lora"), user=ANNA)
     save_tuned(lora, tmp_path, model.base.family)
     with pytest.raises(ModelError, match="several tuned models"):

@@ -1,0 +1,123 @@
+"""The two layouts of the core: diffusers' UNet folder and diffusers' LoRA file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.io.loaded_weights import is_finite
+from diffalign.models.adapters.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
+from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
+from diffalign.models.adapters.methods import WeightLayout
+from diffalign.models.loading.family import Family, ModelError
+from diffalign.models.loading.modules import UNet
+from diffalign.models.loading.stored import UNET_STEM, stored_unet, weights_in
+
+UNET_FOLDER = "unet"
+
+
+class UNetFolder(WeightLayout):
+    """All weights of the UNet: a diffusers folder."""
+
+    kind = "unet"
+    label = "a full UNet"
+    names = (UNET_FOLDER,)
+
+    def find(self, folder: Path) -> list[Path]:
+        """The folder itself, or `unet/` in it."""
+        configs = (folder / "config.json", folder / UNET_FOLDER / "config.json")
+        return [config.parent for config in configs if config.is_file()]
+
+    def check_whole(self, path: Path) -> None:
+        """Every shard is there."""
+        weights_in(path, UNET_STEM, None)
+
+    def check_fit(self, unet: UNet, path: Path) -> None:
+        """The same tensors with the same shapes."""
+        stored_unet(path, unet)
+
+    def is_on(self, unet: UNet) -> bool:
+        """Every UNet has weights."""
+        return True
+
+    def save(self, unet: UNet, folder: Path, family: Family) -> Path:
+        """`unet/` as diffusers writes it."""
+        unet.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
+        return folder / UNET_FOLDER
+
+    def load(self, unet: UNet, path: Path) -> None:
+        """In place and in the UNet's dtype."""
+        load_full(unet, path)
+
+
+class LoraWeights(WeightLayout):
+    """A LoRA: diffusers' file with the adapter's metadata."""
+
+    kind = "lora"
+    label = "a LoRA"
+    names = (LORA_FILE,)
+
+    def find(self, folder: Path) -> list[Path]:
+        """Our name for the file, or peft's."""
+        return [folder / name for name in (LORA_FILE, PEFT_FILE) if (folder / name).is_file()]
+
+    def check_fit(self, unet: UNet, path: Path) -> None:
+        """Each tensor belongs to a layer of this UNet, and none to a text encoder."""
+        read_lora(path, unet).unet_only()
+
+    def is_on(self, unet: UNet) -> bool:
+        """Whether peft's layers are there."""
+        return bool(lora_layers(unet))
+
+    def adds(self, parameter: str) -> bool:
+        """A and B."""
+        return ".lora_" in parameter
+
+    def save(self, unet: UNet, folder: Path, family: Family) -> Path:
+        """The file that diffusers' `load_lora_weights` reads."""
+        return save_lora(unet, folder, family)
+
+    def load(self, unet: UNet, path: Path) -> None:
+        """Into the UNet's adapter, or into a new one; the layers stay separate."""
+        load_lora(unet, path)
+
+    def apply(self, pipeline: Any, path: Path, user: Any = None) -> None:
+        """Onto the UNet and, where the file says so, the text encoders."""
+        apply_lora(pipeline, read_lora(path, pipeline.unet))
+
+
+UNET, LORA = UNetFolder(), LoraWeights()
+
+
+def load_full(unet: UNet, folder: Path) -> None:
+    """Puts the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
+    read = stored_unet(folder, unet)
+    with torch.no_grad():
+        for name, own in unet.state_dict().items():
+            value = read(name)
+            if not is_finite(value):
+                raise ModelError(
+                    f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that "
+                    "wrote it had diverged; use an earlier checkpoint"
+                )
+            own.copy_(value)
+
+
+def apply_lora(pipeline: Any, lora: LoraFile) -> None:
+    """A LoRA on the UNet and, where the file says so, the text encoders. Raises ModelError unless all of it acts."""
+    if lora_layers(pipeline.unet):
+        raise ModelError(f"this pipeline already has a LoRA, and {lora.file} would replace it; load a new pipeline")
+    parts = [(pipeline.unet, lora)] if lora.state else []
+    for component in sorted({name.split(".")[0] for name in lora.text}):
+        encoder = getattr(pipeline, component, None)
+        if encoder is None:
+            raise ModelError(
+                f"{lora.file} has LoRA weights for {component}, and this base has none: use the base it was made for"
+            )
+        parts.append((encoder, lora.for_text(component, encoder)))
+    for module, part in parts:  # nothing is placed before all of it fits
+        place_lora(module, part)
+        for parameter in lora_parameters(module):
+            parameter.data = parameter.data.to(module.dtype)
