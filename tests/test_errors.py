@@ -19,7 +19,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def run(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(diffalign.cli.main, "list_all", run)
+    monkeypatch.setattr("diffalign.cli.list.run", run)
     with pytest.raises(SystemExit) as end:
         diffalign.cli.main.main(["list"])
     return int(str(end.value.code))
@@ -63,7 +63,7 @@ def test_libraries_deprecations_are_silent_and_other_warnings_are_not(
         warnings.warn("`c` is deprecated\nand will go", UserWarning, stacklevel=1)
         warnings.warn("the result is wrong", UserWarning, stacklevel=1)
 
-    monkeypatch.setattr(diffalign.cli.main, "list_all", run)
+    monkeypatch.setattr("diffalign.cli.list.run", run)
     monkeypatch.setattr("sys.warnoptions", [])
     with warnings.catch_warnings(record=True) as seen:
         diffalign.cli.main.main(["list"])

@@ -12,7 +12,7 @@ from diffalign.errors import DiffalignError
 from diffalign.io.folder_lock import folder_lock
 
 
-def arena_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
         "--out", type=path, default=Path("runs/arena"), help=("output folder; finished runs in it are reused")
@@ -27,7 +27,7 @@ def arena_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def arena(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Runs the command and prints the tables."""
     from diffalign.arena.plots import require_matplotlib
 
@@ -35,10 +35,10 @@ def arena(args: argparse.Namespace) -> None:
         raise DiffalignError(f"--workers {args.workers}: must be at least 1")
     require_matplotlib()
     with folder_lock(args.out, "an arena"):
-        _hold(args)
+        _run_arena(args)
 
 
-def _hold(args: argparse.Namespace) -> None:
+def _run_arena(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from diffalign.arena.arena import hold, tables

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffalign.data.spec import DataSpec
 
 
-def data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The three actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
@@ -98,7 +98,7 @@ def _score_pairs(args: argparse.Namespace) -> None:
     print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
 
 
-def data(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Runs one of the actions."""
     if args.action == "score":
         _score_pairs(args)

@@ -6,6 +6,7 @@ same pictures with shuffled labels: what it gains is what the procedure gains fr
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
@@ -16,10 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, cast
 
-from diffalign.config.schema import packaged_config
+from diffalign.cli.common import count, path
 from diffalign.errors import DiffalignError
-from diffalign.world import base_path, pairs_path
-from diffalign.world.captions import prompts
 
 SEEDS = "0-11"  # pictures of each held-out prompt and model
 PAIRS = 1024  # of the control; the same pictures as the packaged pairs
@@ -30,12 +29,29 @@ class DemoError(DiffalignError):
     """A command of the demo failed; its output has the reason."""
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Output folder and length."""
+    parser.add_argument(
+        "--out", type=path, default=Path("runs/demo"), help="output folder of the demo (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=count, default=None, help="optimiser steps (default: the config's)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the demo."""
+    run_demo(args.out, steps=args.steps)
+
+
 def run_demo(out: Path, steps: int | None = None) -> None:
     """Tunes the world's base with DPO and with shuffled labels, and evaluates both on held-out prompts.
 
     Writes everything below `out`; runs of an earlier demo there are replaced. The control is tuned at the same time,
     each run on its half of the cores. Raises DemoError when a command fails.
     """
+    from diffalign.config.schema import packaged_config
+    from diffalign.world import base_path, pairs_path
+    from diffalign.world.captions import prompts
+
     begun = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     base, config = str(base_path()), str(packaged_config("world/dpo.yaml"))

@@ -7,7 +7,7 @@ import argparse
 from diffalign.cli.common import overwrite_argument, path, path_text
 
 
-def export_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Run, target, file and base."""
     parser.add_argument(
         "tuned",
@@ -32,7 +32,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     overwrite_argument(parser)
 
 
-def export(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Runs the command. Raises ValueError for weights that cannot be exported in this format."""
     from diffalign.export.kohya import export_kohya
     from diffalign.export.single_file import export_single_file

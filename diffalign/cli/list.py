@@ -27,12 +27,12 @@ class ObjectiveEntry:
     settings: str  # fields with their defaults
 
 
-def list_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `diffalign list`."""
     parser.add_argument("what", nargs="?", choices=WHAT, help="only these")
 
 
-def list_all(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Prints what was asked for, or all of it."""
     from diffalign.config.schema import packaged_configs
     from diffalign.rewards import scorer_names
@@ -41,7 +41,7 @@ def list_all(args: argparse.Namespace) -> None:
     if args.what in (None, "objectives"):
         print("objectives")
         for entry in objective_entries():
-            print(_told(entry))
+            print(_entry_text(entry))
     if args.what in (None, "sources"):
         print("sources")
         for name, source in SOURCES.items():
@@ -89,7 +89,7 @@ def cited(paper: str) -> tuple[str, str]:
     return text, found["url"] if arxiv is None else f"arXiv {arxiv}, https://arxiv.org/abs/{arxiv}"
 
 
-def _told(entry: ObjectiveEntry) -> str:
+def _entry_text(entry: ObjectiveEntry) -> str:
     lines = (
         f"{entry.paper}. {entry.citation}",
         f"file      {entry.file}",

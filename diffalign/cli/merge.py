@@ -9,7 +9,7 @@ from diffalign.errors import DiffalignError
 from diffalign.io.paths import expanded
 
 
-def merge_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Base, output and parts."""
     parser.add_argument(
         "base", type=path_text, help=("the base that the tuned weights were tuned from: folder, Hub id or single file")
@@ -18,7 +18,7 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="+", metavar="PATH=WEIGHT", help="e.g. runs/a=0.5 runs/b=0.5, or runs/a=1.5")
 
 
-def merge(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Runs it. Raises ValueError for a part of another form."""
     from diffalign.models.adapters.merge import check_weights, merge_tuned
     from diffalign.models.loading.base import load_base

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,3 +70,19 @@ def guarded() -> Iterator[None]:
         sys.stdout, sys.stderr = before
         if isinstance(handler.stream, Terminal):
             handler.setStream(before[1])
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries print on import and for every load; our own messages and warnings stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("httpx", "accelerate", "datasets", "urllib3", "filelock", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not sys.warnoptions:  # python -W and PYTHONWARNINGS show them
+        for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.filterwarnings("ignore", message="(?is).*(deprecated|use the new API settings to control TF32)")
+    # Pillow's, of images that are refused with a reason of their own
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")

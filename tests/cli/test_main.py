@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffalign.cli.commands import make_parser
 from diffalign.cli.common import device_of, seeds
-from diffalign.cli.main import _parser, main
-from diffalign.cli.sampling import DTYPES, SCHEDULERS
+from diffalign.cli.images.options import DTYPES, SCHEDULERS
+from diffalign.cli.main import main
 from diffalign.cli.terminal import PrintableFormatter, Terminal, guarded
 from diffalign.errors import DiffalignError, printable
 from diffalign.evaluation.evaluate import evaluate
@@ -236,7 +237,7 @@ def test_options_have_bounds(
 
 def test_every_number_of_the_command_line_has_bounds() -> None:
     """No option is read by int or float alone, which take -1, nan and 1e300."""
-    found, parsers = 0, [_parser()]
+    found, parsers = 0, [make_parser()]
     for parser in parsers:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -246,7 +247,7 @@ def test_every_number_of_the_command_line_has_bounds() -> None:
     assert found > 40
 
 
-def test_choices_are_those_of_the_rooms() -> None:
+def test_choices_are_those_of_the_package() -> None:
     from diffalign.evaluation import sampling
 
     assert (tuple(sampling.SCHEDULERS), tuple(sampling.DTYPES)) == (SCHEDULERS, DTYPES)

@@ -117,7 +117,7 @@ def test_scores_and_results_that_are_there_stay(
 def test_score_writes_every_pictures_score(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["score", str(base), str(better), "--scorer", JUDGE, "--scorer", "tests.sources.judges:Indifferent"])
     said = capsys.readouterr().out
-    assert f"{base}: brightness 35.0000 on average of 6 pictures (10.0000 to 60.0000)" in said
+    assert f"{base}: brightness 35.0000 on average of 6 images (10.0000 to 60.0000)" in said
     assert f"{better}: indifferent 0.0000" in said
     rows = [json.loads(line) for line in (base / "scores.jsonl").read_text().splitlines()]
     assert [row["brightness"] for row in rows] == [10, 20, 30, 40, 50, 60]

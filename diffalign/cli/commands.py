@@ -1,0 +1,129 @@
+"""All commands: name, module, what it is for, an example. A command's module is imported when the command is given.
+
+Such a module has `add_arguments(parser)` and `run(args)`, and imports nothing heavy outside `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from diffalign import __version__
+from diffalign.cli.common import Parser
+
+# name: (module below diffalign.cli, what it is for, an example without the leading `diffalign`)
+GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "start": {
+        "demo": ("demo", "tune the embedded world's model and measure the gain", "demo"),
+        "list": ("list", "list the packaged objectives, sources, configs and scorers", "list objectives"),
+    },
+    "data": {
+        "data": (
+            "data",
+            "check or score pairs, or write the embedded world's pairs",
+            "data check my/pairs --sample pairs.png",
+        ),
+        "label": (
+            "images.label",
+            "make preference pairs from images: best over worst of each prompt",
+            "label images --scorer pickscore --out pairs.parquet",
+        ),
+        "encode": (
+            "training.encode",
+            "fill the latent cache of a config (data.cache_dir)",
+            "encode my.yaml data.cache_dir=cache/pairs",
+        ),
+    },
+    "train": {
+        "train": ("training.train", "tune a model with a config", "train my.yaml training.learning_rate=1e-5"),
+        "check": ("training.check", "dry run: build a run, take one small step, print the plan", "check my.yaml"),
+        "calibrate": (
+            "training.calibrate",
+            "measure which beta and learning rate fit a config's model and pairs",
+            "calibrate my.yaml --json calibration.json",
+        ),
+        "diagnose": (
+            "training.diagnose",
+            "compare an objective's gradient with Diffusion-DPO's",
+            "diagnose my.yaml objective.name=ipo",
+        ),
+    },
+    "evaluate": {
+        "generate": (
+            "images.generate",
+            "generate images with a base or a tuned model",
+            "generate BASE --tuned runs/dpo --prompts prompts.txt --seeds 0-3 --out images",
+        ),
+        "evaluate": (
+            "images.evaluate",
+            "compare tuned models with their base on the same seeds",
+            "evaluate BASE --tuned dpo=runs/dpo --prompts prompts.txt --seeds 0-3 --scorer pickscore --out evaluation",
+        ),
+        "compare": (
+            "images.compare",
+            "compare existing image folders",
+            "compare images/base dpo=images/dpo --scorer pickscore",
+        ),
+        "score": ("images.score", "score existing images", "score images --scorer pickscore"),
+        "arena": ("arena", "run every objective on the embedded world, write the leaderboard", "arena --quick"),
+    },
+    "take away": {
+        "export": (
+            "export",
+            "write tuned weights as files for ComfyUI, A1111 and kohya's scripts",
+            "export runs/dpo --to kohya --out dpo.safetensors",
+        ),
+        "merge": (
+            "merge",
+            "merge tuned weights: average, extrapolate, mix",
+            "merge BASE merged runs/a=0.5 runs/b=0.5",
+        ),
+    },
+}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def make_parser(only: str | None = None) -> Parser:
+    """The parser of the command line; `only`: of one command alone, so that no other module is imported."""
+    parser = Parser(
+        prog="diffalign",
+        description="Preference tuning of text-to-image diffusion models.",
+        epilog=f"{_overview()}\n\ndiffalign COMMAND --help explains a command.\n"
+        "DIFFALIGN_TRACEBACK=1 shows the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of those below")
+    for name, (place, purpose, example) in COMMANDS.items():
+        sub = parsers.add_parser(
+            name,
+            description=purpose,
+            epilog=f"example:\n  {_wrapped(example)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if only in (None, name):
+            module = import_module(f"diffalign.cli.{place}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def _overview() -> str:
+    """The commands by group, each group with the example of its first."""
+    lines = []
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<10} {purpose}" for name, (_, purpose, _) in group.items())]
+        lines.append(f"    $ {_wrapped(next(iter(group.values()))[2])}")
+    return "\n".join(lines).lstrip()
+
+
+def _wrapped(example: str) -> str:
+    """An example as it is typed, in lines of at most 80 characters."""
+    lines = ["diffalign"]
+    for word in example.split():
+        if len(f"{lines[-1]} {word}") > 68:
+            lines[-1] += " \\"
+            lines.append(" " * 8 + word)
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Commands that generate images, or score and compare existing ones."""

@@ -1,0 +1,110 @@
+"""What the commands with images share: arguments of sampling and of scorers, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from diffalign.cli.common import (
+    count,
+    device,
+    device_of,
+    guidance,
+    path,
+    path_text,
+    pixels,
+    scorer,
+    seeds,
+    steps,
+    tie,
+)
+from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from diffalign.evaluation.sampling import Sampling
+    from diffalign.rewards import Scorer
+
+FOLDER_HELP = "folder of images with a manifest.jsonl, as written by `diffalign generate`"
+SCHEDULERS = ("ddim", "euler", "dpmsolver")  # a test compares these with what the package knows
+DTYPES = ("float32", "bfloat16", "float16")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Prompts, seeds, how images are sampled, for whom, and the output folder."""
+    parser.add_argument(
+        "--prompts", required=True, help=(".txt (one per line), .jsonl, .csv, .parquet, or one prompt itself")
+    )
+    parser.add_argument("--limit", type=count, help="use only this many prompts, from the start")
+    parser.add_argument("--seeds", type=seeds, default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")
+    parser.add_argument("--steps", type=steps, default=30)
+    parser.add_argument("--guidance", type=guidance, default=5.0, help="classifier-free guidance scale")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--resolution", type=pixels, help="pixels (default: the model's own)")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--batch", type=count, help="images per batch (default: by resolution)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--vae", type=path_text, help="another VAE, e.g. an fp16-safe one")
+    parser.add_argument(
+        "--prediction-type", choices=PREDICTIONS, help=("override the prediction type of the scheduler config")
+    )
+    parser.add_argument(
+        "--users", type=path_text, help=("file of user embeddings (.json, .parquet, .safetensors), for --user")
+    )
+    parser.add_argument(
+        "--user",
+        action="append",
+        metavar="ID[=WEIGHT]",
+        help="the user to generate for, with weights that were tuned for users; several users are averaged",
+    )
+    parser.add_argument("--out", type=path, required=True, help="output folder")
+
+
+def given_sampling(args: argparse.Namespace) -> Sampling:
+    """How images are sampled. Raises DiffalignError for a device that does not exist."""
+    from diffalign.evaluation.sampling import Sampling
+
+    return Sampling(
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        scheduler=args.scheduler,
+        resolution=args.resolution,
+        negative_prompt=args.negative_prompt,
+        batch_size=args.batch,
+        dtype=args.dtype,
+        device=device_of(args.device),
+        vae=args.vae,
+        prediction_type=args.prediction_type,
+    )
+
+
+def given_user(args: argparse.Namespace) -> list[float] | None:
+    """The embedding of the user for whom images are generated: one of the file, or some of them averaged."""
+    from diffalign.data.table.users import open_users, parse_mixture
+
+    if bool(args.users) != bool(args.user):
+        raise DiffalignError("--users FILE and --user ID belong together: a file of embeddings, and an id in it")
+    return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
+
+
+def scorer_arguments(parser: argparse.ArgumentParser, how_many: str) -> None:
+    """The scorers and their device."""
+    parser.add_argument(
+        "--scorer", type=scorer, action="append", required=True, help=f"`diffalign list scorers`; {how_many}"
+    )
+    parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
+
+
+def load_scorers(names: Sequence[str], device: str | None) -> list[Scorer]:
+    """The named scorers on the given device. Raises ScorerError, and DiffalignError for the device."""
+    from diffalign.rewards import load_scorer
+
+    return [load_scorer(name, device_of(device)) for name in names]
+
+
+def judging_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` and `compare` measure beside the scorers."""
+    parser.add_argument("--faithfulness", type=scorer, help="scorer that measures faithfulness to the prompt")
+    parser.add_argument("--tie", type=tie, help="|dR| below this is a tie (default: the scorer's own)")

@@ -1,0 +1,1 @@
+"""Commands that take the config of a run."""

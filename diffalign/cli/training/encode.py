@@ -1,0 +1,46 @@
+"""`diffalign encode`: fill the latent cache of a config; launched processes share the work."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, cast
+
+from diffalign.cli.training.options import config_arguments
+from diffalign.errors import DiffalignError
+
+if TYPE_CHECKING:
+    from diffalign.data.table.pairs import PairTable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config and its overrides."""
+    config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Encodes what is missing. Raises DiffalignError where the config has no latent cache."""
+    from diffalign.config.schema import PreferenceModelConfig, load_config
+    from diffalign.models.loading.encoder import Encoder
+    from diffalign.training.build import load_run_base
+    from diffalign.training.build_source import encode_run, processes_of
+    from diffalign.training.open_data import open_table
+    from diffalign.training.processes import make_state
+    from diffalign.training.remedies import with_remedies
+
+    config = load_config(args.config, args.overrides)
+    if isinstance(config, PreferenceModelConfig):
+        raise DiffalignError(
+            "the run of a preference model has no latent cache: it encodes its pairs at every visit. Train without one"
+        )
+    if config.data.cache_dir is None:
+        raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
+    state = make_state()
+    with with_remedies(config):
+        table = cast("PairTable", open_table(config, state))  # a run with a source has no cache
+        base = load_run_base(config.model)
+        encoder = Encoder(base, state.device)
+        resolution = config.data.resolution or base.family.default_resolution
+        encode_run(config.data, config.seed, table, encoder, resolution, processes_of(state))
+        state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
