@@ -17,10 +17,14 @@ from diffalign.engine.random import noise_seed
 from diffalign.errors import DiffalignError, out_of_memory
 from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
 from diffalign.evaluation.recipe import PATHS, ImageRecipe, Tuned, as_tuned
-from diffalign.evaluation.sampling import Sampling, default_batch, default_resolution, sample_images
+from diffalign.evaluation.sampling import Guidance, Sampling, default_batch, default_resolution, sample_images
 from diffalign.io.folder_lock import folder_lock
+from diffalign.io.plugins import imported
 from diffalign.io.progress import Progress
 from diffalign.models.spec import ModelSpec
+
+# Loads the `Guidance` of negative weights; imported when some are given.
+NEGATIVE_GUIDANCE = ("diffalign.contrib.negative_guidance", "load_guidance")
 
 
 def generate(
@@ -67,11 +71,7 @@ def _generate_missing(
     place: dict[str, Any] = {"torch_dtype": sampling.torch_dtype, "device": sampling.device}
     weights = None if tuned.path is None else str(tuned.path)
     pipe = load_pipeline(spec, tuned=weights, user=tuned.user, **place)
-    negative = None
-    if tuned.negative is not None:
-        from diffalign.models.policy.negative_guidance import load_negative
-
-        negative = load_negative(recipe.model, str(tuned.negative), **place)
+    guidance = None if tuned.negative is None else _guidance(recipe.model, str(tuned.negative), **place)
     batch = sampling.batch_size or default_batch(sampling.resolution or default_resolution(pipe))
     made = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _generate_missing(
         for start in range(0, len(missing), batch):
             keys = missing[start : start + batch]
             texts, own = [prompt for prompt, _ in keys], [seed for _, seed in keys]
-            images = sample_images(pipe, texts, own, sampling, negative=negative)
+            images = sample_images(pipe, texts, own, sampling, guidance=guidance)
             for (prompt, seed), image in zip(keys, images, strict=True):
                 file = f"{numbers.setdefault(prompt, len(numbers)):05d}_{seed}.png"
                 image.save(folder / file, compress_level=1)  # level 6 costs .3 s more at 1024 pixels
@@ -94,6 +94,11 @@ def _generate_missing(
             manifest.flush()
             bar.update(len(keys))
     return made
+
+
+def _guidance(model: str, negative: str, **place: Any) -> Guidance:
+    guidance: Guidance = imported(*NEGATIVE_GUIDANCE, "negative guidance")(model, negative, **place)
+    return guidance
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Tuned:
     path: a full UNet folder, a LoRA file or the output folder of a run, to be put on the base; None: the base alone.
     negative: the same for the unconditional branch of guidance, which otherwise has the weights of the other branch
         (Diffusion-NPO, arXiv 2505.11245); needs a guidance_scale above 1.
-    user: the embedding of the user for whom images are generated, with user attention only.
+    user: the embedding of the user for whom images are generated, with weights that were tuned for users only.
     """
 
     path: str | Path | None = None

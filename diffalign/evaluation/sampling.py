@@ -12,9 +12,9 @@ Left out: stochastic samplers (η > 0), guidance rescale, non-square images.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -25,7 +25,6 @@ from diffalign.engine.random import initial_noise
 from diffalign.engine.scheduler_config import check_class
 from diffalign.errors import DiffalignError
 from diffalign.models.loading.family import check_resolution
-from diffalign.models.policy.negative_guidance import negative_branch
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -84,6 +83,14 @@ class Sampling:
         }
 
 
+class Guidance(Protocol):
+    """Another way to compute the branches of classifier-free guidance than diffusers' own, which asks one network."""
+
+    def on(self, pipe: Any) -> AbstractContextManager[None]:
+        """Within the block, the pipeline is guided this way."""
+        ...
+
+
 def make_scheduler(pipe: Any, name: str) -> Any:
     """A diffusers scheduler of kind `name` with the betas, spacing and prediction type of the pipeline's own.
 
@@ -116,25 +123,25 @@ def sample_images(
     seeds: Sequence[int],
     sampling: Sampling,
     *,
-    negative: nn.Module | None = None,
+    guidance: Guidance | None = None,
     autocast: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """Image i shows `prompts[i]` from `seeds[i]`; both lists have the same length.
 
     `pipe` is a StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them; its device, dtype,
     VAE and prediction type count, not those of `sampling`. It is left as it was found: scheduler, training flags,
-    progress bar, and no global random state is read or written. `negative` is a UNet that computes the unconditional
-    branch of guidance (`models/policy/negative_guidance.py`). `autocast` is the dtype that the network computes in, as
-    in training; the VAE decodes in its own dtype (SDXL's overflows in float16). Raises DiffalignError naming prompt and
-    seed when an image comes out as NaN.
+    progress bar, and no global random state is read or written. `guidance` computes the two branches of
+    classifier-free guidance; None: the pipeline's network computes both. `autocast` is the dtype that the network
+    computes in, as in training; the VAE decodes in its own dtype (SDXL's overflows in float16). Raises DiffalignError
+    naming prompt and seed when an image comes out as NaN.
     """
     size = sampling.resolution or default_resolution(pipe)
     check_resolution(pipe.unet, pipe.vae_scale_factor, size, "resolution")
     batch = sampling.batch_size or default_batch(size)
     images: list[Image.Image] = []
-    branch = nullcontext() if negative is None else negative_branch(pipe, negative)
+    guided = nullcontext() if guidance is None else guidance.on(pipe)
     precision = nullcontext() if autocast is None else _unet_in(pipe, autocast)
-    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), branch, precision:
+    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), guided, precision:
         for start in range(0, len(prompts), batch):
             some, own = prompts[start : start + batch], seeds[start : start + batch]
             latent = size // pipe.vae_scale_factor

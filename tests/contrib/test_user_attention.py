@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from diffalign.contrib.negative_guidance import load_negative
 from diffalign.contrib.ppd.method import UserOff
 from diffalign.contrib.ppd.user_attention import (
     add_user_attention,
@@ -27,7 +28,6 @@ from diffalign.models.adapters.save_load import find_tuned, load_pipeline, load_
 from diffalign.models.kernels.attention import set_attention
 from diffalign.models.kernels.checkpointing import set_checkpointing, store_for_autocast
 from diffalign.models.loading.family import ModelError
-from diffalign.models.policy.negative_guidance import load_negative
 from diffalign.models.policy.networks import Networks
 from diffalign.types import Conditioning
 from tests.models.conftest import Model, picture

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.contrib.negative_guidance import NegativeGuidance, load_negative, negative_branch
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.recipe import Tuned
@@ -15,7 +16,6 @@ from diffalign.evaluation.sampling import Sampling, sample_images
 from diffalign.models.adapters.lora import add_lora, save_lora
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.loading.family import ModelError
-from diffalign.models.policy.negative_guidance import load_negative, negative_branch
 from tests.evaluation.test_evaluate import Brightness
 
 PROMPTS, SEEDS = ["a red circle", "a blue square", "a small photo"], [0, 1, 2]
@@ -51,7 +51,11 @@ def latents(pipe, **settings):
 def test_an_equal_network_gives_ordinary_guidance(pipe):
     plain = sample_images(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, guidance_scale=4.0))
     split = sample_images(
-        pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, guidance_scale=4.0), negative=copy.deepcopy(pipe.unet)
+        pipe,
+        PROMPTS,
+        SEEDS,
+        Sampling(num_inference_steps=3, guidance_scale=4.0),
+        guidance=NegativeGuidance(copy.deepcopy(pipe.unet)),
     )
     for one, two in zip(plain, split, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
@@ -134,7 +138,9 @@ def test_a_lora_answers_as_it_does_in_a_pipeline(tiny, tmp_path, dtype):
     pipeline = load_pipeline(tiny["sdxl"], tuned=str(tmp_path), torch_dtype=dtype)
     assert {p.dtype for p in negative.parameters()} == {dtype}
     alone = sample_images(pipeline, PROMPTS[:1], [0], Sampling(num_inference_steps=2))
-    both = sample_images(pipeline, PROMPTS[:1], [0], Sampling(num_inference_steps=2), negative=negative)
+    both = sample_images(
+        pipeline, PROMPTS[:1], [0], Sampling(num_inference_steps=2), guidance=NegativeGuidance(negative)
+    )
     assert np.abs(np.asarray(alone[0], int) - np.asarray(both[0], int)).max() <= (1 if dtype is torch.float32 else 8)
 
 
