@@ -42,8 +42,11 @@ MANY_PARAMETERS = 6
 FEW_FIELDS = 3
 WHOLE = {"Run", "Config", "Context", "AnyConfig", "PreferenceRun", "PreferenceModelConfig"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-# Folder -> names that each module there defines under one protocol; a name counts once another folder defines it too.
-PROTOCOLS = {"data/formats": {"layout"}}  # of each column layout; `data/table/open.py` calls it through `_LAYOUTS`
+# Folder -> names that modules there and below define under one protocol; a name counts once another folder defines it.
+PROTOCOLS = {
+    "data/formats": {"layout"},  # of each column layout; `data/table/open.py` calls it through `_LAYOUTS`
+    "cli": {"add_arguments", "run"},  # of each command; `cli/commands.py` calls them by the command's name
+}
 
 TOP, FOLDER = "names at the top of diffalign/", "most files in a folder"
 PARAMETERS = "functions with more than 6 parameters"
@@ -135,8 +138,10 @@ def shared_names(trees: dict[Path, ast.Module]) -> list[str]:
                 defined.setdefault(node.name, set()).add(path)
     found = []
     for name, paths in defined.items():
-        folders = {path.parent.relative_to(PACKAGE).as_posix() for path in paths}
-        agreed = len(folders) == 1 and name in PROTOCOLS.get(min(folders), ())
+        agreed = any(
+            name in names and all(path.is_relative_to(PACKAGE / folder) for path in paths)
+            for folder, names in PROTOCOLS.items()
+        )
         if len(paths) > 1 and name != "main" and not agreed:
             found.append(name)
     return sorted(found)

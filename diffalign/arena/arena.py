@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.arena.board import Row, measure, ranked, table
+from diffalign.arena.board import Row, leaderboard_row, leaderboard_table, ranked
 from diffalign.arena.entries import BATCH, PREFERENCES, Entry, Protocol, at_equal_forwards, config_of
 from diffalign.arena.field import Field
-from diffalign.arena.jobs import Done, Job, run_jobs
+from diffalign.arena.jobs import FinishedJob, Job, run_jobs
 from diffalign.arena.page import page, pictures_of
 from diffalign.arena.plots import leaderboard
 from diffalign.training.run import environment
@@ -69,8 +69,8 @@ class _Board:
     ) -> None:
         self.field, self.entries, self.protocol, self.tuned = field, entries, protocol, tuned
         self.base = field.base(protocol)
-        self.shown: dict[str, Done] = {}  # the base's run and every entry's first, for the page's pictures
-        self.first: dict[tuple[str, int], Done] = {}  # runs at equal steps on the first preference
+        self.shown: dict[str, FinishedJob] = {}  # the base's run and every entry's first, for the page's pictures
+        self.first: dict[tuple[str, int], FinishedJob] = {}  # runs at equal steps on the first preference
 
     def steps(self, preference: str, seeds: Sequence[int], desc: str) -> list[Row]:
         """Every entry at the protocol's steps."""
@@ -104,14 +104,16 @@ class _Board:
         folder = self.field.folder / "runs" / preference / view / entry.name / f"seed{seed}"
         return Job(folder, config, self.base.prompts, self.base.seeds)
 
-    def _run(self, jobs: dict[tuple[str, int], Job], desc: str) -> dict[tuple[str, int], Done]:
+    def _run(self, jobs: dict[tuple[str, int], Job], desc: str) -> dict[tuple[str, int], FinishedJob]:
         drawn, *done = run_jobs([self.base, *jobs.values()], self.field.workers, desc)
         self.shown = {"base": drawn, **self.shown}
         return dict(zip(jobs, done, strict=True))
 
-    def _rows(self, done: dict[tuple[str, int], Done], preference: str, seeds: Sequence[int]) -> list[Row]:
+    def _rows(self, done: dict[tuple[str, int], FinishedJob], preference: str, seeds: Sequence[int]) -> list[Row]:
         base = self.shown["base"]
-        return [measure(entry, [done[entry.name, s] for s in seeds], base, preference) for entry in self.entries]
+        return [
+            leaderboard_row(entry, [done[entry.name, s] for s in seeds], base, preference) for entry in self.entries
+        ]
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -120,7 +122,9 @@ def tables(found: dict[str, Any]) -> str:
     for view in found["views"]:
         runs = view["rows"][0]["runs"]
         seeds = "1 training seed" if runs == 1 else f"{runs} training seeds"
-        parts.append(f"{view['preference']}: {view['budget']}, {seeds}\n\n{table(view['rows'], view['preference'])}")
+        parts.append(
+            f"{view['preference']}: {view['budget']}, {seeds}\n\n{leaderboard_table(view['rows'], view['preference'])}"
+        )
     return "\n".join(parts)
 
 

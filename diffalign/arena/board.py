@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.arena.entries import PREFERENCES, Entry
-from diffalign.arena.jobs import Done
+from diffalign.arena.jobs import FinishedJob
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.scoring import Scoring
 from diffalign.evaluation.stats import Paired
@@ -22,7 +22,7 @@ CURVES = ("loss", "implicit_acc", "rewards/chosen", "rewards/rejected", "grad_no
 Row = dict[str, Any]
 
 
-def measure(entry: Entry, runs: Sequence[Done], base: Done, preference: str) -> Row:
+def leaderboard_row(entry: Entry, runs: Sequence[FinishedJob], base: FinishedJob, preference: str) -> Row:
     """An entry's line: gain in the preference's reward over the base on the same prompts and starting noise.
 
     Intervals are at 95 %, over prompts and training runs. Where a run failed the line says why and has no figures.
@@ -79,7 +79,7 @@ def gain(row: Row, preference: str) -> float:
     return float("-inf") if row["failed"] else float(row["rewards"][preference]["gain"][0])
 
 
-def table(rows: Sequence[Row], preference: str) -> str:
+def leaderboard_table(rows: Sequence[Row], preference: str) -> str:
     """The lines in the order of `ranked` as a Markdown table; brackets are 95 % intervals."""
     (other,) = (name for name in PREFERENCES if name != preference)
     head = ("", "dR", "win rate", "accuracy", "diversity", f"dR {other}", "steps", "UNet forwards", "CPU s")
@@ -110,7 +110,7 @@ def interval(values: Sequence[float], form: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def paper_of(entry: Entry, run: Done) -> str:
+def paper_of(entry: Entry, run: FinishedJob) -> str:
     """What an entry is: its paper; a source's where it is known by the source, and why a control is there."""
     if entry.control:
         return entry.control
@@ -124,7 +124,7 @@ def _anywhere(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "data": {**config["data"], "path": f"pairs/{Path(config['data']['path']).name}"}}
 
 
-def _curves(run: Done) -> dict[str, list[float | None]]:
+def _curves(run: FinishedJob) -> dict[str, list[float | None]]:
     """What the report draws of a run, by metric; the step of each value under `step`."""
     present = [name for name in CURVES if any(name in line for line in run.metrics)]
     return {name: [_short(line.get(name)) for line in run.metrics] for name in ("step", *present)}

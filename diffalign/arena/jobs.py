@@ -52,7 +52,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedJob:
     """What is left of a job."""
 
     config: dict[str, Any]  # empty for the base
@@ -73,7 +73,7 @@ class Done:
         return int(self.metrics[-1]["unet_forwards"]) if self.metrics else 0
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[Done]:
+def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[FinishedJob]:
     """Does what is not done yet, `workers` jobs at a time, and returns all in order; a bar shows the jobs."""
     waiting = [job for job in jobs if not _finished(job)]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=desc, unit=" runs")
@@ -189,10 +189,10 @@ def _draw(job: Job) -> list[Picture]:
     )
 
 
-def _read(job: Job) -> Done:
+def _read(job: Job) -> FinishedJob:
     record = json.loads((job.folder / DONE).read_text())
     metrics, facts = job.folder / "metrics.jsonl", job.folder / "run.json"
-    return Done(
+    return FinishedJob(
         config=job.config or {},
         pictures=[] if record["failed"] else _draw(job),
         metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.arena.board import Row, interval
 from diffalign.arena.entries import PREFERENCES
-from diffalign.arena.jobs import Done
+from diffalign.arena.jobs import FinishedJob
 from diffalign.arena.plots import curves
 
 SHOWN = 12  # pictures of each entry, of different prompts
@@ -70,7 +70,7 @@ def page(found: dict[str, Any], pictures: dict[str, str]) -> str:
     )
 
 
-def pictures_of(done: Done) -> str:
+def pictures_of(done: FinishedJob) -> str:
     """One picture each of the first prompts, side by side, as a data URL; empty where a run made none."""
     firsts = {picture.prompt: picture for picture in reversed(done.pictures)}
     shown = [firsts[prompt].open() for prompt in list(dict.fromkeys(p.prompt for p in done.pictures))[:SHOWN]]

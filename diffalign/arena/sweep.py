@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.arena.board import gain, measure
+from diffalign.arena.board import gain, leaderboard_row
 from diffalign.arena.entries import RATES, SWEEP, Entry, Protocol, config_of
 from diffalign.arena.field import Field
 from diffalign.arena.jobs import Job, run_jobs
@@ -17,7 +17,7 @@ PREFERENCE = "world"  # the other one is tuned for by nobody
 RATE = "training.learning_rate"
 
 
-def sweep(field: Field, entries: Sequence[Entry], command: str, protocol: Protocol = SWEEP) -> dict[str, Any]:
+def sweep_settings(field: Field, entries: Sequence[Entry], command: str, protocol: Protocol = SWEEP) -> dict[str, Any]:
     """Tries every learning rate, then the other scales at the best of them; returns what was found and chosen.
 
     Chosen is the largest gain among trials whose guards are silent; among all where none is.
@@ -52,7 +52,7 @@ def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(trials, key=lambda trial: (trial["gain"] is not None and not trial["guards"], _order(trial)))
 
 
-def save(found: dict[str, Any], file: Path) -> None:
+def save_sweep(found: dict[str, Any], file: Path) -> None:
     """Writes what was found; entries that were there and were not tried now stay, with their own commit."""
     if file.is_file():
         earlier = json.loads(file.read_text())
@@ -83,7 +83,7 @@ def _try(
     ]  # fmt: skip
     drawn, *runs = run_jobs([base, *jobs], field.workers, desc)
     for (entry, tuned), run in zip(settings, runs, strict=True):
-        row = measure(entry, [run], drawn, PREFERENCE)
+        row = leaderboard_row(entry, [run], drawn, PREFERENCE)
         failed = row["failed"] is not None
         trials[entry.name].append(
             {

@@ -44,7 +44,7 @@ def _run_arena(args: argparse.Namespace) -> None:
     from diffalign.arena.arena import hold, tables
     from diffalign.arena.entries import FULL, QUICK, TUNED, entries, tuned_settings
     from diffalign.arena.field import Field
-    from diffalign.arena.sweep import save, sweep
+    from diffalign.arena.sweep import save_sweep, sweep_settings
 
     taking_part = entries(None if args.only is None else tuple(args.only))
     field, command = Field(args.out, args.workers), _command(args)
@@ -52,7 +52,7 @@ def _run_arena(args: argparse.Namespace) -> None:
         if args.seeds is not None:
             raise DiffalignError("--seeds: the sweep uses one seed; remove --seeds")
         methods = [entry for entry in taking_part if not entry.control]
-        save(sweep(field, methods, command), args.out / Path(TUNED).name)
+        save_sweep(sweep_settings(field, methods, command), args.out / Path(TUNED).name)
         print(f"{args.out / Path(TUNED).name}: all trials and the chosen settings; the packaged file is {TUNED}")
         return
     protocol = QUICK if args.quick else FULL

@@ -129,7 +129,7 @@ def device_of(given: str | None) -> str:
     return given
 
 
-def named(texts: Sequence[str], option: str) -> dict[str, list[str]]:
+def named_paths(texts: Sequence[str], option: str) -> dict[str, list[str]]:
     """NAME=PATH arguments as a dict; raises DiffalignError for any other form."""
     from diffalign.evaluation.report import check_name
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffalign.data.formats.preference import write_preferences
 from diffalign.errors import DiffalignError, ExistingFileError
-from diffalign.evaluation.manifest import Picture, read_manifest
+from diffalign.evaluation.manifest import Picture, read_image_manifest
 from diffalign.evaluation.scoring import score_pictures
 from diffalign.rewards import Scorer, tie_of
 from diffalign.rewards.base import check_prompts
@@ -47,7 +47,7 @@ def label_pictures(
         raise DiffalignError(f"{out}: pairs are written to a .parquet file")
     if file.exists() and not overwrite:
         raise ExistingFileError(f"{out} exists; name another file, or overwrite it (--overwrite)")
-    pictures = [picture for folder in folders for picture in read_manifest(folder, whole=True)]
+    pictures = [picture for folder in folders for picture in read_image_manifest(folder, whole=True)]
     check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
     scores = score_pictures(pictures, [scorer])[scorer.name]
     by_prompt: dict[str, list[tuple[float, Picture]]] = {}

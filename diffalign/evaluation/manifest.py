@@ -40,7 +40,7 @@ class Picture:
             ) from None
 
 
-def read_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
+def read_image_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
     """The finished pictures of a folder, in the order they were made. Raises FileNotFoundError without a manifest.
 
     whole: raise as well where the manifest names no picture, or one that is not there.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.manifest import Picture, read_manifest
+from diffalign.evaluation.manifest import Picture, read_image_manifest
 from diffalign.evaluation.sampling import best_device
 from diffalign.io.progress import Progress
 from diffalign.rewards import Scorer, ScorerError, load_scorer
@@ -93,7 +93,7 @@ def score_folder(folder: str | Path, scorers: Sequence[Scorer]) -> list[dict[str
 
     The rows are also written to `scores.jsonl` in the folder.
     """
-    pictures = read_manifest(folder, whole=True)
+    pictures = read_image_manifest(folder, whole=True)
     scores = score_pictures(pictures, scorers)
     rows = [
         {

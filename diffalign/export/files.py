@@ -24,7 +24,7 @@ _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor of a file, made when it is written."""
 
     name: str
@@ -46,7 +46,7 @@ def check_out(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
         raise ExportError(f"--out {out} exists; give another name, or --overwrite to replace it")
 
 
-def write_entries(out: Path, entries: Sequence[Entry], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+def write_entries(out: Path, entries: Sequence[TensorEntry], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Write the entries to `out`, in `dtype` unless they have their own, each let go before the next is made.
 
     Raises ExportError for values that are not finite in that dtype and for two tensors of one name; then, as after
@@ -73,7 +73,7 @@ def write_entries(out: Path, entries: Sequence[Entry], dtype: torch.dtype, metad
         partial.unlink(missing_ok=True)
 
 
-def _header(placed: Sequence[tuple[Entry, torch.dtype]], metadata: Mapping[str, str]) -> dict[str, object]:
+def _header(placed: Sequence[tuple[TensorEntry, torch.dtype]], metadata: Mapping[str, str]) -> dict[str, object]:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for entry, dtype in placed:
@@ -82,7 +82,7 @@ def _header(placed: Sequence[tuple[Entry, torch.dtype]], metadata: Mapping[str, 
     return header
 
 
-def _bytes(entry: Entry, dtype: torch.dtype) -> memoryview:
+def _bytes(entry: TensorEntry, dtype: torch.dtype) -> memoryview:
     made = entry.make()
     if tuple(made.shape) != entry.shape:
         raise ExportError(f"{entry.name} has shape {tuple(made.shape)}, {entry.shape} was expected")

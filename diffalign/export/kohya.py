@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.export.files import DTYPES, Entry, check_out, write_entries
+from diffalign.export.files import DTYPES, TensorEntry, check_out, write_entries
 from diffalign.export.names import ExportError, unet_module
 from diffalign.export.what import find_what
 from diffalign.models.adapters.merge import lora_updates
@@ -59,7 +59,7 @@ def export_kohya(
     entries = []
     for name, down, up, alpha in modules:
         entries += [_entry(f"{name}.lora_down.weight", down), _entry(f"{name}.lora_up.weight", up)]
-        entries.append(Entry(f"{name}.alpha", (), partial(torch.tensor, alpha), torch.float32))
+        entries.append(TensorEntry(f"{name}.alpha", (), partial(torch.tensor, alpha), torch.float32))
     ranks = {down.shape[0] for _, down, _, _ in modules}
     alphas = {alpha for _, _, _, alpha in modules}
     write_entries(out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | what.provenance())
@@ -97,5 +97,5 @@ def kohya_metadata(base: Base, ranks: set[int], alphas: set[float], title: str) 
     return said
 
 
-def _entry(name: str, value: Tensor) -> Entry:
-    return Entry(name, tuple(value.shape), lambda: value)
+def _entry(name: str, value: Tensor) -> TensorEntry:
+    return TensorEntry(name, tuple(value.shape), lambda: value)

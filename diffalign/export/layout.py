@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffalign.export.files import Entry
+from diffalign.export.files import TensorEntry
 from diffalign.export.names import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -31,7 +31,7 @@ _V_PREDICTION = "v_pred"  # NoobAI's marks, which ComfyUI, its kin and `load_bas
 _ZERO_SNR = "ztsnr"
 
 
-def model_entries(base: Base, unet_weight: Callable[[str], Tensor]) -> list[Entry]:
+def model_entries(base: Base, unet_weight: Callable[[str], Tensor]) -> list[TensorEntry]:
     """Every tensor of the single file: the UNet with the weights that `unet_weight` gives by name, VAE, text encoders.
 
     Raises ExportError for a base without VAE and text encoders, or of another structure than SD's and SDXL's.
@@ -54,20 +54,20 @@ def model_entries(base: Base, unet_weight: Callable[[str], Tensor]) -> list[Entr
         (_V_PREDICTION, base.schedule.prediction_type == "v_prediction"),
         (_ZERO_SNR, bool(base.scheduler_config.get("rescale_betas_zero_snr"))),
     ]
-    return entries + [Entry(name, (0,), lambda: torch.zeros(0)) for name, holds in marks if holds]
+    return entries + [TensorEntry(name, (0,), lambda: torch.zeros(0)) for name, holds in marks if holds]
 
 
-def unet_entries(unet: UNet, weight: Callable[[str], Tensor]) -> list[Entry]:
+def unet_entries(unet: UNet, weight: Callable[[str], Tensor]) -> list[TensorEntry]:
     """The UNet's tensors, of the shapes it has, with the weights that `weight` gives for its own names."""
     entries = []
     for name, own in unet.state_dict().items():
         module, _, leaf = name.rpartition(".")
         original = f"{UNET_PREFIX}{unet_module(module, unet.config)}.{leaf}"
-        entries.append(Entry(original, tuple(own.shape), partial(weight, name)))
+        entries.append(TensorEntry(original, tuple(own.shape), partial(weight, name)))
     return entries
 
 
-def _vae_entries(vae: VAE) -> Iterator[Entry]:
+def _vae_entries(vae: VAE) -> Iterator[TensorEntry]:
     levels = len(vae.config.block_out_channels)
     for name, value in vae.state_dict().items():
         module, _, leaf = name.rpartition(".")
@@ -76,12 +76,12 @@ def _vae_entries(vae: VAE) -> Iterator[Entry]:
         yield _plain(f"{VAE_PREFIX}{vae_module(module, levels)}.{leaf}", value)
 
 
-def _clip_entries(encoder: TextModel, prefix: str) -> Iterator[Entry]:
+def _clip_entries(encoder: TextModel, prefix: str) -> Iterator[TensorEntry]:
     for name, value in encoder.state_dict().items():
         yield _plain(f"{prefix}text_model.{name.removeprefix('text_model.')}", value)
 
 
-def _open_clip_entries(encoder: TextModel, prefix: str) -> Iterator[Entry]:
+def _open_clip_entries(encoder: TextModel, prefix: str) -> Iterator[TensorEntry]:
     # transformers' releases differ in whether a CLIPTextModel holds its parts below text_model
     state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
     yield _plain(f"{prefix}token_embedding.weight", state.pop("embeddings.token_embedding.weight"))
@@ -96,10 +96,10 @@ def _open_clip_entries(encoder: TextModel, prefix: str) -> Iterator[Entry]:
         if module == "self_attn.q_proj":
             parts = [state[f"encoder.layers.{number}.self_attn.{x}_proj.{leaf}"] for x in "qkv"]
             shape = (sum(part.shape[0] for part in parts), *value.shape[1:])
-            yield Entry(f"{block}.attn.in_proj_{leaf}", shape, partial(torch.cat, parts))
+            yield TensorEntry(f"{block}.attn.in_proj_{leaf}", shape, partial(torch.cat, parts))
         elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
             yield _plain(f"{block}.{open_clip_layer_module(module)}.{leaf}", value)
 
 
-def _plain(name: str, value: Tensor) -> Entry:
-    return Entry(name, tuple(value.shape), lambda: value)
+def _plain(name: str, value: Tensor) -> TensorEntry:
+    return TensorEntry(name, tuple(value.shape), lambda: value)

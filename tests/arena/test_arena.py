@@ -15,7 +15,7 @@ from diffalign.arena import jobs
 from diffalign.arena.arena import hold, tables
 from diffalign.arena.entries import Protocol, entries
 from diffalign.arena.field import Field
-from diffalign.arena.sweep import best, save, sweep
+from diffalign.arena.sweep import best, save_sweep, sweep_settings
 from diffalign.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline")]
@@ -117,7 +117,7 @@ def test_a_turned_sign_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_sweep_tries_and_chooses(tmp_path: Path) -> None:
     protocol = Protocol(steps=1, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
-    found = sweep(Field(tmp_path, 2), entries(("mapo",)), "", protocol)
+    found = sweep_settings(Field(tmp_path, 2), entries(("mapo",)), "", protocol)
     trials = found["entries"]["mapo"]["trials"]
     assert [trial["settings"]["training.learning_rate"] for trial in trials[:3]] == [5e-6, 1e-5, 2e-5]
     assert [trial["settings"]["objective.beta"] for trial in trials[3:]] == [0.02, 0.5]
@@ -136,9 +136,9 @@ def test_the_best_trial_is_one_whose_guards_are_silent() -> None:
 
 def test_what_another_sweep_found_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
-    save({"environment": {"git_commit": "old"}, "entries": {"a": {"chosen": 1}, "b": {"chosen": 1}}}, file)
+    save_sweep({"environment": {"git_commit": "old"}, "entries": {"a": {"chosen": 1}, "b": {"chosen": 1}}}, file)
     now = {"environment": {"git_commit": "new"}, "entries": {"b": {"git_commit": "new", "chosen": 2}}}
-    save(now, file)
+    save_sweep(now, file)
     kept = {"a": {"git_commit": "old", "chosen": 1}, "b": {"git_commit": "new", "chosen": 2}}
     assert json.loads(file.read_text()) == now | {"entries": kept}
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.arena.board import gain, guards, interval, measure, ranked, table
+from diffalign.arena.board import gain, guards, interval, leaderboard_row, leaderboard_table, ranked
 from diffalign.arena.entries import entries
-from diffalign.arena.jobs import Done
+from diffalign.arena.jobs import FinishedJob
 from diffalign.evaluation.manifest import Picture
 from diffalign.rewards import load_scorer
 from diffalign.world.captions import parse, prompts
@@ -21,7 +21,7 @@ PROMPTS = prompts("heldout")[:6]
 LINE = {"step": 1, "loss": 0.69, "unet_forwards": 8, "implicit_acc": 0.5}
 
 
-def run(folder: Path, seed: int, failed: str | None = None) -> Done:
+def run(folder: Path, seed: int, failed: str | None = None) -> FinishedJob:
     """Three renders of each prompt, as a run's pictures."""
     folder.mkdir()
     rng, pictures = np.random.default_rng(seed), []
@@ -31,10 +31,10 @@ def run(folder: Path, seed: int, failed: str | None = None) -> Done:
             Image.fromarray(pixels).save(file)
             pictures.append(Picture(prompt, k, file))
     config = {"source": None, "data": {"path": f"{folder}/mine.parquet"}}
-    return Done(config, [] if failed else pictures, [LINE], 1.5, "abc", failed)
+    return FinishedJob(config, [] if failed else pictures, [LINE], 1.5, "abc", failed)
 
 
-def scores(done: Done, name: str) -> np.ndarray:
+def scores(done: FinishedJob, name: str) -> np.ndarray:
     shown = [picture.open() for picture in done.pictures]
     return load_scorer(name).score(shown, [picture.prompt for picture in done.pictures]).double().numpy()
 
@@ -43,7 +43,7 @@ def scores(done: Done, name: str) -> np.ndarray:
 def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path, preference: str) -> None:
     base, one, two = (run(tmp_path / str(seed), seed) for seed in (0, 1, 2))
     (entry,) = entries(("dpo",))
-    row = measure(entry, [one, two], base, preference)
+    row = leaderboard_row(entry, [one, two], base, preference)
     differences = [scores(done, preference) - scores(base, preference) for done in (one, two)]
     assert row["rewards"][preference]["gain"][0] == pytest.approx(float(np.mean(differences)), abs=1e-6)
     assert row["gain_by_run"][preference] == pytest.approx([float(d.mean()) for d in differences], abs=1e-6)
@@ -59,7 +59,7 @@ def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path,
 def test_the_same_pictures_gain_nothing(tmp_path: Path) -> None:
     base = run(tmp_path / "base", 0)
     (entry,) = entries(("dpo",))
-    row = measure(entry, [base], base, "world")
+    row = leaderboard_row(entry, [base], base, "world")
     assert row["rewards"]["world"]["gain"] == [0, 0, 0]
     assert row["rewards"]["world"]["win_rate"][0] == 0.5
     assert row["guards"] == []
@@ -69,12 +69,12 @@ def test_a_failed_run_is_said_and_comes_last(tmp_path: Path) -> None:
     base, good = run(tmp_path / "base", 0), run(tmp_path / "good", 1)
     dpo, flipped = entries(("dpo", "flipped"))
     rows = [
-        measure(dpo, [good, run(tmp_path / "bad", 2, "the loss is nan")], base, "world"),
-        measure(flipped, [good], base, "world"),
+        leaderboard_row(dpo, [good, run(tmp_path / "bad", 2, "the loss is nan")], base, "world"),
+        leaderboard_row(flipped, [good], base, "world"),
     ]
     assert [row["name"] for row in ranked(rows, "world")] == ["flipped", "dpo"]
     assert gain(rows[0], "world") == float("-inf")
-    lines = table(rows, "world").splitlines()
+    lines = leaderboard_table(rows, "world").splitlines()
     assert "failed: the loss is nan" in lines[3]
     assert lines[2].startswith("| *flipped* (control) | ")
     assert len({line.count("|") for line in lines}) == 1
@@ -95,10 +95,10 @@ def test_intervals_in_words() -> None:
 def test_the_table_marks_what_a_gain_was_paid_with(tmp_path: Path) -> None:
     base = run(tmp_path / "base", 0)
     (entry,) = entries(("dpo",))
-    row: dict[str, Any] = measure(entry, [run(tmp_path / "one", 1)], base, "world")
-    shown = table([row | {"guards": []}], "world").splitlines()[2].split(" | ")
+    row: dict[str, Any] = leaderboard_row(entry, [run(tmp_path / "one", 1)], base, "world")
+    shown = leaderboard_table([row | {"guards": []}], "world").splitlines()[2].split(" | ")
     assert shown[3:5] == [interval(row["accuracy"]["change"], "+.3f"), interval(row["diversity"], ".2f")]
     low, high = row["accuracy"]["change"][1:]
     assert low < row["accuracy"]["change"][0] < high
     row |= {"guards": ["faithfulness"]}
-    assert "| **+0." in table([row], "world") or "| **-0." in table([row], "world")
+    assert "| **+0." in leaderboard_table([row], "world") or "| **-0." in leaderboard_table([row], "world")

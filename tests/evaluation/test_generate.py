@@ -8,7 +8,7 @@ import pytest
 
 from diffalign.engine.random import noise_seed
 from diffalign.evaluation.generate import generate
-from diffalign.evaluation.manifest import MANIFEST, read_manifest
+from diffalign.evaluation.manifest import MANIFEST, read_image_manifest
 from diffalign.evaluation.sampling import Sampling
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [3, 5]
@@ -54,7 +54,7 @@ def test_files_and_manifest(made):
         **{"steps": 2, "guidance": 5.0, "scheduler": "ddim", "negative_prompt": "", "dtype": "float32"},
     }  # these keys do not change: they tell whether the pictures of a folder can be used again
     assert pictures[0].open().size == (64, 64)
-    assert read_manifest(out) == pictures
+    assert read_image_manifest(out) == pictures
 
 
 def test_finished_pictures_are_not_made_again(made, tiny, monkeypatch):
@@ -73,14 +73,14 @@ def test_a_stopped_run_is_completed(made, tiny):
     assert again == pictures
     for picture, pixels in zip(again, before, strict=True):
         assert np.abs(np.asarray(picture.open(), int) - pixels).max() <= 1
-    assert sorted(map(str, read_manifest(out))) == sorted(map(str, pictures))
+    assert sorted(map(str, read_image_manifest(out))) == sorted(map(str, pictures))
 
 
 def test_new_prompts_get_new_files(made, tiny):
     out, _ = made
     more = generate(tiny["sdxl"], ["the small photo", *PROMPTS], SEEDS[:1], out_dir=out, sampling=TWO)
     assert [p.file.name for p in more] == ["00002_3.png", "00000_3.png", "00001_3.png"]
-    assert len(read_manifest(out)) == 5
+    assert len(read_image_manifest(out)) == 5
 
 
 def test_other_settings_need_another_folder(made, tiny, tuned):
@@ -154,4 +154,4 @@ def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
         generate(tiny["sd"], PROMPTS, SEEDS, sampling=Sampling(num_inference_steps=0), **arguments)
     with pytest.raises(FileNotFoundError, match="diffalign generate"):
-        read_manifest(tmp_path)
+        read_image_manifest(tmp_path)

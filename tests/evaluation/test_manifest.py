@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end, read_manifest
+from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end, read_image_manifest
 
 GOOD = {"file": "a.png", "prompt": "a fox", "seed": 0}
 
@@ -48,14 +48,14 @@ def write(folder: Path, *lines: object, end: str = "\n") -> Path:
 )
 def test_a_fault_has_file_line_and_field(row: object, words: str, tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match=rf"manifest\.jsonl, line 2: .*{words}"):
-        read_manifest(write(tmp_path, GOOD, row))
+        read_image_manifest(write(tmp_path, GOOD, row))
 
 
 def test_a_whole_last_line_needs_no_end_and_a_torn_one_is_left_out(tmp_path: Path) -> None:
     folder = write(tmp_path, GOOD, {**GOOD, "seed": 1}, end="")
-    assert [picture.seed for picture in read_manifest(folder)] == [0, 1]
+    assert [picture.seed for picture in read_image_manifest(folder)] == [0, 1]
     folder = write(tmp_path, GOOD, '{"file": "a.png", "pro', end="")
-    assert [picture.seed for picture in read_manifest(folder)] == [0]
+    assert [picture.seed for picture in read_image_manifest(folder)] == [0]
     mend_end(folder)
     assert (folder / MANIFEST).read_text() == json.dumps(GOOD) + "\n"
 
@@ -65,7 +65,7 @@ def test_text_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
     assert [row["prompt"] for row in manifest_rows(folder)] == ["a fox", "a\u2028b"]
     (folder / MANIFEST).write_bytes(b'{"file": "a.png", "prompt": "a", "seed": 0}\n{"file": "\xe9.png"}\n')
     with pytest.raises(DiffalignError, match=r"manifest\.jsonl, line 2: not UTF-8; save"):
-        read_manifest(folder)
+        read_image_manifest(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, None])

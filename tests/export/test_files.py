@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffalign.export.files import DTYPES, Entry, check_out, write_entries
+from diffalign.export.files import DTYPES, TensorEntry, check_out, write_entries
 from diffalign.export.names import ExportError
 
 
-def entry(name: str, value: torch.Tensor) -> Entry:
-    return Entry(name, tuple(value.shape), lambda: value)
+def entry(name: str, value: torch.Tensor) -> TensorEntry:
+    return TensorEntry(name, tuple(value.shape), lambda: value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -33,7 +33,7 @@ def test_safetensors_reads_what_was_written(tmp_path: Path, dtype: torch.dtype) 
     }
     file = tmp_path / "new folder" / "x.safetensors"
     entries = [entry(name, value) for name, value in values.items()]
-    entries.append(Entry("wide", (1,), lambda: torch.tensor([1e-30]), torch.float32))
+    entries.append(TensorEntry("wide", (1,), lambda: torch.tensor([1e-30]), torch.float32))
     write_entries(file, entries, dtype, {"said": "ü"})
     found = load_file(file)
     assert found.pop("wide").item() == torch.tensor(1e-30).item()
@@ -60,7 +60,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
         made.append(weakref.ref(value))
         return value
 
-    write_entries(tmp_path / "x.safetensors", [Entry(f"{i}", (100,), make) for i in range(4)], torch.float16, {})
+    write_entries(tmp_path / "x.safetensors", [TensorEntry(f"{i}", (100,), make) for i in range(4)], torch.float16, {})
     assert len(made) == 4
 
 
@@ -69,7 +69,11 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
     [
         ([entry("big", torch.tensor([1.0, 7e4]))], "fp16", r"big .* not finite in fp16 \(up to 7e\+04\); .*bf16"),
         ([entry("nan", torch.tensor(float("nan")))], "fp32", "nan has values that are not finite$"),
-        ([entry("a", torch.zeros(1)), Entry("b", (2,), lambda: torch.zeros(3))], "fp32", r"b has shape \(3,\), \(2,\)"),
+        (
+            [entry("a", torch.zeros(1)), TensorEntry("b", (2,), lambda: torch.zeros(3))],
+            "fp32",
+            r"b has shape \(3,\), \(2,\)",
+        ),
         ([entry("a", torch.zeros(1)), entry("a", torch.zeros(1))], "fp32", "given twice, e.g. a"),
     ],
 )

@@ -17,7 +17,7 @@ from diffalign.data.table.prompts import read_prompts
 from diffalign.data.table.scores import read_scores
 from diffalign.data.table.users import open_users, parse_mixture
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.evaluation.manifest import read_manifest
+from diffalign.evaluation.manifest import read_image_manifest
 from diffalign.evaluation.scoring import score_folder
 from diffalign.rewards import load_scorer
 from diffalign.training.checkpoints.checkpoint import find_checkpoint, load_source_state, load_state, save_checkpoint
@@ -184,7 +184,7 @@ def manifest(rng: Random, folder: Path) -> Run:
     if rng.random() < 0.3:
         (folder / "0.png").write_bytes(damaged(rng, png(0, (16, 16))))
     if rng.random() < 0.5:
-        return lambda: [picture.seed for picture in read_manifest(folder, whole=rng.random() < 0.5)]
+        return lambda: [picture.seed for picture in read_image_manifest(folder, whole=rng.random() < 0.5)]
     return lambda: score_folder(folder, [load_scorer("world")])
 
 

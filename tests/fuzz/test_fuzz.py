@@ -41,7 +41,7 @@ def test_a_reader_that_raises_another_error_is_found(monkeypatch: pytest.MonkeyP
     def broken(*args: Any, **settings: Any) -> Any:
         raise KeyError("prompt")
 
-    report = _planted(monkeypatch, kinds, "read_manifest", broken, "manifest")
+    report = _planted(monkeypatch, kinds, "read_image_manifest", broken, "manifest")
     assert any("KeyError" in fault.what for fault in report.faults)
     assert "--again manifest 0" in report.text()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from diffalign.cli.common import device_of, named, overwrite_argument, path, writable
+from diffalign.cli.common import device_of, named_paths, overwrite_argument, path, writable
 from diffalign.cli.images.options import FOLDER_HELP, judging_arguments, scorer_arguments
 from diffalign.errors import DiffalignError
 
@@ -31,17 +31,17 @@ def run(args: argparse.Namespace) -> None:
     """Prints the table of `evaluate` for existing images."""
     from diffalign.evaluation.compare import compare
     from diffalign.evaluation.evaluate import RESULT_FILES, write_result
-    from diffalign.evaluation.manifest import read_manifest
+    from diffalign.evaluation.manifest import read_image_manifest
     from diffalign.evaluation.report import BASE
     from diffalign.evaluation.scoring import Scoring, load_judges
 
-    others = named(args.others, "")
+    others = named_paths(args.others, "")
     if BASE in others:
         raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
     if args.out is not None:
         writable([("--out", args.out / file) for file in RESULT_FILES], args.overwrite)
-    base = read_manifest(args.base, whole=True)
-    runs = {name: [read_manifest(folder, whole=True) for folder in folders] for name, folders in others.items()}
+    base = read_image_manifest(args.base, whole=True)
+    runs = {name: [read_image_manifest(folder, whole=True) for folder in folders] for name, folders in others.items()}
     judges = load_judges(Scoring(args.scorer, args.faithfulness, args.tie), device_of(args.device))
     result, rows = compare(base, runs, judges)
     print(result.table())

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffalign.cli.common import named, path_text, scorer
+from diffalign.cli.common import named_paths, path_text, scorer
 from diffalign.cli.images.options import given_sampling, given_user, judging_arguments, sampling_arguments
 from diffalign.errors import DiffalignError
 
@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.tuned and not args.negative_tuned:
         raise DiffalignError("nothing to compare with the base: give --tuned NAME=PATH, e.g. --tuned dpo=runs/dpo")
-    models = _models(named(args.tuned, "--tuned"), named(args.negative_tuned, "--negative-tuned"), given_user(args))
+    models = _models(
+        named_paths(args.tuned, "--tuned"), named_paths(args.negative_tuned, "--negative-tuned"), given_user(args)
+    )
     result = evaluate(
         args.base,
         models,

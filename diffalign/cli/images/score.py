@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes each image's scores to scores.jsonl in its folder, and prints means."""
-    from diffalign.evaluation.manifest import read_manifest
+    from diffalign.evaluation.manifest import read_image_manifest
     from diffalign.evaluation.scoring import SCORES, score_folder
 
     for folder in args.folders:
-        read_manifest(folder, whole=True)
+        read_image_manifest(folder, whole=True)
         writable([(f"{folder}:", folder / SCORES)], args.overwrite)
     judges = load_scorers(args.scorer, args.device)
     for folder in args.folders:
