@@ -1,7 +1,7 @@
-"""What a source of pairs is, how its settings are built into one, and what it is given to work with.
+"""The protocols of a source of pairs and of its settings, and the context that a source is built with.
 
 A source is anything that gives micro-batches of pairs. Offline pairs are one (`data/loader/offline_pairs.py`); those
-in this room make their pairs while training. Their settings are frozen dataclasses, found by name like objectives.
+in this package make their pairs while training. Their settings are frozen dataclasses, found by name like objectives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class SourceError(DiffalignError):
-    """A source that cannot go on; the message says what was found and what to do."""
+    """A source cannot go on; the message names what was found and what to do."""
 
 
 class Source(Protocol):
@@ -42,18 +42,18 @@ class Source(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What going on after the last whole step needs besides that step's number: plain JSON values.
+        """What resuming after the last complete step needs besides that step's number: plain JSON values.
 
         The same in every process, so that the main process's is enough.
         """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state; `batches` is called afterwards."""
+        """Restores a state; `batches` is called afterwards."""
         ...
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """What the source has to say since the last call: values by metric name, averaged over all of their entries."""
+        """Metrics since the last call: values by name, averaged over all of their entries."""
         ...
 
 
@@ -66,7 +66,7 @@ class Context:
     former: Former | None  # the reference that `networks` calls, where a source with `own_reference` chooses it
     family: Family
     encoder: Encoder  # text encoders and VAE
-    table: Table  # prompts with ids; `Winners`, which have an image as well, where `Settings.data` says so
+    table: Table  # prompts with ids; `Winners`, which have an image as well, where `Settings.data` is winners
     seed: int  # of the run
     train_batch_size: int  # pairs per process and micro-step
     gradient_accumulation_steps: int
@@ -74,8 +74,8 @@ class Context:
     processes: int
     wait: Callable[[], None]  # returns when every process has called it
     folder: Path  # of the source, inside the run's
-    saved: Callable[[], list[dict[str, Any]]]  # states that the run's checkpoints hold: what they need must stay
-    latent_shape: tuple[int, int, int]  # c h w of a sampled picture
+    saved: Callable[[], list[dict[str, Any]]]  # states in the run's checkpoints: the files they need must stay
+    latent_shape: tuple[int, int, int]  # c h w of a sampled image
     resolution: int  # pixels
     device: torch.device
     center_crop: bool = True  # of images that are read
@@ -104,12 +104,12 @@ class Settings(Protocol):
         ...
 
     def small(self) -> Settings:
-        """The same source at the least cost, for a look at the machinery (`diffalign check`)."""
+        """The same source at the least cost, for the dry run (`diffalign check`)."""
         ...
 
 
 class CandidateSettings(Protocol):
-    """What `best_of` and `online_pairs` have in common; see there."""
+    """The settings that `best_of` and `online_pairs` share; see there."""
 
     @property
     def scorer(self) -> str: ...

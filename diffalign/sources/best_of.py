@@ -1,6 +1,6 @@
 """RAFT (Dong et al., arXiv 2304.06767): the best of K own samples by a scorer, to be fine-tuned on with `sft`.
 
-    every round     for each of its prompts, K pictures by the policy as it is; the best goes into the round, chosen
+    every round     for each of its prompts, K images by the policy as it is; the best goes into the round, chosen
                     side only; each is used once
 
 Differs from the authors' code, which is for language models and ranks over the whole batch by default: the best of each
@@ -26,7 +26,7 @@ class BestOf:
     samples_per_prompt: int = 8  # K; the paper's diffusion experiments rank small batches, size not given: our choice
     sampling_steps: int = 20  # DDIM
     guidance_scale: float = 5.0  # of sampling; at most 1: none
-    generation_batch_size: int = 8  # pictures sampled, decoded and scored at a time, per process
+    generation_batch_size: int = 8  # images sampled, decoded and scored at a time, per process
     keep_rounds: bool = False  # keep every round's file instead of those that a checkpoint needs
 
     name: ClassVar[str] = "best_of"

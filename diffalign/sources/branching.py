@@ -12,15 +12,15 @@ rejected of every step since the branching, and one member, drawn at random, is 
 Plain control flow on functions: no network, no decoder and no random number is made here, so that recorded draws replay
 exactly. A chain takes a batch of prompts at once; prompts never mix.
 
-Differs from the released code (RockeyCoss/SPO): none in the values. The member that is continued keeps its answer of
-the network, as there: no step is asked for twice.
+Differs from the released code (RockeyCoss/SPO): none in the values. The network's answer for the member that is
+continued is used again, as there: no step is computed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ Pick = Callable[[int, int], Tensor]  # (index of the step, members) -> int64 [pr
 
 @dataclass(frozen=True)
 class Verdict:
-    """One branching of every prompt: what chosen and rejected went through until they were judged."""
+    """One branching of every prompt: the steps of chosen and rejected until they were judged."""
 
     levels: Tensor  # int64 [level], CPU: t before the branching step, and after each step since
     path: Tensor  # "side prompt level c h w"; at the first level the sides are equal
@@ -45,7 +45,7 @@ class Verdict:
     scores: Tensor  # "side prompt", CPU: of the chosen and of the rejected
     valid: Tensor  # bool [prompt], CPU: whether they differ by enough
     index: int  # of the branching step
-    t: int  # the noise level that the judge was told; 0: finished images
+    t: int  # the noise level of the judged latents; 0: finished images
 
 
 def chain_levels(s: NoiseSchedule, steps: int) -> Tensor:
@@ -61,58 +61,79 @@ def branchings(rule: Rule, first: int, steps: int, inner_steps: int) -> tuple[in
     return tuple(range(first, max(steps - 1, first + 1), inner_steps + 1))
 
 
-def compare(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Best and worst member of each pool of scores "member prompt", and whether the two differ by enough.
+class Comparison(NamedTuple):
+    """Best and worst member of each pool, int64 [prompt], and whether the two differ by enough, bool [prompt]."""
+
+    best: Tensor
+    worst: Tensor
+    valid: Tensor
+    scores: Tensor  # float64 "member prompt", CPU: what was compared
+
+
+def compare(scores: Tensor, threshold: float) -> Comparison:
+    """Best and worst member of each pool of scores "member prompt", on the CPU.
 
     Enough: the probabilities that a Bradley-Terry model gives the two differ by more than the threshold, which is
     tanh((best − worst)/2).
     """
+    scores = scores.cpu().double()
     best, worst = scores.max(0), scores.min(0)
     valid = torch.tanh((best.values - worst.values) / 2) > threshold
-    return best.indices, worst.indices, valid
+    return Comparison(best.indices, worst.indices, valid, scores)
+
+
+@dataclass(frozen=True)
+class Branching:
+    """Where a chain branches, and which differences of scores count."""
+
+    levels: Tensor  # int64 [level]: t before each step, and after the last
+    at: tuple[int, ...]  # indices of the branching steps
+    num_candidates: int  # members of a pool
+    eta: float  # share of DDPM's noise in every step
+    threshold: float  # see `compare`
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The functions that a chain calls: the network, the judge, and the draws."""
+
+    predict: Predict  # asked for the members of a step in one batch, member-major, with the prompt of each row
+    judge: Judge  # asked once for a pool
+    noise: Noise
+    pick: Pick
 
 
 @torch.no_grad()
-def branching_chain(
-    s: NoiseSchedule,
-    predict: Predict,
-    judge: Judge,
-    noise: Noise,
-    pick: Pick,
-    x: Tensor,
-    levels: Tensor,
-    branch_at: tuple[int, ...],
-    *,
-    num_candidates: int,
-    eta: float,
-    threshold: float,
-) -> Iterator[Verdict]:
-    """Samples one chain for each row of x "prompt c h w", pure noise at levels[0], and yields its verdicts.
+def branching_chain(s: NoiseSchedule, x: Tensor, calls: Calls, branching: Branching) -> Iterator[Verdict]:
+    """Samples one chain for each row of x "prompt c h w", pure noise at the first level, and yields its verdicts.
 
-    `predict` is asked for the members of a step in one batch, member-major, with the prompt of each row; `judge` once
-    for a pool. The last pool is judged as it is, at t = 0.
+    The last pool is judged as it is, at t = 0.
     """
-    prompts = torch.arange(len(x), device=x.device)
+    levels, prompts = branching.levels, torch.arange(len(x), device=x.device)
     path: list[Tensor] = []
     here, start = x[None], 0
+
+    def verdict(end: int, judged: Tensor, t: int) -> Verdict:
+        return _verdict(path, levels[start:end], start, judged, compare(calls.judge(judged, t), branching.threshold), t)
+
     for i, (t, t_next) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
-        answer = _answer(s, predict, here, t, prompts)
-        if i in branch_at:
+        answer = _answer(s, calls.predict, here, t, prompts)
+        if i in branching.at:
             if path:
-                yield _verdict(path, levels[start : i + 1], start, answer.x0, judge(answer.x0, t), threshold, t)
-                answer = answer.member(pick(i, len(here)), prompts)
+                yield verdict(i + 1, answer.x0, t)
+                answer = answer.member(calls.pick(i, len(here)), prompts)
             path, start = [answer.x], i
-        members = num_candidates if i in branch_at else len(here)
-        here = _moved(s, answer, t, t_next, eta, noise(i, members))
+        members = branching.num_candidates if i in branching.at else len(here)
+        here = _moved(s, answer, t, t_next, branching.eta, calls.noise(i, members))
         if path:
             path.append(here)
     if path:
-        yield _verdict(path, levels[start:], start, here, judge(here, 0), threshold, 0)
+        yield verdict(len(levels), here, 0)
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the network makes of the members of a step; each "member prompt c h w"."""
+    """The network's answer for the members of a step; each "member prompt c h w"."""
 
     x: Tensor
     eps: Tensor
@@ -141,12 +162,8 @@ def _moved(s: NoiseSchedule, answer: _Answer, t: int, t_next: int, eta: float, n
     return step.mean + spread(step.std.expand(noise.shape[:2]), noise) * noise
 
 
-def _verdict(
-    path: list[Tensor], levels: Tensor, index: int, judged: Tensor, scores: Tensor, threshold: float, t: int
-) -> Verdict:
-    scores = scores.cpu().double()
-    chosen, rejected, valid = compare(scores, threshold)
-    sides, prompts = torch.stack([chosen, rejected]), torch.arange(scores.shape[1])
+def _verdict(path: list[Tensor], levels: Tensor, index: int, judged: Tensor, found: Comparison, t: int) -> Verdict:
+    sides, prompts = torch.stack([found.best, found.worst]), torch.arange(len(found.best))
     where = sides.to(judged.device, non_blocking=True), prompts.to(judged.device, non_blocking=True)
     first = path[0].expand(2, *path[0].shape[1:])
     later = [members[where] for members in path[1:]]
@@ -154,8 +171,8 @@ def _verdict(
         levels=levels,
         path=torch.stack([first, *later], dim=2),
         judged=judged[where],
-        scores=scores[sides, prompts],
-        valid=valid,
+        scores=found.scores[sides, prompts],
+        valid=found.valid,
         index=index,
         t=t,
     )

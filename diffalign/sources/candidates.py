@@ -1,4 +1,4 @@
-"""K pictures of each prompt by the policy as it is, and what a scorer thinks of them."""
+"""K images of each prompt by the current policy, and their scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from diffalign.data.transforms import pictures
 from diffalign.models.loading.encoder import Encoder
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.sources.base import CandidateSettings, Context, SourceError
-from diffalign.sources.rounds import Records
+from diffalign.sources.rounds import Place, Records, Rollout, fingerprint
 from diffalign.sources.sampling import LatentSampling, Text, sample_latents, sampled_geometry
-from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
+from diffalign.sources.stream import RoundPairs, RoundSpec
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The pictures of some places; entry [i, k] is picture k at place i."""
+    """The images of some places; entry [i, k] is image k at place i."""
 
     places: list[Place]
     latents: Tensor  # "place k c h w"
@@ -61,7 +61,7 @@ def score_latents(
     broken = (~scores.isfinite()).nonzero().flatten().tolist()
     if broken:
         raise SourceError(
-            f"scorer '{judge.name}' gave {float(scores[broken[0]])} to the picture of prompt {prompts[broken[0]]!r}, "
+            f"scorer '{judge.name}' gave {float(scores[broken[0]])} to the image of prompt {prompts[broken[0]]!r}, "
             f"seed {seeds[broken[0]]}; a score must be a finite number"
         )
     return scores
@@ -87,9 +87,9 @@ Pick = Callable[[Candidates], tuple[list[int], Tensor, dict[str, Tensor]]]
 
 
 def from_candidates(context: Context, settings: CandidateSettings, pick: Pick) -> RoundPairs:
-    """A source whose rounds are K scored pictures of each prompt, of which some are kept.
+    """A source whose rounds are K scored images of each prompt, of which some become pairs.
 
-    pick: the candidates -> the rows kept, the picks "row side" of each (chosen first), and metrics.
+    pick: the candidates -> the rows that are used, the picks "row side" of each (chosen first), and metrics.
     """
     judge = load_scorer(settings.scorer, str(context.device))
 
@@ -101,11 +101,7 @@ def from_candidates(context: Context, settings: CandidateSettings, pick: Pick) -
         rows, picks, metrics = pick(found)
         return Rollout(chosen_records(context.resolution, found, rows, picks), metrics)
 
-    source = RoundPairs(
-        context,
-        key=fingerprint(context, settings),
-        roll=roll,
-        prompts_per_round=settings.prompts_per_round,
-        keep_rounds=settings.keep_rounds,
-    )
+    key = fingerprint(settings, context.table.identity, context.seed, context.resolution)
+    spec = RoundSpec(key, settings.prompts_per_round, keep_rounds=settings.keep_rounds)
+    source = RoundPairs(context, spec, roll)
     return source

@@ -1,4 +1,4 @@
-"""What a process does in a round of SPO: branching chains from its prompts, and records of what the judge told apart.
+"""One process's part of a round of SPO: branching chains from its prompts, and records of the pairs the judge found.
 
 Every draw of a chain belongs to the visit of its prompt: neither the batch nor the number of processes changes what is
 sampled, up to the rounding of kernels. A few chains are sampled at a time, without grad; each pool is decoded and
@@ -21,15 +21,14 @@ from diffalign.engine.random import initial_noise, integers, normal, pair_key
 from diffalign.rewards import Scorer
 from diffalign.rewards.base import takes_timestep
 from diffalign.sources.base import Context, SourceError
-from diffalign.sources.branching import Rule, Verdict, branching_chain, branchings, chain_levels
-from diffalign.sources.rounds import Records, join
+from diffalign.sources.branching import Branching, Calls, Rule, Verdict, branching_chain, branchings, chain_levels
+from diffalign.sources.rounds import Place, Records, Rollout, join
 from diffalign.sources.sampling import guidance_conditioning, sampled_geometry
-from diffalign.sources.stream import Place, Rollout
 from diffalign.types import Transitions
 
 
 class ChainSettings(Protocol):
-    """What chains need of `rollout`'s settings; see there."""
+    """The settings of `rollout` that chains use; see there."""
 
     @property
     def rule(self) -> Rule: ...
@@ -58,8 +57,8 @@ class Chains:
         """Raises SourceError for prompt dropout, and for a schedule whose chain ends before its first branching."""
         self.settings, self.context, self.judge = settings, context, judge
         self.text = TextMemo(context.encoder)
-        self.levels = chain_levels(context.networks.schedule, settings.sampling_steps)
-        steps = len(self.levels) - 1
+        levels = chain_levels(context.networks.schedule, settings.sampling_steps)
+        steps = len(levels) - 1
         if settings.plain_steps >= steps:
             raise SourceError(
                 f"source.plain_steps = {settings.plain_steps}: a chain on this model's schedule has {steps} steps with "
@@ -70,7 +69,8 @@ class Chains:
                 f"data.proportion_empty_prompts = {context.prompt_dropout}: the steps of rollout were sampled under "
                 "their prompts, and another prompt would judge them wrongly; set it to 0"
             )
-        self.branch_at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
+        at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
+        self.branching = Branching(levels, at, settings.num_candidates, settings.eta, settings.threshold)
         self.takes_t = takes_timestep(judge)
 
     def roll(self, number: int, places: list[Place]) -> Rollout:
@@ -78,9 +78,9 @@ class Chains:
         members = self.settings.num_candidates
         at_once = max(1, self.settings.generation_batch_size // members)
         records: list[Records] = []
-        said: dict[str, list[Tensor]] = {}
+        metrics: dict[str, list[Tensor]] = {}
         with tqdm(
-            total=len(places) * members * len(self.branch_at),
+            total=len(places) * members * len(self.branching.at),
             desc=f"round {number}",
             unit="img",
             leave=False,
@@ -91,42 +91,37 @@ class Chains:
                 for verdict in self._verdicts(some):
                     records.append(self._records(verdict, some))
                     for name, values in _metrics(verdict).items():
-                        said.setdefault(name, []).append(values)
-                    bar.set_postfix(valid=f"{float(torch.cat(said['rollout/valid']).mean()):.0%}", refresh=False)
+                        metrics.setdefault(name, []).append(values)
+                    bar.set_postfix(valid=f"{float(torch.cat(metrics['rollout/valid']).mean()):.0%}", refresh=False)
                     bar.update(len(some) * members)
-        return Rollout(join(records), {name: torch.cat(values) for name, values in said.items()})
+        return Rollout(join(records), {name: torch.cat(values) for name, values in metrics.items()})
 
     def _verdicts(self, places: Sequence[Place]) -> Iterator[Verdict]:
         """Those of one chain at each place."""
         c, own = self.context, self.settings
         prompts = tuple(place.prompt for place in places)
-        cond, null = guidance_conditioning(c, self.text, prompts, own.guidance_scale)
+        cond, null = guidance_conditioning(c.encoder, self.text, prompts, own.guidance_scale, c.resolution)
         keys = torch.tensor([pair_key(c.seed, place.id, place.number) for place in places])
 
         def noise(i: int, members: int) -> Tensor:
             draws = normal(keys, f"step {i}", (members, *c.latent_shape))
             return draws.transpose(0, 1).to(c.device, non_blocking=True)
 
-        return branching_chain(
-            c.networks.schedule,
-            predictor(c.networks.policy, cond, own.guidance_scale, null),
-            lambda latents, t: self._scores(latents, t, places),
-            noise,
-            lambda i, members: integers(keys, f"continued {i}", 0, members),
-            initial_noise(prompts, self._seeds(places), c.latent_shape).to(c.device),
-            self.levels,
-            self.branch_at,
-            num_candidates=own.num_candidates,
-            eta=own.eta,
-            threshold=own.threshold,
+        calls = Calls(
+            predict=predictor(c.networks.policy, cond, own.guidance_scale, null),
+            judge=lambda latents, t: self._scores(latents, t, places),
+            noise=noise,
+            pick=lambda i, members: integers(keys, f"continued {i}", 0, members),
         )
+        start = initial_noise(prompts, self._seeds(places), c.latent_shape).to(c.device)
+        return branching_chain(c.networks.schedule, start, calls, self.branching)
 
     def _seeds(self, places: Sequence[Place]) -> list[int]:
         """Of the chains' starting noise."""
         return [place.seed(self.context.seed, 0) for place in places]
 
     def _scores(self, latents: Tensor, t: int, places: Sequence[Place]) -> Tensor:
-        """The judge's value "member prompt" of each clean latent of a pool, told t where it listens.
+        """The judge's value "member prompt" of each clean latent of a pool; a judge of intermediate steps gets t.
 
         Raises SourceError for a score that is not finite.
         """
@@ -138,7 +133,7 @@ class Chains:
         broken = (~scores.isfinite()).nonzero().flatten().tolist()
         if broken:
             raise SourceError(
-                f"scorer '{self.judge.name}' gave {float(scores[broken[0]])} to the picture of prompt "
+                f"scorer '{self.judge.name}' gave {float(scores[broken[0]])} to the image of prompt "
                 f"{prompts[broken[0]]!r} at t = {t}, seed {seeds[broken[0]]}; a score must be a finite number"
             )
         return scores.view(members, -1)
@@ -173,6 +168,6 @@ class Chains:
 
 
 def _metrics(verdict: Verdict) -> dict[str, Tensor]:
-    """Of all comparisons, valid or not, and of finished pictures what the judge thinks of them."""
-    said = {"rollout/valid": verdict.valid.double(), "rollout/gap": verdict.scores[0] - verdict.scores[1]}
-    return said | ({"rollout/score": verdict.scores.flatten()} if verdict.t == 0 else {})
+    """Of all comparisons, valid or not; and the judge's scores of finished images."""
+    found = {"rollout/valid": verdict.valid.double(), "rollout/gap": verdict.scores[0] - verdict.scores[1]}
+    return found | ({"rollout/score": verdict.scores.flatten()} if verdict.t == 0 else {})

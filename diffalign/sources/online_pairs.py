@@ -1,6 +1,6 @@
 """Online DPO: the policy's own samples, ranked by a scorer, as pairs for any pairwise objective.
 
-    every round     for each of its prompts, K pictures by the policy as it is; best against worst, if their scores
+    every round     for each of its prompts, K images by the policy as it is; best against worst, if their scores
                     differ by more than `min_gap`; each pair is used once
 
 The form is that of online AI feedback (Guo et al., arXiv 2402.04792), with a scorer in the judge's place and best
@@ -29,7 +29,7 @@ class OnlinePairs:
     min_gap: float = 0.0  # a pair is valid if its scores differ by more than this, in the scorer's own unit
     sampling_steps: int = 20  # DDIM
     guidance_scale: float = 5.0  # of sampling; at most 1: none
-    generation_batch_size: int = 8  # pictures sampled, decoded and scored at a time, per process
+    generation_batch_size: int = 8  # images sampled, decoded and scored at a time, per process
     keep_rounds: bool = False  # keep every round's file instead of those that a checkpoint needs
 
     name: ClassVar[str] = "online_pairs"

@@ -7,7 +7,7 @@ All pairs of a round are gathered, shuffled, split equally over the processes an
 policy, by then so many updates further, samples the next round.
 
 Differs from the released code (RockeyCoss/SPO):
-- pairs that fill no whole step are carried into the next round and counted (there, a rank's last batch is smaller);
+- pairs that do not fill a step are carried into the next round and counted (there, a rank's last batch is smaller);
 - the last level is t = 0 in every schedule; the release relies on SD's `set_alpha_to_one: false` for that. A step into
   a clean image has no density.
 """
@@ -26,7 +26,7 @@ from diffalign.sources.branching import Rule
 class BranchingRollout:
     """Each round: sampling steps of the policy itself, judged as they are made."""
 
-    scorer: str  # `diffalign list scorers`, NAME=PATH or package.module:Class; told t if its `score` takes it
+    scorer: str  # `diffalign list scorers`, NAME=PATH or package.module:Class; its `score` may take t
     rule: Rule = "every_step"  # where chains branch: every_step as the release's SD1.5, inner_steps as its SDXL
     num_candidates: int = 4  # siblings of a pool; the released code: 4 for SD1.5, 2 for SDXL
     inner_steps: int = 0  # of rule inner_steps: steps between a branching and its judgement; the released code: 3
@@ -74,16 +74,12 @@ class BranchingRollout:
         """The source of a run, with its scorer loaded. Raises SourceError for a context that does not fit."""
         from diffalign.rewards import load_scorer
         from diffalign.sources.chains import Chains
-        from diffalign.sources.stream import RoundPairs, fingerprint
+        from diffalign.sources.rounds import fingerprint
+        from diffalign.sources.stream import RoundPairs, RoundSpec
 
         chains = Chains(self, context, load_scorer(self.scorer, str(context.device)))
-        return RoundPairs(
-            context,
-            key=fingerprint(context, self),
-            roll=chains.roll,
-            prompts_per_round=self.prompts_per_round,
-            keep_rounds=self.keep_rounds,
-        )
+        key = fingerprint(self, context.table.identity, context.seed, context.resolution)
+        return RoundPairs(context, RoundSpec(key, self.prompts_per_round, keep_rounds=self.keep_rounds), chains.roll)
 
     def small(self) -> Settings:
         """Two prompts, chains of four steps, and every difference counts."""

@@ -6,21 +6,22 @@
     place     int64 [pair]               position in the run's line of prompts, unique over the run
     index     int64 [pair]               which of the pairs made at that place
     latents   float32 "pair side c h w"  scaled VAE latents; side 0 chosen, 1 rejected, or the chosen one alone
-    geometry  int64 "pair side 6"        SDXL's geometry of both pictures, pixels; a side axis of 1 is shared by both
-    seeds     int64 "pair side"          seed of the starting noise; -1 for a picture that was not sampled
+    geometry  int64 "pair side 6"        SDXL's geometry of both images, pixels; a side axis of 1 is shared by both
+    seeds     int64 "pair side"          seed of the starting noise; -1 for an image that was not sampled
     scores    float32 "pair side"        a scorer's values                                              (optional)
     noisy, clean   float32 "pair side [point] c h w"     transitions; a side axis of 1 is shared by both      (optional)
     t, t_prev      int64 "pair [point]"                  their timesteps; below 0: the clean image            (optional)
 
 The header says `format`, `round`, `policy_version` (optimiser steps taken when the pairs were made), `key` (what
-they were made with), `pairs`, `sha256` of the file, and what making it took and said, which a run that finds it counts
+they were made with), `pairs`, `sha256` of the file, and cost and metrics of making it, which a run that finds it counts
 and logs as one that makes it: `forwards` (images through the networks) and `metrics` (JSON, values by name). A share
 without pairs has no tensors. Pairs are read in the order of (place, index),
-whatever the number of shares. Files are written aside and renamed: a name that is there is a whole file.
+whatever the number of shares. Files are written under another name and renamed: a file with its own name is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,15 +36,30 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign.engine.random import pair_key
 from diffalign.io.files import EMPTY_STAMP, room_for, stamp, stamp_fault, sync, temporary
 from diffalign.sources.base import SourceError
 from diffalign.types import Record, Transitions, axes, cat
 
 FORMAT = "1"
-NO_SEED = -1  # of a picture that was not sampled
+NO_SEED = -1  # of an image that was not sampled
 _MOVES = ("noisy", "clean", "t", "t_prev")
 _WITH_SIDES = ("latents", "geometry", "seeds", "scores", "noisy", "clean")
 _SHARE = re.compile(r"share-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One position in the run's line of prompts: every prompt once, in a seeded order, then again in another."""
+
+    number: int  # unique over the run
+    row: int  # of the table
+    id: str
+    prompt: str
+
+    def seed(self, run_seed: int, candidate: int) -> int:
+        """Seed of the starting noise of an image sampled at this place: 32 bits, short enough to type."""
+        return pair_key(run_seed, f"{self.id}\x1f{candidate}", self.number) >> 31
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,20 @@ class Records(Record):
 
     def __len__(self) -> int:
         return len(self.place)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one process made of a round."""
+
+    records: Records | None  # None: no valid pair
+    metrics: dict[str, Tensor]  # of all that was made, valid or not; averaged over entries and processes
+
+
+def fingerprint(settings: Any, table_identity: str, run_seed: int, resolution: int) -> str:
+    """Hash of what the pairs of a round depend on besides policy and round."""
+    text = f"{settings!r}\x1f{table_identity}\x1f{run_seed}\x1f{resolution}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -90,7 +120,7 @@ def rounds_there(folder: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class Made:
-    """What making a share took and said."""
+    """Cost and metrics of making a share."""
 
     forwards: int  # images through the networks
     metrics: Mapping[str, Tensor]
@@ -123,7 +153,7 @@ def write_share(
 
 
 def made_of(file: Path) -> Made | None:
-    """What making a share took and said; None in one of an older version."""
+    """Cost and metrics of making a share; None in one of an older version."""
     with safe_open(file, "pt") as share:
         header = share.metadata() or {}
     if "forwards" not in header:
@@ -134,7 +164,7 @@ def made_of(file: Path) -> Made | None:
 
 
 def damaged(files: list[Path]) -> str | None:
-    """The first of some shares that is not as it was written, and how; None: all are whole."""
+    """The first of some shares that is damaged, and how; None: none is."""
     faults = ((file, stamp_fault(file, required=False)) for file in files)
     return next((f"{file}: {fault}" for file, fault in faults if fault is not None), None)
 
@@ -147,16 +177,16 @@ def remove_round(folder: Path, number: int) -> None:
 def shares(folder: Path, number: int) -> list[Path]:
     """The files of a round in order, if all that belong together are there; else none. Raises SourceError on a mixture.
 
-    A mixture is what two producers with different numbers of processes leave: each set whole.
+    A mixture is what two producers with different numbers of processes leave: each set complete.
     """
     sets: dict[int, list[Path]] = {}
     for file in sorted(round_folder(folder, number).glob("share-*.safetensors")):
         if found := _SHARE.fullmatch(file.name):
             sets.setdefault(int(found[2]), []).append(file)
-    whole = [files for count, files in sets.items() if len(files) == count]
-    if len(whole) > 1:
-        raise SourceError(f"{round_folder(folder, number)} holds the files of two producers; remove one set")
-    return whole[0] if whole else []
+    complete = [files for count, files in sets.items() if len(files) == count]
+    if len(complete) > 1:
+        raise SourceError(f"{round_folder(folder, number)} contains the files of two producers; remove one set")
+    return complete[0] if complete else []
 
 
 class Round:

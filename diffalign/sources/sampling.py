@@ -1,6 +1,6 @@
 """Latents sampled from a network of the run: DDIM with guidance on the model's own grid, as `evaluation` samples.
 
-The starting noise belongs to prompt and seed, so the latents of a picture depend neither on its neighbours nor on the
+The starting noise belongs to prompt and seed, so the latents of an image depend neither on its neighbours nor on the
 number of processes, up to the rounding of kernels. Left out: stochastic samplers; those record what they do and have a
 file of their own.
 """
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffalign.data.loader.loaded import NULL_PROMPT
+from diffalign.data.loader.text import for_pairs
 from diffalign.engine.ddim import step
 from diffalign.engine.measure import Network, guided
 from diffalign.engine.random import initial_noise
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.models.loading.encoder import Encoder
 from diffalign.sources.base import Context
 from diffalign.types import Conditioning
 
-NULL_PROMPT = ""
 Text = Callable[[tuple[str, ...]], tuple[Tensor, Tensor | None]]  # prompts -> embeddings and pooled ones, on the device
 
 
@@ -31,7 +33,7 @@ class LatentSampling:
 
     num_inference_steps: int
     guidance_scale: float  # at most 1: no guidance
-    batch_size: int  # pictures through the network at a time, twice as many rows with guidance
+    batch_size: int  # images through the network at a time, twice as many rows with guidance
     title: str  # of the progress bar
 
 
@@ -44,7 +46,7 @@ def sample_latents(
     seeds: Sequence[int],
     sampling: LatentSampling,
 ) -> Tensor:
-    """Clean latents float32 "n c h w" on the CPU; picture i is of `prompts[i]` from the noise of `seeds[i]`.
+    """Clean latents float32 "n c h w" on the CPU; image i is of `prompts[i]` from the noise of `seeds[i]`.
 
     `network` is `context.networks.policy` or `.reference`.
     """
@@ -53,7 +55,9 @@ def sample_latents(
         for start in range(0, len(prompts), sampling.batch_size):
             part = slice(start, start + sampling.batch_size)
             some, own = tuple(prompts[part]), seeds[part]
-            cond, uncond = guidance_conditioning(context, text, some, sampling.guidance_scale)
+            cond, uncond = guidance_conditioning(
+                context.encoder, text, some, sampling.guidance_scale, context.resolution
+            )
             noise = initial_noise(some, own, context.latent_shape).to(context.device)
             x0 = _descend(context.networks.schedule, network, noise, cond, uncond, sampling)
             parts.append(x0.float().cpu())
@@ -62,23 +66,21 @@ def sample_latents(
 
 
 def guidance_conditioning(
-    context: Context, text: Text, prompts: tuple[str, ...], guidance_scale: float
+    encoder: Encoder, text: Text, prompts: tuple[str, ...], guidance_scale: float, resolution: int
 ) -> tuple[Conditioning, Conditioning | None]:
-    """Flat conditioning of some pictures to be sampled, and the null prompt's where they are guided (scale > 1)."""
-    time_ids = context.encoder.time_ids(sampled_geometry(context.resolution, len(prompts)))
+    """Flat conditioning of some images to be sampled, and the null prompt's where they are guided (scale > 1)."""
+    embeds, pooled = text(prompts)
+    time_ids = encoder.time_ids(sampled_geometry(resolution, len(prompts)))
     if time_ids is not None:
-        time_ids = time_ids.to(context.device)
-    cond = Conditioning(*text(prompts), time_ids)
+        time_ids = time_ids.to(embeds.device)
+    cond = Conditioning(embeds, pooled, time_ids)
     if guidance_scale <= 1:
         return cond, None
-    embeds, pooled = text((NULL_PROMPT,))
-    n = len(prompts)
-    null = Conditioning(embeds.expand(n, -1, -1), None if pooled is None else pooled.expand(n, -1), time_ids)
-    return cond, null
+    return cond, Conditioning(*for_pairs(text((NULL_PROMPT,)), len(prompts)), time_ids)
 
 
 def sampled_geometry(resolution: int, n: int) -> Tensor:
-    """SDXL's geometry int64 "n 6" of pictures that were made at this size: nothing was resized, nothing cropped."""
+    """SDXL's geometry int64 "n 6" of images that were made at this size: nothing was resized, nothing cropped."""
     return torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).expand(n, 6)
 
 
@@ -90,7 +92,7 @@ def _descend(
     uncond: Conditioning | None,
     sampling: LatentSampling,
 ) -> Tensor:
-    """`engine.ddim.sample` with η = 0 for a raw prediction, which says x̂_0 even where ᾱ_t = 0."""
+    """`engine.ddim.sample` with η = 0 for a raw prediction, from which x̂_0 follows even where ᾱ_t = 0."""
     grid = s.timesteps(sampling.num_inference_steps)
     following = torch.cat([grid[1:], grid.new_full((1,), -1)])
     for t, t_prev in zip(grid, following, strict=True):

@@ -1,17 +1,17 @@
-"""Self-play: winners are given, and a former policy makes the pictures they are compared with (SePPO, SPIN-Diffusion).
+"""Self-play: winners are given, and a former policy makes the images they are compared with (SePPO, SPIN-Diffusion).
 
     history H = [start]
     iteration k    reference ~ H: the start, the latest, or one at random
-                   a pool of winners, and for each a picture that this reference makes of its prompt
+                   a pool of winners, and for each an image that this reference makes of its prompt
                    U optimiser steps on the pool, with fresh timesteps and noise at every visit
                    H gets the policy as it is now
 
-The reference makes the pictures and gives the errors that the policy is compared with. The number of iterations is
+The reference makes the images and gives the errors that the policy is compared with. The number of iterations is
 `training.max_train_steps` / U. Paper: SePPO (Zhang et al., arXiv 2410.05255), algorithm 1; with `reference: latest` and
 the objective's `flip: none`, SPIN-Diffusion (Yuan et al., arXiv 2402.10210).
 
-Differs from the paper, whose code was not released: it does not say how pictures are sampled, here as `evaluation`
-samples them (DDIM with guidance); pictures are reused within an iteration, because one for every visit would cost
+Differs from the paper, whose code was not released: it does not say how images are sampled, here as `evaluation`
+samples them (DDIM with guidance); images are reused within an iteration, because one for every visit would cost
 several times the training; a winner's latent is drawn once an iteration.
 """
 
@@ -34,14 +34,14 @@ CHOICES = ("initial", "latest", "random")
 
 @dataclass(frozen=True)
 class SelfPlay:
-    """Each iteration: winners against pictures of a former policy."""
+    """Each iteration: winners against images of a former policy."""
 
     reference: Literal["initial", "latest", "random"] = "random"  # the paper's best; latest is SPIN's
     updates_per_iteration: int = 30  # optimiser steps, U; the paper: 30, and 7 iterations
     images_per_iteration: int = 1024  # winners in an iteration's pool, over all processes; our choice
     sampling_steps: int = 25  # DDIM; our choice
     guidance_scale: float = 5.0  # of sampling; at most 1: none. SD1.5 is usually sampled with 7.5
-    generation_batch_size: int = 8  # pictures sampled at a time, per process
+    generation_batch_size: int = 8  # images sampled at a time, per process
     keep_rounds: bool = False  # keep every iteration's pool instead of those that a checkpoint needs
 
     name: ClassVar[str] = "selfplay"
@@ -61,8 +61,9 @@ class SelfPlay:
 
     def build(self, context: Context) -> Source:
         """The source of a run."""
+        from diffalign.sources.rounds import Place, Rollout, fingerprint
         from diffalign.sources.sampling import LatentSampling
-        from diffalign.sources.stream import Place, Rollout, RoundPairs, fingerprint
+        from diffalign.sources.stream import RoundPairs, RoundSpec
         from diffalign.sources.winners import against_winners
 
         former = context.former
@@ -82,16 +83,14 @@ class SelfPlay:
             sampling = LatentSampling(self.sampling_steps, self.guidance_scale, self.generation_batch_size, title)
             return against_winners(context, source.text, places, sampling)
 
-        source = RoundPairs(
-            context,
-            key=fingerprint(context, self),
-            roll=roll,
+        spec = RoundSpec(
+            key=fingerprint(self, context.table.identity, context.seed, context.resolution),
             prompts_per_round=self.images_per_iteration,
             steps_per_round=self.updates_per_iteration,
-            enter=enter,
             keep_rounds=self.keep_rounds,
             remedy="none of their images could be read; are they still there?",
         )
+        source = RoundPairs(context, spec, roll, enter)
         return source
 
     def entry(self, seed: int, iteration: int) -> int:

@@ -1,7 +1,7 @@
 """Rounds as an endless stream of micro-batches: make or read a round, order it, share it out, use it, go on.
 
-    round r    every process makes pairs at its share of the round's prompts and writes them; after a barrier all
-               read all. One seeded permutation, the same everywhere, decides the order; an optimiser step takes the
+    round r    every process makes pairs at its share of the round's prompts and writes them; after a barrier each reads
+               all of them. One seeded permutation, the same everywhere, decides the order; an optimiser step takes the
                next pairs of it, split over micro-batches and processes as offline pairs are (`data/sampler.py`).
 
 Used once (`steps_per_round` None), what is left of a round and fills no step goes first in the next one. Used for a
@@ -11,7 +11,6 @@ The state is (round, steps used of it, pairs carried into it): a stop in the mid
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.data.loader.loaded import NULL_PROMPT
 from diffalign.data.loader.text import TextMemo, for_pairs, for_sides
 from diffalign.data.sampler import PairOrder, positions_for
 from diffalign.engine.random import generator, pair_key, uniform
@@ -28,7 +28,8 @@ from diffalign.sources.base import Context, SourceError
 from diffalign.sources.rounds import (
     About,
     Made,
-    Records,
+    Place,
+    Rollout,
     Round,
     damaged,
     made_of,
@@ -37,7 +38,6 @@ from diffalign.sources.rounds import (
     shares,
     write_share,
 )
-from diffalign.sources.sampling import NULL_PROMPT
 from diffalign.types import Conditioning, PairBatch, cat
 
 log = logging.getLogger(__name__)
@@ -45,64 +45,32 @@ log = logging.getLogger(__name__)
 ROUNDS = "rounds"  # folder of the round files, inside the source's
 
 
-@dataclass(frozen=True)
-class Place:
-    """One position in the run's line of prompts: every prompt once, in a seeded order, then again in another."""
-
-    number: int  # unique over the run
-    row: int  # of the table
-    id: str
-    prompt: str
-
-    def seed(self, run_seed: int, candidate: int) -> int:
-        """Seed of the starting noise of a picture sampled at this place: 32 bits, to be read and typed."""
-        return pair_key(run_seed, f"{self.id}\x1f{candidate}", self.number) >> 31
+Roll = Callable[[int, list[Place]], Rollout]  # a round's number and this process's places in it
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """What one process made of a round."""
+class RoundSpec:
+    """How rounds are made and used."""
 
-    records: Records | None  # None: no valid pair
-    metrics: dict[str, Tensor]  # of all that was made, valid or not; averaged over entries and processes
-
-
-Roll = Callable[[int, list[Place]], Rollout]
-
-
-def fingerprint(context: Context, settings: Any) -> str:
-    """What the pairs of a round depend on besides policy and round: settings, prompts, run seed."""
-    text = f"{settings!r}\x1f{context.table.identity}\x1f{context.seed}\x1f{context.resolution}"
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    key: str  # hash of what their pairs depend on besides the policy, see `fingerprint`
+    prompts_per_round: int  # places that all processes together visit in a round
+    steps_per_round: int | None = None  # optimiser steps on the pairs of one round; None: each pair is used once
+    keep_rounds: bool = False  # do not remove the files that no checkpoint needs
+    max_empty_rounds: int = 10  # rounds without a valid pair in a row after which the run stops with SourceError
+    remedy: str = "lower the threshold of a valid pair, sample more images of a prompt, or try another scorer"
 
 
 class RoundPairs:
     """Pairs that are made in rounds; a source.
 
     roll: makes this process's pairs at some places of a round; the only part that differs between methods.
-    enter: called when a round begins, before `roll`, and when it is taken up again after a stop (fresh False).
-    prompts_per_round: places that all processes together visit in a round.
-    steps_per_round: optimiser steps on the pairs of one round; None: each pair is used once.
-    max_empty_rounds: rounds without a valid pair in a row after which the run stops with SourceError.
-    remedy: what to do about that, for the message.
+    enter: called when a round begins, before `roll`, and when it is resumed (fresh False).
     """
 
     def __init__(
-        self,
-        context: Context,
-        *,
-        key: str,
-        roll: Roll,
-        prompts_per_round: int,
-        steps_per_round: int | None = None,
-        enter: Callable[[int, bool], None] | None = None,
-        keep_rounds: bool = False,
-        max_empty_rounds: int = 10,
-        remedy: str = "lower the threshold of a valid pair, sample more pictures of a prompt, or try another scorer",
+        self, context: Context, spec: RoundSpec, roll: Roll, enter: Callable[[int, bool], None] | None = None
     ) -> None:
-        self.context, self.key, self.roll, self.enter = context, key, roll, enter
-        self.prompts_per_round, self.steps_per_round = prompts_per_round, steps_per_round
-        self.keep_rounds, self.max_empty_rounds, self.remedy = keep_rounds, max_empty_rounds, remedy
+        self.context, self.spec, self.roll, self.enter = context, spec, roll, enter
         self.folder = context.folder / ROUNDS
         self.text = TextMemo(context.encoder)
         self._order = PairOrder(len(context.table), context.seed)
@@ -116,9 +84,7 @@ class RoundPairs:
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
         """Micro-batches of this process; see `Source`. Raises SourceError after too many empty rounds."""
         if first_step != self._step:
-            raise SourceError(
-                f"this source stands at step {self._step}, and batches from step {first_step} were asked for"
-            )
+            raise SourceError(f"this source is at step {self._step}, and batches from step {first_step} were requested")
         c = self.context
         while True:
             line = self._begin()
@@ -144,7 +110,7 @@ class RoundPairs:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state; the files of its rounds are read when `batches` is called.
+        """Restores a state; the files of its rounds are read when `batches` is called.
 
         Raises SourceError for the state of a run whose pairs were there before it.
         """
@@ -164,8 +130,8 @@ class RoundPairs:
 
     def places(self, number: int) -> list[Place]:
         """The places of a round, of all processes."""
-        first, table = number * self.prompts_per_round, self.context.table
-        rows = [(n, self._order(n)[0]) for n in range(first, first + self.prompts_per_round)]
+        first, table = number * self.spec.prompts_per_round, self.context.table
+        rows = [(n, self._order(n)[0]) for n in range(first, first + self.spec.prompts_per_round)]
         return [Place(n, row, table.ids[row], table.prompts[row]) for n, row in rows]
 
     def _begin(self) -> Line:
@@ -179,22 +145,22 @@ class RoundPairs:
             self._make()
         for number in {self._round, *(number for number, _ in self._carried)}:
             if number not in self._open:
-                self._open[number] = Round(self.folder, About(number, self._began[number], self.key))
+                self._open[number] = Round(self.folder, About(number, self._began[number], self.spec.key))
         if fresh:
             self._forget()
         pairs = len(self._open[self._round])
         if fresh:
             self._count(pairs)
         seed = pair_key(self.context.seed, "round", self._round)
-        if self.steps_per_round is not None:
-            return _pool(self._round, pairs, seed, self.steps_per_round if pairs else 0)
+        if self.spec.steps_per_round is not None:
+            return _pool(self._round, pairs, seed, self.spec.steps_per_round if pairs else 0)
         order = torch.randperm(pairs, generator=generator(seed, "order")).tolist()
         return _once([*self._carried, *((self._round, position) for position in order)], self._per_step)
 
     def _make(self) -> None:
-        """This process's share of the current round, on disk, unless the whole round is there already."""
-        c, about = self.context, About(self._round, self._step, self.key)
-        c.wait()  # nobody writes while all look
+        """Writes this process's share of the current round, unless the complete round is there already."""
+        c, about = self.context, About(self._round, self._step, self.spec.key)
+        c.wait()  # no process writes while others list the files
         files = shares(self.folder, about.round)
         fault = damaged(files)
         c.wait()
@@ -207,40 +173,35 @@ class RoundPairs:
         if c.main:
             remove_round(self.folder, about.round)  # what a killed run left of it
         c.wait()
-        before = self._forwards()
+        before = c.networks.image_forwards
         rollout = self.roll(about.round, self.places(about.round)[c.process :: c.processes])
         for name, values in rollout.metrics.items():
             self._note(name, values)
-        made = Made(self._forwards() - before, rollout.metrics)
+        made = Made(c.networks.image_forwards - before, rollout.metrics)
         write_share(self.folder, rollout.records, about, c.process, c.processes, made)
         c.wait()
 
     def _found(self, files: list[Path]) -> None:
-        """Counts and notes what making some shares took and said, as if they were made now."""
+        """Counts cost and metrics of some shares, as if they were made now."""
         for file in files:
             made = made_of(file)
             if made is None:
-                log.warning("%s is of an older version and does not say what it took: unet_forwards lacks it", file)
+                log.warning("%s is from an older version: unet_forwards does not include its cost", file)
                 continue
             for name, values in made.metrics.items():
                 self._note(name, values)
-            if self.context.networks is not None:
-                self.context.networks.image_forwards += made.forwards
-
-    def _forwards(self) -> int:
-        networks = self.context.networks
-        return 0 if networks is None else networks.image_forwards
+            self.context.networks.image_forwards += made.forwards
 
     def _count(self, pairs: int) -> None:
-        """Says what a round brought; stops the run when too many in a row brought nothing."""
+        """Counts the pairs of a round; stops the run when too many rounds in a row have none."""
         self._note("rollout/pairs", torch.tensor([float(pairs)]))
         self._note("rollout/carried", torch.tensor([float(len(self._carried))]))
         self._note("rollout/empty", torch.tensor([float(not pairs)]))
         self._empty = 0 if pairs else self._empty + 1
-        if self._empty >= self.max_empty_rounds:
+        if self._empty >= self.spec.max_empty_rounds:
             raise SourceError(
-                f"{self._empty} rounds in a row, of {self.prompts_per_round} prompts each, had no valid pair: "
-                f"{self.remedy}"
+                f"{self._empty} rounds in a row, of {self.spec.prompts_per_round} prompts each, had no valid pair: "
+                f"{self.spec.remedy}"
             )
         if not pairs and self.context.main:
             log.warning("round %d has no valid pair and is skipped", self._round)
@@ -249,13 +210,13 @@ class RoundPairs:
         """On to the next round, with what this one has left over."""
         self._carried = line.left
         self._round, self._used = self._round + 1, 0
-        kept = {number for number, _ in self._carried}
-        self._open = {number: held for number, held in self._open.items() if number in kept}
-        self._began = {number: step for number, step in self._began.items() if number in kept}
+        needed = {number for number, _ in self._carried}
+        self._open = {number: opened for number, opened in self._open.items() if number in needed}
+        self._began = {number: step for number, step in self._began.items() if number in needed}
 
     def _forget(self) -> None:
         """Removes rounds that neither this one nor a checkpoint of the run needs."""
-        if self.keep_rounds or not self.context.main:
+        if self.spec.keep_rounds or not self.context.main:
             return
         needed = {self._round, *(number for number, _ in self._carried)}
         for state in self.context.saved():
@@ -278,16 +239,14 @@ class RoundPairs:
         if c.prompt_dropout > 0:
             dropped = (uniform(keys, "prompt_dropout") < c.prompt_dropout).tolist()
             prompts = tuple(NULL_PROMPT if d else prompt for d, prompt in zip(dropped, prompts, strict=True))
-        time_ids = c.encoder.time_ids(found.geometry)
-        if time_ids is not None:
-            time_ids = _all_sides(time_ids, sides)
+        own, moves = c.encoder.time_ids(found.geometry), found.transitions
+        time_ids = None if own is None else _all_sides(own, sides)
+        if moves is not None:
+            moves = replace(moves, noisy=_all_sides(moves.noisy, sides), clean=_all_sides(moves.clean, sides))
 
         def conditioning(text: tuple[Tensor, Tensor | None]) -> Conditioning:
             return replace(for_sides(text, sides), time_ids=time_ids)
 
-        moves = found.transitions
-        if moves is not None:
-            moves = replace(moves, noisy=_all_sides(moves.noisy, sides), clean=_all_sides(moves.clean, sides))
         return PairBatch(
             latents=found.latents,
             cond=conditioning(self.text(prompts)),
@@ -310,7 +269,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Line:
-    """What a round is used for: `steps` optimiser steps, and the visit at each position."""
+    """The use of a round: `steps` optimiser steps, and the visit at each position."""
 
     steps: int
     visit: Callable[[int], Visit]

@@ -1,4 +1,4 @@
-"""Pairs of a winner, read and encoded, and a picture that the reference makes of its prompt."""
+"""Pairs of a winner, read and encoded, and an image that the reference makes from its prompt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from diffalign.data.row import ImageError
 from diffalign.data.table.winners import prepare_winner
 from diffalign.engine.random import pair_key
 from diffalign.sources.base import Context
-from diffalign.sources.rounds import NO_SEED, Records
+from diffalign.sources.rounds import NO_SEED, Place, Records, Rollout
 from diffalign.sources.sampling import LatentSampling, Text, sample_latents, sampled_geometry
-from diffalign.sources.stream import Place, Rollout
 
 if TYPE_CHECKING:
     from diffalign.data.table.winners import Winners
@@ -31,22 +30,22 @@ def against_winners(
     sampling: LatentSampling,
 ) -> Rollout:
     """One pair for each place whose winner can be read; the others are named in the log and counted."""
-    kept, latents, geometry = _winners(context, places, sampling.batch_size)
+    usable, latents, geometry = _winners(context, places, sampling.batch_size)
     valid = torch.zeros(len(places))
-    valid[: len(kept)] = 1.0
+    valid[: len(usable)] = 1.0
     metrics = {"rollout/valid": valid}
-    if not kept:
+    if not usable:
         return Rollout(None, metrics)
-    seeds = [place.seed(context.seed, 0) for place in kept]
-    prompts = [place.prompt for place in kept]
+    seeds = [place.seed(context.seed, 0) for place in usable]
+    prompts = [place.prompt for place in usable]
     made = sample_latents(context, text, context.networks.reference, prompts, seeds, sampling)
     own = torch.tensor(seeds, dtype=torch.int64)
     records = Records(
-        prompt=torch.tensor([place.row for place in kept]),
-        place=torch.tensor([place.number for place in kept]),
-        index=torch.zeros(len(kept), dtype=torch.int64),
+        prompt=torch.tensor([place.row for place in usable]),
+        place=torch.tensor([place.number for place in usable]),
+        index=torch.zeros(len(usable), dtype=torch.int64),
         latents=torch.stack([latents, made]),
-        geometry=torch.stack([geometry, sampled_geometry(context.resolution, len(kept))]),
+        geometry=torch.stack([geometry, sampled_geometry(context.resolution, len(usable))]),
         seeds=torch.stack([torch.full_like(own, NO_SEED), own]),
     )
     return Rollout(records, metrics)
@@ -55,7 +54,7 @@ def against_winners(
 def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[list[Place], Tensor, Tensor]:
     """The places whose image can be read, with their latents "n c h w" and geometry int64 "n 6"."""
     table = cast("Winners", context.table)
-    kept, found, boxes = [], [], []
+    usable, found, boxes = [], [], []
     for start in range(0, len(places), batch_size):
         pixels, keys = [], []
         for place in places[start : start + batch_size]:
@@ -71,13 +70,13 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
             except ImageError as error:
                 log.warning("left out of this iteration: %s: %s", table.where(place.row), error)
                 continue
-            kept.append(place)
+            usable.append(place)
             pixels.append(image)
             keys.append(key)
             boxes.append(box)
         if pixels:
             moments = context.encoder.moments(torch.stack(pixels)).cpu()
-            require_latents(moments, [table.where(place.row) for place in kept[-len(pixels) :]])
+            require_latents(moments, [table.where(place.row) for place in usable[-len(pixels) :]])
             found.append(draw_latents(moments[None], torch.tensor(keys))[0])
     empty = torch.empty(0, *context.latent_shape)
-    return kept, torch.cat(found) if found else empty, torch.stack(boxes) if boxes else torch.empty(0, 6)
+    return usable, torch.cat(found) if found else empty, torch.stack(boxes) if boxes else torch.empty(0, 6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign import NoiseSchedule
-from diffalign.sources.branching import Verdict, branching_chain, branchings, chain_levels, compare
+from diffalign.sources.branching import Branching, Calls, Verdict, branching_chain, branchings, chain_levels, compare
 from tests.toy import SDXL_CONFIG
 
 SHAPE = (4, 6, 6)
@@ -24,20 +24,14 @@ def verdicts(device: str = "cpu", rule: str = "every_step", inner: int = 0, **co
     def noise(i: int, members: int) -> Tensor:
         return torch.randn(members, 3, *SHAPE, generator=g).to(device)
 
-    chain = branching_chain(
-        s,
+    calls = Calls(
         lambda x, t, rows: 0.5 * x + 0 * t[:, None, None, None] + 0 * rows[:, None, None, None],
         lambda latents, t: torch.rand(latents.shape[:2], generator=g),
         noise,
         lambda i, members: torch.randint(members, (3,), generator=g),
-        torch.randn(3, *SHAPE, generator=g).to(device),
-        levels,
-        branchings(rule, 2, len(levels) - 1, inner),
-        num_candidates=3,
-        eta=1.0,
-        threshold=0.2,
     )
-    return list(chain)
+    branching = Branching(levels, branchings(rule, 2, len(levels) - 1, inner), num_candidates=3, eta=1.0, threshold=0.2)
+    return list(branching_chain(s, torch.randn(3, *SHAPE, generator=g).to(device), calls, branching))
 
 
 def test_where_the_rules_branch() -> None:
@@ -83,5 +77,5 @@ def test_a_chain_stays_on_its_device(rule: str, inner: int) -> None:
 
 
 def test_ties_are_not_valid() -> None:
-    _, _, valid = compare(torch.tensor([[1.0, 2.0], [1.0, 1.0]]), 0.0)
+    valid = compare(torch.tensor([[1.0, 2.0], [1.0, 1.0]]), 0.0).valid
     assert valid.tolist() == [False, True]

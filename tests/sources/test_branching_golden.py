@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine import ddim
-from diffalign.sources.branching import branching_chain, branchings, chain_levels, compare
+from diffalign.sources.branching import Branching, Calls, branching_chain, branchings, chain_levels, compare
 from tests.golden_spo import spo_case, spo_schedule
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -42,20 +42,15 @@ def test_pool_of_one_mean(name: str) -> None:
     case = spo_case(name)
     given, out, n = case["inputs"], case["outputs"], case["params"]["num_sample_per_step"]
     seen: list[Tensor] = []
-    verdicts = branching_chain(
-        spo_schedule(case),
+    calls = Calls(
         lambda x, t, rows: given["model_output"],
         lambda latents, t: seen.append(latents) or latents.flatten(2).sum(2),
         lambda i, members: given["noise"].reshape(n, *given["sample"].shape),
         lambda i, members: pytest.fail("nothing is continued"),
-        given["sample"],
-        torch.stack([given["timestep"], out["prev_timestep"]]),
-        (0,),
-        num_candidates=n,
-        eta=1.0,
-        threshold=0.0,
     )
-    (verdict,) = verdicts
+    levels = torch.stack([given["timestep"], out["prev_timestep"]])
+    branching = Branching(levels, (0,), num_candidates=n, eta=1.0, threshold=0.0)
+    (verdict,) = branching_chain(spo_schedule(case), given["sample"], calls, branching)
     torch.testing.assert_close(seen[0], out["prev_sample"].reshape(seen[0].shape), **EXACT)
     torch.testing.assert_close(verdict.path[0, :, 0], given["sample"], **EXACT)
     t = given["timestep"].expand(len(given["sample"]))
@@ -65,7 +60,7 @@ def test_pool_of_one_mean(name: str) -> None:
 
 def test_comparison_rule() -> None:
     case = spo_case("compare_threshold_0.3")
-    chosen, rejected, valid = compare(case["inputs"]["scores"], case["params"]["threshold"])
+    chosen, rejected, valid, _ = compare(case["inputs"]["scores"], case["params"]["threshold"])
     assert torch.equal(valid, case["outputs"]["valid"])
     differ = slice(1, None)  # the first pool is all ties
     assert torch.equal(chosen[differ], case["outputs"]["indices"][0, differ])
@@ -121,19 +116,15 @@ def test_whole_sampler(name: str) -> None:
     replayed, params, out = Replayed(case), case["params"], case["outputs"]
     steps, n = params["num_inference_steps"], params["num_samples_each_step"]
     inner = params.get("num_inner_step", 0)
-    verdicts = branching_chain(
-        replayed.schedule,
-        replayed.predict,
-        replayed.judge,
-        replayed.noise,
-        replayed.pick,
-        case["inputs"]["x_T"],
-        chain_levels(replayed.schedule, steps),
-        branchings(SAMPLERS[name], params["divert_start_step"], steps, inner),
+    branching = Branching(
+        levels=chain_levels(replayed.schedule, steps),
+        at=branchings(SAMPLERS[name], params["divert_start_step"], steps, inner),
         num_candidates=n,
         eta=params["eta"],
         threshold=params["threshold"],
     )
+    calls = Calls(replayed.predict, replayed.judge, replayed.noise, replayed.pick)
+    verdicts = branching_chain(replayed.schedule, case["inputs"]["x_T"], calls, branching)
     timesteps, current, following, prompts = [], [], [], []
     for verdict in verdicts:
         for k, t in enumerate(verdict.levels[:-1].tolist()):

@@ -61,7 +61,7 @@ def test_pairs_below_the_gap_are_not_valid(make_context: Callable[..., Context])
 
 def test_a_score_that_is_no_number_names_the_picture(make_context: Callable[..., Context]) -> None:
     broken = BestOf("tests.sources.judges:Broken", prompts_per_round=1, **FAST)
-    with pytest.raises(SourceError, match="scorer 'broken' gave nan to the picture of prompt"):
+    with pytest.raises(SourceError, match="scorer 'broken' gave nan to the image of prompt"):
         next(broken.build(make_context("sd", PROMPTS)).batches())
 
 

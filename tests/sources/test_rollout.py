@@ -19,7 +19,7 @@ from diffalign.engine.random import normal, pair_key
 from diffalign.objectives import SPO
 from diffalign.sources import BranchingRollout, Context, SourceError
 from diffalign.sources.chains import Chains
-from diffalign.sources.stream import Place, Rollout
+from diffalign.sources.rounds import Place, Rollout
 from diffalign.training.run import run_training
 from diffalign.types import PairBatch
 from tests.sources.judges import Brightness
@@ -164,7 +164,7 @@ def test_a_second_visit_to_a_prompt_draws_anew(make_context: MakeContext) -> Non
 def test_faults_are_named(make_context: MakeContext) -> None:
     context, settings = make_context("sd", PROMPTS), BranchingRollout(BRIGHTNESS, **SHORT)
     t = context.networks.schedule.timesteps(5).tolist()[4]
-    with pytest.raises(SourceError, match=rf"'broken' gave nan to the picture of prompt 'a blue square' at t = {t}"):
+    with pytest.raises(SourceError, match=rf"'broken' gave nan to the image of prompt 'a blue square' at t = {t}"):
         Chains(settings, context, BrokenLate()).roll(0, places(context, range(2)))
     with pytest.raises(SourceError, match=r"proportion_empty_prompts = 0\.1"):
         settings.build(make_context("sd", PROMPTS, prompt_dropout=0.1))

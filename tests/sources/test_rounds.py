@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 
 from diffalign.sources.base import SourceError
-from diffalign.sources.rounds import About, Round, join, round_folder, rounds_there, shares, write_share
-from diffalign.sources.stream import Place
+from diffalign.sources.rounds import About, Place, Round, join, round_folder, rounds_there, shares, write_share
 from diffalign.types import Transitions
 from tests.sources.toy import made
 

@@ -75,16 +75,17 @@ def test_spin_equals_an_independent_statement(make_config: MakeConfig, tiny_sd: 
             for r, p in zip(reference.parameters(), theta.parameters(), strict=True):
                 r.data += (p.data - r.data).to(torch.bfloat16).float()
             number = step // 2
-            pairs = Round(run.output_dir / "source/rounds", About(number, step, run.source.key))
+            pairs = Round(run.output_dir / "source/rounds", About(number, step, run.source.spec.key))
             assert len(pairs) == 4
-            prompts = [run.table.prompts[int(pairs[i]["prompt"])] for i in range(4)]
-            seeds = [int(pairs[i]["seeds"][1]) for i in range(4)]
-            assert all(int(pairs[i]["seeds"][0]) == NO_SEED for i in range(4))
+            made = [pairs[i] for i in range(4)]
+            prompts = [run.table.prompts[int(pair.prompt)] for pair in made]
+            seeds = [int(pair.seeds[1]) for pair in made]
+            assert all(int(pair.seeds[0]) == NO_SEED for pair in made)
             pipe.unet = reference
             noise = initial_noise(prompts, seeds, (4, 8, 8))
             settings = {"num_inference_steps": 2, "guidance_scale": 5.0, "width": 32, "height": 32}
             rejected = pipe(prompts, latents=noise, output_type="latent", **settings).images
-            ours = torch.stack([pairs[i]["latents"][1] for i in range(4)])
+            ours = torch.cat([pair.latents[1] for pair in made])
             torch.testing.assert_close(ours, rejected, rtol=1e-4, atol=1e-4)
         t = integers(batch.keys, "t", 0, 1000)
         eps = normal(batch.keys, "noise", (4, 8, 8))

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from diffalign.sources.base import SourceError
-from diffalign.sources.rounds import rounds_there
-from diffalign.sources.stream import Place, Rollout
+from diffalign.sources.rounds import Place, Rollout, rounds_there
 from diffalign.types import PairBatch
 from tests.sources.toy import PROMPTS, made, toy_context, toy_source
 
@@ -92,7 +91,7 @@ def test_a_stop_in_the_middle_changes_nothing(stop: int, tmp_path: Path) -> None
 def test_a_state_belongs_to_its_step(tmp_path: Path) -> None:
     source = toy_source(toy_context(tmp_path))
     take(source, 2)
-    with pytest.raises(SourceError, match="stands at step 2, and batches from step 5"):
+    with pytest.raises(SourceError, match="is at step 2, and batches from step 5"):
         next(source.batches(5))
 
 

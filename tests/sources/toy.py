@@ -12,8 +12,8 @@ import torch
 from diffalign.data.table.prompts import PromptTable
 from diffalign.engine.random import generator
 from diffalign.sources.base import Context
-from diffalign.sources.rounds import Records
-from diffalign.sources.stream import Place, Rollout, RoundPairs
+from diffalign.sources.rounds import Place, Records, Rollout
+from diffalign.sources.stream import RoundPairs, RoundSpec
 
 PROMPTS = [f"prompt {i}" for i in range(7)]
 
@@ -32,7 +32,7 @@ class HashEncoder:
 def toy_context(folder: Path, **changes: Any) -> Context:
     """One process, two pairs a micro-batch, two micro-batches a step."""
     context = Context(
-        networks=None,
+        networks=SimpleNamespace(image_forwards=0),
         unet=None,
         former=None,
         family=None,
@@ -78,6 +78,7 @@ def toy_source(context: Context, pairs: int = 1, **settings: Any) -> RoundPairs:
         source.rolled.append(number)
         return Rollout(made(places, pairs), {"rollout/valid": torch.ones(len(places))})
 
-    source: Any = RoundPairs(context, **{"key": "k", "roll": roll, "prompts_per_round": 5, **settings})
+    enter = settings.pop("enter", None)
+    source: Any = RoundPairs(context, RoundSpec(**{"key": "k", "prompts_per_round": 5, **settings}), roll, enter)
     source.rolled = []
     return source

@@ -17,8 +17,7 @@ from typing import Any
 
 from diffalign.data.cells import Absent
 from diffalign.data.formats.columns import ListColumns
-from diffalign.data.formats.listing import open_listing
-from diffalign.data.formats.text_files import odd, parse_json, read_text
+from diffalign.data.formats.text_files import odd, open_listing, parse_json, read_text
 from diffalign.data.row import DataError
 from diffalign.data.weights import TERMS
 

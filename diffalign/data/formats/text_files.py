@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.formats.columns import ListColumns
 from diffalign.data.row import DataError, stand_in
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")  # of listings
 LONGEST = 1 << 24  # characters of a CSV value: masks are grids of numbers
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
@@ -75,6 +77,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for place, (key, _) in enumerate(pairs) if key in (other for other, _ in pairs[:place]))
         raise ValueError(f"the key {twice!r} occurs twice")
     return found
+
+
+def open_listing(file: Path, plain: str | None = None) -> ListColumns:
+    """One row per line; a line that does not parse becomes a faulty row. Raises DataError.
+
+    plain: the column of bare values in a jsonl, see `read_json_lines`.
+    """
+    lines = read_csv(file)[1] if file.suffix.lower() in (".csv", ".tsv") else read_json_lines(file, plain)
+    if not lines:
+        raise DataError(f"{file} has no rows; write one line per pair (prompt, chosen, rejected) or per prompt")
+    return ListColumns(
+        [line.row for line in lines],
+        [f"{file.name} line {line.number}" for line in lines],
+        storage=file.name,
+        base=file.parent,
+        faults={place: line.fault for place, line in enumerate(lines) if line.fault is not None},
+    )
 
 
 def read_json_lines(file: Path, plain: str | None = None) -> list[Line]:

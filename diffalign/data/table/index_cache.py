@@ -1,8 +1,8 @@
-"""What examining a large data set found, remembered: rows are looked at once, not at every start.
+"""The result of examining a large data set, stored: rows are examined once, not at every start.
 
-A note lies in the user's cache folder under the storage's paths, sizes and times of change, the settings that the data
-were opened with, and this version. When any of these is another, the rows are examined anew. Only storages that hold
-their images themselves have notes (parquet, Arrow, tar): files that rows name could change without it.
+A note is in the user's cache folder under the storage's paths, sizes and times of change, the settings that the data
+were opened with, and the code that examines them. When any of these changes, the rows are examined anew. Only storages
+that contain their images have notes (parquet, Arrow, tar): files that rows name could change without it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import uuid
 from array import array
 from contextlib import suppress
 from dataclasses import astuple
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffalign import __version__
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import Problem
 from diffalign.data.table.file_hash import files_state, remembered
@@ -32,7 +32,7 @@ from diffalign.io.files import EMPTY_STAMP, stamp, stamp_fault
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-FROM_ROWS = 10_000  # below, looking takes a second or two
+FROM_ROWS = 10_000  # below, examining takes a second or two
 _TEXTS = ("problems", "ids", "prompts", "names_files", "negative_masks", "examined_rows")
 _TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array codes
 
@@ -44,12 +44,21 @@ def remembered_at(stored: Columns, settings: dict[str, Any]) -> Path | None:
     state = files_state(stored.files)
     if state is None:
         return None
-    facts = json.dumps([FORMAT_VERSION, __version__, state, len(stored), settings], sort_keys=True)
+    facts = json.dumps([FORMAT_VERSION, _code(), state, len(stored), settings], sort_keys=True)
     return remembered("tables") / f"{hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
+@cache
+def _code() -> str:
+    """Hash of this package's source: another version may judge rows otherwise."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def remember(note: Path, index: dict[str, Any]) -> None:
-    """Writes `PairTable.index`; where that fails the next start looks again, and a warning says so."""
+    """Writes `PairTable.index`; where that fails a warning is logged, and the next start examines the rows again."""
     texts = {name: index[name] for name in _TEXTS}
     texts["problems"] = [astuple(problem) for problem in index["problems"]]
     unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(index["prompts"]))}
@@ -78,7 +87,7 @@ def remember(note: Path, index: dict[str, Any]) -> None:
 
 
 def recall(note: Path) -> dict[str, Any] | None:
-    """The index that was written, or None where there is no whole one."""
+    """The index that was written, or None where there is no complete one."""
     try:
         if stamp_fault(note) is not None:
             return None

@@ -17,10 +17,10 @@ from diffalign.data.formats import pickapic, preference, two_prompts
 from diffalign.data.formats.columns import Columns
 from diffalign.data.formats.hpdv2 import open_json
 from diffalign.data.formats.image_folder import is_pair_folder, open_folder
-from diffalign.data.formats.listing import SUFFIXES, open_listing
 from diffalign.data.formats.parquet import open_parquet
 from diffalign.data.formats.pickapic import Layout
 from diffalign.data.formats.splits import has_no_splits, of_split
+from diffalign.data.formats.text_files import SUFFIXES, open_listing
 from diffalign.data.formats.webdataset import open_shards
 from diffalign.data.row import DataError
 from diffalign.data.spec import AS_FOUND, DataSpec

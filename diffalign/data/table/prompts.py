@@ -13,9 +13,8 @@ from typing import Protocol
 
 from diffalign.data.cells import read_prompt
 from diffalign.data.formats.columns import Columns
-from diffalign.data.formats.listing import open_listing
 from diffalign.data.formats.parquet import ParquetColumns
-from diffalign.data.formats.text_files import lines_of, odd, read_text
+from diffalign.data.formats.text_files import lines_of, odd, open_listing, read_text
 from diffalign.data.row import DataError, ImageError, Problem
 from diffalign.io.paths import expanded
 
