@@ -3,10 +3,10 @@
     with folder_lock(Path("runs/mine"), "a run"):
         ...
 
-`FOLDER/.diffalign.lock` says which process writes there (host, pid, start, boot, command). The operating system's own
-lock on that file (flock) ends with the process, so what a crash leaves behind is taken over with a message. Where a
-file system has no such locks, a pid that is gone on this machine counts as ended. Of an owner on another machine
-nothing can be known: it is refused, and the message says which file to remove.
+`FOLDER/.diffalign.lock` names the process that writes there (host, pid, start, boot, command). The operating system's
+own lock on that file (flock) ends with the process, so the next process takes over after a crash, with a message. Where
+a file system has no such locks, an owner counts as ended if its pid is gone on this machine. The state of an owner on
+another machine is unknown: the folder is refused, and the message says which file to remove.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".diffalign.lock"
-_held: dict[Path, int] = {}  # lock files of this process, as they are open
+_owned: dict[Path, int] = {}  # lock files of this process, as they are open
 
 
 class FolderInUseError(DiffalignError):
@@ -42,34 +42,34 @@ class FolderInUseError(DiffalignError):
 
 @contextmanager
 def folder_lock(folder: Path, what: str, name: str = LOCK_FILE) -> Iterator[None]:
-    """Holds the lock `name` in `folder` within the block; a folder that is made for it goes again if it stays empty.
+    """Owns the lock `name` in `folder` within the block; a folder made for it is removed again if it stays empty.
 
-    A process that has the lock already may enter again. `what` is said to others that ask. Raises FolderInUseError,
-    and DiffalignError when `folder` is a file.
+    A process that has the lock already may enter again. `what` names the owner in the messages of other processes.
+    Raises FolderInUseError, and DiffalignError when `folder` is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise DiffalignError(f"{folder} is a file; name a folder")
     file = folder.resolve() / name
-    if file in _held:
+    if file in _owned:
         yield
         return
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    _held[file] = _acquire(file, what)
+    _owned[file] = _acquire(file, what)
     try:
         yield
     finally:
-        held = _held.pop(file)
+        owned = _owned.pop(file)
         with suppress(OSError):
             file.unlink()
-        os.close(held)
+        os.close(owned)
         if made:
             with suppress(OSError):
                 file.parent.rmdir()  # only where nothing was written
 
 
 def _acquire(file: Path, what: str) -> int:
-    """The open file, locked and with this process as its owner."""
+    """The open lock file, with this process as its owner."""
     while True:
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -78,10 +78,10 @@ def _acquire(file: Path, what: str) -> int:
                 os.close(opened)
                 continue
             owner = _read(opened)
-            if locked is False or not _ended(owner, locked is True):
+            if locked is False or (owner and not _ended(owner, locked is True)):
                 raise FolderInUseError(_in_use(file, owner))
             if owner:
-                log.warning("%s: %s ended without its end; this one takes its folder", file.parent, _name(owner))
+                log.warning("%s: %s was killed; this process takes over its folder", file.parent, _name(owner))
             text = json.dumps({**_self(), "what": what, "command": " ".join(sys.argv)[:200]}) + "\n"
             os.ftruncate(opened, 0)
             os.lseek(opened, 0, os.SEEK_SET)
@@ -94,7 +94,7 @@ def _acquire(file: Path, what: str) -> int:
 
 
 def _flock(opened: int) -> bool | None:
-    """Whether the system's lock is ours; None where the file system has none."""
+    """Whether this process has the system's lock; None where the file system has no locks."""
     if fcntl is None:
         return None
     try:
@@ -124,12 +124,10 @@ def _read(opened: int) -> dict[str, Any]:
 
 
 def _ended(owner: dict[str, Any], flock: bool) -> bool:
-    """Whether the owner that a file names is certainly no more."""
+    """Whether the process that a file names has certainly ended."""
     ours = _self()
-    if not owner:
-        return True
     if owner.get("boot") is not None and owner.get("boot") == ours["boot"]:
-        if flock:  # one kernel: the lock would not be ours. True of other containers as well
+        if flock:  # one kernel, where its lock would exclude ours; also in another container
             return not (owner.get("host") == ours["host"] and _alive(owner))
         return owner.get("host") == ours["host"] and not _alive(owner)
     if owner.get("host") != ours["host"]:
@@ -138,10 +136,10 @@ def _ended(owner: dict[str, Any], flock: bool) -> bool:
 
 
 def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the owner's pid is there and, where the system says so, began when the owner did."""
+    """Whether the owner's pid exists and, where the system tells, began when the owner did."""
     pid = owner.get("pid")
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
-        return False  # our own number, and we hold nothing: an earlier process had it
+        return False  # our own pid, and we have no lock: an earlier process had it
     if os.name == "nt":  # signal 0 is Ctrl-C there
         return True
     try:
@@ -165,7 +163,7 @@ def _self() -> dict[str, Any]:
 
 
 def _began(pid: int) -> int | None:
-    """Clock ticks from the machine's start to the process's, which tell a pid from an earlier one; None if unknown."""
+    """Clock ticks from the machine's start to the process's, as a pid may be used again; None if unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -186,21 +184,21 @@ def _name(owner: dict[str, Any]) -> str:
 
 def _in_use(file: Path, owner: dict[str, Any]) -> str:
     if not owner:
-        return f"{file.parent}: another process is just taking this folder; name another one, or try again"
+        return f"{file.parent}: another process is taking this folder now; name another one, or try again"
     there = owner.get("host") == socket.gethostname()
-    remedy = f"stop it with `kill {owner.get('pid')}`" if there else f"if it is over (see there), remove {file}"
+    remedy = f"stop it with `kill {owner.get('pid')}`" if there else f"if it has ended (check there), remove {file}"
     return (
-        f"{file.parent} is in use by {_name(owner)}: two at once would mix what they write there. Name another folder, "
+        f"{file.parent} is in use by {_name(owner)}: two writers would mix their files. Name another folder, "
         f"wait for its end, or {remedy} ({file} names the owner)"
     )
 
 
 def _forget_in_child() -> None:
-    """A forked loader worker must not keep the lock of a parent that was killed."""
-    for opened in _held.values():
+    """A forked loader worker must not own the lock of a parent that was killed."""
+    for opened in _owned.values():
         with suppress(OSError):
             os.close(opened)
-    _held.clear()
+    _owned.clear()
 
 
 if hasattr(os, "register_at_fork"):

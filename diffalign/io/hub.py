@@ -1,4 +1,4 @@
-"""What to say of a name that should be on the Hugging Face Hub and could not be fetched."""
+"""Why a model or data set could not be fetched from the Hugging Face Hub, and the command that fetches it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _NO_CONNECTION = ("Offline", "LocalEntryNotFound", "ConnectError", "ConnectionEr
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name may be one of the Hub's: two words with a slash, and nothing on this machine that it names."""
+    """Whether a name may be a Hub id: two words with a slash, and no folder of that name on this machine."""
     owner, _, _ = name.partition("/")
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(owner).is_dir()
 
 
 def why_not_fetched(name: str, error: BaseException, kind: Literal["model", "dataset"] = "model") -> str:
-    """Why a Hub id could not be read, and the command that fetches it: offline, gated, not there, or what `error` says.
+    """Why a Hub id could not be read (offline, gated, missing, or the text of `error`), and the command to fetch it.
 
-    To be put behind the name and a verb: "X is no folder here, and …".
+    It continues a sentence: "X is not a folder on this machine, and …".
     """
     data = kind == "dataset"
     command = f"hf download {name}{' --repo-type dataset --local-dir DIR' if data else ''}"
@@ -44,9 +44,9 @@ def why_not_fetched(name: str, error: BaseException, kind: Literal["model", "dat
             f"it is not in the local cache of the Hugging Face Hub, and {why}, so it cannot be fetched. Check the "
             f"spelling; then run `{command}` where there is a connection (without {_OFFLINE[0]}), and {then}"
         )
-    said = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
     return (
-        f"it could not be read from the Hugging Face Hub ({type(error).__name__}: {said}). Check the name; "
+        f"it could not be read from the Hugging Face Hub ({type(error).__name__}: {text}). Check the name; "
         f"`{command}` fetches it, and `hf auth login` is for gated and private ones"
     )
 

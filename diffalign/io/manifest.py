@@ -1,8 +1,8 @@
-"""What a checkpoint, or a run's final weights, consist of: a list of files with sizes and hashes, written last.
+"""The list of a checkpoint's files, or of a run's final weights, with sizes and hashes; it is written last.
 
     manifest.json    {"sha256": of the rest as sorted JSON, "content": {"format", "step", "files", ...}}
 
-Files without a manifest are from before there was one, or from a run that was killed before it wrote it.
+Files without a manifest are of an early version, or of a run that was killed before it wrote the manifest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_manifest(folder: Path, content: dict[str, Any], name: str = MANIFEST) 
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | str:
-    """A manifest's content, or what is wrong with it. Raises DiffalignError for one of a later version's format."""
+    """A manifest's content, or its fault. Raises DiffalignError for the format of a later version."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
         content, stated = dict(found["content"]), found["sha256"]
@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | str:
 
 
 def fault(folder: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a folder's manifest or with the files that it lists; None: nothing."""
+    """The fault of a folder's manifest or of the files that it lists; None where all is as it was written."""
     content = read_manifest(folder)
     if isinstance(content, str):
         return content

@@ -1,4 +1,4 @@
-"""Paths as users write them, in configs and on command lines: the one place that reads them."""
+"""Paths as users write them in configs and on command lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LONGEST = 4095  # bytes of a path; Linux
 
 
 def expanded(path: str) -> str:
-    """`path` with a leading `~` as the home folder. Raises DiffalignError for what no file system takes."""
+    """`path` with a leading `~` as the home folder. Raises DiffalignError for text that no file system accepts."""
     if not path.strip():
         raise DiffalignError("the path is empty; name a file or folder, or leave it out")
     odd = next((c for c in path if ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000), None)

@@ -1,23 +1,30 @@
-"""Weight files as users bring them, examined before a library opens them.
+"""Safetensors files: their headers are checked before a library opens them, and may contain the file's hash.
 
 A safetensors file is 8 bytes with the length of its header, the header (a JSON object: name -> dtype, shape, offsets)
-and the tensors' bytes. What looks like one and is none is usual: a Git-LFS pointer, a web page, a pickle under another
-name, a download that stopped. Libraries answer these with tracebacks of their own, or try to take the memory that a
-damaged header asks for. Only the header is read here, so the check costs the same for every size.
+and the tensors' bytes. Users often have another file under that name: a Git-LFS pointer, a web page, a pickle, an
+incomplete download. Libraries report these with tracebacks of their own, or allocate the memory that a damaged header
+names. Only the header is read, so `check_weights` takes the same time for every size.
+
+A file that we write can be stamped: its SHA-256 is in its own header, so there is no second file to lose.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import ModelError
+from diffalign.io.files import hash_file
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+EMPTY_STAMP = "0" * 64
+_STAMP = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _LARGEST = 2**63 - 1  # of a dimension
 _BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
 _BITS |= {"F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
@@ -30,7 +37,7 @@ CONVERT = "convert it once, if you trust it: safetensors.torch.save_file(torch.l
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself."""
+    """The header of a safetensors file."""
 
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor
     metadata: Mapping[str, str]
@@ -39,31 +46,71 @@ class Header:
 def check_weights(path: str | Path) -> Header:
     """The header of a safetensors file that can be opened. Raises ModelError saying what the file is instead."""
     file = Path(path)
-    if file.is_dir():
-        raise ModelError(f"{file} is a folder, and one .safetensors file is needed: name the file in it")
     if not file.is_file():
-        raise ModelError(f"{file} does not exist: check the path")
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        start = opened.read(1024)
-        length = int.from_bytes(start[:8], "little")
-        text = b""
-        if len(start) >= 8 and 0 < length <= min(MAX_HEADER, size - 8):
-            opened.seek(8)
-            text = opened.read(length)
-    if not text:
-        why = f"its header would be {length} bytes long, and the file has {size}"
-        raise ModelError(f"{file} {_what_it_is(file, start, size) or _damaged(why)}")
+        is_folder = f"{file} is a folder, and one .safetensors file is needed: name the file in it"
+        raise ModelError(is_folder if file.is_dir() else f"{file} does not exist: check the path")
     try:
-        shapes, metadata = _parse(text, size - 8 - length)
+        text = read_header(file)
+        return parse_header(text, file.stat().st_size - 8 - len(text))
     except (ValueError, RecursionError) as error:
-        why = str(error) or type(error).__name__
-        raise ModelError(f"{file} {_what_it_is(file, start, size) or _damaged(why)}") from error
-    return Header(shapes, metadata)
+        raise ModelError(f"{file} {_what_it_is(file) or _damaged(error)}") from error
+
+
+def read_header(file: Path) -> bytes:
+    """The JSON header of a safetensors file. Raises ValueError where there is none."""
+    with file.open("rb") as opened:
+        length, size = int.from_bytes(opened.read(8), "little"), file.stat().st_size
+        if not 0 < length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"its header would be {length} bytes long, and the file has {size}")
+        return opened.read(length)
+
+
+def stamp(file: Path) -> None:
+    """Writes a safetensors file's hash into its header, where its metadata has `sha256: EMPTY_STAMP`.
+
+    The hash is that of the file with EMPTY_STAMP in its place.
+    """
+    place = read_header(file).find(f'"sha256":"{EMPTY_STAMP}"'.encode())
+    assert place >= 0, f"{file} was saved without an empty stamp"
+    digest = hash_file(file)
+    with file.open("r+b") as opened:
+        opened.seek(8 + place + len('"sha256":"'))
+        opened.write(digest.encode())
+
+
+def has_stamp(file: Path) -> bool:
+    """Whether a safetensors file carries its hash; False also where it has no readable header."""
+    try:
+        return _STAMP.search(read_header(file)) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def stamp_fault(file: Path, *, required: bool = True) -> str | None:
+    """What is wrong with the header, the size or the hash of a safetensors file; None where nothing is.
+
+    required: whether a file without a hash is damaged. If not, only the header and the size of such a file count.
+    """
+    try:
+        header = read_header(file)
+        parse_header(header, file.stat().st_size - 8 - len(header))
+    except FileNotFoundError:
+        return "it is missing"
+    except (ValueError, RecursionError) as error:
+        return f"it has no readable header, or is not complete ({str(error) or type(error).__name__})"
+    found = _STAMP.search(header)
+    if found is None:
+        return "it carries no hash" if required else None
+    first = 8 + found.start(1)
+    with file.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(first) + EMPTY_STAMP.encode())
+        opened.seek(first + len(EMPTY_STAMP))
+        same = hashlib.file_digest(opened, lambda: digest).hexdigest() == found[1].decode()
+    return None if same else "it has another content than was written (its SHA-256 differs)"
 
 
 def check_folder(folder: Path) -> None:
-    """Examines every .safetensors file of a folder. Raises ModelError for the first that cannot be opened."""
+    """Checks every .safetensors file of a folder. Raises ModelError for the first that cannot be opened."""
     for file in sorted(folder.glob("*.safetensors")):
         check_weights(file)
 
@@ -72,13 +119,16 @@ def refuse_pickle(path: str | Path) -> None:
     """Raises ModelError for a file whose name says that it is pickled."""
     if str(path).endswith(_PICKLES):
         raise ModelError(
-            f"{path} is a pickled checkpoint, which can run code when it is opened, and is never unpickled here; "
+            f"{path} is a pickled checkpoint, which can run code when it is opened, so diffalign does not open it; "
             f"{CONVERT}"
         )
 
 
-def _what_it_is(file: Path, start: bytes, size: int) -> str | None:
-    """The known things that are no safetensors file, each with its remedy."""
+def _what_it_is(file: Path) -> str | None:
+    """What a file under this name often is instead, with the remedy; None where it is nothing of that."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(1024)
     if not size:
         return f"is empty (0 bytes): {_AGAIN}"
     if start.startswith(b"version https://git-lfs"):
@@ -99,28 +149,27 @@ def _what_it_is(file: Path, start: bytes, size: int) -> str | None:
     return None
 
 
-def _damaged(why: str) -> str:
-    return f"is no safetensors file, or a damaged one ({why}): {_AGAIN}"
+def _damaged(error: Exception) -> str:
+    return f"is no safetensors file, or a damaged one ({str(error) or type(error).__name__}): {_AGAIN}"
 
 
-def _parse(text: bytes, data: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes and metadata of a header; `data` bytes follow it. Raises ValueError where it cannot be right."""
+def parse_header(text: bytes, data: int) -> Header:
+    """Shapes and metadata of a header that `data` bytes follow. Raises ValueError where it contradicts itself."""
     header = json.loads(text, object_pairs_hook=_once)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     metadata = header.pop("__metadata__", {}) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not all strings")
-    spans = [(*_span(name, entry), name) for name, entry in header.items()]
     place = 0
-    for begin, end, name in sorted(spans):
+    for begin, end, name in sorted((*_span(name, entry), name) for name, entry in header.items()):
         if begin != place:
             raise ValueError(f"the bytes of {_short(name)} begin at {begin}, and {place} was due: overlap or gap")
         place = end
     if place != data:
         hint = "cut short" if place > data else "something was added"
         raise ValueError(f"its tensors take {place} bytes and {data} follow the header: {hint}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}, metadata
+    return Header({name: tuple(entry["shape"]) for name, entry in header.items()}, metadata)
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:

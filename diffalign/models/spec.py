@@ -1,4 +1,4 @@
-"""`ModelSpec`: which model is loaded, from where, and what is put in place of its own configs."""
+"""`ModelSpec`: which model is loaded, from where, and which of its configs are overridden."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A base model by name, with what its name does not say; fields as in a config's `model` section."""
+    """A base model: its name, and options of loading; fields as in a config's `model` section."""
 
     pretrained_model_name_or_path: str | Path  # diffusers folder, Hub id, or one .safetensors file
     pretrained_vae_model_name_or_path: str | None = None  # another VAE, e.g. the fp16-fix one

@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.engine.random import pair_key
-from diffalign.io.files import EMPTY_STAMP, room_for, stamp, stamp_fault, sync, temporary
+from diffalign.io.files import room_for, sync, temporary
+from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
 from diffalign.sources.base import SourceError
 from diffalign.types import Record, Transitions, axes, cat
 

@@ -19,7 +19,8 @@ from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.io import files
-from diffalign.io.files import NoSpaceError, stamp_fault
+from diffalign.io.files import NoSpaceError
+from diffalign.io.weight_files import stamp_fault
 from diffalign.types import PairBatch
 from tests.data.cache.test_latents import encode, needed
 from tests.data.cache.test_trajectories import RANDOM, Inverter, made, source

@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.data.row import DataError
-from diffalign.io.files import EMPTY_STAMP, PARTIAL, READERS, has_stamp, room_for, stamp, stamp_fault, sync, temporary
+from diffalign.io.files import PARTIAL, READERS, room_for, sync, temporary
+from diffalign.io.weight_files import EMPTY_STAMP, has_stamp, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
 

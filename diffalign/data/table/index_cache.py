@@ -27,7 +27,7 @@ from torch import Tensor
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import Problem
 from diffalign.data.table.file_hash import files_state, remembered
-from diffalign.io.files import EMPTY_STAMP, stamp, stamp_fault
+from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""A base model: what is tuned, what encodes for it, and the noise it was trained on.
+"""A base model: the UNet to tune, the VAE and text encoders that encode for it, and the noise it was trained on.
 
-Everything a model says of itself is read from its configs (prediction type, zero terminal SNR, VAE scaling, the null
-prompt); the one thing a config may get wrong, the prediction type, can be overridden.
+Prediction type, zero terminal SNR, VAE scaling and the null prompt are read from the model's configs. A wrong
+prediction type there can be overridden.
 Left out: refiners, inpainting and depth UNets (other inputs), and flow-matching transformers.
 """
 
@@ -19,7 +19,6 @@ from diffalign.models.loading.components import (
     load_other_vae,
     load_scheduler,
     load_text,
-    load_unet,
     load_vae,
     open_folder,
     outline_unet,
@@ -32,6 +31,9 @@ from diffalign.models.loading.sdxl import StableDiffusionXL
 from diffalign.models.loading.single_file import is_single_file, load_single_file
 from diffalign.models.spec import ModelSpec, spec_of
 
+_NOT_A_BASE = "refiners and pipelines saved in parts are not supported"
+_MIXED = "these components do not belong together"
+
 
 @dataclass
 class Base:
@@ -43,7 +45,7 @@ class Base:
     scheduler_config: dict[str, Any]  # complete: missing keys are filled with the scheduler class's defaults
     vae: VAE | None
     text: TextEncoders | None
-    source: str  # what was asked for, for messages and manifests
+    source: str  # the path or Hub id that was asked for, for messages and manifests
 
 
 def load_base(
@@ -74,9 +76,9 @@ def checked(base: Base) -> Base:
 
 
 def outline_base(model: str | Path | ModelSpec) -> Base:
-    """What `load_base` gives without VAE and text encoders, and with a UNet of shapes alone (on the meta device).
+    """A base without VAE and text encoders, whose UNet has shapes but no weights (on the meta device).
 
-    Only configs are read, but for a single file, whose shapes are its weights'. Raises ModelError.
+    Only configs are read, except of a single file, which is loaded. Raises ModelError.
     """
     spec = spec_of(model)
     if is_single_file(spec.name):
@@ -110,40 +112,41 @@ def vae_factor(vae: VAE) -> int:
 def check_unet(unet: UNet, source: str) -> None:
     """Raise ModelError for a UNet whose inputs or outputs are not those of plain text-to-image epsilon/v/x0 models."""
     config = unet.config
+    conditions = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+    other = [field for field in conditions if config.get(field) is not None]
+    if config.in_channels != config.out_channels or other:
+        raise ModelError(f"the UNet of {source!r} {_why_not_plain(config, other)}")
+
+
+def _why_not_plain(config: Any, other: list[str]) -> str:
     if config.out_channels == 2 * config.in_channels:
-        raise ModelError(
-            f"the UNet of {source!r} has {config.out_channels} output channels for {config.in_channels} "
-            "inputs: it also predicts a variance (learned sigma), which no objective supports"
+        return (
+            f"has {config.out_channels} output channels for {config.in_channels} inputs: it also predicts a variance "
+            "(learned sigma), which no objective supports"
         )
     if config.in_channels != config.out_channels:
-        raise ModelError(
-            f"the UNet of {source!r} takes {config.in_channels} channels and returns {config.out_channels}: "
-            "an inpainting, depth or upscaling model. Only text-to-image models are supported"
+        return (
+            f"takes {config.in_channels} channels and returns {config.out_channels}: an inpainting, depth or upscaling "
+            "model. Only text-to-image models are supported"
         )
-    for field in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if config.get(field) is not None:
-            raise ModelError(
-                f"the UNet of {source!r} has {field} = {config[field]!r}, an input that diffalign does "
-                "not provide; use a UNet without it"
-            )
+    return f"has {other[0]} = {config[other[0]]!r}, an input that diffalign does not provide; use a UNet without it"
 
 
 def _from_folder(spec: ModelSpec, vae_and_text: bool, dtype: torch.dtype) -> Base:
     """The base in a pipeline folder, or in a repository of the Hub."""
+    from diffusers import UNet2DConditionModel
+
     folder = open_folder(spec, PIPELINE if vae_and_text else ("unet",), dtype)
     index = read_index(folder)
     scheduler_config, schedule = load_scheduler(folder)  # first: it may refuse, and is small
-    unet = load_unet(folder)
+    unet = folder.load(UNet2DConditionModel, "unet")
     family = family_of(unet, spec.name)
     vae = text = None
     if vae_and_text:
         suffixes = ("", "_2") if family.name == "sdxl" else ("",)
-        for suffix in suffixes:
-            if not (index.get(f"text_encoder{suffix}") or [None])[0]:
-                raise ModelError(
-                    f"{spec.name!r} has no text_encoder{suffix}, which a {family.name} base needs; refiners "
-                    "and pipelines saved in parts are not supported"
-                )
+        missing = [name for name in (f"text_encoder{s}" for s in suffixes) if not (index.get(name) or [None])[0]]
+        if missing:
+            raise ModelError(f"{spec.name!r} has no {missing[0]}, which a {family.name} base needs; {_NOT_A_BASE}")
         tokenizers, encoders = zip(*(load_text(folder, suffix) for suffix in suffixes), strict=True)
         zeros = family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
         text = TextEncoders(tokenizers, encoders, zero_empty_prompt=zeros)
@@ -189,31 +192,28 @@ def family_of(unet: UNet, source: str) -> StableDiffusion | StableDiffusionXL:
 
 
 def _check_widths(base: Base) -> None:
-    """The text encoders must fit the UNet: catches refiners and mixed-up folders before a shape error does."""
+    """The text encoders and the VAE must fit the UNet: refiners and mixed-up folders are named before a shape error."""
     if base.text is None:
         return
-    config = base.unet.config
-    width = sum(model.config.hidden_size for model in base.text.models)
-    expected = config.cross_attention_dim
+    config, encoders = base.unet.config, base.text.models
+    width, expected = sum(model.config.hidden_size for model in encoders), config.cross_attention_dim
     if width != expected:
         raise ModelError(
-            f"the text encoders of {base.source!r} give {width} numbers per token, its UNet's "
-            f"cross_attention_dim is {expected}: these components do not belong together"
+            f"the text encoders of {base.source!r} give {width} numbers per token, its UNet's cross_attention_dim is "
+            f"{expected}: {_MIXED}"
         )
     latents = None if base.vae is None else base.vae.config.get("latent_channels")
     if latents is not None and latents != config.in_channels:
         raise ModelError(
             f"the VAE of {base.source!r} makes latents of {latents} channels, its UNet takes {config.in_channels}: "
-            "these components do not belong together; name the VAE it was trained with "
-            "(pretrained_vae_model_name_or_path)"
+            f"{_MIXED}; name the VAE it was trained with (pretrained_vae_model_name_or_path)"
         )
     if base.family.name == "sdxl":
-        pooled = base.text.models[-1].config.projection_dim
-        wants = config.projection_class_embeddings_input_dim - pooled
-        if wants != 6 * config.addition_time_embed_dim:
+        time_ids = config.projection_class_embeddings_input_dim - encoders[-1].config.projection_dim
+        if time_ids != 6 * config.addition_time_embed_dim:
             raise ModelError(
-                f"the UNet of {base.source!r} does not take six time ids (sizes and crop); refiners, "
-                "which take an aesthetic score instead, are not supported"
+                f"the UNet of {base.source!r} does not take six time ids (sizes and crop); refiners, which take an "
+                "aesthetic score instead, are not supported"
             )
 
 

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 TEXT_STEM = "model"  # of transformers' weight files
 PIPELINE = ("unet", "vae", "text_encoder", "text_encoder_2")  # components with weights
 _TOKENIZER_FILES = "tokenizer.json, or vocab.json and merges.txt,"
+_VAE_IS = (
+    "allowed are diffusers' autoencoders (AutoencoderKL, AutoencoderDC, AutoencoderTiny, …). Use another one with "
+    "pretrained_vae_model_name_or_path"
+)
 _A_BASE_IS = "a base is a diffusers pipeline folder, a Hub id or one .safetensors file"
 
 
@@ -115,13 +119,6 @@ def read_index(folder: ModelFolder) -> dict[str, Any]:
         raise ModelError(_why_no_pipeline(folder.path, folder.spec.name, error)) from error
 
 
-def load_unet(folder: ModelFolder) -> UNet:
-    """UNet2DConditionModel of a pipeline."""
-    from diffusers import UNet2DConditionModel
-
-    return folder.load(UNet2DConditionModel, "unet")
-
-
 def outline_unet(folder: ModelFolder) -> UNet:
     """The UNet of a pipeline as its config describes it, without weights, on the meta device."""
     from diffusers import UNet2DConditionModel
@@ -152,11 +149,7 @@ def load_vae(folder: ModelFolder, part: str = "vae") -> VAE:
 
     name = str(folder.config(part).get("_class_name", "AutoencoderKL"))
     if not (name.startswith("A") and "Autoencoder" in name and hasattr(diffusers, name)):
-        raise ModelError(
-            f"the VAE of {folder.spec.name!r} is a {name!r}; allowed are diffusers' autoencoders (AutoencoderKL, "
-            "AutoencoderDC, AutoencoderTiny, …). Use another one with "
-            "pretrained_vae_model_name_or_path"
-        )
+        raise ModelError(f"the VAE of {folder.spec.name!r} is a {name!r}; {_VAE_IS}")
     return folder.load(getattr(diffusers, name), part)
 
 
@@ -166,41 +159,39 @@ def load_text(folder: ModelFolder, suffix: str) -> tuple[Any, TextModel]:
 
     cls = CLIPTextModelWithProjection if suffix else CLIPTextModel
     model = folder.load(cls, f"text_encoder{suffix}", TEXT_STEM)
-    part = f"tokenizer{suffix}"
-    _need_tokenizer_files(folder.what(part), folder.path / part)
+    path, what = folder.path / f"tokenizer{suffix}", folder.what(f"tokenizer{suffix}")
+    if not (path / "tokenizer.json").is_file() and not {"vocab.json", "merges.txt"} <= {f.name for f in path.glob("*")}:
+        raise ModelError(_no_tokenizer(what, path))
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder.path / part)
+        tokenizer = CLIPTokenizer.from_pretrained(path)
     except Exception as error:  # a damaged file fails in as many ways as there are tokens
-        raise ModelError(_why_no_component(folder.what(part), error)) from error
-    check_tokenizer(folder.what(part), tokenizer, model)
+        raise ModelError(_why_no_component(what, error)) from error
+    check_tokenizer(what, tokenizer, model)
     return tokenizer, model
 
 
 def check_tokenizer(what: str, tokenizer: Any, model: nn.Module) -> None:
-    """Raises ModelError for a tokenizer that is none (transformers makes an empty one) or is not this text model's."""
+    """Raises ModelError for a tokenizer that is empty (without files transformers makes such) or not this model's."""
     config: Any = model.config
-    tokens = len(tokenizer)
+    tokens, length, again = len(tokenizer), tokenizer.model_max_length, "copy the folder again from the base's source"
     if tokens > config.vocab_size or 2 * tokens < config.vocab_size:
         raise ModelError(
             f"{what} has {tokens} tokens, and its text encoder {config.vocab_size}: {_TOKENIZER_FILES} "
-            "are missing or belong to another model; copy the folder again from the base's source"
+            f"are missing or belong to another model; {again}"
         )
-    if tokenizer.model_max_length > config.max_position_embeddings:
+    if length > config.max_position_embeddings:
         raise ModelError(
-            f"{what} has model_max_length = {tokenizer.model_max_length:.4g}, and its text encoder takes "
-            f"{config.max_position_embeddings} tokens: tokenizer_config.json is missing or belongs to "
-            "another model; copy the folder again from the base's source"
+            f"{what} has model_max_length = {length:.4g}, and its text encoder takes {config.max_position_embeddings} "
+            f"tokens: tokenizer_config.json is missing or belongs to another model; {again}"
         )
 
 
-def _need_tokenizer_files(what: str, folder: Path) -> None:
-    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
-        raise ModelError(
-            f"{what} has no files: it needs {_TOKENIZER_FILES}, and {folder} contains "
-            f"{', '.join(sorted(there)) or 'nothing'}. Copy that folder from the base's source, or "
-            "fetch it with `hf download`"
-        )
+def _no_tokenizer(what: str, folder: Path) -> str:
+    names = ", ".join(sorted(file.name for file in folder.glob("*")))
+    return (
+        f"{what} has no files: it needs {_TOKENIZER_FILES} and {folder} contains {names or 'nothing'}. Copy that "
+        "folder from the base's source, or fetch it with `hf download`"
+    )
 
 
 def load_scheduler(folder: ModelFolder) -> tuple[dict[str, Any], NoiseSchedule]:

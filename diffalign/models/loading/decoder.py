@@ -1,4 +1,4 @@
-"""Scaled latents back to pictures, and how latents are scaled: the counterpart of `encoder.Encoder.moments`."""
+"""Scaled latents back to images, and the scaling of latents: the inverse of `encoder.Encoder.moments`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from diffalign.models.loading.base import vae_factor
 from diffalign.models.loading.modules import VAE
 
-# Pictures with more pixels go through the VAE one at a time: at 1024 px its activations are several GB each.
+# Images with more pixels go through the VAE one at a time: at 1024 px its activations are several GB each.
 SLICE_ABOVE_PIXELS = 768 * 768
 
 

@@ -1,7 +1,7 @@
-"""Pictures to latent moments and back, prompts to embeddings: the frozen half of a base, which a cache can replace.
+"""Images to latent moments and back, prompts to embeddings: the frozen half of a base, which a cache can replace.
 
-The moments, not a sample, are what is worth keeping: latents drawn from them later are exact, and a new draw costs
-nothing. Everything comes back as float32, whatever dtype it was computed in.
+A cache stores the moments and not a sample: latents drawn from them later are exact, and a new draw costs nothing.
+All results are float32, whatever dtype computed them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from diffalign.models.loading.modules import VAE
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same weights give other moments or embeddings than before: caches made earlier are then stale.
+# Raise it when the same weights give other moments or embeddings than before: it makes earlier caches stale.
 ENCODING_VERSION = 1
-NAMED = 5  # prompts that were cut and are named in the log; Encoder.truncated has all
+LOGGED = 5  # truncated prompts that the log names; Encoder.truncated has all
 
 
 class Encoder:
@@ -43,7 +43,7 @@ class Encoder:
         self.base = base
         self.device = torch.device(device)
         self.dtype = dtype
-        # Some VAEs (SDXL's own) overflow in float16 and say so.
+        # Some VAEs (SDXL's own) overflow in float16; their config says so.
         upcast = dtype == torch.float16 and getattr(base.vae.config, "force_upcast", False)
         self.vae_dtype = torch.float32 if upcast else dtype
         nn.Module.to(base.vae, self.device, self.vae_dtype)  # ModelMixin.to warns of an empty list of fp32 modules
@@ -53,9 +53,9 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides moments and embeddings: weights as they compute, configs, tokenizers.
+        """SHA-256 of all that determines moments and embeddings: weights in their compute dtype, configs, tokenizers.
 
-        Reads every weight once (seconds for SDXL); two caches with the same fingerprint may be mixed.
+        Reads every weight once (seconds for SDXL). Caches with the same fingerprint have the same content.
         """
         vae, text = self._loaded()
         digest = hashlib.sha256()
@@ -88,7 +88,7 @@ class Encoder:
         return torch.cat(parts)
 
     def _moments(self, vae: VAE, pixels: Tensor) -> Tensor:
-        # copied first and cast there: a cast on the CPU would leave pinned memory, and the copy would block
+        # copied first, then cast: the result of a cast on the CPU is not in pinned memory, and its copy would block
         placed = pixels.to(self.device, non_blocking=True).to(self.vae_dtype)
         mean, std = _posterior(vae.encode(placed))
         shift, scale = latent_scaling(vae, mean)
@@ -98,7 +98,7 @@ class Encoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels "n 3 H W" float32 in [0, 1] of scaled latents "n c h w", on the VAE's device.
 
-        Nothing is checked here: a VAE that overflows gives NaN, which only the caller can put a name to.
+        A VAE that overflows gives NaN, which the caller checks: it can name the image.
         """
         vae, _ = self._loaded()
         return (decode(vae, latents.to(self.device, non_blocking=True)) / 2 + 0.5).clamp(0, 1)
@@ -107,8 +107,8 @@ class Encoder:
     def prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings of the prompts, float32; "" is the null prompt.
 
-        A prompt longer than a tokenizer takes is cut, as in every pipeline; the first few are logged, with the number
-        of tokens lost, and all are kept in `truncated`.
+        A prompt longer than a tokenizer accepts is cut, as in every pipeline. The log names the first few, with the
+        number of tokens lost; `truncated` has all.
         """
         _, text = self._loaded()
         for prompt, lost in text.overlong(prompts).items():
@@ -119,9 +119,9 @@ class Encoder:
         return PromptEmbeds(out.prompt_embeds.float(), None if out.pooled is None else out.pooled.float())
 
     def _warn(self, prompt: str, lost: int, limit: str) -> None:
-        if len(self.truncated) <= NAMED:
+        if len(self.truncated) <= LOGGED:
             log.warning("prompt truncated by %d tokens (at most %s fit): %.60r…", lost, limit, prompt)
-        if len(self.truncated) == NAMED:
+        if len(self.truncated) == LOGGED:
             log.warning("further truncated prompts are not logged")
 
     def time_ids(self, geometry: Tensor) -> Tensor | None:
@@ -129,7 +129,7 @@ class Encoder:
         return self.base.family.time_ids(geometry)
 
     def unload(self) -> None:
-        """Free the memory of VAE and text encoders, the base's included; the fingerprint stays known."""
+        """Free the memory of VAE and text encoders, the base's included; the fingerprint is computed before."""
         if self.base.vae is not None:
             _ = self.fingerprint
         self.base.vae = None
@@ -140,12 +140,12 @@ class Encoder:
 
     def _loaded(self) -> tuple[VAE, TextEncoders]:
         if self.base.vae is None or self.base.text is None:
-            raise RuntimeError("this encoder was unloaded; make a new one from load_base(...) to encode again")
+            raise RuntimeError("this encoder was unloaded; load the base again with load_base to encode")
         return self.base.vae, self.base.text
 
 
 def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
-    """Mean and std of what a VAE's encode returned; std is 0 for autoencoders that are not variational."""
+    """Mean and std of a VAE's encoding; std is 0 for autoencoders that are not variational."""
     if hasattr(encoded, "latent_dist"):
         mean = encoded.latent_dist.mean.float()
         return mean, encoded.latent_dist.std.float().expand_as(mean)

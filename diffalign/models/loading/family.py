@@ -1,4 +1,4 @@
-"""What the two model families have in common, and the records they exchange."""
+"""The interface of the two model families, and their records."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from diffalign.errors import ModelError as ModelError  # at home here for the rooms above
+from diffalign.errors import ModelError as ModelError  # importable from here
 from diffalign.models.loading.modules import TextModel
 from diffalign.types import Conditioning
 
 
 def check_resolution(unet: Any, factor: int, pixels: int, setting: str) -> None:
-    """Raises ModelError for pictures whose latents a UNet cannot halve as often as it does.
+    """Raises ModelError for images whose latents a UNet cannot halve as often as it must.
 
-    factor: pixels per side of a latent, which the VAE decides.
+    factor: pixels per latent position in each direction, a property of the VAE.
     """
     halvings = len(unet.config.block_out_channels) - 1
     least = factor * 2**halvings
     if pixels % factor or pixels < least:
         raise ModelError(
-            f"{setting}: {pixels} pixels are too small or not a multiple for this model, whose VAE "
-            f"downsamples {factor}-fold and whose UNet halves {halvings} times; use a multiple of {factor}, "
+            f"{setting}: {pixels} pixels are too few or not a multiple of {factor}: this model's VAE "
+            f"downsamples {factor}-fold, and its UNet halves {halvings} times; use a multiple of {factor}, "
             f"at least {least}"
         )
 
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What the text encoders say of some prompts."""
+    """The text encoders' output for some prompts."""
 
     prompt_embeds: Tensor  # "n tokens dim"
     pooled: Tensor | None = None  # "n dim", SDXL only
@@ -38,7 +38,7 @@ class PromptEmbeds:
 
 @dataclass
 class TextEncoders:
-    """The tokenizers and text models of a base, in the order in which their embeddings are joined."""
+    """The tokenizers and text models of a base, in the order in which their embeddings are concatenated."""
 
     tokenizers: tuple[Any, ...]
     models: tuple[TextModel, ...]
@@ -69,7 +69,7 @@ class TextEncoders:
 
 
 class Family(Protocol):
-    """What differs between SD- and SDXL-like models."""
+    """The differences between SD- and SDXL-like models."""
 
     @property
     def name(self) -> str:
@@ -77,7 +77,7 @@ class Family(Protocol):
 
     @property
     def default_resolution(self) -> int:
-        """Side of the square pictures the base was trained on, in pixels."""
+        """Side of the square images that the base was trained on, in pixels."""
 
     def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings as the family's diffusers pipeline computes them; "" is the null prompt."""

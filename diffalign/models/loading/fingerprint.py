@@ -1,4 +1,4 @@
-"""Hashes of networks in memory: what a cache of their answers is a cache of."""
+"""Hashes of networks in memory and of weight files, which identify caches and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.loading.modules import UNet
 
-SAMPLED = 1024  # numbers of each tensor in an outline
+SAMPLED = 1024  # values of each tensor in an outline
 
 
 def network_fingerprint(unet: UNet, schedule: NoiseSchedule) -> str:
-    """SHA-256 of all that decides a network's predictions as noise: weights as they compute, config, schedule.
+    """SHA-256 of all that determines a network's predicted noise: weights in their compute dtype, config, schedule.
 
     Reads every weight once (seconds for SDXL).
     """
@@ -32,10 +32,10 @@ def network_fingerprint(unet: UNet, schedule: NoiseSchedule) -> str:
 
 
 def outline(module: nn.Module) -> str:
-    """SHA-256 of names, shapes and about a thousand numbers of each tensor: other training gives another one.
+    """SHA-256 of names, shapes and about a thousand values of each tensor, which any training changes.
 
-    Takes milliseconds. It does not notice a change of single numbers, and leaves the config out, which a later version
-    of a library writes otherwise.
+    Takes milliseconds. It may miss a change of single values. The config is left out: another version of a library
+    writes it with other keys.
     """
     return _outline(module.state_dict().items())
 
@@ -60,7 +60,7 @@ def _outline(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def hash_module(digest: Any, module: nn.Module) -> None:
-    """Feeds config, names, dtypes, shapes and weights of a module to a hash."""
+    """Updates a hash with the config, names, dtypes, shapes and weights of a module."""
     config = {k: v for k, v in dict(_config(module)).items() if not k.startswith("_")}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
@@ -72,5 +72,5 @@ def _config(module: nn.Module) -> Any:
     config: Any = module.config
     if not hasattr(config, "to_diff_dict"):
         return config
-    # transformers: only what differs from the class's defaults, less the version that happened to read it
+    # transformers: the values that differ from the class's defaults, without the version of the library
     return {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}

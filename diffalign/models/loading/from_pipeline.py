@@ -1,4 +1,4 @@
-"""A base model from a diffusers pipeline that is open already."""
+"""A base model from an open diffusers pipeline."""
 
 from __future__ import annotations
 

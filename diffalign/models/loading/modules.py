@@ -1,6 +1,6 @@
-"""What is used here of the networks that diffusers and transformers make, for type checkers.
+"""Types of the networks of diffusers and transformers, as far as diffalign uses them.
 
-Neither library has types that say it. The classes are for annotations alone: no network is an instance of one.
+Neither library declares such types. The classes are for annotations alone: no network is an instance of one.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class StableDiffusion:
         return PromptEmbeds(model(ids, attention_mask=mask if use_mask else None)[0])
 
     def time_ids(self, geometry: Tensor) -> None:
-        """None: these models are not told sizes or crops."""
+        """None: these models take no sizes or crops as input."""
         return None
 
     def unet_inputs(self, cond: Conditioning) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders joined, a pooled embedding, and true sizes and crops as micro-conditioning."""
+"""SDXL: embeddings of two text encoders, a pooled embedding, and true sizes and crops as micro-conditioning."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class StableDiffusionXL:
     name: str = "sdxl"
 
     def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> PromptEmbeds:
-        """hidden_states[-2] of both encoders joined along dim; pooled is the second's projected text embedding.
+        """hidden_states[-2] of both encoders, concatenated along dim; pooled is the second's projected text embedding.
 
-        Where the base says `force_zeros_for_empty_prompt`, both are zero for "": that is the null prompt the
-        pipeline guides with, and so the one a dropped prompt must become.
+        With the base's `force_zeros_for_empty_prompt` both are zero for "": the pipeline guides with that null prompt,
+        so a dropped prompt must become the same.
         """
         hidden = []
         pooled = None

@@ -1,4 +1,4 @@
-"""Bases in one .safetensors file, as ComfyUI and A1111 use them, read by diffusers' own converter."""
+"""Bases in one .safetensors file, as ComfyUI and A1111 use them, read by diffusers' converter."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load_single_file(
             f"{path!r} is not complete: {_missing(path, config) or 'it lacks tensors that its config asks for'}. "
             "Download it again, or set single_file_config to the configs of its own pipeline"
         ) from error
-    except Exception as error:  # diffusers raises many kinds here, all with the same remedies
+    except Exception as error:  # diffusers raises many kinds of errors here, all with the same remedies
         raise ModelError(
             f"cannot read {path!r} (single_file_config: {config}): {' '.join(str(error).split())[:400]}. "
             f"Set {_CONFIG_IS}; without it they are fetched from the Hub, which needs a connection"
@@ -100,7 +100,7 @@ def load_single_file(
 
 
 def _missing(path: str, config: str | None) -> str | None:
-    """Which tensors of UNet or VAE a file lacks, by the local configs; None where that cannot be told."""
+    """Which tensors of UNet or VAE a file lacks, by the local configs; None where that is unknown."""
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
@@ -122,7 +122,7 @@ def _missing(path: str, config: str | None) -> str | None:
 
 
 def _check_all_used(path: str, keys: Collection[str], unet: UNet) -> None:
-    """Raises ModelError where the file's UNet has more tensors than the config's: diffusers leaves them out."""
+    """Raises ModelError where the file's UNet has more tensors than the config's: diffusers ignores the others."""
     given, used = sum(key.startswith(_UNET_KEY) for key in keys), len(unet.state_dict())
     if given != used:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""The weight files of one component's folder: which set of them counts, and their tensors one at a time.
+"""The weight files of one component's folder: which set of them is read, and their tensors one at a time.
 
     STEM.safetensors, STEM-00001-of-00002.safetensors           the plain set, in one file or several
     STEM.fp16.safetensors, STEM.fp16-00001-of-00002.safetensors a variant
@@ -28,30 +28,30 @@ _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 def weight_sets(folder: Path, stem: str) -> dict[str | None, list[Path]]:
     """The weight files in a folder by variant, None being the plain ones. Raises ModelError where parts are missing."""
-    found: dict[str | None, list[Path]] = {}
-    parts: dict[str | None, int] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        name = re.fullmatch(re.escape(stem) + _NAME, file.name)
-        if name is not None:
-            variant = name["variant"] or name["late"]
-            found.setdefault(variant, []).append(file)
-            parts[variant] = max(parts.get(variant, 0), int(name["parts"] or 0))
-    for variant, files in found.items():
-        whole = [file for file in files if "-of-" not in file.name]
-        if whole:
-            found[variant] = whole
-        elif len(files) != parts[variant]:
-            raise ModelError(
-                f"{folder} contains {len(files)} of the {parts[variant]} parts of its weights ({files[0].name}, "
-                "…): download or copy the missing ones"
-            )
-    return found
+    found: dict[str | None, dict[Path, int]] = {}  # file -> of how many parts it is one; 0: all weights in one file
+    for file in sorted(folder.glob("*.safetensors")):
+        if (name := re.fullmatch(re.escape(stem) + _NAME, file.name)) is not None:
+            found.setdefault(name["variant"] or name["late"], {})[file] = int(name["parts"] or 0)
+    return {variant: _complete(folder, files) for variant, files in found.items()}
+
+
+def _complete(folder: Path, files: dict[Path, int]) -> list[Path]:
+    """The one file with all weights where there is one, else all parts. Raises ModelError where parts are missing."""
+    parts = max(files.values())
+    if single := [file for file, of in files.items() if not of]:
+        return single
+    if len(files) != parts:
+        raise ModelError(
+            f"{folder} contains {len(files)} of the {parts} parts of its weights ({min(files).name}, …): download or "
+            "copy the missing ones"
+        )
+    return list(files)
 
 
 def weights_in(folder: Path, stem: str, variant: str | None) -> tuple[str | None, list[Path]]:
-    """The set of files that counts, examined: the variant asked for; without one the plain set, or the only other.
+    """The set of files to read, their headers checked: the named variant; without one the plain set, or the only other.
 
-    Returns the variant that it is. Raises ModelError where there is none, or several and none was named.
+    Returns its variant too. Raises ModelError where there is none, or several and none was named.
     """
     sets = weight_sets(folder, stem)
     if variant is None and None not in sets and len(sets) == 1:
