@@ -1,8 +1,9 @@
-"""What a gradient loses that adds up in bfloat16: Diffusion-DPO's on the embedded world, beside its sum in float64.
+"""How much precision a gradient loses when it is summed in bfloat16, for Diffusion-DPO on the embedded world.
 
     python -m benchmarks.accumulation_world --out runs/accumulation      # OUT.json and OUT.md, minutes
 
-One pair a micro-step, at equal weights; the gradients of the weights that are bfloat16 with `adamw_bf16`.
+It compares the sum in bfloat16 with the sum in float64, at equal weights and one pair a micro-step, for the weights
+that `adamw_bf16` stores in bfloat16.
 """
 
 from __future__ import annotations

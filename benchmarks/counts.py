@@ -1,11 +1,11 @@
-"""What a step must compute, counted on the meta device: nothing runs, and SDXL in its real size takes seconds.
+"""The computation that a training step needs, counted on the meta device: SDXL in its real size takes seconds.
 
-Useful FLOPs per pair = rows asked of the policy with grad · (forward + backward) + rows asked without grad · forward,
-where a row is one sample in a network's batch. Where both sides of a pair are rows, the keys and values of their common
-prompt are counted once. Work done twice to save memory (gradient checkpointing, the second pass
-of a chunked objective) is not counted: it is cost, not use. Multiplications and additions are counted apart, as in
-every published figure; attention as its two products forward and four backward; everything that is no matmul,
-convolution or attention is left out.
+Useful FLOPs per pair = rows evaluated with grad · (forward + backward) + rows evaluated without grad · forward. A row
+is one sample in a network's batch. If both sides of a pair are rows, the keys and values of their common prompt count
+once. Work that is repeated to save memory does not count (gradient checkpointing, the second pass of a chunked
+objective). Multiplications and additions count separately, as in all published figures. Attention counts as its two
+products in the forward and four in the backward. All operations except matrix products, convolutions and attention are
+left out.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""How often an interval of `evaluation/stats.py` contains the truth, and how wide it is: simulated.
+"""How often the intervals of `evaluation/stats.py` contain the true value, and how wide they are: a simulation.
 
     python -m benchmarks.coverage     # writes benchmarks/results/coverage.json and .md: 4 minutes on one core
 
-Each cell draws prompts (and training runs) anew from a population whose mean is known, scores pictures of them, and
-asks for the 95 % interval. Prompts of a kind:
+Each cell draws prompts (and training runs) from a population with a known mean, scores images of them, and computes the
+95 % interval. The kinds of prompts are:
 
-    even    every prompt has the same rate, so pictures are independent
-    beta    rates of prompts are spread as a beta distribution of concentration 2 (correlation 1/3 within a prompt)
-    rare    losses gather in one kind of prompt out of ten; the other prompts always win (or tie)
+    even    every prompt has the same rate, so images are independent
+    beta    the rates of prompts have a beta distribution of concentration 2 (correlation 1/3 within a prompt)
+    rare    losses occur in one kind of prompt out of ten; the other prompts always win (or tie)
 
-Gains of prompts are normal, exponential (skew 2) or lognormal (skew 6), of unit scale before pictures' own noise. With
-three training runs, `run_sd` is the spread of their effects: on the logit of a rate, or in the unit of the gain.
+Gains of prompts are normal, exponential (skew 2) or lognormal (skew 6), with scale 1 before the noise of images. With
+three training runs, `run_sd` is the standard deviation of their effects, on the logit of a rate or in the unit of the
+gain.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How many draws a pair needs: Diffusion-DPO on the embedded world with K kept draws of (t, ε) a pair, K × seeds.
+"""How many draws of (t, ε) a pair needs: Diffusion-DPO on the embedded world with K repeated draws a pair, K × seeds.
 
     python benchmarks/draws_world.py --out runs/draws                          # everything
     python benchmarks/draws_world.py --out runs/draws --only "all" "K: 1"
-    python benchmarks/draws_world.py --out runs/draws --table                  # the table of what is there
+    python benchmarks/draws_world.py --out runs/draws --table                  # the table of the results so far
 
-A line is training_configs/world/dpo.yaml with `data.draws_per_pair` (and fewer pairs) as SETTINGS says, trained once
-for each seed and compared with the base on held-out prompts. Runs with kept draws read the reference's errors from a
-cache in OUT: their numbers are those of runs without it to the bit (tests/training/test_reference_errors.py).
+A line is training_configs/world/dpo.yaml with `data.draws_per_pair` (and fewer pairs) from SETTINGS. It is trained
+once for each seed and compared with the base on held-out prompts. Runs with repeated draws read the reference's errors
+from a cache in OUT. This changes no result, not even in the last bit (tests/training/test_reference_errors.py).
 """
 
 from __future__ import annotations

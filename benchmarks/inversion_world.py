@@ -1,16 +1,16 @@
-"""The inversion family on the embedded world: settings × training seeds, evaluated on held-out prompts.
+"""The inversion methods on the embedded world: settings × training seeds, evaluated on held-out prompts.
 
     python benchmarks/inversion_world.py --out runs/inversion                        # everything
     python benchmarks/inversion_world.py --out runs/inversion --only inpo smpo --seeds 0 1 2 --start base sft
-    python benchmarks/inversion_world.py --out runs/inversion --table                # the table of what is there
+    python benchmarks/inversion_world.py --out runs/inversion --table                # the table of the results so far
 
-One line of the table is one setting from one start (the base, or an SFT checkpoint of it), trained once for each seed.
-Training is `run_training` on a config, evaluation is `evaluate` with the world's reward, clustered by prompt; gains
-are over the start, on the same prompts and seeds.
+A line of the table is one setting from one start (the base, or an SFT checkpoint of it), trained once for each seed.
+Training is `run_training` on a config. Evaluation is `evaluate` with the world's reward, clustered by prompt. Gains are
+relative to the start, on the same prompts and seeds.
 
-A finished line is a file in OUT/lines and is not done again, and nor is a finished training run; OUT/settings.json
-holds what all lines share, and another value is refused. Several processes may share OUT as long as their lines
-differ and the SFT start is there before: every one of them computes on one thread.
+A finished line is a file in OUT/lines. Finished lines and finished training runs are not repeated. OUT/settings.json
+holds the settings of all lines, and other values are refused. Several processes may share OUT if their lines differ and
+the SFT start exists. Every process computes on one thread.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The Triton kernels beside torch's own and torch.compile's, at the shapes that SDXL has; and what they need not keep.
+"""The Triton kernels compared with torch's own and with torch.compile, at SDXL's shapes: time, and memory saved.
 
     python -m benchmarks.kernels --device cuda --dtype bf16 --out runs/kernels    # minutes; kernels.json, kernels.md
     python -m benchmarks.kernels --count --out runs/kernels                       # anywhere: bytes, on `meta`
 
-Contenders take turns in one process. A step goes over as many sets of random inputs as exceed any cache, and a time is
-for one of them, launches included. GB/s are of the bytes that must move whoever computes it (forward: x read and the
-answer written; backward: x and the slope read, x's slope written) and stand beside a large copy measured in the same
-run. A kernel that reads x twice, as a norm of a tensor larger than a cache must, cannot reach the copy's rate.
+Contenders take turns in one process. A turn runs over enough sets of random inputs to exceed any cache; a time is for
+one set, launches included. GB/s count the bytes that every implementation must move (forward: read x, write the
+result; backward: read x and its gradient, write the gradient by x), and stand beside a large copy measured in the same
+run. A kernel that must read x twice, as a norm of a tensor larger than a cache does, cannot reach the rate of the
+copy.
 """
 
 from __future__ import annotations

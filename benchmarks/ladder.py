@@ -1,8 +1,8 @@
-"""The levers of our step as data: a name, the settings it adds to those above it, and what was predicted for it.
+"""The optimisations of our step as data: name, the settings that each adds to those above it, and its predicted effect.
 
-A lever that lands in the package is one more line here. Predictions are from operator counts times usual rates of an
-H100 (docs/performance.md), for SDXL at 1024 px; the measured column is filled by `python -m benchmarks.step --ladder`.
-Predicted together stand beside the last of their rungs: channels-last and compiled blocks.
+A new optimisation is one more line here. Predictions combine operator counts with usual rates of an H100
+(docs/performance.md), for SDXL at 1024 px. `python -m benchmarks.step --ladder` measures them. Channels-last and
+compiled blocks are predicted together; the prediction stands at the second of them.
 """
 
 from __future__ import annotations

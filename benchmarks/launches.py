@@ -1,14 +1,15 @@
-"""Every packaged config of a family, launched as a user launches it, on random weights: does it run, and how long?
+"""Launches every packaged config of a family as a user would, on random weights: does it run, and how long?
 
     python -m benchmarks.launches --device cpu --model tiny                   # the SDXL configs on the tiny model
     python -m benchmarks.launches --device cuda --model sdxl                  # 2.57 billion random weights at 1024 px
     python -m benchmarks.launches --device cuda --model sd15 --only dpo_full kto_full
 
-Each run is a process of its own: `accelerate launch -m diffalign train CONFIG …` on noise pictures. Replaced are the
-weights, the data, the scorer (the brightness of a picture), how many micro-batches and steps are taken, and how many
-pictures a source makes; all else is the config's. A run counts when it ends well, its losses are finite and its final
-weights are there; at equal weights the DPO family's first loss is log 2 to the last bit, and the table says whether.
-Left out: `step_aware` (a preference model starts from CLIP, of which there are no random weights here).
+Each run is its own process: `accelerate launch -m diffalign train CONFIG …` on noise images. The weights, the data,
+the scorer (the brightness of an image), the numbers of micro-batches and steps, and the number of generated images are
+replaced; all other settings are the config's. A run counts if it exits with status 0, its losses are finite and its
+final weights exist. At equal weights the first loss of the DPO family is log 2 to the last bit, and the table shows
+whether it is. Left out: `step_aware`, because a preference model starts from CLIP, for which there are no random
+weights here.
 """
 
 from __future__ import annotations

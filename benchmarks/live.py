@@ -3,9 +3,9 @@
     LiveScript(path, folder, parquet, settings).step()
 
 The script's `main` runs in a thread of this process. It logs once at the end of every step, after it has read the loss
-back from the device; that call is where the thread waits until the next step is asked for. Nothing of the script is
-changed: `wandb`, which it imports and does not need here, is an empty module, and where torchvision stands beside a
-CPU-only torch the two operators are declared that its import asks for.
+from the device. In that call the thread waits until the next step is requested. The script itself is unchanged.
+`wandb`, which it imports and does not need here, is an empty module. If torchvision is installed beside a CPU-only
+torch, the two operators that its import needs are declared.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What a run keeps in memory, counted from its config on `meta` tensors: no GPU, no weights, no figure that is a guess.
+"""The memory of a training run, counted from its config on `meta` tensors, without a GPU or weights.
 
     python -m benchmarks.memory --out runs/memory                # the presets of training_configs/sdxl/memory; a minute
     python -m benchmarks.memory my.yaml --out runs/memory        # any config with cached latents, SDXL's sizes
 
 Weights, gradients and optimiser states follow from the parameters. Activations are what the policy's forward of a
-micro-batch leaves for its backward (`diffalign.training.inspect.activation_memory`); "backward" is what its peak
-holds beyond that, a
-checkpoint's second forward included (`benchmarks.peak`). The UNet computes as under CUDA's autocast to bfloat16: norms
-in float32, with their inputs' copies; attention is one fused kernel; each picture has keys and values of its own.
-Not in these sums: CUDA's context, the allocator's fragments, kernels' workspaces, the second copy of one gradient where
-weights are float32. So a card needs more; `python -m benchmarks.memory_run` measures how much on one.
+micro-batch stores for its backward (`diffalign.training.inspect.activation_memory`). "backward" is what the peak of
+the backward needs in addition, including a checkpoint's second forward (`benchmarks.peak`). The UNet computes as under
+CUDA's autocast to bfloat16: norms in float32, with copies of their inputs. Attention is one fused kernel, and each
+image has its own keys and values. Not counted: CUDA's context, fragmentation of the allocator, workspaces of kernels,
+and the second copy of one gradient where weights are float32. So a card needs more; `python -m benchmarks.memory_run`
+measures it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What the presets' steps take on a device, beside what is counted: random weights, a few steps of each.
+"""The memory of the presets' training steps on a device, beside the counted memory; random weights, a few steps each.
 
-    python -m benchmarks.memory_run --model sdxl                  # on CUDA, of 80 GB for all rows
+    python -m benchmarks.memory_run --model sdxl                  # on CUDA, with 80 GB for all rows
     python -m benchmarks.memory_run --model tiny --device cpu     # the same without figures
 
-Each preset runs as it is, but for weights, pairs and two micro-steps in a step: its encode cache is filled, kept errors
-are made, then steps are taken. On CUDA the allocator may take no more than the preset's card has, less what a CUDA
-context needs: "fits" says whether that sufficed. Allocated is what tensors held at most, reserved what the allocator
-had from the device, both from the first byte of the build on and, apart, within the steps.
+Each preset runs unchanged, except for weights, pairs and two micro-steps a step: it fills its latent cache, computes
+reference errors in advance if the preset does, and takes steps. On CUDA the allocator may use no more than the
+preset's card has, less what a CUDA context needs; "fits" says whether that was enough. "Allocated" is the peak of the
+tensors, "reserved" the peak that the allocator requested from the device. Both are given from the start of the build,
+and for the steps alone.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Model folders and pairs to measure on: random weights from published configs, noise pictures, never zeros.
+"""Model folders and pairs to measure on: random weights in published sizes, and noise images.
 
     tiny    a few hundred thousand parameters in SDXL's structure, 64 px
-    small   SDXL's structure in the proportions of the real one between UNet, VAE and text encoders, 64 px
+    small   SDXL's structure with its proportions between UNet, VAE and text encoders, 64 px
     world   the embedded world's base model, 16 px
     sd15    SD1.5's published sizes, 512 px
     sdxl    SDXL's published sizes, 1024 px (10 GB of float32 UNet in memory, half of that on disk)
 
-A speed does not depend on what the weights are, as long as they are not zeros. Folders are ordinary diffusers
-pipelines, so that every contender loads the same bytes with its own loader.
+The speed does not depend on the weights, as long as they are not zeros. The folders are ordinary diffusers pipelines,
+so that every contender loads the same bytes with its own loader.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Methods that make their pairs while training, on the embedded world: packaged configs × training seeds.
+"""Methods that generate their pairs during training, on the embedded world: packaged configs × training seeds.
 
     python benchmarks/online_world.py --out runs/online                        # everything
     python benchmarks/online_world.py --out runs/online --only spo raft --seeds 0 1 2
-    python benchmarks/online_world.py --out runs/online --table                # the table of what is there
+    python benchmarks/online_world.py --out runs/online --table                # the table of the results so far
 
-A line is a config of training_configs/world, changed as SETTINGS says, trained once for each seed and compared with
-the base on held-out prompts, as in `inversion_world.py`. Several processes may share OUT as long as their lines differ.
+A line is a config of training_configs/world with the changes in SETTINGS, trained once for each seed and compared with
+the base on held-out prompts, as in `inversion_world.py`. Several processes may share OUT if their lines differ.
 """
 
 from __future__ import annotations

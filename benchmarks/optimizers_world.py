@@ -1,11 +1,10 @@
-"""bfloat16 weights, and moments of 8 bits, against a float32 master: Diffusion-DPO on the embedded world, times seeds.
+"""bfloat16 weights and 8-bit moments compared with float32 weights: Diffusion-DPO on the embedded world, × seeds.
 
     python benchmarks/optimizers_world.py --out runs/optimizers                # everything
-    python benchmarks/optimizers_world.py --out runs/optimizers --table        # the table of what is there
+    python benchmarks/optimizers_world.py --out runs/optimizers --table        # the table of the results so far
 
 A line is training_configs/world/dpo.yaml in bf16 with another optimiser, trained once for each seed and compared with
-the base on held-out prompts. Seconds are a CPU's, which has no arithmetic of its own
-for bfloat16.
+the base on held-out prompts. Seconds are of a CPU without bfloat16 arithmetic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our step as a contender: a run built from a config by the package itself, one optimiser step a call."""
+"""Our training step as a contender: a run that the package builds from a config, one optimiser step a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work holds at once, counted from its operations on any device, `meta` included."""
+"""The peak memory of a computation, counted from its operations on any device, `meta` included."""
 
 from __future__ import annotations
 

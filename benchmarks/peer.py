@@ -1,20 +1,20 @@
-"""What diffusers' `train_diffusion_dpo_sdxl.py` does in a step, stated from scratch: the peer of our LoRA step.
+"""The training step of diffusers' `train_diffusion_dpo_sdxl.py`, written from scratch: the peer of our LoRA step.
 
 Its arithmetic, in its order (`peer_loss`):
 
     both sides of all pairs in one batch, chosen first; one noise and one timestep for a pair
     policy        all predictions with the adapters on, with grad
-    reference     the same with the adapters off, without grad, while the policy's graph is alive
+    reference     the same with the adapters off, without grad, while the policy's graph exists
     E             mean over c, h, w of the squared error, float32
     loss          mean over pairs of −log σ( −(β/2) · ((E_p^c − E_p^r) − (E_ref^c − E_ref^r)) )
 
-and around it what it pays at every step (`Peer`): pictures decoded, resized and cropped in the main process, a float32
-VAE, both text encoders on every prompt, peft's layers with `disable_adapters` and `enable_adapters`, gradient clipping,
-AdamW, five values read back for the log.
+and the other work of every step (`Peer`): images are decoded, resized and cropped in the main process, a float32 VAE,
+both text encoders on every prompt, peft's layers with `disable_adapters` and `enable_adapters`, gradient clipping,
+AdamW, and five values read from the device for the log.
 
-`Peer` is a replica, for machines without torchvision and for tests; `live.py` steps through the script itself. Written
-from the script's behaviour at huggingface/diffusers commit 58eb52c, without its code. Left out: its random flip (off by
-its own option), validation, saving, SDXL-Turbo.
+`Peer` is a replica, for machines without torchvision and for tests; `live.py` runs the script itself. It follows the
+script's behaviour at huggingface/diffusers commit 58eb52c and copies none of its code. Left out: its random flip,
+which an option of the script turns off, validation, saving, SDXL-Turbo.
 """
 
 from __future__ import annotations

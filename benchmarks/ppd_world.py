@@ -1,13 +1,12 @@
-"""PPD on the embedded world: one network, two users of opposite taste, and the users between them.
+"""PPD on the embedded world: one network, two users of opposite taste, and mixtures of both.
 
     python benchmarks/ppd_world.py --out runs/ppd                      # everything: three training seeds
     python benchmarks/ppd_world.py --out runs/ppd --only "dpo, users unknown" --seeds 0 1 2
-    python benchmarks/ppd_world.py --out runs/ppd --table              # the table of what is there
+    python benchmarks/ppd_world.py --out runs/ppd --table              # the table of the results so far
 
-A setting is trained once for each seed and compared with the base on the same prompts and starting noise, once for each
-user: dR under bold's reward, dR under quiet's, and the change of what they disagree on, vividness + relative size.
-"dpo, users unknown" is full tuning on the same pairs without saying whose they are. A finished run and a finished
-setting are not done again.
+A setting is trained once for each seed and compared with the base on the same prompts and initial noise, once for each
+user: dR under bold's reward, dR under quiet's, and the change of what they disagree about, vividness + relative size.
+"dpo, users unknown" is full fine-tuning on the same pairs without users. Finished runs and settings are not repeated.
 """
 
 from __future__ import annotations

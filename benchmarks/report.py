@@ -1,4 +1,4 @@
-"""What was measured as a JSON file and a Markdown table, each row with its distance from what the machine can do."""
+"""Measurements as a JSON file and a Markdown table, each row with its share of what the machine can reach."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""The speed of a step: ours beside the peer's, in one process on the same weights and pairs.
+"""The speed of a training step: ours and the peer's, in one process on the same weights and pairs.
 
     python -m benchmarks.step --device cpu --model tiny                            # a minute or two, anywhere
     python -m benchmarks.step --device cuda --model sdxl --mixed-precision bf16 --peer train_diffusion_dpo_sdxl.py
     python -m benchmarks.step --device cuda --model sdxl --tuning full --mixed-precision bf16 --ladder
     python -m benchmarks.step --device cuda --model sdxl --growth
 
-Contenders take turns (A B A B …); a speed is pairs per second of whole steps, from the data to the update. The peer is
-its own script where --peer gives it, else a replica of its loop (`peer.py`), as published (its README's command:
-gradient checkpointing, rank 8, batches of 8) and tuned (no checkpointing). Ours reads the encode cache; its second row
-reads the reference's errors of repeated draws as well, and asks no reference in a step. Both are made before the clock
-starts, and the seconds of that stand beside each row. Nothing here decides whether tests pass.
+Contenders take turns (A B A B …). The speed is pairs per second of whole steps, from the data to the update. The peer
+is its own script if --peer gives it, else a replica of its loop (`peer.py`). It runs as published (its README's
+command: gradient checkpointing, rank 8, batches of 8) and tuned (no checkpointing). Ours reads the latent cache. Its
+second row also reads the reference's errors at repeated draws, and evaluates no reference in a step. Both caches are
+filled before timing starts, and the seconds for that stand beside each row. No test depends on these speeds.
 """
 
 from __future__ import annotations

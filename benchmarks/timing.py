@@ -1,7 +1,7 @@
-"""Contenders in one process, turn by turn; what the machine can do at best, measured in the same run.
+"""Times contenders in one process, turn by turn, and measures what the machine can reach in the same run.
 
-Other processes share a CPU, and clocks drift: turns of a few steps alternate (A B A B …), each turn gives a median, and
-two contenders are compared by the median over rounds of the ratio of their turns.
+Other processes share a CPU, and clocks drift. So turns of a few steps alternate (A B A B …), each turn gives a median,
+and two contenders are compared by the median over rounds of the ratio of their turns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Lines of a table on the embedded world: a setting trained once for each seed, against the model it started from.
+"""Lines of a table on the embedded world: a setting trained once for each seed, compared with the model it starts from.
 
-What the scripts beside this file share. A finished run is a folder with a file `seconds`, a finished line a file in
-OUT/lines; neither is done again.
+The scripts beside this file share this code. A finished run is a folder with a file `seconds`, a finished line is a
+file in OUT/lines; neither is repeated.
 """
 
 from __future__ import annotations

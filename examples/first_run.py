@@ -1,9 +1,9 @@
-"""Tune a model on preference pairs, then measure what it gained.
+"""Tune a model on preference pairs and measure the gain.
 
     python examples/first_run.py
 
-The model and the pairs are the small ones that come with the package, so this runs on a laptop. For your own, replace
-the two paths, e.g. by "stabilityai/stable-diffusion-xl-base-1.0" and a folder of pairs, and drop `resolution`.
+The model and the pairs are small and come with the package, so this runs on a laptop. For your own, replace the two
+paths, e.g. by "stabilityai/stable-diffusion-xl-base-1.0" and a folder of pairs, and remove `resolution`.
 """
 
 from diffalign import DiffusionDPO, FullFineTuning, Sampling, Trainer, TrainingArguments, load_pairs

@@ -1,8 +1,8 @@
-"""Invert a picture: find the noisy latent from which deterministic DDIM sampling makes it, then sample back.
+"""Invert an image: find the noisy latent from which deterministic DDIM sampling generates it, then sample back.
 
     python examples/invert_an_image.py
 
-The finer the inversion's steps, the closer the round trip comes back: DDIM inversion is an Euler step of an ODE.
+The round trip is more precise with more steps, because a step of DDIM inversion is an Euler step of an ODE.
 """
 
 from collections.abc import Sequence

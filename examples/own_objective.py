@@ -2,8 +2,8 @@
 
     python examples/own_objective.py
 
-An objective says where the networks are asked (here `OnSharedNoise`: at one timestep and one noise for each pair) and
-what the loss of each pair is, given the errors of policy and reference there (`score`). A config names it as
+An objective chooses the points at which the networks are evaluated (here `OnSharedNoise`: one timestep and one noise for
+each pair), and computes the loss of each pair from the errors of policy and reference there (`score`). A config names it
 `objective: {name: "own_objective:HingeDPO", beta: 2000}`, with the folder of this file on PYTHONPATH.
 """
 
@@ -17,7 +17,7 @@ from diffalign.world import base_path, pairs_path
 
 @dataclass(frozen=True)
 class HingeDPO(OnSharedNoise):
-    """max(0, 1 - logit): pairs whose margin is large enough stop to pull (SLiC's loss on Diffusion-DPO's logit)."""
+    """max(0, 1 - logit): a pair has no gradient once its logit is above 1 (SLiC's loss on Diffusion-DPO's logit)."""
 
     beta: float = 2000.0  # scale of the logit, as in Diffusion-DPO
 

@@ -1,8 +1,8 @@
-"""Score pictures with a scorer of your own: here, how colourful a picture is.
+"""Score images with a scorer of your own: here, how colourful an image is.
 
     python examples/own_scorer.py
 
-The command line takes it too: `--scorer own_scorer:Colourfulness`, with the folder of this file on PYTHONPATH.
+On the command line it is `--scorer own_scorer:Colourfulness`, with the folder of this file on PYTHONPATH.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from diffalign.world.captions import prompts
 
 
 class Colourfulness:
-    """Hasler and Suesstrunk's measure (2003) of an RGB picture; 0 is grey, about 100 extremely colourful."""
+    """Hasler and Suesstrunk's measure (2003) of an RGB image: 0 is grey, about 100 extremely colourful."""
 
     name = "colourfulness"
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        """Float [n]; prompts play no part."""
+        """The colourfulness of each image, float [n]; the prompts are not used."""
         return torch.tensor([self._one(np.asarray(image.convert("RGB"), dtype=np.float64)) for image in images])
 
     @staticmethod
@@ -33,12 +33,12 @@ class Colourfulness:
 
 
 def main(out_dir: str = "runs/examples/own_scorer", steps: int = 10) -> torch.Tensor:
-    """Draws four prompts with the small model of the package and returns their scores."""
-    pictures = generate(
+    """Generates an image for each of four prompts with the small model of the package, and returns the scores."""
+    images = generate(
         str(base_path()), prompts("heldout")[:4], [0], out_dir=out_dir, sampling=Sampling(num_inference_steps=steps)
     )
-    opened = [Image.open(picture.file) for picture in pictures]
-    return Colourfulness().score(opened, [picture.prompt for picture in pictures])
+    opened = [Image.open(image.file) for image in images]
+    return Colourfulness().score(opened, [image.prompt for image in images])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The repository as a whole: what may be in it, and that its pages lead somewhere."""
+"""The repository as a whole: which files may be in it, and that the links of its pages have targets."""
 
 from __future__ import annotations
 
@@ -112,6 +112,11 @@ def test_relative_links_lead_to_files(page: Path) -> None:
 def test_no_figure_is_left_open() -> None:
     mark = "TODO" + "-"
     assert [name(p) for p in FILES if p.suffix in (".yaml", ".md", ".py") and mark in p.read_text()] == []
+
+
+def test_pre_commit_has_the_tested_version_of_ruff() -> None:
+    versions = set(re.findall(r"ruff==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert versions == set(re.findall(r"^ruff==[\w.]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
 
 def test_every_module_says_in_one_line_what_it_is_for() -> None:
