@@ -226,8 +226,8 @@ def executed() -> dict[str, Any]:
     from diffalign.config.schema import load_config, packaged_config
     from diffalign.evaluation.evaluate import evaluate
     from diffalign.evaluation.sampling import Sampling
-    from diffalign.training import loop
     from diffalign.training.run import run_training
+    from diffalign.training.trainable import Run
     from diffalign.world import base_path
 
     with tempfile.TemporaryDirectory() as folder:
@@ -246,14 +246,14 @@ def executed() -> dict[str, Any]:
                 load_config(packaged_config("world/dpo.yaml"), [*settings, f"output_dir={folder}/first"])
             )
         )
-        original = loop.optimizer_step
+        original = Run.step
 
         def followed_step(*args: Any) -> None:
             sys.setprofile(step._event)
             original(*args)
             sys.setprofile(whole._event)
 
-        loop.optimizer_step = followed_step
+        Run.step = followed_step  # type: ignore[method-assign]
         try:
             with whole:
                 _silently(
@@ -262,7 +262,7 @@ def executed() -> dict[str, Any]:
                     )
                 )
         finally:
-            loop.optimizer_step = original
+            Run.step = original  # type: ignore[method-assign]
         image = Followed()
         prompts = ["a red circle on a black background"]
         with image:

@@ -78,12 +78,12 @@ def test_the_preference_models_reference_is_its_section() -> None:
 def test_every_metric_of_a_preference_model_is_explained() -> None:
     import torch
 
-    from diffalign.training.preference_model.train import observe
+    from diffalign.contrib.step_aware.step import judge_metrics
 
     text = part("step_aware.md", "What is logged")
     explained = set(re.findall(r"`([\w/]+)`", text))
     labels = torch.tensor([[1.0, 0.5], [0.0, 0.5]])
-    names = observe(torch.zeros(2, 2), labels, torch.zeros(2), torch.tensor([0, 999]), 1000)
+    names = judge_metrics(torch.zeros(2, 2), labels, torch.zeros(2), torch.tensor([0, 999]), 1000)
     assert sorted((names.keys() | {"lr", "grad_norm"}) - explained) == []
 
 

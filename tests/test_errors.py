@@ -102,8 +102,8 @@ def test_every_error_of_the_package_is_of_the_one_class() -> None:
     from diffalign.models.loading.family import ModelError
     from diffalign.rewards.base import ScorerError
     from diffalign.sources.base import SourceError
-    from diffalign.training.callbacks.recovery import TrainingError
     from diffalign.training.checkpoints.checkpoint import CheckpointError
+    from diffalign.training.trainable import TrainingError
 
     for kind in (ConfigError, DataError, ImageError, ExportError, ModelError, ScorerError, SourceError):
         assert issubclass(kind, DiffalignError)

@@ -38,14 +38,14 @@ TORCH_ALONE = LEVEL["objectives"]  # up to this level torch is the only third-pa
 # Where a third-party package may be imported: a package of ours, or one file of it.
 ONLY_IN = {
     "diffusers": {"models", "experimental", "world", "evaluation", "training/optim/optimizers.py", "training/build.py"},
-    "transformers": {"models", "world", "evaluation", "rewards", "training/optim/optimizers.py"},
+    "transformers": {"models", "world", "evaluation", "rewards", "contrib", "training/optim/optimizers.py"},
     "peft": {"models"},
     "torchao": {"training/optim/optimizers.py"},
     "triton": {"experimental/triton_norm.py", "experimental/triton_geglu.py"},
-    "accelerate": {"training", "cli/main.py"},
+    "accelerate": {"training", "contrib", "cli/main.py"},
     "datasets": {"data"},
     "pyarrow": {"data", "world"},
-    "PIL": {"data", "rewards", "evaluation", "world", "cli/demo.py", "arena"},
+    "PIL": {"data", "rewards", "evaluation", "world", "contrib", "cli/demo.py", "arena"},
     "matplotlib": {"arena/plots.py"},
     "pydantic": {"config"},
     "yaml": {"config", "training", "arena/page.py"},

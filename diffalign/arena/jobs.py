@@ -33,8 +33,8 @@ from diffalign.config.strict_yaml import ConfigError
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import Picture
 from diffalign.evaluation.sampling import Sampling
-from diffalign.training.callbacks.recovery import TrainingError
 from diffalign.training.run import run_training
+from diffalign.training.trainable import TrainingError
 from diffalign.world import base_path
 
 DONE = "job.json"

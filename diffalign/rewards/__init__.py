@@ -34,12 +34,12 @@ _SCORERS = {
     "world-bold": "diffalign.world.scorer:WorldBold",
     "world-quiet": "diffalign.world.scorer:WorldQuiet",
     "world-accuracy": "diffalign.world.scorer:WorldAccuracy",
-    "world-step-aware": "diffalign.world.scorer:world_step_aware",
+    "world-step-aware": "diffalign.contrib.step_aware.scorer:world_step_aware",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "hpsv2.1": "diffalign.rewards.hpsv21:HPSv21",
     "clip": "diffalign.rewards.clip_score:ClipScore",
     "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
-    "step-aware": "diffalign.rewards.step_aware:StepAware",
+    "step-aware": "diffalign.contrib.step_aware.scorer:StepAware",
 }
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import DataSection, ModelSection
@@ -32,45 +30,17 @@ from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, Reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
 from diffalign.models.spec import ModelSpec
-from diffalign.objectives import Objective
 from diffalign.objectives.base import require_terms
-from diffalign.sources import Source
 from diffalign.training.build_source import source_builder
-from diffalign.training.checkpoints.identity import Identity, refuse_others, run_identity
+from diffalign.training.checkpoints.identity import refuse_others, run_identity
 from diffalign.training.open_data import open_table
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.settle import settled
+from diffalign.training.trainable import Run as Run
 
 log = logging.getLogger(__name__)
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Run:
-    """All the parts of a run, built and placed on their devices."""
-
-    config: Config
-    accelerator: Accelerator
-    base: Base
-    unet: UNet  # the policy, unwrapped
-    networks: Networks
-    source: Source
-    objective: Objective
-    parameters: list[nn.Parameter]  # what the optimiser trains
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: LRScheduler
-    scaler: torch.amp.GradScaler  # disabled unless fp16
-    ema: Any | None  # diffusers' EMAModel
-    reference_kind: str  # `Reference.kind`, or "none"
-    lr: float  # in force, after scale_lr
-    table: Table
-    identity: Identity = field(default_factory=dict)  # what the run is made from, for its checkpoints
-
-    @property
-    def output_dir(self) -> Path:
-        """Where the run writes."""
-        return Path(self.config.output_dir)
 
 
 def load_run_base(model: ModelSection) -> Base:

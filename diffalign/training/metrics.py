@@ -1,4 +1,4 @@
-"""What a run says about itself: sums kept on the device between logs, one transfer a log.
+"""The metrics of a run: sums stay on the device between logs, so that a log costs one transfer.
 
 Every pair counts once, whatever the batch, the accumulation or the number of processes.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from diffalign.types import CHOSEN, Evidence, Score
 
+METRICS_FILE = "metrics.jsonl"
+HEALTH_FILE = "health.jsonl"  # what the health rules found, and what was done about it
 QUARTERS = 4
 DECIDED = 4.0  # |logit| beyond which σ is within 2 % of 0 or 1, and weighs pairs no longer
 
@@ -72,8 +74,8 @@ class Meter:
         parts = [own] if gather is None else gather([own])
         merged: dict[str, float] = {}
         for name in dict.fromkeys(n for part in parts for n in part):
-            held = [part[name] for part in parts if name in part]
-            merged[name] = sum(s for s, _ in held) / sum(c for _, c in held)
+            found = [part[name] for part in parts if name in part]
+            merged[name] = sum(s for s, _ in found) / sum(c for _, c in found)
         return merged
 
 
@@ -81,10 +83,10 @@ class JsonLines:
     """`metrics.jsonl`: one line a log, appended, so that a resumed run continues its own file."""
 
     def __init__(self, path: Path, from_step: int) -> None:
-        """Opens the file; lines of steps after `from_step`, which the resumed run will do again, are removed."""
+        """Opens the file and removes the lines of steps after `from_step`, which the resumed run will take again."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= from_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= from_step]
+            path.write_text("".join(f"{line}\n" for line in lines))
         self._path = path
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from accelerate import Accelerator
 
-from diffalign.config.schema import AnyConfig, Config
+from diffalign.config.schema import AnyConfig, Config, PreferenceModelConfig
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -16,26 +16,25 @@ from diffalign.data.table.score_aggregation import use_axes
 from diffalign.data.table.users import open_users, use_users
 from diffalign.data.table.winners import open_winners
 from diffalign.models.adapters.methods import known_methods
+from diffalign.training.inspect.score_units import check_units
 from diffalign.training.processes import on_main
-from diffalign.training.score_units import check_units
 
 log = logging.getLogger(__name__)
 
 
-def open_table(config: AnyConfig, accelerator: Accelerator | None = None, *, keep_ties: bool = False) -> Table:
-    """The usable pairs of the run's data, or the prompts of a source that makes its pictures; needs no model.
+def open_table(config: AnyConfig, accelerator: Accelerator | None = None) -> Table:
+    """The usable pairs of the run's data, or the prompts of a source that generates its images; needs no model.
 
+    Ties are usable where a preference model is trained.
     With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
     """
-    if accelerator is None:
-        return _open_table(config, keep_ties)
-    return on_main(accelerator, lambda: _open_table(config, keep_ties))
+    return _open_table(config) if accelerator is None else on_main(accelerator, lambda: _open_table(config))
 
 
-def _open_table(config: AnyConfig, keep_ties: bool) -> Table:
+def _open_table(config: AnyConfig) -> Table:
     data, source = config.data, config.source if isinstance(config, Config) else None
     if source is not None and isinstance(config, Config):
-        check_units(config, None)
+        check_units(config.objective, source, [], None)
     if source is not None and source.data == "prompts":
         return open_prompts(data.path, limit=data.max_pairs)
     if source is not None:
@@ -43,7 +42,7 @@ def _open_table(config: AnyConfig, keep_ties: bool) -> Table:
         if isinstance(winners, PairTable):
             no_terms(winners, f"source {source.name} makes its pairs")
         return winners
-    table = open_pairs(data.path, replace(data.spec, keep_ties=keep_ties))
+    table = open_pairs(data.path, replace(data.spec, keep_ties=isinstance(config, PreferenceModelConfig)))
     table.require_usable()
     return prepared(config, table)
 
@@ -64,7 +63,7 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
     if data.axes:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
     if isinstance(config, Config):
-        check_units(config, table)
+        check_units(config.objective, config.source, data.axes, table)
     if isinstance(config, Config) and config.tuning.needs_users:
         users = None if data.users is None else open_users(data.users)
         use_users(table, users, where=f"data.users: {data.users}")

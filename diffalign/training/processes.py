@@ -1,4 +1,4 @@
-"""The processes of a run: those that a launcher started are those that train together, or nothing begins."""
+"""The processes of a run: all that a launcher started train together, or none starts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 
 def launched_processes() -> int:
-    """How many processes the launcher says there are; 1 without one."""
+    """How many processes the launcher started; 1 without a launcher."""
     sizes = [os.environ[name] for name in _SIZES if os.environ.get(name)]
     if not sizes:
         return 1
     if not sizes[0].isdecimal() or int(sizes[0]) < 1:
         raise DiffalignError(
-            f"the environment says WORLD_SIZE={sizes[0]}: a launcher sets the number of processes there"
+            f"WORLD_SIZE={sizes[0]} in the environment is no number of processes: unset it, or let a launcher set it"
         )
     return int(sizes[0])
 
@@ -47,27 +47,38 @@ def one_process(command: str) -> None:
 
 
 def before_accelerate() -> None:
-    """Sees to it that accelerate will take all launched processes; called before its state is made.
+    """Prepares the environment so that accelerate uses all launched processes; called before its state is made.
 
-    Raises DiffalignError where processes were asked for and not started, and where they are more than the GPUs.
+    Raises DiffalignError where processes were asked for and not started, where they are more than the GPUs, and for
+    a device that is not there.
     """
     import torch
 
-    size = launched_processes()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    _devices_that_are_there(gpus)
-    if size == 1:
-        # `accelerate launch --num_processes 2` without several GPUs starts one process and leaves but this trace
-        asked = "ACCELERATE_MIXED_PRECISION" in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-        if asked and not any(os.environ.get(name) for name in _SIZES):
-            raise DiffalignError(
-                f"accelerate launch was asked for several processes and started one, as this machine has {gpus} GPUs. "
-                f"On a CPU: `{_ON_A_CPU}`. For one process: --num_processes 1 --num_machines 1 (and unset "
-                "MASTER_ADDR and MASTER_PORT if you set them)"
-            )
-        return
+    _check_devices(gpus)
+    if launched_processes() == 1:
+        _check_one_process(gpus)
+    else:
+        _check_several_processes(gpus)
+
+
+def _check_one_process(gpus: int) -> None:
+    """`accelerate launch --num_processes 2` without several GPUs starts one process and leaves only this trace."""
+    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if asked and not any(os.environ.get(name) for name in _SIZES):
+        raise DiffalignError(
+            f"accelerate launch was asked for several processes and started one, as this machine has {gpus} GPUs. "
+            f"On a CPU: `{_ON_A_CPU}`. For one process: --num_processes 1 --num_machines 1 (and unset "
+            "MASTER_ADDR and MASTER_PORT if you set them)"
+        )
+
+
+def _check_several_processes(gpus: int) -> None:
+    """Sets what accelerate needs on a CPU. Raises DiffalignError for more processes than GPUs."""
+    import torch
+
     if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it, accelerate takes each of them for a run of its own
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it, each process would be a run of its own to accelerate
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if gpus and not _uses_cpu() and local.isdecimal() and int(local) > gpus:
         raise DiffalignError(
@@ -76,8 +87,8 @@ def before_accelerate() -> None:
         )
 
 
-def _devices_that_are_there(gpus: int) -> None:
-    """Raises DiffalignError for a CUDA device that the environment names and the machine has not."""
+def _check_devices(gpus: int) -> None:
+    """Raises DiffalignError for a CUDA device that the environment names and the machine does not have."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -109,7 +120,7 @@ def all_in_use(state: Any) -> None:
 
 
 def make_state() -> Any:
-    """Devices and processes for work that is no training."""
+    """Devices and processes for work other than training."""
     from accelerate import PartialState
 
     before_accelerate()
@@ -121,9 +132,9 @@ def make_state() -> Any:
 def make_accelerator(config: AnyConfig) -> Accelerator:
     """Devices and processes as the launcher set them up.
 
-    Autocast and accumulation are not accelerate's here: the networks cast at one border, and the loop owns
-    accumulation. Raises DiffalignError where launched processes are not all in use, for a device that is not there and
-    for sharded strategies, which checkpoints do not cover; MissingPackageError for a tracker that is not installed.
+    accelerate has neither autocast nor accumulation to do: `Networks` casts, `training/step.py` accumulates. Raises
+    DiffalignError where launched processes are not all in use, for a device that is not there and for sharded
+    strategies, which checkpoints do not cover; MissingPackageError for a tracker that is not installed.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -146,7 +157,7 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
         ],
     )
     all_in_use(accelerator)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch says "no" when nothing was asked
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch sets "no" by default
     ours = with_precision(config, accelerator.device).training.mixed_precision
     if launched not in ("no", ours) and accelerator.is_main_process:
         log.warning(
@@ -161,7 +172,7 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
 
 
 def on_main(accelerator: Any, do: Callable[[], T]) -> T:
-    """What `do` returns in the main process, in all of them; a DiffalignError of it is raised in all of them."""
+    """Calls `do` in the main process; every process gets its result, or the DiffalignError that it raised."""
     if accelerator.num_processes == 1:
         return do()
     from accelerate.utils import broadcast_object_list

@@ -1,4 +1,4 @@
-"""What torch says of a machine that is too small for a run, with the run's own settings and what to change."""
+"""Errors of a machine that is too small for a run, with the run's own settings and what to change in them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class ResourceError(DiffalignError):
 
 @contextmanager
 def with_remedies(config: Config | PreferenceModelConfig) -> Iterator[None]:
-    """Memory that ran out and loader workers that were killed within the block are told with what to change."""
+    """Raises ResourceError, which names what to change, where memory runs out or a loader worker is killed within."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (said := out_of_memory(error)) is not None:
-            raise ResourceError(f"{said}. {_smaller(config)}") from error
-        if (said := lost_worker(error)) is not None:
+        if (cause := out_of_memory(error)) is not None:
+            raise ResourceError(f"{cause}. {_smaller(config)}") from error
+        if (cause := lost_worker(error)) is not None:
             now = config.data.dataloader_num_workers
             raise ResourceError(
-                f"{said}. Lower data.dataloader_num_workers (now {now}; 0 loads in the main process), or give the "
+                f"{cause}. Lower data.dataloader_num_workers (now {now}; 0 loads in the main process), or give the "
                 "machine more memory; in a container, more shared memory (docker run --shm-size=8g)"
             ) from error
         raise
 
 
 def _smaller(config: Config | PreferenceModelConfig) -> str:
-    """What could be made smaller, with its value."""
+    """The settings that could be smaller, with their values."""
     training, hints = config.training, []
     if training.train_batch_size > 1:
         hints.append(

@@ -1,55 +1,67 @@
-"""One run from config to final weights: the folder, what is recorded of the run, and the order of things."""
+"""One run from config to final weights: its folder, its record, and the order of its parts."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import pkgutil
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from diffalign.config.health_section import HealthSection
 from diffalign.config.schema import AnyConfig, Config, parse_config, save_config
+from diffalign.config.sections import ValidationSection
 from diffalign.config.strict_yaml import ConfigError, read_yaml
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.errors import DiffalignError
 from diffalign.io.folder_lock import folder_lock
 from diffalign.models.loading.base import Base
-from diffalign.training.build import Run, build
-from diffalign.training.callbacks.validation import validate
+from diffalign.training.build import build
+from diffalign.training.callbacks.base import Callback
+from diffalign.training.callbacks.checkpoints import Checkpoints
+from diffalign.training.callbacks.metrics_log import MetricsLog
+from diffalign.training.callbacks.progress_bar import ProgressBar
+from diffalign.training.callbacks.recovery import Health
+from diffalign.training.callbacks.signals import Stopping
+from diffalign.training.callbacks.spending import SpendingLimit
+from diffalign.training.callbacks.validation import Validation
 from diffalign.training.checkpoints.checkpoint import find_checkpoint
 from diffalign.training.checkpoints.final_weights import clear_output, has_final_weights
-from diffalign.training.inspect.dry_run import describe
-from diffalign.training.loop import resume, train
+from diffalign.training.checkpoints.run_state import resume
+from diffalign.training.loop import train
 from diffalign.training.open_data import open_table, prepared
 from diffalign.training.processes import make_accelerator, on_main
 from diffalign.training.remedies import with_remedies
 from diffalign.training.settle import with_precision
+from diffalign.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
 
+PREFERENCE_RUN = "diffalign.contrib.step_aware.build:build_preference_run"
 NAMED = 5  # rows left out that are named at the start of a run
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "torchao", "xformers")
 
 
 def run_training(
-    config: Config,
+    config: AnyConfig,
     *,
     table: PairTable | None = None,
     base: Base | None = None,
-    on_built: Callable[[Run], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Runs a config to its end and returns the last logged metrics.
 
-    table, base: data and model that are open already, in place of the ones that the config names. `on_built` is
-    called with the run before its first step.
+    table, base: open data and an open model, in place of those that the config names.
+    callbacks: called besides the run's own (`training/callbacks/base.py`).
 
     Raises ConfigError when the output folder holds another run, FolderInUseError while another process trains there,
     DataError before any model is loaded, ResourceError where memory runs out. SIGINT and SIGTERM raise Interrupted once
@@ -58,61 +70,76 @@ def run_training(
     accelerator = make_accelerator(config)
     config = with_precision(config, accelerator.device)
     with own_folder(config, accelerator):
-        return _run(config, accelerator, table, base, on_built)
+        opened = open_table(config, accelerator) if table is None else prepared(config, table)
+        if accelerator.is_main_process:
+            report_rows(opened, config.data.path)
+        run = build_run(config, accelerator, opened, base)
+        start = resume(run)
+        begin(run, start)
+        values = train(run, start, run_callbacks(run, callbacks))
+        if accelerator.is_main_process:
+            print(run.usage())
+    return values
 
 
 @contextlib.contextmanager
 def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
-    """The output folder is this run's alone within the block; a machine that is too small is told with what to change.
+    """Within the block the output folder is this run's alone, and errors for lack of memory name the run's settings.
 
-    All processes of a run share the lock, which the main one takes; in the end trackers and processes are let go.
+    The main process takes the lock for all processes of the run; at the end trackers and processes are released.
     """
     output_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack, with_remedies(config):
         stack.callback(accelerator.end_training)
 
         def take() -> None:
-            if not output_dir.is_file():  # claim says so
+            if not output_dir.is_file():  # claim names the file
                 stack.enter_context(folder_lock(output_dir, "a training run"))
-            claim(config, output_dir)
+            claim(config)
 
         on_main(accelerator, take)
         yield
 
 
-def _run(
-    config: Config,
-    accelerator: Accelerator,
-    opened: PairTable | None,
-    base: Base | None,
-    on_built: Callable[[Run], None] | None,
-) -> dict[str, float]:
-    output_dir = Path(config.output_dir)
-    table = open_table(config, accelerator) if opened is None else prepared(config, opened)
-    if accelerator.is_main_process:
-        report_rows(table, config.data.path)
-    run = build(config, accelerator, table, base)
-    if on_built is not None:
-        on_built(run)
-    start = resume(run)
-    begin(run.config, accelerator, start, lambda: describe(run, start))
-    values = train(run, start, validate if config.validation.prompts else None)
-    if accelerator.is_main_process:
-        print(f"weights in {output_dir}: `diffalign generate` and `diffalign evaluate` take this folder as --tuned")
-    return values
+def build_run(
+    config: AnyConfig, accelerator: Accelerator, table: Table | None = None, base: Base | None = None
+) -> Trainable:
+    """Every part of a run of either kind. The core imports what trains a preference model only here, by its name."""
+    if isinstance(config, Config):
+        return build(config, accelerator, table, base)
+    build_preference_run: Callable[..., Trainable] = pkgutil.resolve_name(PREFERENCE_RUN)
+    return build_preference_run(config, accelerator, open_table(config, accelerator) if table is None else table)
 
 
-def begin(config: AnyConfig, accelerator: Accelerator, start: int, plan: Callable[[], str]) -> None:
+def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callback]:
+    """All callbacks of a run in order: rules first, then those of its caller, then what writes."""
+    config, training = run.config, run.config.training
+    health, validation = HealthSection(action="none"), ValidationSection()
+    if isinstance(config, Config):
+        health, validation = config.health, config.validation
+    limit = training.max_unet_forwards
+    return [
+        Health(run, health),
+        *([] if limit is None else [SpendingLimit(limit)]),
+        *callbacks,
+        Stopping(run.accelerator),
+        MetricsLog(training.logging_steps),
+        ProgressBar(),
+        Checkpoints(training.checkpointing_steps),
+        *([Validation(validation)] if validation.prompts else []),
+    ]
+
+
+def begin(run: Trainable, start: int) -> None:
     """What a built run does before its first step: clears what it replaces, records itself, prints its plan, and starts
     its trackers. Only the main process writes."""
-    output_dir = Path(config.output_dir)
-    if accelerator.is_main_process:
-        if config.overwrite_output_dir and start == 0 and (output_dir / "run.json").is_file():
-            clear_output(output_dir)
-        record(config, output_dir, accelerator)
-        print(plan(), flush=True)
-    if config.training.report_to != "none":
-        accelerator.init_trackers("logs")
+    if run.accelerator.is_main_process:
+        if run.config.overwrite_output_dir and start == 0 and (run.output_dir / "run.json").is_file():
+            clear_output(run.output_dir)
+        record(run.config, run.output_dir, run.accelerator)
+        print(run.describe(start), flush=True)
+    if run.config.training.report_to != "none":
+        run.accelerator.init_trackers("logs")
 
 
 def report_rows(table: Table, path: str) -> None:
@@ -125,26 +152,29 @@ def report_rows(table: Table, path: str) -> None:
         log.warning("… and %d more rows; `diffalign data check` names them all", len(left_out) - NAMED)
 
 
-def claim(config: AnyConfig, output_dir: Path) -> None:
-    """Makes sure that the output folder is this run's own; touches nothing.
+def claim(config: AnyConfig) -> None:
+    """Checks that the run may write to its output folder; changes nothing.
 
-    Raises ConfigError when it is a file, when it holds a model or weights that no run of ours wrote, when it holds a
+    Raises ConfigError when it is a file, when it contains a model or weights that no run wrote, when it contains a
     run that is neither resumed nor to be overwritten, or when a resumed run's settings differ from the recorded ones
-    in anything but its length, its logging and its validation. Raises CheckpointError when there is nothing to resume.
+    in more than `_FREE`. Raises CheckpointError when there is nothing to resume.
     """
+    output_dir = Path(config.output_dir)
     recorded = output_dir / "config.yaml"
     ours = recorded.is_file() and (output_dir / "run.json").is_file()
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"output_dir: {output_dir} is a file; name a folder for the run")
     if (output_dir / "model_index.json").exists() or (has_final_weights(output_dir) and not ours):
-        raise ConfigError(f"output_dir: {output_dir} holds a model, which a run would overwrite; name another folder")
+        raise ConfigError(
+            f"output_dir: {output_dir} contains a model, which a run would overwrite; name another folder"
+        )
     if ours:
         if config.training.resume_from_checkpoint is None:
             if config.overwrite_output_dir:
                 return
             raise ConfigError(
-                f"output_dir: {output_dir} already holds a run; set training.resume_from_checkpoint=latest to go on "
-                "with it, overwrite_output_dir=true to replace it, or name another folder"
+                f"output_dir: {output_dir} already contains a run; set training.resume_from_checkpoint=latest to "
+                "continue it, overwrite_output_dir=true to replace it, or name another folder"
             )
         _same_settings(recorded, config.resolved())
     if config.training.resume_from_checkpoint is not None:
@@ -164,12 +194,12 @@ def _same_settings(recorded: Path, now: dict[str, Any]) -> None:
         lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
         raise ConfigError(
             f"the run of {recorded.parent} was started with other settings, and resuming would mix them:\n{lines}\n"
-            "restore them, or start a run of its own in another output_dir"
+            "restore them, or start a new run in another output_dir"
         )
 
 
 def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Recorded settings with the defaults of those that an older version did not have."""
+    """Recorded settings, with defaults for those that an older version did not have."""
     try:
         return parse_config(recorded).resolved()
     except DiffalignError:
@@ -212,7 +242,7 @@ def _commit() -> dict[str, Any]:
     return {"git_commit": commit, "git_dirty": None if commit is None else bool(git("status", "--porcelain"))}
 
 
-# Settings that may change when a run goes on: how long, how it is watched, how it is spread over devices.
+# Settings that may change when a run is resumed: its length, its monitoring, its distribution over devices.
 _FREE = {
     "output_dir",
     "overwrite_output_dir",

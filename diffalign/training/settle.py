@@ -1,9 +1,9 @@
-"""Settings that follow the model and the device where a config leaves them to `auto`; what is given stays as it is.
+"""Values for settings that a config leaves to `auto`, from the model and the device. Other settings stay as they are.
 
     training.mixed_precision        bf16 on a CUDA device that computes in it, else no
     model.gradient_checkpointing    full for SDXL's UNet on a CUDA device, else none
 
-On a CPU both are what they were without `auto`: float32, every activation kept.
+On a CPU: float32, and no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=AnyConfig)
 
 
 def with_precision(config: C, device: torch.device) -> C:
-    """The config with a precision in force; settled before anything is read, because a resumed run compares it."""
+    """The config with a precision; chosen before anything is read, because a resumed run compares it."""
     if config.training.mixed_precision != "auto":
         return config
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -27,7 +27,7 @@ def with_precision(config: C, device: torch.device) -> C:
 
 
 def settled(config: Config, device: torch.device, family: str) -> Config:
-    """The config with nothing left to `auto`, for a base of the family "sd" or "sdxl"."""
+    """The config without `auto`, for a base of the family "sd" or "sdxl"."""
     config = with_precision(config, device)
     if config.model.gradient_checkpointing != "auto":
         return config

@@ -12,76 +12,79 @@ Nothing in a step reads a value back from the device; metrics are summed there a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffalign.engine.measure import ask_reference, measure_and_backward
 from diffalign.objectives.base import ask
-from diffalign.training.build import Run
 from diffalign.training.metrics import Meter, observe
 from diffalign.types import PairBatch, Probe
 
+if TYPE_CHECKING:
+    from diffalign.training.trainable import Run, Trainable
+
+T = TypeVar("T")
+
 
 def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None:
-    """One optimiser step: every micro-batch forward and backward, then the update."""
-    accelerator, training = run.accelerator, run.config.training
-    wrapped = run.networks.module
+    """One optimiser step of the UNet: every micro-batch forward and backward, then the update."""
+    networks, share = run.networks, 1 / run.config.training.gradient_accumulation_steps
 
     def backward(loss: Tensor) -> None:
         run.scaler.scale(loss).backward()
 
-    for micro, probe in enumerate(_probes(run, batches)):
-        last = micro == training.gradient_accumulation_steps - 1
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            evidence, score = measure_and_backward(
-                run.networks,
-                probe,
-                run.objective.score,
-                scale=1 / training.gradient_accumulation_steps,
-                backward=backward,
-                no_sync=lambda: accelerator.no_sync(wrapped),
-            )
-        meter.add(observe(evidence, score, run.networks.schedule.num_train_timesteps))
+    def micro_batch(probe: Probe) -> dict[str, Tensor]:
+        evidence, score = measure_and_backward(
+            networks, probe, run.objective.score, scale=share, backward=backward, no_sync=run.no_sync
+        )
+        return observe(evidence, score, networks.schedule.num_train_timesteps)
+
+    accumulate_and_update(run, _probes(run, batches), micro_batch, meter)
+
+
+def _probes(run: Run, batches: Iterator[PairBatch]) -> Iterator[Probe]:
+    """The points of each micro-batch of a step; with `reference_batch_size` the reference answers many pairs at once.
+
+    The weights do not move within a step, so the reference can answer all of them before the first backward pass.
+    """
+    training = run.config.training
+    together = max((training.reference_batch_size or 0) // training.train_batch_size, 1)
+    for first in range(0, training.gradient_accumulation_steps, together):
+        number = min(together, training.gradient_accumulation_steps - first)
+        probes = (ask(run.objective, next(batches).to(run.accelerator.device), run.networks) for _ in range(number))
+        yield from probes if together == 1 else ask_reference(run.networks, list(probes))
+
+
+def accumulate_and_update(
+    run: Trainable, micro_batches: Iterable[T], backward: Callable[[T], dict[str, Tensor]], meter: Meter
+) -> None:
+    """The part of a step that every kind of run shares: `backward` for each micro-batch, then the update.
+
+    backward: backpropagates a micro-batch's share of the step's loss and returns its metrics.
+    """
+    last = run.config.training.gradient_accumulation_steps - 1
+    for micro, batch in enumerate(micro_batches):
+        with nullcontext() if micro == last else run.no_sync():
+            meter.add(backward(batch))
 
     run.scaler.unscale_(run.optimizer)
-    limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
-    all_at_once = True if accelerator.device.type == "cpu" else None  # None: torch's choice, which is so on CUDA
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit, foreach=all_at_once)
-    taken = _update(run.optimizer, run.scaler)
+    limit = run.config.training.max_grad_norm
+    all_at_once = True if run.accelerator.device.type == "cpu" else None  # None: torch's choice, which is so on CUDA
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, math.inf if limit is None else limit, foreach=all_at_once)
+    updated = _update(run.optimizer, run.scaler)
     run.optimizer.zero_grad(set_to_none=True)
-    if taken:
+    if updated:
         lr = torch.tensor(run.lr_scheduler.get_last_lr()[:1], dtype=torch.float64)
         meter.add({"grad_norm": norm[None], "lr": lr})
         run.lr_scheduler.step()
         if run.ema is not None:
             run.ema.step(run.parameters)
     if run.scaler.is_enabled():
-        meter.add({"skipped_steps": torch.tensor([float(not taken)])})
-
-
-def _probes(run: Run, batches: Iterator[PairBatch]) -> Iterator[Probe]:
-    """The points of each micro-batch of a step; with `reference_batch_size` the reference is asked at many pairs first.
-
-    The weights do not move within a step, so all of them can be known before the first backward.
-    """
-    training = run.config.training
-
-    def probe() -> Probe:
-        return ask(run.objective, next(batches).to(run.accelerator.device), run.networks)
-
-    size = (training.reference_batch_size or 0) // training.train_batch_size
-    left = training.gradient_accumulation_steps
-    while left:
-        if size <= 1:
-            yield probe()
-            left -= 1
-            continue
-        together = [probe() for _ in range(min(size, left))]
-        left -= len(together)
-        yield from ask_reference(run.networks, together)
+        meter.add({"skipped_steps": torch.tensor([float(not updated)])})
 
 
 def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:

@@ -34,13 +34,12 @@ from diffalign.errors import DiffalignError
 from diffalign.models.adapters.core_methods import FullFineTuning as FullFineTuning
 from diffalign.models.adapters.core_methods import LoRA as LoRA
 from diffalign.models.adapters.methods import TuningMethod
-from diffalign.models.adapters.save_load import save_tuned
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.from_pipeline import base_of_pipeline
 from diffalign.objectives import Objective
-from diffalign.training.build import Run
-from diffalign.training.loop import averaged_weights
+from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.run import run_training
+from diffalign.training.trainable import Trainable
 
 if TYPE_CHECKING:
     from diffalign.evaluation.manifest import Picture
@@ -101,8 +100,9 @@ class Trainer:
     args: where to, how long, how fast.
     tuning: `LoRA()`, `FullFineTuning()` or another `TuningMethod`.
     source: settings of a source that makes its pairs while training (`diffalign.sources`); None: the pairs given.
-    resolution: pixels; None: the model family's own, or what `load_pairs` was given.
+    resolution: pixels; None: as given to `load_pairs`, else the model family's own.
     model_settings, validation, health: fields of the config's sections of these names.
+    callbacks: called between steps, with the step and its metrics (`training/callbacks/base.py`).
 
     Raises ConfigError with every fault at once, before anything is loaded.
     """
@@ -120,6 +120,7 @@ class Trainer:
         model_settings: Mapping[str, Any] | None = None,
         validation: Mapping[str, Any] | None = None,
         health: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base: Base | None = None
         if not isinstance(model, str | Path):
@@ -148,7 +149,8 @@ class Trainer:
         config = parse_config(tree, "Trainer")
         assert isinstance(config, Config)
         self.config = config
-        self.run: Run | None = None
+        self.callbacks = [*callbacks]
+        self.run: Trainable | None = None
 
     def _data(self, given: Any, *, made_while_training: bool) -> DataSection:
         if made_while_training:
@@ -170,11 +172,8 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Runs to the end, from the configured checkpoint if there is one; returns the last logged metrics."""
-
-        def built(run: Run) -> None:
-            self.run = run
-
-        return run_training(self.config, table=self.table, base=self.base, on_built=built)
+        callbacks = [*self.callbacks, _Remember(self)]
+        return run_training(self.config, table=self.table, base=self.base, callbacks=callbacks)
 
     def generate(
         self,
@@ -214,15 +213,15 @@ class Trainer:
         """Writes the policy's weights as they are (the EMA's where there is one) in diffusers' layout."""
         if self.run is None:
             raise DiffalignError("save_model: nothing was trained yet; call train() first")
-        with averaged_weights(self.run.ema, self.run.parameters):
-            save_tuned(self.run.unet, Path(folder), self.run.base.family)
+        with self.run.averaged_weights():
+            self.run.save_weights(Path(folder))
         return Path(folder)
 
     def _model_path(self) -> str:
         if self.base is not None:
             raise DiffalignError(
-                "the model was given as an open pipeline, which holds the tuned weights now: draw with the pipeline "
-                "itself, or give Trainer the path of the model"
+                "the model was given as an open pipeline, which holds the tuned weights now: generate with the "
+                "pipeline itself, or give Trainer the path of the model"
             )
         return str(self.config.model.pretrained_model_name_or_path)
 
@@ -233,3 +232,13 @@ class Trainer:
 
     def _none(self) -> Path:
         raise DiffalignError(f"{self.output_dir} does not exist: nothing was trained yet; call train() first")
+
+
+class _Remember(Callback):
+    """Gives a trainer its run."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        self.trainer.run = state.run

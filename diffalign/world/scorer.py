@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.step_aware import StepAware
-from diffalign.world import judge_path, oracle
+from diffalign.world import oracle
 from diffalign.world.captions import Combination, parse
 from diffalign.world.render import SIZE
 
@@ -75,13 +74,6 @@ class WorldAccuracy(OfCaptions):
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Zeros and ones [n] float32. ValueError as in `read_images`."""
         return oracle.accuracy(*read_images(images, prompts))
-
-
-def world_step_aware(device: str = "cpu") -> StepAware:
-    """The committed step-aware preference model; it takes pictures of the world decoded at any timestep."""
-    judge = StepAware(str(judge_path()), device=device)
-    judge.name = "world-step-aware"
-    return judge
 
 
 def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[oracle.Reading, list[Combination]]:

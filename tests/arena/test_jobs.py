@@ -17,7 +17,7 @@ import pytest
 from diffalign.arena import jobs as module
 from diffalign.arena.entries import Protocol, config_of, entries
 from diffalign.arena.jobs import Job, run_jobs
-from diffalign.training.loop import TrainingError
+from diffalign.training.trainable import TrainingError
 from diffalign.world import pairs_path
 from diffalign.world.captions import prompts
 

@@ -336,7 +336,7 @@ def test_check_leaves_the_cache_alone_and_sees_an_occupied_folder(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.yaml").write_text("{}")
     (tmp_path / "out/run.json").write_text("{}")
-    assert "already holds a run" in fails(capsys, "check", str(WORLD), f"output_dir={tmp_path / 'out'}")
+    assert "already contains a run" in fails(capsys, "check", str(WORLD), f"output_dir={tmp_path / 'out'}")
 
 
 def test_a_long_prompt_is_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,13 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.evaluation.manifest import read_image_manifest
 from diffalign.evaluation.scoring import score_folder
 from diffalign.rewards import load_scorer
-from diffalign.training.checkpoints.checkpoint import find_checkpoint, load_source_state, load_state, save_checkpoint
+from diffalign.training.checkpoints.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_source_state,
+    load_training_state,
+    save_checkpoint,
+)
 from tests.data.helpers import png
 from tests.fuzz.harness import Run
 from tests.fuzz.odd import as_bytes, damaged, json_text, mutated, scalar, value
@@ -192,8 +198,10 @@ def checkpoint(rng: Random, folder: Path) -> Run:
     """A run's folder of two checkpoints with damage to files."""
     for step in (1, 2):
         state = {"x": torch.full((4,), float(step))}
-        save_checkpoint(folder, step, lambda to: save_file({"w": torch.ones(3)}, to / "w.safetensors"), state, None,
-                        {"round": step})  # fmt: skip
+        content = Checkpoint(
+            step, lambda to: save_file({"w": torch.ones(3)}, to / "w.safetensors"), state, {"round": step}
+        )
+        save_checkpoint(folder, content)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for file in rng.sample(files, rng.randrange(1, 4)):
         how = rng.random()
@@ -214,7 +222,7 @@ def checkpoint(rng: Random, folder: Path) -> Run:
         found = find_checkpoint(folder, wanted)
         if found is None:
             return 0
-        state = load_state(found)
+        state = load_training_state(found)
         assert torch.equal(state["x"], torch.full((4,), float(state["step"]))), "other weights than were saved"
         return state, load_source_state(found)
 

@@ -165,8 +165,7 @@ def _stand_ins(folder: Path) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, {"HOME": str(folder)}))
         for name, stand_in in (
             ("training.run.run_training", nothing),
-            ("training.preference_model.train.run_preference_training", nothing),
-            ("training.preference_model.train.check_preference_run", nothing),
+            ("training.run.build_run", enough),
             ("training.build.build", enough),
             ("training.build_source.encode_run", enough),
             ("evaluation.generate.sample_images", blank),

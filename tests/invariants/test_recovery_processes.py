@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from diffalign.config.schema import Config, save_config
-from diffalign.training.loop import TrainingError
 from diffalign.training.run import run_training
+from diffalign.training.trainable import TrainingError
 from tests.invariants.pool import Pool
 from tests.training.callbacks.test_recovery import events
 from tests.training.test_run import metrics

@@ -20,12 +20,13 @@ from diffalign.io.files import NoSpaceError
 from diffalign.models.adapters.save_load import find_tuned
 from diffalign.training.checkpoints import final_weights as final
 from diffalign.training.checkpoints.checkpoint import (
+    Checkpoint,
     CheckpointError,
     checkpoints,
     damage,
     find_checkpoint,
+    remove_partial,
     save_checkpoint,
-    sweep,
 )
 from diffalign.training.checkpoints.final_weights import is_finished, save_final_weights
 from diffalign.training.run import run_training
@@ -44,7 +45,7 @@ def write(folder: Path) -> None:
 
 
 def save(folder: Path, step: int, limit: int | None = None) -> Path:
-    return save_checkpoint(folder, step, write, {"x": torch.ones(30_000)}, limit, {"round": 1})
+    return save_checkpoint(folder, Checkpoint(step, write, {"x": torch.ones(30_000)}, {"round": 1}), limit)
 
 
 def flip(file: Path) -> None:
@@ -88,11 +89,11 @@ def test_every_damage_is_named_and_the_one_before_is_taken(
     DAMAGE[kind](newest / file)
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(tmp_path, "latest") == before
-    assert f"{newest} is damaged and is passed over: {file} " in caplog.text
+    assert f"{newest} is damaged and is not used: {file} " in caplog.text
     with pytest.raises(CheckpointError, match=rf"checkpoint-4 is damaged: {file} .*this run has: checkpoint-2.*latest"):
         find_checkpoint(tmp_path, "checkpoint-4")
     DAMAGE[kind](before / file)
-    with pytest.raises(CheckpointError, match=rf"no checkpoint of .* is whole:\n  checkpoint-2: {file} (.|\n)*again"):
+    with pytest.raises(CheckpointError, match=rf"no checkpoint of .* is intact:\n  checkpoint-2: {file} (.|\n)*again"):
         find_checkpoint(tmp_path, "latest")
 
 
@@ -105,7 +106,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(
     expected = weights(config.output_dir)
     flip(Path(config.output_dir) / "checkpoint-4/pytorch_lora_weights.safetensors")
     run_training(make_config(tiny_sd, shared | {"training.resume_from_checkpoint": "latest"}))
-    assert "checkpoint-4 is damaged and is passed over: pytorch_lora_weights.safetensors has another" in caplog.text
+    assert "checkpoint-4 is damaged and is not used: pytorch_lora_weights.safetensors has another" in caplog.text
     assert same(weights(config.output_dir), expected)
     assert sorted(p.name for p in Path(config.output_dir).glob("checkpoint-*")) == [
         "checkpoint-2",
@@ -146,9 +147,9 @@ def test_a_full_disk_is_named_and_nothing_is_left_behind(
     there = sorted(tmp_path.iterdir())
     writer, free = (write, 5 << 20) if when == "before" else (unwritable, 1 << 30)
     no_room(monkeypatch, free)
-    words = r"no space for {} at {}.*: about 3\d\.\d MiB needed, .* free on its disk; the checkpoints there are whole"
+    words = r"no space for {} at {}.*: about 3\d\.\d MiB needed, .* free on its disk; the checkpoints there are intact"
     with pytest.raises(NoSpaceError, match=words.format("checkpoint-2", tmp_path)):
-        save_checkpoint(tmp_path, 2, writer, {"x": torch.ones(2 << 20)}, 1, weights_bytes=23 << 20)
+        save_checkpoint(tmp_path, Checkpoint(2, writer, {"x": torch.ones(2 << 20)}, weights_bytes=23 << 20), 1)
     with pytest.raises(NoSpaceError, match=words.format("the final weights", tmp_path)):
         save_final_weights(tmp_path, 2, writer, 31 << 20)
     assert sorted(tmp_path.iterdir()) == there
@@ -160,7 +161,7 @@ def test_other_errors_of_a_writer_stay_what_they_are(tmp_path: Path) -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        save_checkpoint(tmp_path, 1, broken, {})
+        save_checkpoint(tmp_path, Checkpoint(1, broken, {}))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,7 +175,7 @@ def test_half_written_files_of_another_run_are_its_own(tmp_path: Path) -> None:
         assert sorted(p.name for p in theirs.iterdir()) == ["half"]
         assert folder != theirs
 
-    save_checkpoint(tmp_path, 2, writes, {}, 1)
+    save_checkpoint(tmp_path, Checkpoint(2, writes, {}), 1)
     save_final_weights(tmp_path, 2, writes)
     assert sorted(p.name for p in theirs.iterdir()) == ["half"]
 
@@ -184,7 +185,7 @@ def test_what_a_kill_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-4.host.1.ab.partial").mkdir()
     (tmp_path / ".checkpoint-1.removed").mkdir()
     path.rename(tmp_path / ".checkpoint-2.replaced")  # between two renames
-    sweep(tmp_path)
+    remove_partial(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -251,7 +252,7 @@ def test_a_kill_is_no_finished_run(at: int, tmp_path: Path, monkeypatch: pytest.
     assert is_finished(tmp_path) == (at == -1)
     found = [(tmp_path / name).read_text() for name in ("a/w", "b")]
     assert found == (["old", "old"] if at == -1 else ["new", "old"])
-    sweep(tmp_path)
+    remove_partial(tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -273,6 +274,6 @@ def test_torn_final_weights_are_not_taken_for_a_finished_run(
     os.truncate(out / name, 1000)
     assert not is_finished(out)
     again = {"tuning.method": method, "training.resume_from_checkpoint": "latest"}
-    with pytest.raises(CheckpointError, match=rf"not known to be whole \({name} has 1000 bytes of .*overwrite_output"):
+    with pytest.raises(CheckpointError, match=rf"may be incomplete \({name} has 1000 bytes of .*overwrite_output"):
         run_training(make_config(tiny_sd, again))
     shutil.rmtree(out)

@@ -83,7 +83,7 @@ def test_a_checkpoint_of_before_there_were_manifests_is_resumed(
     shutil.copytree(OLD, tmp_path / "out/checkpoint-2")
     changes = ["training.resume_from_checkpoint=latest", "training.max_train_steps=4"]
     run_training(load_config(OLD / "config.yaml", changes))
-    assert "carries no hashes" in caplog.text
+    assert "has no hashes" in caplog.text
     assert [line["step"] for line in metrics("out")] == [3, 4]
     assert metrics("out")[0]["lr"] == pytest.approx(5e-4)  # half-way of a cosine over four steps
     assert [line["unet_forwards"] for line in metrics("out")] == [24, 32]

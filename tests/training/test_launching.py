@@ -176,7 +176,7 @@ def test_a_machine_that_is_too_small_is_told_with_the_runs_settings(
         raise error
 
     assert explain(error) is not None  # wherever it comes from, it is no bug
-    monkeypatch.setattr("diffalign.training.loop.optimizer_step", fails)
+    monkeypatch.setattr("diffalign.training.trainable.Run.step", fails)
     with pytest.raises(ResourceError) as told:
         run_training(make_config(tiny_sd))
     for part in said:

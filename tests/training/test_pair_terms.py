@@ -17,9 +17,8 @@ from diffalign.training import build as setup
 from diffalign.training.build import build
 from diffalign.training.inspect.dry_run import describe
 from diffalign.training.open_data import open_table
-from diffalign.training.preference_model.setup import build_preference_run
 from diffalign.training.processes import make_accelerator
-from diffalign.training.run import run_training
+from diffalign.training.run import build_run, run_training
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]
@@ -119,5 +118,5 @@ def test_a_preference_model_refuses_them(tiny_sd: Path, with_terms: Callable[...
         "training": {"report_to": "none"},
     }
     config: Any = parse_config(tree)
-    with pytest.raises(DataError, match="a preference model learns which picture is better"):
-        build_preference_run(config, make_accelerator(config))
+    with pytest.raises(DataError, match="a preference model learns which image is better"):
+        build_run(config, make_accelerator(config))

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.training.checkpoints.checkpoint import CheckpointError
-from diffalign.training.loop import TrainingError
 from diffalign.training.run import run_training
 from diffalign.training.settle import settled
+from diffalign.training.trainable import TrainingError
 from tests.tolerance import PICTURE, assert_same_picture
 
 MakeConfig = Callable[..., Config]
@@ -203,7 +203,7 @@ def test_what_is_recorded_of_a_run(make_config: MakeConfig, tiny_sd: Path) -> No
 def test_a_folder_with_a_run_is_not_lost(make_config: MakeConfig, tiny_sd: Path) -> None:
     config = make_config(tiny_sd, {"training.checkpointing_steps": 4})
     run_training(config)
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         run_training(config)
     with pytest.raises(ConfigError, match=r"objective\.beta: was 500\.0, is 7\.0"):
         run_training(make_config(tiny_sd, {"objective.beta": 7.0, "training.resume_from_checkpoint": "latest"}))

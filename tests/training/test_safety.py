@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-import diffalign.training.run as run
 from diffalign.config.schema import Config, ConfigError
 from diffalign.training.build import build
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.checkpoints.final_weights import clear_output
-from diffalign.training.loop import TrainingError
 from diffalign.training.metrics import Meter
 from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from diffalign.training.step import optimizer_step
+from diffalign.training.trainable import TrainingError
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]
@@ -37,7 +36,7 @@ def test_a_model_in_the_way_is_not_touched(
     copy = shutil.copytree(tiny_sd, tmp_path / "model")
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     settings = {"output_dir": str(copy), "overwrite_output_dir": overwrite, "tuning.method": "full"}
-    with pytest.raises(ConfigError, match="holds a model"):
+    with pytest.raises(ConfigError, match="contains a model"):
         run_training(make_config(tiny_sd, settings))
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
@@ -80,7 +79,7 @@ def test_pictures_that_fail_do_not_cost_the_weights(
     def fails(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(run, "validate", fails)
+    monkeypatch.setattr("diffalign.training.callbacks.validation.validate", fails)
     with pytest.raises(RuntimeError, match="broken"):
         run_training(config)
     assert weights(config.output_dir)

@@ -87,7 +87,7 @@ def test_two_and_two_steps_are_four_bitwise(
     run_training(make_user_config(tiny_sdxl, again))
     assert same(weights(tmp_path / "whole"), weights(tmp_path))
     assert same(weights(tmp_path / "whole/checkpoint-4"), weights(tmp_path / "checkpoint-4"))
-    with pytest.raises(ConfigError, match="holds a run"):
+    with pytest.raises(ConfigError, match="contains a run"):
         run_training(whole)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,18 +22,19 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.training.build import build
     from diffalign.training.inspect.dry_run import describe, dry_run
     from diffalign.training.optim.optimizers import effective_lr
-    from diffalign.training.preference_model.train import check_preference_run
     from diffalign.training.processes import make_accelerator, on_main
     from diffalign.training.remedies import with_remedies
-    from diffalign.training.run import claim
+    from diffalign.training.run import build_run, claim
     from diffalign.training.settle import settled, with_precision
 
     config = load_config(args.config, args.overrides, ["training.report_to=none"])
     accelerator = make_accelerator(config)
     config = with_precision(config, accelerator.device)
-    claim(config, Path(config.output_dir))
+    claim(config)
     if isinstance(config, PreferenceModelConfig):
-        found = check_preference_run(config, accelerator)
+        with with_remedies(config):
+            judge = build_run(config, accelerator)
+            found = f"{judge.describe()}\n{judge.dry_run()}"
         if accelerator.is_main_process:
             print(found)
         accelerator.end_training()

@@ -14,12 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains to the end, from the configured checkpoint if there is one."""
-    from diffalign.config.schema import PreferenceModelConfig, load_config
-    from diffalign.training.preference_model.train import run_preference_training
+    from diffalign.config.schema import load_config
     from diffalign.training.run import run_training
 
-    config = load_config(args.config, args.overrides)
-    if isinstance(config, PreferenceModelConfig):
-        run_preference_training(config)
-    else:
-        run_training(config)
+    run_training(load_config(args.config, args.overrides))

@@ -1,1 +1,1 @@
-"""What watches a run: health rules, recovery, validation pictures, signals."""
+"""What happens between the steps of a run: metrics, health rules, checkpoints, validation images, signals."""

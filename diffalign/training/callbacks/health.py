@@ -1,11 +1,11 @@
-"""Rules that watch a run: each looks at the last lines of its metrics and says in words what is wrong.
+"""Rules that monitor a run: each reads the last lines of its metrics and describes what is wrong and what to try.
 
-Rules are pure functions of what was logged, so watching costs a step nothing, every process comes to the same verdict,
-and a resumed run, which reads its own lines back, goes on as if it had not stopped. A rule looks at the last
-`health.window` lines that hold what it needs and says something only when all of them are bad; it speaks once an
-episode, which ends with the first good line. What happens then is `training/callbacks/recovery.py`'s part.
+Rules are pure functions of what was logged, so they cost a step nothing, every process finds the same, and a resumed
+run, which reads its own lines back, finds what an uninterrupted one would. A rule reads the last `health.window` lines
+that have the metrics it needs, and reports only when all of them are bad. It reports once per episode; an episode ends
+at the first good line. `training/callbacks/recovery.py` acts on the findings.
 
-Left out: whether pictures became better. No metric of training says that (docs/evaluation.md).
+Left out: whether images became better. No training metric measures that (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from diffalign.training.metrics import QUARTERS
 Line = Mapping[str, float]  # one line of metrics.jsonl, with its step
 
 NOT_FINITE = "not_finite"
-KEPT = 500  # lines looked back on, besides the first one: more than any window needs
+REMEMBERED = 500  # lines, besides the first one: more than any window needs
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What rules compare with: the configured thresholds and the length of the run."""
+    """The configured thresholds and the length of the run."""
 
     health: HealthSection
     training: TrainingSection
@@ -34,12 +34,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule has to say."""
+    """What a rule found."""
 
     rule: str
-    says: str  # what is wrong and what to try
-    since: int  # the last logged step before it began; 0: it was so from the first line on
-    lower_lr: bool  # whether a lower learning rate is what it asks for
+    message: str  # what is wrong and what to try
+    since: int  # the last logged step before it began; 0: the first line is bad already
+    lower_lr: bool  # whether a lower learning rate is the remedy
 
 
 Rule = Callable[[Sequence[Line], Limits], str | None]
@@ -96,7 +96,7 @@ def backwards(lines: Sequence[Line], limits: Limits) -> str | None:
         f"backwards: of the training pairs only {now['rewards/accuracies']:.0%} have the chosen image above the "
         f"rejected one, and margins are below 0 ({now['rewards/margins']:.3g}). Descent prefers the rejected "
         "images: the sign of its loss is wrong, or its targets are (try objective.name: dpo on the same pairs). "
-        "Swapped labels do not look like this: they are learned as well as right ones"
+        "Swapped labels have other symptoms: they are learned as well as right ones"
     )
 
 
@@ -139,7 +139,7 @@ def drift(lines: Sequence[Line], limits: Limits) -> str | None:
 
 
 def dead_flips(lines: Sequence[Line], limits: Limits) -> str | None:
-    """SePPO: every rejected side is treated alike, so the choice that the method makes is none."""
+    """SePPO: every rejected side is treated alike, so the method chooses nothing."""
     found = _last(lines, limits, "flip_rate")
     edge = limits.health.dead_flips
     if found is None or not (
@@ -148,24 +148,24 @@ def dead_flips(lines: Sequence[Line], limits: Limits) -> str | None:
         return None
     if found[-1]["flip_rate"] <= edge:
         return (
-            f"dead flips: flip_rate is {found[-1]['flip_rate']:.2g}: no rejected picture is pulled in, and the loss is "
-            "DPO's. Where that is wanted, say so (objective.flip: none); else look whether the reference is a former "
-            "policy at all"
+            f"dead flips: flip_rate is {found[-1]['flip_rate']:.2g}: no rejected image is treated as a chosen one, and "
+            "the loss is DPO's. If that is intended, set objective.flip: none; else check that the reference is a "
+            "former policy"
         )
     return (
         f"dead flips: flip_rate is {found[-1]['flip_rate']:.2g}: the policy is worse than its reference at nearly "
-        "every winner, so no picture is pushed away. Lower training.learning_rate or objective.beta"
+        "every winner, so no image is pushed away. Lower training.learning_rate or objective.beta"
     )
 
 
 def no_valid_pairs(lines: Sequence[Line], limits: Limits) -> str | None:
-    """A source that makes its pairs finds hardly any that its judge can tell apart."""
+    """A source that generates its pairs finds hardly any whose scores differ enough."""
     found = _last(lines, limits, "rollout/valid")
     if found is None or not all(x["rollout/valid"] < limits.health.valid_pairs for x in found):
         return None
     return (
         f"hardly any valid pair: {found[-1]['rollout/valid']:.1%} of what is sampled. Lower the source's threshold, "
-        "sample more pictures of a prompt, or try another scorer; it may no longer tell the pictures apart"
+        "sample more images of a prompt, or try another scorer; it may no longer distinguish the images"
     )
 
 
@@ -196,25 +196,25 @@ RULES: dict[str, tuple[Rule, bool]] = {
 
 @dataclass
 class Watch:
-    """The lines of a run so far, and which rules have spoken in the episode that they are in."""
+    """The lines of a run so far, and the rules that have reported the episode they are in."""
 
     limits: Limits
     lines: list[Line] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
 
-    def look(self, line: Line) -> list[Finding]:
-        """What the rules have to say now that this line is there, each once an episode."""
+    def check(self, line: Line) -> list[Finding]:
+        """Adds a line; returns what the rules find in it and those before, each once per episode."""
         self.lines.append({name: x for name, x in line.items() if x is not None and math.isfinite(x)})
-        if len(self.lines) > 2 * KEPT:
-            self.lines = [self.lines[0], *self.lines[-KEPT:]]
+        if len(self.lines) > 2 * REMEMBERED:
+            self.lines = [self.lines[0], *self.lines[-REMEMBERED:]]
         found = []
         for name, (rule, lower_lr) in RULES.items():
-            says = rule(self.lines, self.limits)
-            if says is None:
+            message = rule(self.lines, self.limits)
+            if message is None:
                 self.open.discard(name)
             elif name not in self.open:
                 self.open.add(name)
-                found.append(Finding(name, says, self._before(), lower_lr))
+                found.append(Finding(name, message, self._before(), lower_lr))
         return found
 
     def _before(self) -> int:
@@ -223,8 +223,8 @@ class Watch:
         return int(earlier[-1]["step"]) if earlier else 0
 
 
-def not_finite(line: Line) -> str | None:
-    """A loss or gradient that is no number. No window: one is enough."""
+def broken_metric(line: Line) -> str | None:
+    """Which of loss and gradient is not finite. No window: one line is enough."""
     for name in ("loss", "grad_norm"):
         if name in line and not math.isfinite(line[name]):
             return f"the {'loss' if name == 'loss' else 'gradient norm'} is {line[name]} at step {line['step']:.0f}"
@@ -232,7 +232,7 @@ def not_finite(line: Line) -> str | None:
 
 
 def _last(lines: Sequence[Line], limits: Limits, *names: str) -> Sequence[Line] | None:
-    """The last window of lines that hold these metrics; None where there are too few."""
+    """The last window of lines that have these metrics; None where there are too few."""
     found = [x for x in lines if all(x.get(name) is not None for name in names)][-limits.health.window :]
     return found if len(found) == limits.health.window else None
 

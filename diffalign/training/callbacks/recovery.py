@@ -1,12 +1,12 @@
-"""What happens when a rule of `training/callbacks/health.py` speaks: a warning, a clear end, or a return to the last
-good checkpoint with a lower learning rate. Everything that happens is a line of `health.jsonl` in the run's folder.
+"""Actions on the findings of `training/callbacks/health.py`: a warning, the end of the run, or a return to the last
+good checkpoint with a lower learning rate. Each action is a line of `health.jsonl` in the run's folder.
 
-A stop writes no checkpoint: the weights are those that a rule called sick, and rotation could remove a good one for
-them. A roll back takes the newest checkpoint from before the rule's window, sets later ones aside as resuming does,
-and multiplies the learning rate by `health.lr_factor`. The same pairs and draws come again: what differs is the
-learning rate. That factor follows from the roll backs recorded, so a killed run that is resumed has it as well.
+A stop writes no checkpoint: a rule rejects the present weights, and `checkpoints_total_limit` could remove good ones
+for them. A roll back takes the newest checkpoint from before the rule's window, sets later ones aside as resuming does,
+and multiplies the learning rate by `health.lr_factor`. The same pairs and draws come again; only the learning rate
+differs. Its factor follows from the recorded roll backs, so a run that is killed and resumed has it as well.
 
-All processes decide alike, because they hold the same lines; the main one writes.
+All processes read the same lines and decide alike; the main one writes.
 """
 
 from __future__ import annotations
@@ -20,51 +20,55 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from diffalign.errors import DiffalignError
-from diffalign.training.build import Run
-from diffalign.training.callbacks.health import NOT_FINITE, Finding, Limits, Watch, not_finite
-from diffalign.training.checkpoints.checkpoint import checkpoints, newest_whole
+from diffalign.config.health_section import HealthSection
+from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign.training.callbacks.health import NOT_FINITE, Finding, Limits, Watch, broken_metric
+from diffalign.training.checkpoints.checkpoint import checkpoints, newest_intact
+from diffalign.training.checkpoints.run_state import diverged
+from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE
 from diffalign.training.optim.optimizers import set_rates
+from diffalign.training.trainable import Trainable, TrainingError
 
 log = logging.getLogger(__name__)
 
-HEALTH_FILE = "health.jsonl"
-METRICS_FILE = "metrics.jsonl"
 
+class Health(Callback):
+    """The rules of a run, and the actions taken so far."""
 
-class TrainingError(DiffalignError):
-    """A run that cannot go on."""
-
-
-class Guard:
-    """The rules of a run, and what was done about them."""
-
-    def __init__(self, run: Run, start: int) -> None:
-        """Takes up the lines and events of a run that stands at `start`, in every process; sets the learning rate."""
-        self.run, self.settings = run, run.config.health
+    def __init__(self, run: Trainable, settings: HealthSection) -> None:
+        self.run, self.settings = run, settings
         self.path = run.output_dir / HEALTH_FILE
         self.events: list[dict[str, Any]] = []
-        self._begin(start)
 
     @property
     def roll_backs(self) -> int:
-        """How often the run went back."""
+        """How often the run returned to a checkpoint."""
         return sum(event["action"] == "roll_back" for event in self.events)
 
-    def look(self, step: int, values: Mapping[str, float]) -> Path | None:
-        """Judges what is logged at `step`; returns the checkpoint to go back to, or None to go on.
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Reads the run's own lines and events up to the present step, in every process; sets the learning rate."""
+        self._begin(state.step)
 
-        Raises TrainingError where the run is to stop: always when loss or gradient are no numbers and it cannot go
-        back, otherwise as `health.action` says.
+    def on_log(self, state: TrainingState) -> None:
+        """Applies the rules to the new line and acts on what they find.
+
+        Raises TrainingError where the run is to stop: always when loss or gradient are not finite and it cannot
+        return to a checkpoint, otherwise as `health.action` says.
         """
+        state.return_to = self.check(state.step, state.metrics)
+        if self.roll_backs:
+            state.metrics["roll_backs"] = float(self.roll_backs)
+
+    def check(self, step: int, values: Mapping[str, float]) -> Path | None:
+        """The checkpoint to return to because of the metrics of a step, or None."""
         line = {**values, "step": float(step)}
-        broken = not_finite(line)
+        broken = broken_metric(line)
         if broken is not None:
             before = max((int(p.name.partition("-")[2]) for p in checkpoints(self.run.output_dir)), default=0)
             return self._act(step, line, Finding(NOT_FINITE, broken, before, True))
         if self.settings.action == "none":
             return None
-        found = self.watch.look(line)
+        found = self.watch.check(line)
         for finding in found:
             if self.settings.action == "warn" or (self.settings.action == "roll_back" and not finding.lower_lr):
                 self._warn(step, finding)
@@ -73,45 +77,37 @@ class Guard:
             return None
         return self._act(step, line, min(acting, key=lambda finding: finding.since))
 
-    def went_back(self, to: int) -> None:
-        """After the run's state is that of step `to`: forgets later lines and lowers the learning rate."""
-        self._begin(to)
-
-    def metrics(self) -> dict[str, float]:
-        """What a line of metrics says of the past: `roll_backs`, once there is one."""
-        return {"roll_backs": float(self.roll_backs)} if self.roll_backs else {}
-
     def _act(self, step: int, line: Mapping[str, float], finding: Finding) -> Path | None:
         """The checkpoint to return to, recorded; raises where there is none to return to."""
         there = [p for p in checkpoints(self.run.output_dir) if int(p.name.partition("-")[2]) <= finding.since]
-        good = newest_whole(there)
+        good = newest_intact(there)
         s = self.settings
         if s.action == "roll_back" and good is not None and self.roll_backs < s.max_roll_backs:
             to = int(good.name.partition("-")[2])
             factor = s.lr_factor ** (self.roll_backs + 1)
             self._record(
-                {"step": to, "at": step, "rule": finding.rule, "action": "roll_back", "says": finding.says,
+                {"step": to, "at": step, "rule": finding.rule, "action": "roll_back", "says": finding.message,
                  "lr_factor": factor, "metrics": {k: v if math.isfinite(v) else None for k, v in line.items()}}
             )  # fmt: skip
             if self.run.accelerator.is_main_process:
-                back = "step %d: %s. Back to %s with the learning rate times %g"
-                log.warning(back, step, finding.says, good.name, factor)
+                back = "step %d: %s. Returning to %s with the learning rate times %g"
+                log.warning(back, step, finding.message, good.name, factor)
             return good
-        self._record({"step": step, "rule": finding.rule, "action": "stop", "says": finding.says})
+        self._record({"step": step, "rule": finding.rule, "action": "stop", "says": finding.message})
         tried = f" after {self.roll_backs} roll backs" if self.roll_backs else ""
         if finding.rule == NOT_FINITE:
-            raise diverged(self.run.output_dir, f"{finding.says}{tried}")
+            raise diverged(self.run.output_dir, f"{finding.message}{tried}")
         resume = (
             f"{good.name} is the last checkpoint from before it (training.resume_from_checkpoint={good.name})"
             if good is not None
             else "there is no checkpoint from before it"
         )
-        raise TrainingError(f"stopped at step {step}{tried} by health.action: {s.action}: {finding.says}; {resume}")
+        raise TrainingError(f"stopped at step {step}{tried} by health.action: {s.action}: {finding.message}; {resume}")
 
     def _warn(self, step: int, finding: Finding) -> None:
-        self._record({"step": step, "rule": finding.rule, "action": "warn", "says": finding.says})
+        self._record({"step": step, "rule": finding.rule, "action": "warn", "says": finding.message})
         if self.run.accelerator.is_main_process:
-            log.warning("step %d: %s", step, finding.says)
+            log.warning("step %d: %s", step, finding.message)
 
     def _record(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -134,33 +130,23 @@ class Guard:
         self.events, lines = found[0]
         self.watch = Watch(Limits(self.settings, self.run.config.training))
         for line in lines:
-            self.watch.look(line)
+            self.watch.check(line)
         if self.settings.action != "warn":
-            self.watch.open.clear()  # what is still bad is said again, and acted upon
+            self.watch.open.clear()  # what is still bad is found again, and acted upon
         if self.roll_backs:
-            set_lr(self.run, self.settings.lr_factor**self.roll_backs)
-
-
-def set_lr(run: Run, factor: float) -> None:
-    """The configured learning rate times `factor`, where the schedule stands now."""
-    set_rates(run.optimizer, run.lr_scheduler, [run.lr * factor] * len(run.optimizer.param_groups))
-
-
-def diverged(output_dir: Path, what: str) -> TrainingError:
-    """What to say of a run whose loss or weights are no numbers any more."""
-    there = checkpoints(output_dir)
-    last = f"resume from {there[-1].name}" if there else "start again"
-    return TrainingError(f"{what}: lower training.learning_rate, or train in bf16 or fp32 instead of fp16, then {last}")
+            factor = self.settings.lr_factor**self.roll_backs
+            groups = len(self.run.optimizer.param_groups)
+            set_rates(self.run.optimizer, self.run.lr_scheduler, [self.run.lr * factor] * groups)
 
 
 def _before(events: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:
     """The events that led to the run as it stands at `start`: all up to the last one that is not after it."""
-    kept = [i for i, event in enumerate(events) if event["step"] <= start]
-    return events[: kept[-1] + 1] if kept else []
+    earlier = [i for i, event in enumerate(events) if event["step"] <= start]
+    return events[: earlier[-1] + 1] if earlier else []
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; one that a killed run left half written is no line."""
+    """The complete lines of a file; a killed run may leave an incomplete one."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM while training: the step is finished, a checkpoint written, and the run ends saying how to go on.
+"""SIGINT and SIGTERM while training: the step is finished, a checkpoint is written, and the run ends with a message
+that names how to continue.
 
-All processes stop after the same step. On a CPU they ask one another after every step; on GPUs the answer of one step
-is read after the next, so that no host waits for its device. A second signal ends the run at once.
+All processes stop after the same step. On a CPU they exchange the signal after every step; on GPUs the result of one
+step is read after the next, so that no host waits for its device. A second signal ends the run at once.
 """
 
 from __future__ import annotations
@@ -18,20 +19,46 @@ from typing import Any
 import torch
 
 from diffalign.errors import Interrupted
+from diffalign.training.callbacks.base import Callback, TrainingState
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME = 0.5  # seconds within which a repeated signal is the same one: `timeout` sends to the process and to its group
+SAME = 0.5  # seconds within which signals count as one: `timeout` sends to the process and to its group
 
 
-class Stopping:
-    """Takes the signals within its block and tells after which step the run is to stop."""
+class Stopping(Callback):
+    """Catches the signals within its block; as a callback, while the run trains, and ends it with a checkpoint."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self.received, self.at = 0, 0.0
         self.pid = os.getpid()
         self.before: dict[signal.Signals, Any] = {}
-        self.asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # the answer of the last step, on its way
+        self.asked: tuple[torch.Tensor, torch.cuda.Event] | None = None  # the last step's answer, still on its way
+        self.signum = 0  # to stop for, the same in all processes
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Installs the handlers."""
+        if not self.before:
+            self.__enter__()
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """Asks for a checkpoint where a signal came; a run that is at its end needs none."""
+        self.signum = 0 if state.should_stop else self.now()
+        state.should_save = state.should_save or bool(self.signum)
+
+    def on_checkpoint(self, state: TrainingState, folder: Path) -> None:
+        """Raises Interrupted where a signal came."""
+        if self.signum:
+            steps = state.run.config.training.max_train_steps
+            raise Interrupted(
+                self.signum,
+                f"stopped by {signal.Signals(self.signum).name} after step {state.step} of {steps}; {folder} is "
+                "written. To continue, give the same command with training.resume_from_checkpoint=latest",
+            )
+
+    def close(self) -> None:
+        """Restores the handlers that were there before."""
+        self.__exit__()
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
@@ -44,11 +71,11 @@ class Stopping:
         self.before = {}
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
-        if os.getpid() != self.pid:  # a loader's worker: its parent says when it ends
+        if os.getpid() != self.pid:  # a loader's worker: its parent ends it
             return
         if self.received and time.monotonic() - self.at > SAME:
             self.__exit__()
-            os.kill(self.pid, signum)  # as if this were not here
+            os.kill(self.pid, signum)  # to the handler that was there before
             return
         if self.received:
             return
@@ -76,12 +103,3 @@ class Stopping:
             return 0
         before[1].synchronize()  # of a step ago
         return int(before[0])
-
-    @staticmethod
-    def stopped(signum: int, checkpoint: Path, step: int, steps: int) -> Interrupted:
-        """What ends the run, after `checkpoint` is written."""
-        return Interrupted(
-            signum,
-            f"stopped by {signal.Signals(signum).name} after step {step} of {steps}; {checkpoint} is written. To go "
-            "on, give the same command with training.resume_from_checkpoint=latest",
-        )

@@ -7,20 +7,42 @@ import logging
 import numpy as np
 import torch
 
+from diffalign.config.sections import ValidationSection
 from diffalign.models.adapters.save_load import make_pipeline
-from diffalign.training.build import Run
+from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
 
 
-def validate(run: Run, step: int) -> None:
-    """Images of the policy as it stands, from the main process; an error there does not end the training."""
+class Validation(Callback):
+    """Images of `validation.prompts` every `validation.every` steps and at the end, with the EMA weights if any."""
+
+    def __init__(self, settings: ValidationSection) -> None:
+        self.settings = settings
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """Draws where it is due; after the last step the final weights are written first."""
+        if not state.should_stop and state.step % self.settings.every == 0:
+            self.draw(state)
+
+    def on_train_end(self, state: TrainingState) -> None:
+        """Draws the result."""
+        self.draw(state)
+
+    def draw(self, state: TrainingState) -> None:
+        """Images by the main process; the others wait."""
+        with state.run.averaged_weights():
+            if state.run.accelerator.is_main_process:
+                validate(state.run, self.settings, state.step)
+        state.run.accelerator.wait_for_everyone()
+
+
+def validate(run: Trainable, settings: ValidationSection, step: int) -> None:
+    """Images of the policy as it is now. A failure to sample or to write them is logged and does not end the run."""
     from diffalign.evaluation.grid import comparison_grid
     from diffalign.evaluation.sampling import Sampling, sample_images
 
-    if not run.accelerator.is_main_process:
-        return
-    settings = run.config.validation
     try:
         images = sample_images(
             make_pipeline(run.base),
@@ -33,7 +55,7 @@ def validate(run: Run, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         comparison_grid(settings.prompts, {f"step {step}": images}).save(folder / f"step-{step:06d}.png")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        log.warning("no validation images at step %d, training goes on: %s", step, error)
+        log.warning("no validation images at step %d, training continues: %s", step, error)
         return
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -1,1 +1,1 @@
-"""What a run writes to go on from, and its final weights."""
+"""What a run writes to continue from, and its final weights."""

@@ -1,9 +1,9 @@
-"""Checkpoints: weights in the format everybody loads, and beside them what only resuming needs.
+"""Checkpoints: weights in diffusers' layout, and beside them what only resuming needs.
 
-    output_dir/checkpoint-N/unet/ or pytorch_lora_weights.safetensors    usable by `diffalign generate` as it is
+    output_dir/checkpoint-N/unet/ or pytorch_lora_weights.safetensors    which `diffalign generate` takes
     output_dir/checkpoint-N/config.yaml                                  the settings, resolved
     output_dir/checkpoint-N/training_state.pt                            optimiser, lr schedule, scaler, EMA, step
-    output_dir/checkpoint-N/source.json                                  where a source that makes its pairs stands
+    output_dir/checkpoint-N/source.json                                  the state of a source that generates its pairs
     output_dir/checkpoint-N/manifest.json                                sizes and hashes of all of these
 
 The order of the data and every draw follow from (seed, step), so neither needs saving. A checkpoint is written to a
@@ -20,6 +20,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ log = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 SOURCE_FILE = "source.json"
-NO_ROOM = "the checkpoints there are whole. Free some, or name an output_dir on another disk, and resume"
-_named: set[tuple[Path, str]] = set()  # damage that the log has named
-_looked: dict[Path, tuple[object, str | None]] = {}  # the state of a checkpoint's files, and what was found of them
+NO_ROOM = "the checkpoints there are intact. Free some space, or name an output_dir on another disk, and resume"
+_logged: set[tuple[Path, str]] = set()  # damage that was logged already
+_checked: dict[Path, tuple[object, str | None]] = {}  # sizes and times of a checkpoint's files, and its damage
 
 
 class CheckpointError(DiffalignError):
-    """A checkpoint that is not there, is damaged or does not fit the run."""
+    """A checkpoint that is missing, damaged or does not fit the run."""
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -50,48 +51,48 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((p for p in found if (p / STATE_FILE).is_file() or (p / MANIFEST).is_file()), key=_step)
 
 
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    save_weights: Callable[[Path], None],
-    state: dict[str, Any],
-    total_limit: int | None = None,
-    source: dict[str, Any] | None = None,
-    *,
-    identity: dict[str, Any] | None = None,
-    weights_bytes: int = 0,
-) -> Path:
-    """Writes checkpoint-`step`, with the source's state if it has any; then removes the oldest beyond `total_limit`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What goes into a checkpoint."""
 
-    identity: what the run is made from, to be compared on resuming. weights_bytes: size of what `save_weights` writes.
+    step: int
+    save_weights: Callable[[Path], None]  # writes the weights into a folder
+    state: dict[str, Any]  # tensors and plain values, for `training_state.pt`
+    source: dict[str, Any] = field(default_factory=dict)  # the state of a source that generates its pairs
+    identity: dict[str, Any] = field(default_factory=dict)  # hashes of data and base, compared on resuming
+    weights_bytes: int = 0  # size of what `save_weights` writes
+
+
+def save_checkpoint(output_dir: Path, content: Checkpoint, total_limit: int | None = None) -> Path:
+    """Writes checkpoint-`content.step`, then removes the oldest beyond `total_limit`.
+
     Raises NoSpaceError, which leaves the earlier checkpoints as they are.
     """
-    final = output_dir / f"checkpoint-{step}"
-    state = {**state, "step": step, "manifest": manifest.FORMAT}
-    needed = weights_bytes + tensor_bytes(state)
-    with written_whole(final, needed, final.name, NO_ROOM) as partial:
+    final = output_dir / f"checkpoint-{content.step}"
+    state = {**content.state, "step": content.step, "manifest": manifest.FORMAT}
+    with written_whole(final, content.weights_bytes + tensor_bytes(state), final.name, NO_ROOM) as partial:
         partial.mkdir()
-        save_weights(partial)
+        content.save_weights(partial)
         torch.save(state, partial / STATE_FILE)
-        if source:
-            (partial / SOURCE_FILE).write_text(json.dumps(source) + "\n")
+        if content.source:
+            (partial / SOURCE_FILE).write_text(json.dumps(content.source) + "\n")
         sync(partial)
-        content = {"step": step, "identity": identity or {}, "files": list_files(partial)}
-        manifest.write_manifest(partial, content)
+        files = {"step": content.step, "identity": content.identity, "files": list_files(partial)}
+        manifest.write_manifest(partial, files)
     if total_limit is not None:
         _remove_beyond(output_dir, total_limit, final)
     return final
 
 
 def _remove_beyond(output_dir: Path, limit: int, newest: Path) -> None:
-    """Removes what is older than `limit` whole checkpoints, of which `newest`, just written, is one.
+    """Removes what is older than `limit` intact checkpoints, of which `newest`, just written, is one.
 
-    Damaged ones do not count, so a whole one is never removed in favour of them.
+    Damaged ones do not count, so an intact one is never removed in favour of them.
     """
-    whole = 1
+    intact = 1
     for path in [p for p in reversed(checkpoints(output_dir)) if p != newest]:
-        if whole < limit:
-            whole += damage(path, hashes=False) is None
+        if intact < limit:
+            intact += damage(path, hashes=False) is None
             continue
         condemned = path.with_name(f".{path.name}.removed")  # a kill while removing leaves no half of it
         path.rename(condemned)
@@ -99,18 +100,18 @@ def _remove_beyond(output_dir: Path, limit: int, newest: Path) -> None:
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
-    """The folder to resume from: "latest" is the newest whole one of the run (None where there is none yet), or a path.
+    """The folder to resume from: a path, or for "latest" the newest intact one of the run, None where there is none.
 
-    Raises CheckpointError when a named folder is no checkpoint or is damaged, and when all that are there are damaged.
+    Raises CheckpointError when a named folder is no checkpoint or is damaged, and when all checkpoints are damaged.
     """
     there = checkpoints(output_dir)
     if resume == "latest":
-        found = newest_whole(there)
+        found = newest_intact(there)
         if found is None and there:
             faults = "".join(f"\n  {path.name}: {damage(path)}" for path in there)
             raise CheckpointError(
-                f"training.resume_from_checkpoint: latest, and no checkpoint of {output_dir} is whole:{faults}\n"
-                "put one back from a copy, or start again: resume_from_checkpoint=null, overwrite_output_dir=true"
+                f"training.resume_from_checkpoint: latest, and no checkpoint of {output_dir} is intact:{faults}\n"
+                "restore one from a copy, or start again: resume_from_checkpoint=null, overwrite_output_dir=true"
             )
         return found
     names = ", ".join(p.name for p in there) or "none"
@@ -118,8 +119,8 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         if (path / STATE_FILE).is_file() or (path / MANIFEST).is_file():
             if found_fault := damage(path):
                 raise CheckpointError(
-                    f"training.resume_from_checkpoint: {path} is damaged: {found_fault}. Put it back from a copy, or "
-                    f"name another (this run has: {names}), or latest, which takes the newest whole one"
+                    f"training.resume_from_checkpoint: {path} is damaged: {found_fault}. Restore it from a copy, or "
+                    f"name another (this run has: {names}), or latest, which takes the newest intact one"
                 )
             return path
     raise CheckpointError(
@@ -128,22 +129,22 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     )
 
 
-def newest_whole(paths: Iterable[Path]) -> Path | None:
-    """The newest of some checkpoints, given oldest first, that is whole; the log names the damaged ones it passes."""
+def newest_intact(paths: Iterable[Path]) -> Path | None:
+    """The newest intact one of some checkpoints, given oldest first; damaged ones are logged."""
     for path in reversed(list(paths)):
         if (found := damage(path)) is None:
             return path
-        if (path, found) not in _named:
-            _named.add((path, found))
-            log.warning("%s is damaged and is passed over: %s", path, found)
+        if (path, found) not in _logged:
+            _logged.add((path, found))
+            log.warning("%s is damaged and is not used: %s", path, found)
     return None
 
 
 def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None. Its files are read whole, once for as long as they stay the same.
+    """What is wrong with a checkpoint, or None. Its files are read once, as long as they do not change.
 
-    With `hashes` False only names and sizes are looked at. One without a manifest is from before there were any, and
-    only its state file is looked at; a warning says so.
+    With `hashes` False only names and sizes are compared. A checkpoint without a manifest is of an older version: only
+    its state file is read, and a warning is logged.
     """
     if not (checkpoint / MANIFEST).exists():
         try:
@@ -151,17 +152,17 @@ def damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
                 return f"{MANIFEST} is missing"
         except CheckpointError as error:
             return str(error)
-        if hashes and (checkpoint, "") not in _named:
-            _named.add((checkpoint, ""))
-            log.warning("%s carries no hashes (it is of an older version): damage may not show", checkpoint)
+        if hashes and (checkpoint, "") not in _logged:
+            _logged.add((checkpoint, ""))
+            log.warning("%s has no hashes (it is of an older version): damage may go unnoticed", checkpoint)
         return None
     if not hashes:
         return manifest.fault(checkpoint, hashes=False)
     files = [(file, file.stat()) for file in sorted(checkpoint.rglob("*"))]
     state = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in files]
-    if _looked.get(checkpoint, (None, None))[0] != state:
-        _looked[checkpoint] = state, manifest.fault(checkpoint)
-    return _looked[checkpoint][1]
+    if _checked.get(checkpoint, (None, None))[0] != state:
+        _checked[checkpoint] = state, manifest.fault(checkpoint)
+    return _checked[checkpoint][1]
 
 
 def set_aside(output_dir: Path, step: int) -> None:
@@ -170,11 +171,11 @@ def set_aside(output_dir: Path, step: int) -> None:
         abandoned = newer.with_name(f"{newer.name}.abandoned")
         remove(abandoned)
         newer.rename(abandoned)
-        log.info("%s is of the run before this one resumed at step %d: kept as %s", newer.name, step, abandoned.name)
+        log.info("%s is from before this run resumed at step %d: renamed to %s", newer.name, step, abandoned.name)
 
 
-def sweep(output_dir: Path) -> None:
-    """Removes what a killed run left half written in its folder, which no other run may be writing to."""
+def remove_partial(output_dir: Path) -> None:
+    """Removes what a killed run left incomplete in its folder, to which no other run may be writing."""
     for path in output_dir.glob(".*.replaced"):  # killed between two renames
         place = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if not place.exists():
@@ -184,25 +185,25 @@ def sweep(output_dir: Path) -> None:
             remove(path)
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
+def load_training_state(checkpoint: Path) -> dict[str, Any]:
     """The training state of a checkpoint, on the CPU. Raises CheckpointError where it cannot be read."""
     return _read_state(checkpoint, mmap=False)
 
 
 def identity_of(checkpoint: Path) -> dict[str, Any]:
-    """What the run of a checkpoint was made from; empty where that was not noted."""
+    """What the run of a checkpoint was made from; empty for older versions."""
     content = manifest.read_manifest(checkpoint)
     return {} if isinstance(content, str) else content.get("identity", {})
 
 
 def load_source_state(checkpoint: Path) -> dict[str, Any]:
-    """Where the run's source stood; empty for pairs that were there before the run."""
+    """The state of the run's source; empty for a source of existing pairs."""
     file = checkpoint / SOURCE_FILE
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def source_states(output_dir: Path) -> list[dict[str, Any]]:
-    """The source's state in each finished checkpoint that has one; a file that is damaged counts for none."""
+    """The source's state in each finished checkpoint that has one; damaged files are ignored."""
     states = []
     for checkpoint in checkpoints(output_dir):
         with suppress(ValueError):

@@ -1,7 +1,7 @@
-"""The final weights of a run: written beside their place, flushed to the disk, renamed; the manifest comes last.
+"""The final weights of a run: written beside their final path, flushed to the disk, then renamed; the manifest is last.
 
-A run is finished when its manifest is there and names files that are there in the size that was written. So a kill at
-any moment leaves the weights of before, or none, or whole ones, and only in the last case a finished run.
+A run is finished when its manifest exists and names files that exist with the sizes that were written. So a kill at
+any moment leaves the previous weights, or none, or complete ones, and only in the last case a finished run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from diffalign.io import manifest
 from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, take_place, temporary
 from diffalign.io.manifest import MANIFEST
 from diffalign.models.adapters.methods import known_layouts
-from diffalign.rewards.step_aware import WEIGHTS_FOLDER
 from diffalign.training.build_source import SOURCE_FOLDER
-from diffalign.training.callbacks.recovery import HEALTH_FILE, METRICS_FILE
-from diffalign.training.checkpoints.checkpoint import NO_ROOM, CheckpointError, checkpoints, sweep
+from diffalign.training.checkpoints.checkpoint import NO_ROOM, CheckpointError, checkpoints, remove_partial
+from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE
+
+PREFERENCE_MODEL = "preference_model"  # the folder that a run which trains one writes
 
 
 def weight_names() -> list[str]:
     """The files and folders that hold final weights, of any kind of run."""
-    return [name for layout in known_layouts() for name in layout.names] + [WEIGHTS_FOLDER]
+    return [name for layout in known_layouts() for name in layout.names] + [PREFERENCE_MODEL]
 
 
 def save_final_weights(output_dir: Path, step: int, write: Callable[[Path], object], needed: int = 0) -> None:
@@ -49,32 +50,32 @@ def save_final_weights(output_dir: Path, step: int, write: Callable[[Path], obje
 
 
 def is_finished(output_dir: Path) -> bool:
-    """Whether a run came to its end there: its final weights and their manifest are there."""
+    """Whether the folder has the final weights of a run and their manifest."""
     return manifest.fault(output_dir, hashes=False) is None
 
 
 def has_final_weights(output_dir: Path) -> bool:
-    """Whether anything lies where final weights do; `is_finished` says whether they are whole."""
+    """Whether there is anything at the paths of final weights; `is_finished` checks that they are complete."""
     return any((output_dir / name).exists() for name in weight_names())
 
 
 def refuse_finished(output_dir: Path) -> None:
-    """Raises CheckpointError where weights without a checkpoint lie, which a run from step 0 would replace."""
+    """Raises CheckpointError for weights without a checkpoint, which a run from step 0 would replace."""
     if not has_final_weights(output_dir):
         return
     state = "a finished run"
     if not is_finished(output_dir):
-        state = f"weights that are not known to be whole ({manifest.fault(output_dir, hashes=False)})"
+        state = f"weights that may be incomplete ({manifest.fault(output_dir, hashes=False)})"
     raise CheckpointError(
-        f"training.resume_from_checkpoint: {output_dir} holds {state} without checkpoints; set "
+        f"training.resume_from_checkpoint: {output_dir} contains {state} without checkpoints; set "
         "overwrite_output_dir=true to run it again, or name another output_dir"
     )
 
 
 def clear_output(output_dir: Path) -> None:
-    """Removes what an earlier run left in its folder: checkpoints, metrics, pictures and final weights.
+    """Removes what an earlier run left in its folder: checkpoints, metrics, images and final weights.
 
-    Only for a folder that holds a run; `training.run.claim` sees to that.
+    Only for the folder of a run, which `training.run.claim` checks.
     """
     for old in checkpoints(output_dir):
         shutil.rmtree(old)
@@ -84,4 +85,4 @@ def clear_output(output_dir: Path) -> None:
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (MANIFEST, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
-    sweep(output_dir)
+    remove_partial(output_dir)

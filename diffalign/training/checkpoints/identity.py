@@ -1,6 +1,6 @@
-"""What a run is made from: its data and its base. A checkpoint notes it, and a run that resumes compares it.
+"""Hashes of a run's data and base model. A checkpoint records them, and a run that resumes compares them.
 
-Settings name paths; this is about what lies there. It is cheap (a few hashes of what was loaded and examined anyway),
+Settings name paths; these hashes are of what is stored there. They are cheap (everything is loaded and examined anyway)
 and compared before anything is encoded or sampled.
 """
 
@@ -36,9 +36,9 @@ def run_identity(config: Config | PreferenceModelConfig, table: Table, base: Bas
 
 
 def refuse_others(config: Config | PreferenceModelConfig, identity: Identity) -> None:
-    """Raises CheckpointError naming what differs from what the checkpoint to resume from was made from.
+    """Raises CheckpointError naming each part that differs from that of the checkpoint to resume from.
 
-    Parts that it does not name (it is of an older version) are not compared.
+    Parts that the checkpoint does not record (it is of an older version) are not compared.
     """
     wanted = config.training.resume_from_checkpoint
     folder = None if wanted is None else find_checkpoint(Path(config.output_dir), wanted)
@@ -54,8 +54,8 @@ def refuse_others(config: Config | PreferenceModelConfig, identity: Identity) ->
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
         raise CheckpointError(
-            f"{folder} is of a run that was made from something else, and going on would mix them:\n{listed}\n"
-            "put back what was there, or start a run of its own in another output_dir"
+            f"{folder} is of a run with other data or another base, and resuming would mix them:\n{listed}\n"
+            "restore what was there, or start a new run in another output_dir"
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.config.health_section import HealthSection
 from diffalign.config.schema import Config, TrainingSection, load_config, packaged_config
 from diffalign.objectives import DiffusionDPO
-from diffalign.training.callbacks.health import RULES, Limits, Line, Watch, not_finite
+from diffalign.training.callbacks.health import RULES, Limits, Line, Watch, broken_metric
 from diffalign.training.run import run_training
 from diffalign.types import Evidence, Score
 
@@ -32,7 +32,7 @@ def series(values: dict[str, list[float]], every: int = 10) -> list[Line]:
 def spoken(lines: list[Line], limits: Limits = LIMITS) -> list[tuple[int, str]]:
     """(step, rule) of everything said, in order."""
     watch = Watch(limits)
-    return [(int(line["step"]), found.rule) for line in lines for found in watch.look(line)]
+    return [(int(line["step"]), found.rule) for line in lines for found in watch.check(line)]
 
 
 def quarters(policy: float, reference: float | None) -> dict[str, float]:
@@ -137,16 +137,16 @@ def test_thresholds_are_the_configured_ones() -> None:
 
 def test_since_is_the_last_line_before_the_window() -> None:
     watch = Watch(LIMITS)
-    found = [f for line in SICK["drift"] for f in watch.look(line)]
+    found = [f for line in SICK["drift"] for f in watch.check(line)]
     assert [f.since for f in found] == [10]
     first = Watch(LIMITS)
-    assert [f.since for line in SICK["drift"][1:] for f in first.look(line)] == [0]
+    assert [f.since for line in SICK["drift"][1:] for f in first.check(line)] == [0]
 
 
 def test_one_value_that_is_no_number_is_enough() -> None:
-    assert not_finite({"step": 3, "loss": math.nan}) == "the loss is nan at step 3"
-    assert not_finite({"step": 3, "loss": 0.5, "grad_norm": math.inf}) == "the gradient norm is inf at step 3"
-    assert not_finite({"step": 3, "loss": 0.5}) is None
+    assert broken_metric({"step": 3, "loss": math.nan}) == "the loss is nan at step 3"
+    assert broken_metric({"step": 3, "loss": 0.5, "grad_norm": math.inf}) == "the gradient norm is inf at step 3"
+    assert broken_metric({"step": 3, "loss": 0.5}) is None
 
 
 def test_a_base_without_a_reference_may_prefer_what_it_likes() -> None:

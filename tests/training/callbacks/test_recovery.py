@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import diffalign.training.callbacks.health as health
-import diffalign.training.loop as loop
 from diffalign.config.schema import Config, ConfigError
 from diffalign.training.build import build
 from diffalign.training.callbacks.health import Limits, Line
-from diffalign.training.callbacks.recovery import set_lr
-from diffalign.training.loop import TrainingError, restore
+from diffalign.training.checkpoints.run_state import restore, save_final
 from diffalign.training.metrics import Meter
+from diffalign.training.optim.optimizers import set_rates
 from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from diffalign.training.step import optimizer_step
+from diffalign.training.trainable import TrainingError
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]
@@ -60,7 +60,7 @@ def by_hand(config: Config, checkpoint: Path, steps: int, lr: float) -> dict[str
     batches = run.source.batches(start)
     for _ in range(steps):
         optimizer_step(run, batches, Meter())
-    loop.save_final(run, start + steps)
+    save_final(run, start + steps)
     return weights(config.output_dir)
 
 
@@ -203,7 +203,7 @@ def test_a_lowered_rate_is_the_schedule_times_the_factor(schedule: str, make_con
     plain, lowered = (build(config, make_accelerator(config)) for _ in range(2))
     for step in range(6):
         if step == 2:
-            set_lr(lowered, 0.25)
+            set_rates(lowered.optimizer, lowered.lr_scheduler, [lowered.lr * 0.25])
         a, b = plain.lr_scheduler.get_last_lr()[0], lowered.lr_scheduler.get_last_lr()[0]
         assert b == pytest.approx(a * (0.25 if step >= 2 else 1), rel=1e-12)
         assert lowered.optimizer.param_groups[0]["lr"] == b

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import diffalign.training.loop as loop
 from diffalign.cli.main import main
 from diffalign.config.schema import Config, save_config
 from diffalign.data.loader.dataset import leave_signals_to_parent
@@ -19,6 +18,7 @@ from diffalign.errors import Interrupted
 from diffalign.io.folder_lock import LOCK_FILE
 from diffalign.training.callbacks.signals import Stopping
 from diffalign.training.run import run_training
+from diffalign.training.trainable import Run
 from tests.training.test_run import same, weights
 
 MakeConfig = Callable[..., Config]
@@ -26,7 +26,7 @@ MakeConfig = Callable[..., Config]
 
 def signalled(monkeypatch: pytest.MonkeyPatch, at: int, *signals: int) -> None:
     """Has these signals come in the middle of step number `at`."""
-    count, step = 0, loop.optimizer_step
+    count, step = 0, Run.step
 
     def noted(*args: object) -> None:
         nonlocal count
@@ -36,7 +36,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, at: int, *signals: int) -> None:
                 os.kill(os.getpid(), signum)
         step(*args)
 
-    monkeypatch.setattr(loop, "optimizer_step", noted)
+    monkeypatch.setattr(Run, "step", noted)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from diffalign.training.checkpoints.checkpoint import (
+    Checkpoint,
     CheckpointError,
     checkpoints,
     find_checkpoint,
-    load_state,
+    load_training_state,
     save_checkpoint,
 )
 
 
 def save(folder: Path, step: int, limit: int | None = None) -> Path:
-    return save_checkpoint(folder, step, lambda f: (f / "weights").write_text(str(step)), {"x": torch.ones(2)}, limit)
+    return save_checkpoint(
+        folder, Checkpoint(step, lambda f: (f / "weights").write_text(str(step)), {"x": torch.ones(2)}), limit
+    )
 
 
 def test_round_trip_and_numeric_order(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_round_trip_and_numeric_order(tmp_path: Path) -> None:
         save(tmp_path, step)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
-    state = load_state(tmp_path / "checkpoint-9")
+    state = load_training_state(tmp_path / "checkpoint-9")
     assert state["step"] == 9
     assert torch.equal(state["x"], torch.ones(2))
 
@@ -38,7 +41,7 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, killed, {})
+        save_checkpoint(tmp_path, Checkpoint(2, killed, {}))
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1"]
     save(tmp_path, 2)
     assert not (tmp_path / "checkpoint-2/half").exists()
@@ -75,4 +78,4 @@ def test_state_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     folder.mkdir()
     torch.save({"step": 1, "x": Evil()}, folder / "training_state.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        load_state(folder)
+        load_training_state(folder)

@@ -82,7 +82,7 @@ def test_what_differs_is_named(
         patch.setattr("diffalign.training.build.source_builder", lambda *_: pytest.fail("something was encoded"))
         for what, change, words in CHANGES.values():
             change(tmp_path / what)
-            with pytest.raises(CheckpointError, match=rf"(?s)checkpoint-2 is of a run .*\n  {words}.*\nput back what"):
+            with pytest.raises(CheckpointError, match=rf"(?s)checkpoint-2 is of a run .*\n  {words}.*\nrestore what"):
                 resumable()
             shutil.rmtree(tmp_path / what)
             shutil.copytree(tmp_path / f"{what}.kept", tmp_path / what, copy_function=shutil.copyfile)

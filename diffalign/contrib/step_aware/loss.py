@@ -33,7 +33,7 @@ def prompt_weights(pairs_of_prompt: Tensor) -> Tensor:
 
 
 def relabel(scores: Tensor, gap: float = RELABEL_GAP) -> Tensor:
-    """Labels "side pair" by another model's scores of the clean pictures; within `gap` of probability it is a tie."""
+    """Labels "side pair" by another model's scores of the clean images; within `gap` of probability it is a tie."""
     probabilities = scores.softmax(dim=0)
     first = probabilities[0] > probabilities[1]
     decided = (probabilities[0] - probabilities[1]).abs() > gap

@@ -1,4 +1,4 @@
-"""A CLIP whose picture tower is told how noisy the sampler still was: DiT's adaLN in every block.
+"""A CLIP whose image tower takes the sampler's timestep as an input: DiT's adaLN in every block.
 
     c              = MLP(sinusoid(t))                                              t in 0 … T−1
     s, k, g        = linear(SiLU(c))         shift, scale and gate, for attention and for the MLP of a block
@@ -36,7 +36,7 @@ def timestep_embedding(t: Tensor, dim: int = FREQUENCIES, max_period: float = MA
 
 
 class TimestepEmbedder(nn.Module):
-    """The timestep as a vector of the picture tower's width."""
+    """The timestep as a vector of the image tower's width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class StepAwareClip(nn.Module):
-    """The parts of a CLIPModel, with adaLN in its picture tower. Takes the CLIP's modules over, weights and all."""
+    """The parts of a CLIPModel, with adaLN in its image tower. Takes the CLIP's modules over, weights and all."""
 
     def __init__(self, clip: nn.Module, seed: int = 0) -> None:
         """`seed` draws the timestep MLP; all else starts as `clip`."""
@@ -75,7 +75,7 @@ class StepAwareClip(nn.Module):
         self.vision_model.adaLN_modulation = _modulation(width, 2)
 
     def forward(self, pixels: Tensor, t: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Unit vectors of pictures and of prompts and the factor on their cosine, float32; one call, as DDP needs it.
+        """Unit vectors of images and of prompts and the factor on their cosine, float32; one call, as DDP needs it.
 
         Under autocast too: a cosine near .2 in bfloat16, times 100, would be wrong by .1.
         """
@@ -112,16 +112,16 @@ def _modulation(width: int, vectors: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), linear)
 
 
-def step_aware_pixels(pictures: Tensor, size: int) -> Tensor:
-    """CLIP pixels "n 3 size size" of pictures "n 3 h w" in [−1, 1], as the release prepares decoded x̂_0.
+def step_aware_pixels(images: Tensor, size: int) -> Tensor:
+    """CLIP pixels "n 3 size size" of images "n 3 h w" in [−1, 1], as the release prepares decoded x̂_0.
 
     Shorter side to `size` (bicubic, not antialiased), centre crop, clip, CLIP's mean and standard deviation.
-    Differs from `preprocess.crop`, which is CLIP's own antialiased preparation, wherever pictures are resized.
+    Differs from `preprocess.crop`, which is CLIP's own antialiased preparation, wherever images are resized.
     """
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     scale = size / min(height, width)
     height, width = int(height * scale + 0.5), int(width * scale + 0.5)
-    resized = nn.functional.interpolate(pictures, (height, width), mode="bicubic", align_corners=False)
+    resized = nn.functional.interpolate(images, (height, width), mode="bicubic", align_corners=False)
     top, left = round((height - size) / 2), round((width - size) / 2)
     pixels = (resized[..., top : top + size, left : left + size] / 2 + 0.5).clamp(0, 1)
     return (pixels - pixels.new_tensor(CLIP_MEAN).view(3, 1, 1)) / pixels.new_tensor(CLIP_STD).view(3, 1, 1)

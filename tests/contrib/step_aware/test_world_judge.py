@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign import world
+from diffalign.contrib.step_aware import world_judge as judge
 from diffalign.models.loading.base import Base, load_base
 from diffalign.rewards import as_step_aware, load_scorer
-from diffalign.world import judge
 from diffalign.world.captions import parse, splits
 from diffalign.world.judge_accuracy import HeldOut, accuracy, half_made, held_out_pairs
 from diffalign.world.scorer import WorldReward
@@ -74,7 +74,7 @@ def test_the_judge_is_as_good_as_documented(pairs: HeldOut, pictures_at, t: int)
 
 def documented(t: int) -> float:
     """The judge's figure for a timestep in docs/step_aware.md."""
-    rows = (Path(__file__).parents[2] / "docs/step_aware.md").read_text().splitlines()
+    rows = (Path(__file__).parents[3] / "docs/step_aware.md").read_text().splitlines()
     (row,) = [row for row in rows if row.startswith(f"| {t} |")]
     return float(row.split("|")[2].strip(" *"))
 
@@ -89,7 +89,7 @@ def test_it_started_from_the_clip_and_uses_the_timestep(pairs: HeldOut) -> None:
 
 def test_the_recipe_runs_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
-        judge.build(tmp_path / name, judge.Recipe(steps=2, batch=8))
+        judge.build_clip(tmp_path / name, judge.ClipRecipe(steps=2, batch=8))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert json.loads((tmp_path / "one/RECIPE.json").read_text())["recipe"]["steps"] == 2

@@ -1,8 +1,8 @@
-"""Ranges and thresholds against the unit of the scores that they stand beside, before anything is computed.
+"""Checks that ranges, thresholds and weights of a config are in the unit of the scores that they apply to.
 
-A scorer declares where its scores lie (`span`, `rewards/base.py`), and a file of scores carries that along. Refused is
-what no choice explains: a range or weight that is another unit's. Scores of unknown origin are judged by their gaps. A
-curriculum sorts by gaps and has no threshold, so it has no unit.
+A scorer declares the span of its scores (`rewards/base.py`), and a file of scores records it. A range or weight that
+only another unit can explain is refused. Scores of unknown origin are judged by the differences within pairs. A
+curriculum sorts by these differences and has no threshold, so it has no unit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from diffalign.config.schema import Config
 from diffalign.data.row import DataError
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.score_aggregation import Axis
@@ -21,33 +20,35 @@ from diffalign.data.table.scores import span_in
 from diffalign.rewards import declared_span
 
 Span = tuple[float, float]
-PAIRS = 10_000  # whose gaps are looked at
-APART = 10.0  # a range this many times another is of another unit
-SILENT = 30.0  # an axis whose weighted span is this many times smaller decides nothing
-LOUD = 1.0  # half of the gaps above one range: nearly every weight would be at its end
-FAINT = 1e-3  # half of them below this share of it: every weight would be near 0
+PAIRS = 10_000  # whose gaps are read
+OTHER_UNIT = 10.0  # a range this many times another is of another unit
+NEGLIGIBLE = 30.0  # an axis whose weighted span is this many times smaller decides nothing
+LARGEST = 1.0  # half of the gaps above one range: nearly every weight would be at its limit
+SMALLEST = 1e-3  # half of them below this share of it: every weight would be near 0
 
 
-def check_units(config: Config, table: Any) -> None:
-    """Raises DataError for a range, threshold or weight that cannot be meant in the unit of the scores."""
-    scorer = getattr(config.source, "scorer", None)
+def check_units(objective: Any, source: Any, axes: Sequence[Axis], table: Any) -> None:
+    """Raises DataError for a range, threshold or weight that cannot be meant in the unit of the scores.
+
+    source: settings of a source that generates pairs, or None. axes: of `data.scores`. table: None before it is open.
+    """
+    scorer = getattr(source, "scorer", None)
     span = None if scorer is None else declared_span(scorer)
     if span is not None:
-        _reachable(config.source, str(scorer), span)
-        _fits(config.objective, span, f"scorer {scorer}")
+        _check_threshold(source, str(scorer), span)
+        _check_range(objective, span, f"scorer {scorer}")
     if not isinstance(table, PairTable):
         return
-    axes = config.data.axes
     spans = [span_in(axis.file) for axis in axes]
     if len(axes) > 1:
-        _heard(axes, spans)
+        _check_axes(axes, spans)
     elif axes and spans[0] is not None:
         low, high = spans[0]
-        _fits(config.objective, (axes[0].weight * low, axes[0].weight * high), f"data.scores: {axes[0].file}")
-    _plausible(config.objective, table)
+        _check_range(objective, (axes[0].weight * low, axes[0].weight * high), f"data.scores: {axes[0].file}")
+    _check_gaps(objective, table)
 
 
-def _reachable(source: Any, scorer: str, span: Span) -> None:
+def _check_threshold(source: Any, scorer: str, span: Span) -> None:
     """A source's threshold must be smaller than the span of its scorer."""
     width = span[1] - span[0]
     tanh, least = getattr(source, "threshold", None), getattr(source, "min_gap", None)
@@ -64,12 +65,12 @@ def _reachable(source: Any, scorer: str, span: Span) -> None:
         )
 
 
-def _fits(objective: Any, span: Span, whose: str) -> None:
-    """A range that an objective has must be of the order of the scorer's own."""
+def _check_range(objective: Any, span: Span, whose: str) -> None:
+    """The range of an objective must be of the order of the scorer's own."""
     if not hasattr(objective, "score_low"):
         return
     ours, own = objective.score_high - objective.score_low, span[1] - span[0]
-    if not own / APART < ours < own * APART:
+    if not own / OTHER_UNIT < ours < own * OTHER_UNIT:
         raise DataError(
             f"objective.score_low = {objective.score_low:.6g}, score_high = {objective.score_high:.6g}: a range of "
             f"{ours:.3g}, and scores by {whose} lie in {span[0]:.6g} … {span[1]:.6g}. Weights would be those of gaps "
@@ -78,15 +79,15 @@ def _fits(objective: Any, span: Span, whose: str) -> None:
         )
 
 
-def _plausible(objective: Any, table: PairTable) -> None:
-    """Where a scorer is not known, the gaps themselves must be of the order of the range."""
+def _check_gaps(objective: Any, table: PairTable) -> None:
+    """Without a known scorer the gaps themselves must be of the order of the range."""
     if not hasattr(objective, "score_low"):
         return
     pairs = (table.scores(index) for index in islice(range(len(table)), PAIRS))
     gaps = [abs(one - two) for one, two in (pair for pair in pairs if pair is not None)]
     gaps = [gap for gap in gaps if gap > 0 and math.isfinite(gap)]
     width = objective.score_high - objective.score_low
-    if not gaps or FAINT * width <= (middle := median(gaps)) <= LOUD * width:
+    if not gaps or SMALLEST * width <= (middle := median(gaps)) <= LARGEST * width:
         return
     raise DataError(
         f"objective.score_low = {objective.score_low:.6g}, score_high = {objective.score_high:.6g}: a range of "
@@ -97,15 +98,15 @@ def _plausible(objective: Any, table: PairTable) -> None:
     )
 
 
-def _heard(axes: Sequence[Axis], spans: Sequence[Span | None]) -> None:
-    """Axes without weights must be of one order, or the smaller have no say."""
+def _check_axes(axes: Sequence[Axis], spans: Sequence[Span | None]) -> None:
+    """Axes without weights must be of one order, or the smaller ones decide nothing."""
     widths = {axis: span[1] - span[0] for axis, span in zip(axes, spans, strict=True) if span is not None}
     if len(widths) < 2 or any(axis.weight != 1 for axis in axes):
         return
     least, most = min(widths, key=widths.__getitem__), max(widths, key=widths.__getitem__)
-    if widths[most] >= SILENT * widths[least]:
+    if widths[most] >= NEGLIGIBLE * widths[least]:
         raise DataError(
             f"data.scores: the scores of {least.file} span {widths[least]:.3g} and those of {most.file} "
             f"{widths[most]:.3g}: without weights the former decide nothing. Give weights, e.g. {{file: {least.file}, "
-            f"weight: {widths[most] / widths[least]:.3g}}} for equal say"
+            f"weight: {widths[most] / widths[least]:.3g}}} for equal influence"
         )

@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.contrib.step_aware.clip import StepAwareClip, from_state_dict, step_aware_pixels, timestep_embedding
+from diffalign.contrib.step_aware.scorer import StepAware, save_step_aware
 from diffalign.rewards import ScorerError, as_step_aware, load_scorer, tie_of
 from diffalign.rewards.clip import load_clip
 from diffalign.rewards.clip_score import ClipScore
 from diffalign.rewards.hpsv21 import HPSv21
 from diffalign.rewards.pickscore import PickScore
-from diffalign.rewards.step_aware import StepAware, save_step_aware
-from diffalign.rewards.step_aware_clip import StepAwareClip, from_state_dict, step_aware_pixels, timestep_embedding
 from tests.golden_spo import spo_parts
 
 # float32 on both sides, other kernels: features of size 1.7 and a rounding of 6e-8 of it in each of some twenty layers

@@ -1,13 +1,13 @@
 """The world's preference models: a small CLIP trained on labelled pairs, and the step-aware model that started from it.
 
-    python -m diffalign.world.judge clip --out assets/world/judge/clip
+    python -m diffalign.contrib.step_aware.world_judge clip --out assets/world/judge/clip
     diffalign data world runs/world/judge_pairs.parquet --pairs 32768 --seed 1
     diffalign train training_configs/world/step_aware.yaml output_dir=runs/world/judge
         data.path=runs/world/judge_pairs.parquet training.max_train_steps=1500
-    python -m diffalign.world.judge pack --run runs/world/judge --out assets/world/judge/step_aware
+    python -m diffalign.contrib.step_aware.world_judge pack --run runs/world/judge --out assets/world/judge/step_aware
 
-The CLIP is to the world what PickScore is to photographs: it knows the pictures and captions only through which of two
-pictures was preferred. Captions are of training combinations; every step sees new pairs.
+The CLIP is to the world what PickScore is to photographs: it learns from nothing but which of two
+images was preferred. Captions are of training combinations; every step sees new pairs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import transformers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffalign.rewards.preference_loss import preference_loss
-from diffalign.rewards.step_aware import load_step_aware, save_step_aware
-from diffalign.rewards.step_aware_clip import step_aware_pixels
+from diffalign.contrib.step_aware.clip import step_aware_pixels
+from diffalign.contrib.step_aware.loss import preference_loss
+from diffalign.contrib.step_aware.scorer import load_step_aware, save_step_aware
 from diffalign.world import base_path
 from diffalign.world.base_model import TOKENS
 from diffalign.world.pairs import Pair, make_pairs
@@ -39,7 +39,7 @@ PATCH = 4  # pixels
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ClipRecipe:
     """How the committed CLIP was trained."""
 
     seed: int = 0
@@ -77,8 +77,8 @@ def untrained(seed: int) -> CLIPModel:
     )
 
 
-def train(recipe: Recipe) -> CLIPModel:
-    """A CLIP that tells the preferred picture of training pairs."""
+def train_clip(recipe: ClipRecipe) -> CLIPModel:
+    """A CLIP that scores the preferred image of training pairs higher."""
     clip, vocabulary = untrained(recipe.seed).train(), words()
     decayed = [p for p in clip.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
@@ -126,13 +126,14 @@ def _scores(clip: CLIPModel, vocabulary: Any, pairs: list[Pair]) -> Tensor:
     return clip.logit_scale.exp() * (out.image_embeds.unflatten(0, (2, -1)) * out.text_embeds).sum(-1)
 
 
-def build(folder: Path, recipe: Recipe) -> None:
+def build_clip(folder: Path, recipe: ClipRecipe) -> None:
     """Trains by the recipe and writes model (float16), tokenizer and RECIPE.json into `folder`."""
-    clip = train(recipe)
+    clip = train_clip(recipe)
     clip.half().save_pretrained(folder)
     words().save_pretrained(folder)
+    module = "diffalign.contrib.step_aware.world_judge"
     made = {
-        "command": f"python -m diffalign.world.judge clip --out {folder.as_posix()} --seed {recipe.seed}",
+        "command": f"python -m {module} clip --out {folder.as_posix()} --seed {recipe.seed}",
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in clip.parameters()),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
@@ -149,19 +150,19 @@ def pack(run: Path, folder: Path) -> None:
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
-        prog="python -m diffalign.world.judge", description="the world's preference models"
+        prog="python -m diffalign.contrib.step_aware.world_judge", description="the world's preference models"
     )
     actions = parser.add_subparsers(dest="action", required=True)
     sub = actions.add_parser("clip", help="train the CLIP")
     sub.add_argument("--out", required=True, type=Path, help="folder of the model")
-    sub.add_argument("--seed", type=int, default=Recipe.seed)
+    sub.add_argument("--seed", type=int, default=ClipRecipe.seed)
     sub = actions.add_parser("pack", help="write a run's preference model in float16")
     sub.add_argument("--run", required=True, type=Path, help="output folder of the run")
     sub.add_argument("--out", required=True, type=Path, help="folder of the model")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one thread: the same sums everywhere, and no fight over a shared machine
     if arguments.action == "clip":
-        build(arguments.out, Recipe(seed=arguments.seed))
+        build_clip(arguments.out, ClipRecipe(seed=arguments.seed))
     else:
         pack(arguments.run, arguments.out)
 

@@ -12,8 +12,8 @@ from diffalign.config.schema import parse_config
 from diffalign.data.row import DataError
 from diffalign.objectives import SmPO
 from diffalign.rewards import declared_span, scorer_names
+from diffalign.training.inspect.score_units import check_units
 from diffalign.training.open_data import open_table
-from diffalign.training.score_units import check_units
 from tests.data.helpers import pick_rows, write_parquet
 
 PICKSCORE = {"score_low": 11.543526500463486, "score_high": 28.201571106910706}
@@ -93,10 +93,10 @@ def test_sources_are_checked_by_what_their_scorer_declares(
 ) -> None:
     made = config(tmp_path, objective, source=source)
     if words is None:
-        check_units(made, None)
+        check_units(made.objective, made.source, [], None)
         return
     with pytest.raises(DataError, match=words):
-        check_units(made, None)
+        check_units(made.objective, made.source, [], None)
 
 
 def test_built_in_scorers_declare_where_their_scores_lie() -> None:

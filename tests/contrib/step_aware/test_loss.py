@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from diffalign.rewards.preference_loss import preference_loss, prompt_weights, relabel
+from diffalign.contrib.step_aware.loss import preference_loss, prompt_weights, relabel
 from tests.golden_spo import spo_parts
 
 

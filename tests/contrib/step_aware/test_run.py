@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +19,19 @@ from safetensors.torch import load_file
 
 from diffalign.cli.main import main
 from diffalign.config.schema import ConfigError, PreferenceModelConfig, load_config, parse_config, save_config
+from diffalign.contrib.step_aware import world_judge as judge
+from diffalign.contrib.step_aware.batch import decoded_predictions
+from diffalign.contrib.step_aware.build import PreferenceRun, _as_sampled, _needs_x0
+from diffalign.contrib.step_aware.loss import preference_loss
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import Interrupted
 from diffalign.rewards import ScorerError, load_scorer
-from diffalign.rewards.preference_loss import preference_loss
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.checkpoints.final_weights import is_finished
-from diffalign.training.loop import TrainingError
-from diffalign.training.preference_model import train as preference_model
-from diffalign.training.preference_model.batch import half_made
-from diffalign.training.preference_model.setup import _as_sampled, _needs_x0, build_preference_run
-from diffalign.training.preference_model.train import run_preference_training
 from diffalign.training.processes import make_accelerator
+from diffalign.training.run import build_run, run_training
 from diffalign.training.settle import with_precision
-from diffalign.world import judge
+from diffalign.training.trainable import TrainingError
 from tests.invariants.pool import Pool
 from tests.invariants.test_processes import in_two
 
@@ -87,7 +89,7 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_writes_a_scorer_its_settings_and_its_metrics(make: Make) -> None:
     config = make()
-    run_preference_training(config)
+    run_training(config)
     out = Path(config.output_dir)
     assert load_config(out / "config.yaml") == with_precision(config, make_accelerator(config).device)
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
@@ -108,9 +110,9 @@ def test_a_run_writes_a_scorer_its_settings_and_its_metrics(make: Make) -> None:
 def test_the_first_loss_is_the_clips(make: Make, clip_folder: Path) -> None:
     """From the same pictures by PickScore's scorer: softplus of the wrong way round, one weight a prompt."""
     config = make({"training.max_train_steps": 1, "training.train_batch_size": 12})
-    run = build_preference_run(config, make_accelerator(config))
+    run = build_run(config, make_accelerator(config))
     batch = next(run.source.batches())
-    pictures, t = half_made(batch, run.networks, run.base.vae, 5.0)
+    pictures, t = decoded_predictions(batch, run.networks, run.base.vae, 5.0)
     scorer = load_scorer(f"pickscore={clip_folder}")
     # PickScore's own way of shrinking pictures is another
     small = torch.nn.functional.interpolate(pictures.flatten(0, 1), (16, 16), mode="bicubic", align_corners=False)
@@ -119,7 +121,7 @@ def test_the_first_loss_is_the_clips(make: Make, clip_folder: Path) -> None:
     prompts = [run.table.prompts[run.table.ids.index(name)] for name in batch.ids]
     scores = scorer.score(images, prompts * 2).unflatten(0, (2, -1))
     expected = torch.nn.functional.softplus(scores[1] - scores[0]).mean()  # three pairs a prompt: equal weights
-    run_preference_training(config)
+    run_training(config)
     (line,) = metrics(config.output_dir)
     assert line["loss"] == pytest.approx(float(expected), abs=2e-3)  # pictures rounded to bytes here
     assert line["margin"] == pytest.approx(float((scores[0] - scores[1]).mean()), abs=2e-3)
@@ -132,32 +134,30 @@ def test_the_first_loss_is_the_clips(make: Make, clip_folder: Path) -> None:
 def test_a_run_that_a_signal_ended_goes_on_as_if_it_had_not(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_preference_training(make({"output_dir": str(tmp_path / "whole")}))
+    run_training(make({"output_dir": str(tmp_path / "whole")}))
     parts = {"output_dir": str(tmp_path / "parts")}
-    step = preference_model.optimizer_step
+    step, count = PreferenceRun.step, itertools.count(1)
 
-    def signalled(run: object, number: int, *rest: object) -> None:
-        if number == 2:
+    def signalled(*of: Any) -> None:
+        if next(count) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        step(run, number, *rest)
+        step(*of)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preference_model, "optimizer_step", signalled)
+        patch.setattr(PreferenceRun, "step", signalled)
         with pytest.raises(Interrupted, match=r"SIGTERM after step 2 of 4; .*checkpoint-2"):
-            run_preference_training(make(parts))
+            run_training(make(parts))
     parts["training.checkpointing_steps"] = 4
-    run_preference_training(make({**parts, "training.resume_from_checkpoint": "latest"}))
+    run_training(make({**parts, "training.resume_from_checkpoint": "latest"}))
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(two[name], one[name]) for name in one)
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     at_two = weights(tmp_path / "parts/checkpoint-2")
     assert any(not torch.equal(at_two[name], one[name]) for name in one)
     with pytest.raises(CheckpointError, match="written at 4 pairs a step, this run takes 2"):
-        run_preference_training(
-            make({**parts, "training.resume_from_checkpoint": "latest", "training.train_batch_size": 2})
-        )
+        run_training(make({**parts, "training.resume_from_checkpoint": "latest", "training.train_batch_size": 2}))
     with pytest.raises(ConfigError, match=r"preference_model.guidance_scale: was 5.0, is 1.0"):
-        run_preference_training(
+        run_training(
             make({**parts, "training.resume_from_checkpoint": "latest", "preference_model.guidance_scale": 1.0})
         )
 
@@ -175,7 +175,7 @@ def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp
         if name == "processes":
             in_two(pool, config, tmp_path / "processes.yaml")
         else:
-            run_preference_training(config)
+            run_training(config)
         runs[name] = weights(config.output_dir), metrics(config.output_dir)
     state, lines = runs.pop("batch")
     for others, their_lines in runs.values():
@@ -194,7 +194,7 @@ def test_another_scorers_verdict_is_in_force(make: Make, clip_folder: Path, caps
             "preference_model.relabel_gap": 1.0,
         }
     )
-    run_preference_training(config)
+    run_training(config)
     (line,) = metrics(config.output_dir)
     assert line["ties"] == 1.0
     assert "accuracy" not in line
@@ -211,7 +211,7 @@ def test_bf16_computes_nearly_the_same_from_float32_weights(make: Make, tmp_path
                 "output_dir": str(tmp_path / precision),
             }
         )
-        run_preference_training(config)
+        run_training(config)
         assert {x.dtype for x in weights(config.output_dir).values()} == {torch.float32}
         (lines[precision],) = metrics(config.output_dir)
     assert lines["bf16"]["loss"] == pytest.approx(lines["no"]["loss"], rel=0.05)  # bf16 has 8 bits
@@ -221,7 +221,7 @@ def test_bf16_computes_nearly_the_same_from_float32_weights(make: Make, tmp_path
 def test_a_run_that_diverges_stops_and_writes_no_weights(make: Make) -> None:
     config = make({"training.learning_rate": 100.0, "training.lr_scheduler": "constant"})
     with pytest.raises(TrainingError, match=r"lower training.learning_rate"):
-        run_preference_training(config)
+        run_training(config)
     assert not (Path(config.output_dir) / "preference_model").exists()
 
 
@@ -241,11 +241,47 @@ def test_what_does_not_belong_is_refused(make: Make, change: dict, message: str)
         make(change)
 
 
+def test_a_run_that_was_killed_before_its_final_weights_writes_them(make: Make) -> None:
+    config = make({"training.checkpointing_steps": 4})
+    run_training(config)
+    out = Path(config.output_dir)
+    whole = weights(out)
+    shutil.rmtree(out / "preference_model")
+    (out / "manifest.json").unlink()
+    run_training(make({"training.checkpointing_steps": 4, "training.resume_from_checkpoint": "latest"}))
+    assert is_finished(out)
+    assert all(torch.equal(weights(out)[name], value) for name, value in whole.items())
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+
+
+def test_a_longer_run_continues_along_its_own_schedule(make: Make, tmp_path: Path) -> None:
+    """Two steps of a schedule of two, then of one of four: the rate of each later step is that of a run of four."""
+    parts = {"output_dir": str(tmp_path / "parts"), "training.checkpointing_steps": 2}
+    run_training(make({**parts, "training.max_train_steps": 2}))
+    run_training(make({**parts, "training.resume_from_checkpoint": "latest"}))
+    run_training(make({"output_dir": str(tmp_path / "whole")}))
+    rates = [[line["lr"] for line in metrics(tmp_path / name)[2:]] for name in ("parts", "whole")]
+    assert rates[0] == rates[1]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(make: Make, tmp_path: Path) -> None:
+    """Those of preference models had neither scaler nor EMA nor a count of forwards."""
+    parts = {"output_dir": str(tmp_path / "parts"), "training.checkpointing_steps": 2}
+    run_training(make(parts))
+    whole, old = weights(tmp_path / "parts"), tmp_path / "parts/checkpoint-2"
+    state = torch.load(old / "training_state.pt", weights_only=True)
+    torch.save({k: v for k, v in state.items() if k not in ("scaler", "ema", "unet_forwards", "manifest")},
+               old / "training_state.pt")  # fmt: skip
+    (old / "manifest.json").unlink()
+    run_training(make({**parts, "training.resume_from_checkpoint": "checkpoint-2"}))
+    assert all(torch.equal(weights(tmp_path / "parts")[name], value) for name, value in whole.items())
+
+
 def test_what_is_missing_is_named_before_anything_is_trained(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ScorerError, match="hf download nobody/no-such-clip"):
-        run_preference_training(make({"preference_model.pretrained_model_name_or_path": "nobody/no-such-clip"}))
+        run_training(make({"preference_model.pretrained_model_name_or_path": "nobody/no-such-clip"}))
     with pytest.raises(ScorerError, match="did you mean 'pickscore'"):
-        run_preference_training(make({"preference_model.relabel_with": "pikscore"}))
+        run_training(make({"preference_model.relabel_with": "pikscore"}))
     assert not (tmp_path / "out").exists()
 
 
@@ -273,12 +309,12 @@ def test_the_command_line_trains_checks_and_does_not_encode(make: Make, tmp_path
     assert not Path(config.output_dir).exists()
     with pytest.raises(SystemExit):
         main(["encode", str(tmp_path / "spm.yaml")])
-    assert "no encode cache" in capsys.readouterr().err
+    assert "no latent cache" in capsys.readouterr().err
     main(["train", str(tmp_path / "spm.yaml")])
     assert weights(config.output_dir)
     with pytest.raises(SystemExit):
         main(["train", str(tmp_path / "spm.yaml")])
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     main(["train", str(tmp_path / "spm.yaml"), "overwrite_output_dir=true", "seed=1"])
     assert load_config(Path(config.output_dir) / "config.yaml").seed == 1
 

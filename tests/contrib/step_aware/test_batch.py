@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from diffalign.contrib.step_aware.batch import Labels, StepWeights, decoded_predictions
 from diffalign.data.loader.offline_pairs import OfflinePairs, Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.spec import DataSpec
@@ -20,7 +21,6 @@ from diffalign.models.loading.base import load_base
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.policy.networks import Networks
 from diffalign.rewards import ScorerError
-from diffalign.training.preference_model.batch import Labels, StepWeights, half_made
 from diffalign.world.pairs import write_pairs
 
 TIES = (1, 4)  # rows without a preference
@@ -106,7 +106,7 @@ def test_pictures_are_what_diffusers_predicts(tiny_sd: Path, pair_folder: Path) 
     source = OfflinePairs(open_pairs(pair_folder), Online(Encoder(base), 32), LoaderSpec(5, 3, with_uncond=True))
     batch = next(source.batches())
     networks = Networks(base.unet, family=base.family, schedule=base.schedule)
-    pictures, t = half_made(batch, networks, base.vae, guidance=5.0)
+    pictures, t = decoded_predictions(batch, networks, base.vae, guidance=5.0)
     assert pictures.shape == (2, 3, 3, 32, 32)
     assert torch.equal(t, integers(batch.keys, "t", 0, 1000))
 

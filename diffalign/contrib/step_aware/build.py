@@ -5,17 +5,21 @@ Left out: an encode cache, EMA, fp16 and gradient checkpointing (the config refu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from diffalign.config.schema import PreferenceModelConfig
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.contrib.step_aware.batch import Labels, StepWeights, WeightedPairs
+from diffalign.contrib.step_aware.clip import StepAwareClip
+from diffalign.contrib.step_aware.scorer import WEIGHTS_FILE, WEIGHTS_FOLDER, save_step_aware
+from diffalign.contrib.step_aware.step import judge_step
+from diffalign.data.loader.offline_pairs import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.sampler import Processes
 from diffalign.data.table.pairs import PairTable
@@ -26,51 +30,68 @@ from diffalign.models.loading.base import Base, hide_loading_bars
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.policy.networks import Networks
 from diffalign.rewards import load_scorer
-from diffalign.rewards.clip import load_clip
-from diffalign.rewards.step_aware_clip import StepAwareClip
+from diffalign.rewards.clip import load_clip, load_state
 from diffalign.training.build import AUTOCAST, load_run_base
-from diffalign.training.checkpoints.identity import Identity, refuse_others, run_identity
-from diffalign.training.open_data import no_terms, open_table
+from diffalign.training.checkpoints.identity import refuse_others, run_identity
+from diffalign.training.metrics import Meter
+from diffalign.training.open_data import no_terms
 from diffalign.training.optim.optimizers import effective_batch, effective_lr, make_lr_scheduler, make_optimizer
-from diffalign.training.preference_model.batch import Labels, StepWeights
 from diffalign.training.settle import with_precision
+from diffalign.training.trainable import Trainable
+from diffalign.types import PairBatch
 
 
-@dataclass
-class PreferenceRun:
-    """All the parts of a preference model's run, built and placed on their devices."""
+@dataclass(kw_only=True)
+class PreferenceRun(Trainable):
+    """A run that trains a preference model; `networks` calls the UNet of the frozen base."""
 
     config: PreferenceModelConfig
-    accelerator: Accelerator
-    base: Base
-    networks: Networks  # the frozen base's UNet
-    source: OfflinePairs
+    source: WeightedPairs
     table: PairTable
     labels: Labels
-    weights: StepWeights
     model: StepAwareClip  # what is trained, unwrapped
-    module: nn.Module  # the same, wrapped for several processes
+    wrapped: nn.Module  # the same, wrapped for several processes
     tokenizer: Any
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: LRScheduler
-    lr: float  # in force, after scale_lr
-    identity: Identity = field(default_factory=dict)  # what the run is made from, for its checkpoints
 
     @property
-    def output_dir(self) -> Path:
-        """Where the run writes."""
-        return Path(self.config.output_dir)
+    def label(self) -> str:
+        """The kind of run."""
+        return "preference model"
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as it is called."""
+        return self.wrapped
+
+    def step(self, batches: Iterator[PairBatch], meter: Meter) -> None:
+        """`contrib.step_aware.step.judge_step`."""
+        judge_step(self, batches, meter)
+
+    def save_weights(self, folder: Path) -> None:
+        """A folder that the scorer `step-aware` loads."""
+        save_step_aware(self.model, self.tokenizer, folder / WEIGHTS_FOLDER)
+
+    def load_weights(self, folder: Path) -> None:
+        """Loads what `save_weights` wrote. Raises ScorerError for a file that cannot be read."""
+        self.model.load_state_dict(load_state(folder / WEIGHTS_FOLDER / WEIGHTS_FILE))
+
+    def describe(self, start: int = 0) -> str:
+        """Base, what is trained, labels, batch, learning rate, steps, data."""
+        return describe_judge(self, start)
+
+    def dry_run(self) -> str:
+        """One optimiser step of one pair on each device."""
+        small, meter = with_one_pair(self), Meter()
+        small.step(small.source.batches(0), meter)
+        values = meter.means()
+        return f"{'dry run':>14}  1 pair: loss {values['loss']:.6f}, gradient norm {values['grad_norm']:.4g}"
+
+    def usage(self) -> str:
+        """The folder, and the scorer that takes it."""
+        return f"weights in {self.output_dir / WEIGHTS_FOLDER}: use them as the scorer step-aware={self.output_dir}"
 
 
-def open_pairs_of(config: PreferenceModelConfig, accelerator: Accelerator) -> PairTable:
-    """The run's pairs, ties included. Raises DataError."""
-    return cast("PairTable", open_table(config, accelerator, keep_ties=True))  # it has no source
-
-
-def build_preference_run(
-    config: PreferenceModelConfig, accelerator: Accelerator, table: PairTable | None = None
-) -> PreferenceRun:
+def build_preference_run(config: PreferenceModelConfig, accelerator: Accelerator, table: PairTable) -> PreferenceRun:
     """Builds every part of the run; afterwards only steps are left to take."""
     config = with_precision(config, accelerator.device)
     training, settings, device = config.training, config.preference_model, accelerator.device
@@ -78,8 +99,7 @@ def build_preference_run(
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
     torch.backends.cudnn.allow_tf32 = training.allow_tf32
-    table = open_pairs_of(config, accelerator) if table is None else table
-    no_terms(table, "a preference model learns which picture is better and nothing else")
+    no_terms(table, "a preference model learns which image is better and nothing else")
     clip = load_clip(settings.pretrained_model_name_or_path, settings.tokenizer, str(device))
     judge = None if settings.relabel_with is None else load_scorer(settings.relabel_with, str(device))
     base = load_run_base(config.model)
@@ -107,13 +127,13 @@ def build_preference_run(
         source=_source(config, accelerator, table, encoder),
         table=table,
         labels=Labels(table, judge, settings.relabel_gap),
-        weights=StepWeights(table, config.seed, effective_batch(training, accelerator.num_processes)),
         model=model,
-        module=accelerator.prepare_model(model),
+        wrapped=accelerator.prepare_model(model),
         tokenizer=clip.tokenizer,
         parameters=parameters,
         optimizer=optimizer,
         lr_scheduler=make_lr_scheduler(optimizer, training),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
         lr=lr,
         identity=identity,
     )
@@ -130,7 +150,7 @@ def _needs_x0(base: Base) -> None:
 
 
 def with_one_pair(run: PreferenceRun) -> PreferenceRun:
-    """The same run, taking one pair a step on each device: a look at the machinery."""
+    """The same run with one pair a step on each device."""
     training = run.config.training.model_copy(update={"train_batch_size": 1, "gradient_accumulation_steps": 1})
     config = run.config.model_copy(update={"training": training})
     encoder = Encoder(run.base, run.accelerator.device)
@@ -138,16 +158,16 @@ def with_one_pair(run: PreferenceRun) -> PreferenceRun:
         run,
         config=config,
         source=_source(config, run.accelerator, run.table, encoder),
-        weights=StepWeights(run.table, config.seed, run.accelerator.num_processes),
     )
 
 
 def _source(
     config: PreferenceModelConfig, accelerator: Accelerator, table: PairTable, encoder: Encoder
-) -> OfflinePairs:
+) -> WeightedPairs:
     data = config.data
     resolution = data.resolution or encoder.base.family.default_resolution
-    return OfflinePairs(
+    return WeightedPairs(
+        StepWeights(table, config.seed, effective_batch(config.training, accelerator.num_processes)),
         table,
         Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip),
         LoaderSpec(
@@ -164,12 +184,12 @@ def _source(
 
 
 def _as_sampled(geometry: Tensor) -> Tensor:
-    """The geometry "... 6" that a sampler will state: full size, no crop. The model judges what samplers make."""
+    """The geometry "... 6" that a sampler gives: full size, no crop. The model judges what samplers make."""
     target = geometry[..., 4:]
     return torch.cat([target, torch.zeros_like(target), target], dim=-1)
 
 
-def describe(run: PreferenceRun, start: int = 0) -> str:
+def describe_judge(run: PreferenceRun, start: int = 0) -> str:
     """The plan of a built run: base, what is trained, labels, batch, learning rate, steps, data."""
     config, training, settings = run.config, run.config.training, run.config.preference_model
     processes, pairs = run.accelerator.num_processes, len(run.table)

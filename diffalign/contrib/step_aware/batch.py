@@ -1,7 +1,7 @@
-"""What a preference model sees of a batch of pairs: half-made pictures, labels and weights.
+"""The inputs of a preference model: decoded x̂_0 of both images of a pair, labels, and weights.
 
     t ~ U{0 … T−1} and one noise for both images of a pair
-    x_t = a_t x_0 + s_t ε,   x̂_0 from the frozen base with guidance,   picture = decode(x̂_0)
+    x_t = a_t x_0 + s_t ε,   x̂_0 from the frozen base with guidance,   image = decode(x̂_0)
 
 Source: the release of SPO (arXiv 2406.04314), `spm_task.py`. Differs from it: draws belong to the pair, so batch size,
 processes and resuming change nothing; pairs that share a prompt are counted in the data used, not read from a column;
@@ -11,10 +11,16 @@ the weights of a step are normalised over the whole step, as the release does ov
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import astuple, replace
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.contrib.step_aware.loss import TIE, prompt_weights, relabel
+from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.sampler import PairOrder, positions_for
 from diffalign.data.table.pairs import PairTable
 from diffalign.engine.measure import guided
@@ -24,12 +30,11 @@ from diffalign.models.policy.networks import Networks
 from diffalign.objectives.base import shared_noise
 from diffalign.rewards import Scorer
 from diffalign.rewards.base import check_finite
-from diffalign.rewards.preference_loss import TIE, prompt_weights, relabel
-from diffalign.types import PairBatch
+from diffalign.types import PairBatch, Terms
 
 
 @torch.no_grad()
-def half_made(batch: PairBatch, networks: Networks, vae: VAE, guidance: float) -> tuple[Tensor, Tensor]:
+def decoded_predictions(batch: PairBatch, networks: Networks, vae: VAE, guidance: float) -> tuple[Tensor, Tensor]:
     """Decoded x̂_0 "side pair 3 H W" (nominally in [−1, 1]) and their timesteps int64 [pair] on the CPU."""
     probe = shared_noise(batch, networks.schedule)
     sides = probe.xt.shape[:2]
@@ -42,19 +47,19 @@ def half_made(batch: PairBatch, networks: Networks, vae: VAE, guidance: float) -
 
 
 class Labels:
-    """The labels of pairs by id: the data's, or another scorer's verdict on the clean pictures."""
+    """The labels of pairs by id: the data's, or those that another scorer gives the clean images."""
 
     def __init__(self, table: PairTable, judge: Scorer | None, gap: float) -> None:
         self.table, self.judge, self.gap = table, judge, gap
         self._index = {name: i for i, name in enumerate(table.ids)}
-        self._judged: dict[str, tuple[float, float]] = {}  # a verdict belongs to the pair: it is asked for once
+        self._judged: dict[str, tuple[float, float]] = {}  # each pair is judged once
 
     def prompts(self, ids: tuple[str, ...]) -> list[str]:
         """The prompts of the pairs."""
         return [self.table.prompts[self._index[name]] for name in ids]
 
     def __call__(self, ids: tuple[str, ...]) -> Tensor:
-        """Labels float32 "side pair", on the CPU. Raises ScorerError for a verdict that is not finite."""
+        """Labels float32 "side pair", on the CPU. Raises ScorerError for a score that is not finite."""
         if self.judge is not None:
             self._ask(self.judge, [name for name in dict.fromkeys(ids) if name not in self._judged])
             return torch.tensor([self._judged[name] for name in ids]).T
@@ -90,3 +95,20 @@ class StepWeights:
         planned = torch.tensor([self.order(first + i)[0] for i in range(self.pairs)])
         weights = prompt_weights(self.counts[planned])
         return weights[positions_for(step, batch, accumulation, process, processes) - first].float()
+
+
+class WeightedPairs(OfflinePairs):
+    """Offline pairs whose batches carry each pair's weight in its optimiser step."""
+
+    def __init__(self, weights: StepWeights, *pairs: Any, **settings: Any) -> None:
+        """`pairs`, `settings`: as for `OfflinePairs`."""
+        super().__init__(*pairs, **settings)
+        self.weights = weights
+
+    def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
+        """As of `OfflinePairs`, with weights."""
+        spec, batches = self.spec, super().batches(first_step)
+        for step in count(first_step):
+            share = (spec.train_batch_size, spec.gradient_accumulation_steps, *astuple(spec.processes))
+            for weight in self.weights(step, *share):
+                yield replace(next(batches), terms=Terms(weight=weight))

@@ -1,6 +1,6 @@
 """The step-aware preference model of SPO (arXiv 2406.04314) as a scorer: score = exp(logit_scale) · cos(image, prompt).
 
-The picture is the decoded x̂_0 of some timestep, and the network is told which. Weights come from a folder that
+The image is the decoded x̂_0 of some timestep, which is an input of the network. Weights come from a folder that
 `diffalign train` wrote (config.json, model.safetensors, tokenizer), or from one file with the released state dict:
 
     load_scorer("step-aware=runs/sd15/step_aware")
@@ -20,9 +20,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from diffalign.contrib.step_aware.clip import StepAwareClip, from_state_dict, step_aware_pixels
 from diffalign.rewards.base import ScorerError, check_finite, check_lengths
 from diffalign.rewards.clip import BATCH, Clip, load_or_explain, load_state, load_tokenizer
-from diffalign.rewards.step_aware_clip import StepAwareClip, from_state_dict, step_aware_pixels
 
 WEIGHTS_FOLDER = "preference_model"  # in the output folder of a training run
 WEIGHTS_FILE = "model.safetensors"
@@ -42,7 +42,7 @@ class StepAware:
 
     @torch.no_grad()
     def score(self, images: Sequence[Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        """exp(logit_scale) · cos, [n], of pictures decoded at timesteps t [n]; without t as clean pictures, t = 0.
+        """exp(logit_scale) · cos, [n], of images decoded at timesteps t [n]; without t as clean images, t = 0.
 
         Prompts are cut to the model's context. Raises ScorerError naming the prompt of a score that is not finite.
         """
@@ -58,13 +58,22 @@ class StepAware:
         return check_finite(self.name, self.clip.logit_scale.cpu() * cosine, prompts)
 
     def _embed(self, images: Sequence[Image], t: Tensor) -> Tensor:
-        """Unit vectors on the CPU; pictures may differ in size."""
-        pixels = [step_aware_pixels(picture(image), self.clip.image_size) for image in images]
+        """Unit vectors on the CPU; images may differ in size."""
+        pixels = [step_aware_pixels(pixels_of(image), self.clip.image_size) for image in images]
         features = self.clip.model.image_features(torch.cat(pixels).to(self.clip.device), t)
         return nn.functional.normalize(features, dim=-1).cpu()
 
 
-def picture(image: Image) -> Tensor:
+def world_step_aware(device: str = "cpu") -> StepAware:
+    """The embedded world's committed model; it takes images of the world decoded at any timestep."""
+    from diffalign.world import judge_path
+
+    judge = StepAware(str(judge_path()), device=device)
+    judge.name = "world-step-aware"
+    return judge
+
+
+def pixels_of(image: Image) -> Tensor:
     """Pixels "1 3 h w" in [−1, 1]."""
     values = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return values[None].float() / 127.5 - 1

@@ -1,0 +1,65 @@
+"""What a callback is, and the state of the loop that it reads and may change.
+
+    class Patience(Callback):
+        def on_log(self, state):
+            if state.metrics["loss"] < 0.1:
+                state.should_stop = True                # this step is the last: final weights follow
+
+    Trainer(..., callbacks=[Patience()])
+
+Every process calls every callback in the order of the list; what only one process should do stands under
+`state.run.accelerator.is_main_process`. Processes must agree on `should_stop` and `should_save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffalign.training.metrics import Meter
+from diffalign.training.trainable import Trainable
+
+
+@dataclass
+class TrainingState:
+    """Where the loop is."""
+
+    run: Trainable
+    callbacks: Sequence[Callback]
+    step: int  # optimiser steps taken
+    should_stop: bool = False  # after this step
+    should_save: bool = False  # write a checkpoint after this step
+    metrics: dict[str, float] = field(default_factory=dict)  # means of the last log
+    meter: Meter = field(default_factory=Meter)  # sums since the last log
+    return_to: Path | None = None  # an earlier checkpoint to continue from
+
+    def call(self, event: str, *details: Any) -> None:
+        """Calls the method `event` of each callback in turn; those after one that sets `return_to` are left out."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *details)
+            if self.return_to is not None:
+                return
+
+
+class Callback:
+    """Does nothing. A callback of your own inherits from it and defines the methods that it needs."""
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Called before the first step, and again after a return to an earlier checkpoint."""
+
+    def on_step_end(self, state: TrainingState) -> None:
+        """Called after every optimiser step, before that step's log and checkpoint."""
+
+    def on_log(self, state: TrainingState) -> None:
+        """Called with new `state.metrics` before they are written; what is added to them is written too."""
+
+    def on_checkpoint(self, state: TrainingState, folder: Path) -> None:
+        """Called once a checkpoint is written to `folder`."""
+
+    def on_train_end(self, state: TrainingState) -> None:
+        """Called once the final weights are written."""
+
+    def close(self) -> None:
+        """Called when the run ends, also by an error."""

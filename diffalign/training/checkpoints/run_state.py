@@ -1,0 +1,135 @@
+"""A run into a checkpoint and back, and its final weights; the same for every kind of run.
+
+The main process writes and the others wait. Nothing is written while a trained weight is not finite.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.config.schema import save_config
+from diffalign.training.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoints,
+    find_checkpoint,
+    load_source_state,
+    load_training_state,
+    remove_partial,
+    save_checkpoint,
+    set_aside,
+    tensor_bytes,
+)
+from diffalign.training.checkpoints.final_weights import refuse_finished, save_final_weights
+from diffalign.training.optim.optimizers import resume_schedule
+from diffalign.training.trainable import Trainable, TrainingError
+
+log = logging.getLogger(__name__)
+
+
+def save_run(run: Trainable, step: int) -> Path:
+    """Writes checkpoint-`step` and returns its folder. Raises TrainingError for weights that are not finite."""
+    ensure_finite(run.parameters, run.output_dir, step)
+    training, forwards = run.config.training, run.unet_forwards()
+
+    def save_weights(folder: Path) -> None:
+        run.save_weights(folder)
+        save_config(run.config, folder / "config.yaml")
+
+    if run.accelerator.is_main_process:
+        state = {
+            "optimizer": run.optimizer.state_dict(),
+            "lr_scheduler": run.lr_scheduler.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "ema": None if run.ema is None else run.ema.state_dict(),
+            "pairs_per_step": run.pairs_per_step,
+            "unet_forwards": forwards,
+            "max_train_steps": training.max_train_steps,
+        }
+        content = Checkpoint(
+            step, save_weights, state, run.source.state_dict(), run.identity, tensor_bytes(run.parameters)
+        )
+        save_checkpoint(run.output_dir, content, training.checkpoints_total_limit)
+    run.accelerator.wait_for_everyone()
+    return run.output_dir / f"checkpoint-{step}"
+
+
+def save_final(run: Trainable, step: int) -> None:
+    """Writes the final weights, the EMA's where there is one. Raises TrainingError for weights that are not finite."""
+    ensure_finite(run.parameters, run.output_dir, step)
+    if run.accelerator.is_main_process:
+        with run.averaged_weights():
+            save_final_weights(run.output_dir, step, run.save_weights, tensor_bytes(run.parameters))
+    run.accelerator.wait_for_everyone()
+
+
+def resume(run: Trainable) -> int:
+    """Restores the configured checkpoint, if any, and returns the number of steps already taken.
+
+    Raises CheckpointError for a checkpoint that is missing, damaged or does not fit the run.
+    """
+    wanted = run.config.training.resume_from_checkpoint
+    if run.accelerator.is_main_process:
+        remove_partial(run.output_dir)
+    run.accelerator.wait_for_everyone()
+    if wanted is None:
+        return 0
+    folder = find_checkpoint(run.output_dir, wanted)
+    if folder is not None:
+        return restore(run, folder)
+    if not run.config.overwrite_output_dir:
+        refuse_finished(run.output_dir)
+    log.info("resume_from_checkpoint: latest, and no checkpoint yet in %s: starting at step 0", run.output_dir)
+    return 0
+
+
+def restore(run: Trainable, folder: Path) -> int:
+    """The run as it was when it wrote a checkpoint; later ones are set aside. Returns the steps taken by then."""
+    state, training = load_training_state(folder), run.config.training
+    step, pairs, ema = int(state["step"]), state["pairs_per_step"], state.get("ema")
+    if step > training.max_train_steps:
+        raise CheckpointError(
+            f"{folder} is at step {step}, past training.max_train_steps = {training.max_train_steps}: raise that, or "
+            "name an earlier checkpoint"
+        )
+    if pairs != run.pairs_per_step:
+        raise CheckpointError(
+            f"{folder} was written at {pairs} pairs a step, this run takes {run.pairs_per_step}: "
+            "keep the product of train_batch_size, gradient_accumulation_steps and processes, or pairs would be "
+            "skipped or seen twice"
+        )
+    if (run.ema is None) != (ema is None):
+        written = "with" if run.ema is None else "without"
+        raise TrainingError(f"{folder} was written {written} EMA: set training.ema_decay as it was then")
+    run.load_weights(folder)
+    resume_schedule(run, state)
+    run.scaler.load_state_dict(state.get("scaler", {}))
+    if run.ema is not None:
+        run.ema.load_state_dict(ema)
+        run.ema.to(run.accelerator.device)
+    run.source.load_state_dict(load_source_state(folder))
+    run.networks.image_forwards = state.get("unet_forwards", 0) if run.accelerator.is_main_process else 0
+    log.info("resumed from %s", folder)
+    if run.accelerator.is_main_process:
+        set_aside(run.output_dir, step)
+    run.accelerator.wait_for_everyone()
+    return step
+
+
+def ensure_finite(parameters: Sequence[Tensor], output_dir: Path, step: int) -> None:
+    """Raises TrainingError where a trained weight is not finite: broken weights must not replace good ones."""
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
+    if not bool(norms.isfinite().all()):
+        raise diverged(output_dir, f"the weights are no longer finite at step {step}")
+
+
+def diverged(output_dir: Path, what: str) -> TrainingError:
+    """The error for a run whose loss or weights are not finite."""
+    there = checkpoints(output_dir)
+    last = f"resume from {there[-1].name}" if there else "start again"
+    return TrainingError(f"{what}: lower training.learning_rate, or train in bf16 or fp32 instead of fp16, then {last}")

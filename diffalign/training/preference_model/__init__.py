@@ -1,1 +1,0 @@
-"""Training a step-aware preference model, a judge of half-made pictures."""
