@@ -18,6 +18,7 @@ import pytest
 
 from diffalign.cli.main import main
 from diffalign.config.schema import Config, PreferenceModelConfig, load_config
+from diffalign.models.adapters.methods import known_methods
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
@@ -178,6 +179,8 @@ def exists(section: str, key: str) -> bool:
     if section in ("objective", "source"):
         classes = OBJECTIVES if section == "objective" else SOURCES
         return key == "name" or any(key in cls.__dataclass_fields__ for cls in classes.values())
+    if section == "tuning":
+        return key == "method" or any(key in cls.__dataclass_fields__ for cls in known_methods().values())
     hint = {**PreferenceModelConfig.model_fields, **Config.model_fields}[section].annotation
     return key in hint.model_fields  # type: ignore[union-attr]
 

@@ -46,6 +46,14 @@ def test_every_page_is_there(site: Path) -> None:
     assert sorted(page for page in built if not (site / page / "index.html").is_file()) == []
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    import diffalign
+
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
+    names = set(diffalign.__all__) - {"__version__"}
+    assert sorted(x for x in names if f"::: diffalign.{x}\n" not in text and f"`{x}`" not in text) == []
+
+
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     found = {p.name: LOADED.findall(p.read_text(encoding="utf-8")) for p in site.rglob("*.html")}
     assert {name: urls for name, urls in found.items() if urls and name != "arena.html"} == {}
