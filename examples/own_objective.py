@@ -2,9 +2,9 @@
 
     python examples/own_objective.py
 
-An objective chooses the points at which the networks are evaluated (here `OnSharedNoise`: one timestep and one noise for
-each pair), and computes the loss of each pair from the errors of policy and reference there (`score`). A config names it
-`objective: {name: "own_objective:HingeDPO", beta: 2000}`, with the folder of this file on PYTHONPATH.
+An objective chooses the points at which the networks are evaluated (here `OnSharedNoise`: one timestep and one noise
+for each pair), and computes the loss of each pair from the errors of policy and reference there (`score`). A config
+names it `objective: {name: "own_objective:HingeDPO", beta: 2000}`, with the folder of this file on PYTHONPATH.
 """
 
 from dataclasses import dataclass
