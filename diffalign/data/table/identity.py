@@ -51,7 +51,7 @@ def data_identity(table: Table, contents: bool = False) -> dict[str, str]:
 def _samples(table: Table) -> Iterator[bytes]:
     """The image files of a few rows, where rows name files, or the images of a few winners."""
     if isinstance(table, PairTable):
-        files = table.by_file
+        files = table.index.by_file
         for place in _spread(len(files)):
             yield from _read(partial(table.stored, files[place]))
     elif hasattr(table, "chosen"):  # a protocol, `Winners`

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import Problem
+from diffalign.data.table.examine import Index
 from diffalign.data.table.file_hash import files_state, remembered
 from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FROM_ROWS = 10_000  # below, examining takes a second or two
 _TEXTS = ("problems", "ids", "prompts", "names_files", "negative_masks", "examined_rows")
 _TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array codes
@@ -57,23 +58,23 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def remember(note: Path, index: dict[str, Any]) -> None:
-    """Writes `PairTable.index`; where that fails a warning is logged, and the next start examines the rows again."""
-    texts = {name: index[name] for name in _TEXTS}
-    texts["problems"] = [astuple(problem) for problem in index["problems"]]
-    unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(index["prompts"]))}
+def remember(note: Path, index: Index) -> None:
+    """Writes an index; where that fails a warning is logged, and the next start examines the rows again."""
+    texts = {name: getattr(index, name) for name in _TEXTS}
+    texts["problems"] = [astuple(problem) for problem in index.problems]
+    unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(index.prompts))}
     texts["prompts"] = list(unique)
     tensors = {
         "texts": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
-        "prompt_of": torch.tensor([unique[prompt] for prompt in index["prompts"]], dtype=torch.int64),
-        "_first": torch.tensor(list(index["_first"]), dtype=torch.uint8),
-        "_ties": torch.tensor(list(index["_ties"]), dtype=torch.uint8),
-        "_sizes": _tensor(index["_sizes"]),
-        "_rows": _tensor(index["_rows"]),
-        **{f"numbers.{part}": _tensor(values) for part, values in index["numbers"].items()},
+        "prompt_of": torch.tensor([unique[prompt] for prompt in index.prompts], dtype=torch.int64),
+        "first": torch.tensor(list(index.first), dtype=torch.uint8),
+        "ties": torch.tensor(list(index.ties), dtype=torch.uint8),
+        "sizes": _tensor(index.sizes),
+        "rows": _tensor(index.rows),
+        **{f"numbers.{part}": _tensor(values) for part, values in index.numbers.items()},
     }
-    if index["_scores"] is not None:
-        tensors["_scores"] = torch.tensor(index["_scores"], dtype=torch.float64).reshape(-1, 2)
+    if index.scores is not None:
+        tensors["scores"] = torch.tensor(index.scores, dtype=torch.float64).reshape(-1, 2)
     partial = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def remember(note: Path, index: dict[str, Any]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def recall(note: Path) -> dict[str, Any] | None:
+def recall(note: Path) -> Index | None:
     """The index that was written, or None where there is no complete one."""
     try:
         if stamp_fault(note) is not None:
@@ -94,21 +95,21 @@ def recall(note: Path) -> dict[str, Any] | None:
         with safe_open(note, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         texts = json.loads(bytes(tensors["texts"].numpy()))
-        prompts = texts["prompts"]
-        scores = tensors.get("_scores")
-        return {
-            **texts,
-            "problems": [Problem(*problem) for problem in texts["problems"]],
-            "prompts": [prompts[place] for place in tensors["prompt_of"].tolist()],
-            "_first": bytearray(tensors["_first"].numpy()),
-            "_ties": bytearray(tensors["_ties"].numpy()),
-            "_sizes": _array("i", tensors["_sizes"]),
-            "_rows": _array("q", tensors["_rows"]),
-            "_scores": None if scores is None else [(one, two) for one, two in scores.tolist()],
-            "numbers": {
-                name.partition(".")[2]: _array("d", x) for name, x in tensors.items() if name.startswith("numbers.")
+        prompts, scores = texts["prompts"], tensors.get("scores")
+        numbers = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith("numbers.")}
+        return Index(
+            **texts
+            | {
+                "problems": [Problem(*problem) for problem in texts["problems"]],
+                "prompts": [prompts[place] for place in tensors["prompt_of"].tolist()],
             },
-        }
+            first=bytearray(tensors["first"].numpy()),
+            ties=bytearray(tensors["ties"].numpy()),
+            sizes=_array("i", tensors["sizes"]),
+            rows=_array("q", tensors["rows"]),
+            scores=None if scores is None else [(one, two) for one, two in scores.tolist()],
+            numbers={part: _array("d", x) for part, x in numbers.items()},
+        )
     except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError):
         return None
 

@@ -24,6 +24,7 @@ from diffalign.data.formats.text_files import SUFFIXES, open_listing
 from diffalign.data.formats.webdataset import open_shards
 from diffalign.data.row import DataError
 from diffalign.data.spec import AS_FOUND, DataSpec
+from diffalign.data.table.examine import examine
 from diffalign.data.table.index_cache import recall, remember, remembered_at
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import TERMS
@@ -47,19 +48,17 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
     """
     stored = open_columns(path, spec.split) if isinstance(path, str | Path) else path
     stored, layout = find_layout(stored, spec.format, spec.columns)
-    table = PairTable(stored, layout, keep_ties=spec.keep_ties, invert_preference=spec.invert_preference)
     flags = [spec.keep_ties, spec.invert_preference, spec.verify, spec.max_pairs]
     names = [spec.format, spec.split, sorted(spec.columns.items()), repr(layout)]
     note = remembered_at(stored, {"flags": flags, "names": names})
-    found = None if note is None else recall(note)
-    if found is None:
-        table.examine(spec.verify, spec.max_pairs)
-        if note is not None and not table.names_files:
-            remember(note, table.index())
-    else:
-        table.take_index(found)
+    index = None if note is None else recall(note)
+    if index is not None:
         log.info("%s: rows examined earlier, result read from %s", stored.storage, note)
-    return table
+    else:
+        index = examine(stored, layout, spec)
+        if note is not None and not index.names_files:
+            remember(note, index)
+    return PairTable(stored, layout, index, invert_preference=spec.invert_preference)
 
 
 def open_columns(path: str | Path, split: str = "train") -> Columns:

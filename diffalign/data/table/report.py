@@ -182,7 +182,7 @@ def check_pairs(
         storage=table.storage,
         verify=spec.verify,
         total_rows=table.total_rows,
-        examined_rows=table.examined_rows,
+        examined_rows=table.index.examined_rows,
         usable=len(table),
         ties=table.ties,
         problems=tuple(table.problems),

@@ -52,7 +52,15 @@ def facts(table: PairTable) -> list[Any]:
     """Everything a table says without an image."""
     pairs = range(len(table))
     return [
-        *(table.total_rows, table.examined_rows, table.problems, table.ids, table.prompts, table.sizes, table.ties),
+        *(
+            table.total_rows,
+            table.index.examined_rows,
+            table.problems,
+            table.ids,
+            table.prompts,
+            table.sizes,
+            table.ties,
+        ),
         *(table.identity, table.terms, table.negative_masks),
         [(table.where(i), table.scores(i), table.tie(i), table.number("weight", i)) for i in pairs],
         [(table[i].chosen.read(), table[i].rejected.read()) for i in pairs],

@@ -335,4 +335,4 @@ def test_max_pairs_stops_early(tmp_path: Path) -> None:
     rows[0]["label_0"] = rows[0]["label_1"] = 0.5
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(max_pairs=2))
     assert table.ids == ["a1:b1", "a2:b2"]
-    assert (table.total_rows, table.examined_rows) == (6, 3)
+    assert (table.total_rows, table.index.examined_rows) == (6, 3)

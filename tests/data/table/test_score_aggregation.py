@@ -41,7 +41,7 @@ def files(table: PairTable, folder: Path, text_weight: float = 1.0) -> list[Axis
 def stored_scores(table: PairTable) -> list[tuple[float, float]]:
     """In stored order, whichever side is the chosen one."""
     both = [table.scores(index) for index in range(len(table))]
-    return [pair[::-1] if table._first[i] else pair for i, pair in enumerate(both)]  # type: ignore[index]
+    return [pair[::-1] if table.index.first[i] else pair for i, pair in enumerate(both)]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -52,21 +52,21 @@ def stored_scores(table: PairTable) -> list[tuple[float, float]]:
     ],
 )
 def test_scores_by_hand(table: PairTable, tmp_path: Path, how, expected) -> None:
-    labels = list(table._first)
+    labels = list(table.index.first)
     use_axes(table, files(table, tmp_path, 10.0), how, relabel=False)
     for found, wanted in zip(stored_scores(table), expected, strict=False):
         assert found == pytest.approx(wanted)
     assert all(math.isnan(x) for x in stored_scores(table)[4])  # one axis has no score
-    assert list(table._first) == labels
+    assert list(table.index.first) == labels
 
 
 @pytest.mark.parametrize(("how", "first"), [("sum", [0, 1, 0, 0]), ("min", [1, 1, 0, None])])
 def test_relabelled_by_the_verdict_and_a_tie_leaves_the_label(table: PairTable, tmp_path: Path, how, first) -> None:
     """Unweighted sums: gaps 2.9 −1.2 1.3 .2; min: the axes text, text, text, and look, which is a tie."""
-    labels = list(table._first)
+    labels = list(table.index.first)
     use_axes(table, files(table, tmp_path), how, relabel=True)
     expected = [label if wanted is None else wanted for wanted, label in zip([*first, None], labels, strict=True)]
-    assert list(table._first) == expected
+    assert list(table.index.first) == expected
 
 
 def test_pairs_on_which_axes_disagree_are_left_out_and_named(table: PairTable, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_one_file_is_what_one_file_was(table: PairTable, tmp_path: Path) -> None
     use_axes(table, [one], "sum", relabel=True)
     use_scores(other, read_scores(one.file), relabel=True, where="scores")
     assert stored_scores(table)[:4] == stored_scores(other)[:4]
-    assert list(table._first) == list(other._first)
+    assert list(table.index.first) == list(other.index.first)
     assert table.identity == other.identity
 
 

@@ -54,13 +54,13 @@ def test_a_file_has_both_images_of_every_pair_in_stored_order(table: PairTable, 
 def test_relabelling_makes_the_higher_score_the_chosen_one(table: PairTable, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     score_pairs(table, "brightness", brightness, out)
-    labels, identity = list(table._first), table.identity
+    labels, identity = list(table.index.first), table.identity
     again = open_pairs(tmp_path / "pairs.parquet")
     scores = read_scores(out)
     scores[table.ids[0]] = (1.0, 1.0)  # equal: the label decides
     use_scores(again, scores, relabel=True, where="scores")
-    assert again._first[0] == labels[0]
-    assert list(again._first) != labels
+    assert again.index.first[0] == labels[0]
+    assert list(again.index.first) != labels
     assert again.identity != identity  # so that a cache of the other labels is refused
     for i in range(40):
         chosen, rejected = again[i].scores
