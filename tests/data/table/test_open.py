@@ -160,7 +160,7 @@ def test_many_rows_say_how_to_do_without(
     caplog.set_level("INFO")
     file = write_parquet(tmp_path / "pairs.parquet", pick_rows(3))
     open_pairs(file)
-    monkeypatch.setattr("diffalign.data.table.pairs.MANY_ROWS", 3)
+    monkeypatch.setattr("diffalign.data.table.examine.MANY_ROWS", 3)
     open_pairs(file, DataSpec(verify="none"))
     assert "images of all" not in caplog.text
     open_pairs(file)
