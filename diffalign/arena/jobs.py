@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
-from tqdm import tqdm
 
 from diffalign.config.schema import Config, parse_config
 from diffalign.config.strict_yaml import ConfigError
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import Picture
 from diffalign.evaluation.sampling import Sampling
+from diffalign.io.progress import Progress
 from diffalign.training.run import run_training
 from diffalign.training.trainable import TrainingError
 from diffalign.world import base_path
@@ -76,7 +76,7 @@ class FinishedJob:
 def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[FinishedJob]:
     """Does what is not done yet, `workers` jobs at a time, and returns all in order; a bar shows the jobs."""
     waiting = [job for job in jobs if not _finished(job)]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=desc, unit=" runs")
+    bar = Progress(total=len(jobs), initial=len(jobs) - len(waiting), desc=desc, unit=" runs")
     if waiting:
         os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing from more
         spawn = multiprocessing.get_context("spawn")

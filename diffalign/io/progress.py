@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
 
-LINE_SECONDS = 15.0  # at least this long between two lines of a bar that is no terminal's
+LINE_SECONDS = 15.0  # at least this long between two lines of a bar whose output is no terminal
+LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 _enabled = True
 
 
@@ -29,33 +31,33 @@ def enable_progress_bars() -> None:
 class Progress(tqdm):  # type: ignore[misc]
     """tqdm's bar, in lines where the output is no terminal."""
 
-    def __init__(self, *args: Any, disable: bool = False, **settings: Any) -> None:
+    def __init__(self, *args: Any, disable: bool | None = False, **settings: Any) -> None:
         self.in_lines = not (settings.get("file") or sys.stderr).isatty()
-        self._last_line = ""
         self.disable: bool
+        self._line_time = time.monotonic()
         if self.in_lines:
-            settings |= {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS, "ncols": 80}
+            settings |= {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS, "bar_format": LINE}
             settings["delay"] = max(settings.get("delay", 0.0), 1e-9)  # no line before the first result
         else:
             settings.setdefault("dynamic_ncols", True)
-        super().__init__(*args, disable=disable or not _enabled, **settings)
+        super().__init__(*args, disable=disable if _enabled else True, **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Draws the bar, or writes one line that differs from the one before."""
+        """Draws the bar, or writes a line where the last one is long enough ago."""
         if not self.in_lines:
             return bool(super().display(msg, pos))
-        line = str(self) if msg is None else msg
-        if line and line != self._last_line:
-            self.fp.write(f"{line}\n")
-            self._last_line = line
+        now = time.monotonic()
+        if now - self._line_time >= LINE_SECONDS:
+            self.fp.write(f"{self}\n")
+            self._line_time = now
         return True
 
     def close(self) -> None:
-        """Ends the bar. In lines the last one says how far it came, unless the bar leaves nothing behind."""
+        """Ends the bar. In lines the last one says how far it came, unless the bar leaves nothing or was never due."""
         if not self.in_lines or self.disable:
             super().close()
             return
         self.disable = True
         self._decr_instances(self)
-        if self.leave and self.n > self.initial:
-            self.display()
+        if self.leave and self.n > self.initial and self._time() - self.start_t >= self.delay:
+            self.fp.write(f"{self}\n")

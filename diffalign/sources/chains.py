@@ -12,12 +12,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.data.loader.text import TextMemo
 from diffalign.data.transforms import pictures
 from diffalign.engine.predictor import predictor
 from diffalign.engine.random import initial_noise, integers, normal, pair_key
+from diffalign.io.progress import Progress
 from diffalign.rewards import Scorer
 from diffalign.rewards.base import takes_timestep
 from diffalign.sources.base import Context, SourceError
@@ -79,7 +79,7 @@ class Chains:
         at_once = max(1, self.settings.generation_batch_size // members)
         records: list[Records] = []
         metrics: dict[str, list[Tensor]] = {}
-        with tqdm(
+        with Progress(
             total=len(places) * members * len(self.branching.at),
             desc=f"round {number}",
             unit="img",

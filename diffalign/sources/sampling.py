@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.data.loader.loaded import NULL_PROMPT
 from diffalign.data.loader.text import for_pairs
@@ -20,6 +19,7 @@ from diffalign.engine.ddim import step
 from diffalign.engine.measure import Network, guided
 from diffalign.engine.random import initial_noise
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.io.progress import Progress
 from diffalign.models.loading.encoder import Encoder
 from diffalign.sources.base import Context
 from diffalign.types import Conditioning
@@ -51,7 +51,7 @@ def sample_latents(
     `network` is `context.networks.policy` or `.reference`.
     """
     parts = []
-    with tqdm(total=len(prompts), desc=sampling.title, unit="img", leave=False, disable=not context.main) as bar:
+    with Progress(total=len(prompts), desc=sampling.title, unit="img", leave=False, disable=not context.main) as bar:
         for start in range(0, len(prompts), sampling.batch_size):
             part = slice(start, start + sampling.batch_size)
             some, own = tuple(prompts[part]), seeds[part]

@@ -26,10 +26,10 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.data.row import DataError
 from diffalign.io.files import PARTIAL, READERS, room_for, sync, temporary
+from diffalign.io.progress import Progress
 from diffalign.io.weight_files import EMPTY_STAMP, has_stamp, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _whole(folder: Path, names: list[str], hashed: bool) -> set[str]:
     whole, without = set(), 0
     with (
         ThreadPoolExecutor(READERS) as readers,
-        tqdm(total=len(names), desc="checking shards", unit=" shards", delay=3.0, mininterval=1.0) as bar,
+        Progress(total=len(names), desc="checking shards", unit=" shards", delay=3.0, mininterval=1.0) as bar,
     ):
         for name, fault in zip(names, readers.map(lambda n: stamp_fault(folder / n, required=hashed), names)):
             bar.update(1)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from diffalign.data.cache.latents import (
     DTYPES,
@@ -40,6 +39,7 @@ from diffalign.data.row import DataError, ImageError, Problem
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.transforms import prepare_pair
 from diffalign.engine.random import pair_key
+from diffalign.io.progress import Progress
 
 WORK = Work()
 
@@ -84,7 +84,7 @@ def encode_cache(
     written = 0
 
     names = work.processes.share(plan.text_shards())
-    with tqdm(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
+    with Progress(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, names, hashed):
             if missing:
                 part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
@@ -95,7 +95,7 @@ def encode_cache(
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     names = work.processes.share(plan.moments_shards())
     total = sum(len(_range(name, plan)) for name in names)
-    with tqdm(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
+    with Progress(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
         for name, missing in in_own_order(folder, names, hashed):
             indices = _range(name, plan)
             if not missing:

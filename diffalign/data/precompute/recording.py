@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.data.cache.latents import PairCache
 from diffalign.data.cache.shards import (
@@ -34,6 +33,7 @@ from diffalign.data.cache.shards import (
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.row import DataError
 from diffalign.data.sampler import ALONE, Processes
+from diffalign.io.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Recording:
         Call it again after an interruption: finished shards are used, and damaged ones are made again.
         """
         own, counts = work.processes.share(names), work.counts
-        with tqdm(total=len(own), desc=title, unit=" shards", delay=3.0, mininterval=1.0) as bar:
+        with Progress(total=len(own), desc=title, unit=" shards", delay=3.0, mininterval=1.0) as bar:
             for name, missing in in_own_order(self.folder, own, self.hashed):
                 if not missing:
                     _count_found(self.folder / name, counts)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.data.cells import image_ref, read_prompt
 from diffalign.data.formats.columns import Columns
@@ -26,6 +25,7 @@ from diffalign.data.row import BAD_ROW, DUPLICATE, IDENTICAL, TIE, ImageError, I
 from diffalign.data.spec import DataSpec, Verify
 from diffalign.data.table.file_hash import Files, file_stat
 from diffalign.data.weights import TERMS, Number, read_mask
+from diffalign.io.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def examine(columns: Columns, layout: Layout, spec: DataSpec) -> Index:
     unique: dict[str, str] = {}
     if spec.verify != "none" and len(columns) >= MANY_ROWS and spec.max_pairs is None:
         log.info("checking the images of all %d rows (verify=%r); verify='none' skips it", len(columns), spec.verify)
-    for row in tqdm(range(len(columns)), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0):
+    for row in Progress(range(len(columns)), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0):
         if spec.max_pairs is not None and len(index.ids) >= spec.max_pairs:
             break
         index.examined_rows += 1

@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffalign.data.row import MISSING_SIDE, ImageError, ImageRef
+from diffalign.io.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ def _hash(pairs: Iterable[tuple[ImageRef, ImageRef]], total: int) -> str:
     rest = iter(pairs)
     with (
         ThreadPoolExecutor(READERS) as readers,
-        tqdm(total=total, desc="hashing image files", unit=" pairs", delay=3.0, mininterval=1.0) as bar,
+        Progress(total=total, desc="hashing image files", unit=" pairs", delay=3.0, mininterval=1.0) as bar,
     ):
         while some := list(islice(rest, AT_ONCE)):
             new = {str(ref.path): ref for pair in some for ref in pair if str(ref.path) not in known}

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL.Image import Image
-from tqdm import tqdm
 
 from diffalign.data.formats.text_files import lines_of, parse_json, read_text
 from diffalign.data.row import DataError, ImageError
 from diffalign.data.table.pairs import PairTable
 from diffalign.io.folder_lock import folder_lock
+from diffalign.io.progress import Progress
 
 NAMED = 3  # pairs without scores that a message names
 BATCH = 32  # pairs opened at a time
@@ -51,7 +51,7 @@ def _score_pairs(
     scored = unreadable = 0
     with (
         out.open("a") as file,
-        tqdm(total=len(table), initial=len(table) - len(todo), desc=scorer, unit=" pairs") as bar,
+        Progress(total=len(table), initial=len(table) - len(todo), desc=scorer, unit=" pairs") as bar,
     ):
         for first in range(0, len(todo), BATCH):
             some = todo[first : first + BATCH]

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.data.cells import image_ref, read_prompt
 from diffalign.data.formats.columns import Columns
@@ -23,6 +22,7 @@ from diffalign.data.table.open import SeveralFormatsError, find_layout, open_col
 from diffalign.data.table.prompts import Table
 from diffalign.data.transforms import prepare
 from diffalign.engine.random import uniform
+from diffalign.io.progress import Progress
 
 # Accepted column names, best first.
 PARTS = {
@@ -52,7 +52,7 @@ class WinnerTable:
         self.prompts: list[str] = []
         self._rows: list[int] = []
         prompts, seen = columns.column(parts["prompt"]), Counter[str]()
-        for row in tqdm(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0):
+        for row in Progress(range(self.total_rows), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0):
             if limit is not None and len(self) >= limit:
                 break
             if (fault := columns.fault(row)) is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tqdm import tqdm
-
+from diffalign.io.progress import Progress
 from diffalign.training.callbacks.base import Callback, TrainingState
 
 SHOWN = {"loss": "loss", "implicit_acc": "acc", "accuracy": "acc", "lr": "lr", "skipped_steps": "skipped"}
@@ -20,7 +19,7 @@ class ProgressBar(Callback):
     def on_train_begin(self, state: TrainingState) -> None:
         """Makes the bar, or sets it back."""
         if self.bar is None:
-            self.bar = tqdm(
+            self.bar = Progress(
                 total=state.run.config.training.max_train_steps,
                 initial=state.step,
                 desc=state.run.label,

@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import TrainingSection
 from diffalign.engine.measure import measure_and_backward, predictions, squared_errors
 from diffalign.errors import DiffalignError
+from diffalign.io.progress import Progress
 from diffalign.models.policy.networks import Networks
 from diffalign.objectives import Objective
 from diffalign.objectives.base import ask
@@ -276,7 +276,7 @@ def _path(walk: _Walk, lr: float, before: list[Tensor], bar: Any) -> tuple[list[
 
 def _progress(total: int, stage: str, unit: str) -> Any:
     """A bar with rate and time left on a terminal; elsewhere one log line for the stage."""
-    bar = tqdm(total=total, desc=stage, unit=unit, disable=None)
+    bar = Progress(total=total, desc=stage, unit=unit, disable=None)
     if bar.disable:
         log.info("calibrate: %s", stage)
     return bar

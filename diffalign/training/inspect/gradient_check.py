@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign.engine.measure import errors, joined_errors, point_chunks, weighed
 from diffalign.engine.random import pair_key
 from diffalign.errors import DiffalignError
+from diffalign.io.progress import Progress
 from diffalign.objectives import DiffusionDPO, Objective
 from diffalign.objectives.base import ask
 from diffalign.training.build import Run
@@ -56,7 +56,7 @@ def diagnose(run: Run, batches: int = 8) -> list[Direction]:
     dpo = DiffusionDPO(beta=getattr(run.objective, "beta", 2000.0))
     own, plain, again = _Sums(run), _Sums(run), _Sums(run)
     source = run.source.batches(0)
-    for _ in tqdm(range(batches), desc="gradients", unit=" batches"):
+    for _ in Progress(range(batches), desc="gradients", unit=" batches"):
         batch = next(source).to(run.accelerator.device)
         own.add(run.objective, batch)
         plain.add(dpo, batch)
