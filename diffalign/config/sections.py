@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import field_validator
@@ -27,6 +28,7 @@ from diffalign.config.value_types import (
 )
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.score_aggregation import Aggregate, Axis
+from diffalign.models.spec import ModelSpec
 
 # Settings that only a run with an objective has.
 OBJECTIVE_ONLY = {
@@ -71,6 +73,11 @@ class ModelSection(Section):
     compile: Switch = False  # torch.compile of each transformer and resnet block
     channels_last: Switch = False  # convolutions in NHWC
     fused_kernels: Switch = False  # Triton kernels for GroupNorm with SiLU, and GEGLU; needs channels_last
+
+    @property
+    def spec(self) -> ModelSpec:
+        """How the base is loaded."""
+        return ModelSpec(**self.model_dump(include={field.name for field in fields(ModelSpec)}))
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

@@ -1,9 +1,9 @@
-"""From a config to everything a run needs, cheapest checks first: config, data, then models, then encoding."""
+"""From a config to all parts of a run, cheapest checks first: config, data, then models, then encoding."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,6 @@ from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, Reference
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
-from diffalign.models.spec import ModelSpec
 from diffalign.objectives.base import require_terms
 from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
@@ -45,32 +44,31 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def load_run_base(model: ModelSection) -> Base:
     """The base model that a config names, in float32 on the CPU."""
-    base = load_base(ModelSpec(**model.model_dump(include={field.name for field in fields(ModelSpec)})))
-    return trained_as(base, model)
+    return trained_as(load_base(model.spec), model)
 
 
 def trained_as(base: Base, model: ModelSection) -> Base:
-    """A base with the noise and the null prompt that a config says it is trained on; its sampler stays its own.
+    """A base with the config's noise and null prompt for training; sampling uses the base's own.
 
     Raises DiffalignError for a null prompt of zeros where the base's family has none.
     """
     if model.rescale_betas_zero_snr is not None:
         config = {**base.scheduler_config, "rescale_betas_zero_snr": model.rescale_betas_zero_snr}
         base = replace(base, schedule=NoiseSchedule.from_config(config))
-    if model.force_zeros_for_empty_prompt is not None:
-        if base.family.name != "sdxl":
-            raise DiffalignError(
-                f"model.force_zeros_for_empty_prompt = {model.force_zeros_for_empty_prompt}: only SDXL has a null "
-                f"prompt of zeros, and {base.source!r} is an {base.family.name} model, whose null prompt is the "
-                'encoded ""; leave the key out'
-            )
-        assert base.text is not None
-        base = replace(base, text=replace(base.text, zero_empty_prompt=model.force_zeros_for_empty_prompt))
-    return base
+    zeros = model.force_zeros_for_empty_prompt
+    if zeros is None:
+        return base
+    if base.family.name != "sdxl":
+        raise DiffalignError(
+            f"model.force_zeros_for_empty_prompt = {zeros}: only SDXL has a null prompt of zeros, and {base.source!r} "
+            f'is an {base.family.name} model, whose null prompt is the encoded ""; leave the key out'
+        )
+    assert base.text is not None
+    return replace(base, text=replace(base.text, zero_empty_prompt=zeros))
 
 
 def build(config: Config, accelerator: Accelerator, table: Table | None = None, base: Base | None = None) -> Run:
-    """Builds every part of the run; afterwards only steps are left to take. What is given is not loaded again."""
+    """Builds every part of a run, ready for its first step. A given table or base is not loaded again."""
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
@@ -130,10 +128,10 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
 
 
 def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference | None:
-    """What the policy is compared with, from its unwrapped UNet before training.
+    """The network that the policy is compared with, from the policy's unwrapped UNet before training.
 
-    That is a former policy where the source chooses one, else what the tuning method makes. None for an objective
-    without a reference.
+    A former policy where the source chooses one, else the tuning method's reference. None for an objective without a
+    reference.
     """
     autocast = AUTOCAST[config.training.mixed_precision]
     if config.source is not None and config.source.own_reference:
@@ -176,7 +174,7 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
 
 
 def make_ema(parameters: list[nn.Parameter], decay: float) -> Any:
-    """diffusers' moving average of the weights, which starts at what they are now."""
+    """diffusers' moving average of the weights, which starts at their present values."""
     from diffusers.training_utils import EMAModel
 
     return EMAModel(parameters, decay=decay, foreach=True)

@@ -26,7 +26,7 @@ def open_table(config: AnyConfig, accelerator: Accelerator | None = None) -> Tab
     """The usable pairs of the run's data, or the prompts of a source that generates its images; needs no model.
 
     Ties are usable where a preference model is trained.
-    With several processes the first reads the files and hands the others its table. Raises DataError in all of them.
+    Of several processes the first reads the files and sends its table to the others. Raises DataError in all of them.
     """
     return _open_table(config) if accelerator is None else on_main(accelerator, lambda: _open_table(config))
 
@@ -40,7 +40,7 @@ def _open_table(config: AnyConfig) -> Table:
     if source is not None:
         winners = open_winners(data.path, data.spec)
         if isinstance(winners, PairTable):
-            no_terms(winners, f"source {source.name} makes its pairs")
+            no_terms(winners, f"source {source.name} generates its pairs")
         return winners
     table = open_pairs(data.path, replace(data.spec, keep_ties=isinstance(config, PreferenceModelConfig)))
     table.require_usable()
@@ -48,17 +48,16 @@ def _open_table(config: AnyConfig) -> Table:
 
 
 def prepared(config: AnyConfig, table: PairTable) -> PairTable:
-    """Pairs with what a run's `data` section adds: scores, users, the hash of their images. Raises DataError."""
-    data, batch = config.data, config.training.train_batch_size
-    if batch > len(table):
-        limit = "" if data.max_pairs is None else f" (data.max_pairs: {data.max_pairs})"
+    """Pairs with the scores and users of a run's `data` section, and the hash of their images. Raises DataError."""
+    data = config.data
+    if config.training.train_batch_size > len(table):
         raise DataError(
-            f"training.train_batch_size: {batch} pairs at a time, and {data.path} has {len(table)} usable ones{limit}; "
-            f"give {len(table)} or fewer, or more pairs"
+            f"training.train_batch_size: {config.training.train_batch_size} pairs, and {data.path} has {len(table)} "
+            f"usable ones (data.max_pairs: {data.max_pairs}); set it to {len(table)} or less, or give more pairs"
         )
     if data.cache_reference_errors and "mask" in table.terms:
         raise DataError(
-            "data.cache_reference_errors: an error under a mask is the mask's own; train without one of them"
+            "data.cache_reference_errors: errors under a mask depend on the mask and are not cached; remove one of them"
         )
     if data.axes:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
@@ -68,7 +67,7 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
         users = None if data.users is None else open_users(data.users)
         use_users(table, users, where=f"data.users: {data.users}")
         if users is not None and config.validation.user is not None:
-            users.of(config.validation.user, "validation.user")  # an id that is not there is said now
+            users.of(config.validation.user, "validation.user")  # an unknown id is refused now
     elif table.layout.user_embed is not None:
         needing = " or ".join(name for name, method in known_methods().items() if method.needs_users)
         log.info("the pairs have users (%s); only tuning.method: %s uses them", table.layout.user_embed, needing)
@@ -82,6 +81,6 @@ def no_terms(table: PairTable, why: str) -> None:
     if table.terms:
         left_out = ", ".join(f'{part}: ""' for part in table.terms)
         raise DataError(
-            f"the data have {', '.join(table.terms)} of each pair, which cannot act here, because {why}: leave them "
-            f"out with data.columns: {{{left_out}}}"
+            f"the data have {', '.join(table.terms)} of each pair, which this run cannot use, because {why}: leave "
+            f"them out with data.columns: {{{left_out}}}"
         )

@@ -161,7 +161,7 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
     ours = with_precision(config, accelerator.device).training.mixed_precision
     if launched not in ("no", ours) and accelerator.is_main_process:
         log.warning(
-            "accelerate was launched with mixed precision %s; in force is the config's training.mixed_precision: %s",
+            "accelerate was launched with mixed precision %s; the run uses the config's training.mixed_precision: %s",
             launched,
             ours,
         )

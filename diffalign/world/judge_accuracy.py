@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffalign.engine.measure import guided
 from diffalign.models.loading.base import Base, load_base
-from diffalign.models.loading.decoder import decode
+from diffalign.models.loading.decoder import decode_latents
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.policy.networks import Networks
 from diffalign.rewards import DEFAULT_TIE, StepAwareScorer, as_step_aware, load_scorer
@@ -74,7 +74,7 @@ def half_made(base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float
         null = _conditioning(encoder, [""] * len(latents))
         x0 = base.schedule.to_x0(guided(networks.policy, xt, times, cond, guidance, null), xt, times)
         assert base.vae is not None, "the encoder has encoded with it"
-        for side, pictures in zip(made, decode(base.vae, x0).chunk(2), strict=True):
+        for side, pictures in zip(made, decode_latents(base.vae, x0).chunk(2), strict=True):
             side.append(pictures)
     values = torch.cat(made[0] + made[1]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in values.permute(0, 2, 3, 1).numpy()]

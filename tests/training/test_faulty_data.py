@@ -112,7 +112,7 @@ def test_a_batch_above_the_pairs_stops_before_the_model_loads(
 ) -> None:
     monkeypatch.setattr(setup, "load_base", lambda *_, **__: pytest.fail("the model was loaded"))
     changes = {"training.train_batch_size": 8, "data.max_pairs": 7}
-    with pytest.raises(DataError, match=r"batch_size: 8 pairs .* has 7 usable ones \(data.max_pairs: 7\); give 7"):
+    with pytest.raises(DataError, match=r"batch_size: 8 pairs.* has 7 usable ones \(data.max_pairs: 7\); set it to 7"):
         run_training(make_config(tiny_sd, changes))
 
 

@@ -135,7 +135,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
 
     config = make_config(tiny_sd)
     with folder_lock(tmp_path / "out", "a training run"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffalign.io.folder_lock._held", {})  # as another process would find it
+        patch.setattr("diffalign.io.folder_lock._owned", {})  # as another process would find it
         with pytest.raises(FolderInUseError, match=rf"out is in use by a training run \(pid {os.getpid()}"):
             run_training(config)
         with pytest.raises(FolderInUseError, match="Name another folder"):
@@ -145,7 +145,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
         assert "is in use by" in capsys.readouterr().err
         name = ".scores.jsonl.lock"
         with folder_lock(tmp_path / "out", "another", name), pytest.MonkeyPatch.context() as again:
-            again.setattr("diffalign.io.folder_lock._held", {})
+            again.setattr("diffalign.io.folder_lock._owned", {})
             with pytest.raises(FolderInUseError, match=r"another .*scores\.jsonl\.lock"):
                 score_pairs(None, "world", None, tmp_path / "out/scores.jsonl")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

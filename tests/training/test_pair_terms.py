@@ -83,7 +83,7 @@ def test_a_margin_is_in_the_first_loss(make_config: MakeConfig, tiny_sd: Path, w
     ("terms", "change", "words"),
     [
         ({"margin": 1.0}, {"objective": {"name": "sft"}}, "sft has no log σ"),
-        ({"mask": [[0.5, -0.5]]}, {"objective": {"name": "sft"}}, "sft does not compare the sides"),
+        ({"mask": [[0.5, -0.5]]}, {"objective": {"name": "sft"}}, "the loss of sft does not depend"),
         (
             {"weight": 2.0},
             {"objective": {"name": "seppo"}, "source": {"name": "selfplay"}},

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints what was measured and what follows for the config."""
     from diffalign.training.inspect.calibrate import calibratable, calibrate
-    from diffalign.training.inspect.calibration_report import plain_values, report
+    from diffalign.training.inspect.calibration_report import calibration_values, report
 
     writable([("--json", args.json)], args.overwrite)
     config = load_objective_config(args, needs=", and so no beta to calibrate")
@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> None:
     with built_run(config) as built:
         found = calibrate(built, args.steps, args.pairs)
     print(report(found))
-    write_json(args, plain_values(found))
+    write_json(args, calibration_values(found))

@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table of angles and sizes."""
-    from diffalign.training.inspect.gradient_check import diagnose, plain_values, table
+    from diffalign.training.inspect.gradient_check import diagnose, direction_values, directions_table
 
     writable([("--json", args.json)], args.overwrite)
     config = load_objective_config(args, needs=" to compare with Diffusion-DPO")
     with built_run(config) as built:
         found = diagnose(built, args.batches)
-    print(table(found))
-    write_json(args, plain_values(found))
+    print(directions_table(found))
+    write_json(args, direction_values(found))

@@ -24,7 +24,7 @@ from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.sampler import PairOrder, positions_for
 from diffalign.data.table.pairs import PairTable
 from diffalign.engine.measure import guided
-from diffalign.models.loading.decoder import decode
+from diffalign.models.loading.decoder import decode_latents
 from diffalign.models.loading.modules import VAE
 from diffalign.models.policy.networks import Networks
 from diffalign.objectives.base import shared_noise
@@ -43,7 +43,7 @@ def decoded_predictions(batch: PairBatch, networks: Networks, vae: VAE, guidance
     uncond = None if batch.uncond is None else batch.uncond.flatten()
     prediction = guided(networks.policy, xt, t, batch.cond.flatten(), guidance, uncond)
     x0 = networks.schedule.to_x0(prediction, xt, t)
-    return decode(vae, x0).unflatten(0, sides), probe.t
+    return decode_latents(vae, x0).unflatten(0, sides), probe.t
 
 
 class Labels:

@@ -13,7 +13,7 @@ from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, 
 from diffalign.models.adapters.methods import WeightLayout
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.loading.stored import UNET_STEM, stored_unet, weights_in
+from diffalign.models.loading.stored import UNET_STEM, check_folder_weights, stored_unet
 
 UNET_FOLDER = "unet"
 
@@ -32,7 +32,7 @@ class UNetFolder(WeightLayout):
 
     def check_whole(self, path: Path) -> None:
         """Every shard is there."""
-        weights_in(path, UNET_STEM, None)
+        check_folder_weights(path, UNET_STEM)
 
     def check_fit(self, unet: UNet, path: Path) -> None:
         """The same tensors with the same shapes."""

@@ -16,11 +16,11 @@ import torch
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.loading.components import (
     PIPELINE,
+    find_folder,
     load_other_vae,
     load_scheduler,
     load_text,
     load_vae,
-    open_folder,
     outline_unet,
     read_index,
 )
@@ -85,7 +85,7 @@ def outline_base(model: str | Path | ModelSpec) -> Base:
         base = load_base(spec, vae_and_text=False)
         base.unet.to("meta")
         return base
-    folder = open_folder(spec, ())
+    folder = find_folder(spec, ())
     read_index(folder)
     scheduler_config, schedule = load_scheduler(folder)
     unet = outline_unet(folder)
@@ -136,7 +136,7 @@ def _from_folder(spec: ModelSpec, vae_and_text: bool, dtype: torch.dtype) -> Bas
     """The base in a pipeline folder, or in a repository of the Hub."""
     from diffusers import UNet2DConditionModel
 
-    folder = open_folder(spec, PIPELINE if vae_and_text else ("unet",), dtype)
+    folder = find_folder(spec, PIPELINE if vae_and_text else ("unet",), dtype)
     index = read_index(folder)
     scheduler_config, schedule = load_scheduler(folder)  # first: it may refuse, and is small
     unet = folder.load(UNet2DConditionModel, "unet")

@@ -19,9 +19,10 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.io.hub import is_hub_id, why_not_fetched
 from diffalign.io.loaded_weights import check_module, check_report
+from diffalign.io.weight_files import check_weights
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import VAE, TextModel, UNet
-from diffalign.models.loading.stored import UNET_STEM, weight_sets, weights_in
+from diffalign.models.loading.stored import UNET_STEM, choose_weights, weight_sets
 from diffalign.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class ModelFolder:
         what, folder = self.what(part), self.path / part
         if not Path(self.spec.name).is_dir() and not weight_sets(folder, stem):
             raise ModelError(_not_fetched(what, self.spec))
-        variant, files = weights_in(folder, stem, self.spec.variant)
+        variant, files = choose_weights(folder, stem, self.spec.variant)
         if variant != self.spec.variant:
             log.warning("%s: only variant %s exists; it is used", files[0].parent, variant)
         dtype = {"dtype" if stem == TEXT_STEM else "torch_dtype": self.dtype}
@@ -72,13 +73,15 @@ class ModelFolder:
         try:
             module, report = cls.from_pretrained(self.path, subfolder=part, local_files_only=True, **options)
         except Exception as error:  # the libraries raise many kinds here, for configs and weights alike
+            for file in files:
+                check_weights(file)  # names a file that contains something else than weights
             raise ModelError(_why_no_component(what, error)) from error
         check_report(what, report, is_text=stem == TEXT_STEM)
         check_module(what, module)
         return module
 
 
-def open_folder(spec: ModelSpec, parts: Iterable[str], dtype: torch.dtype = torch.float32) -> ModelFolder:
+def find_folder(spec: ModelSpec, parts: Iterable[str], dtype: torch.dtype = torch.float32) -> ModelFolder:
     """The folder that a spec names; of a Hub id the place in the Hub's cache, with the files of `parts` fetched.
 
     Raises ModelError where there is none.
@@ -139,7 +142,7 @@ def load_other_vae(name: str, dtype: torch.dtype) -> VAE:
             "once with diffusers' AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), or "
             "name a pipeline that has it"
         )
-    folder = open_folder(ModelSpec(name), ("", "vae"), dtype)
+    folder = find_folder(ModelSpec(name), ("", "vae"), dtype)
     return load_vae(folder, "vae" if (folder.path / "model_index.json").is_file() else "")
 
 

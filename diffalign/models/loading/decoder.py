@@ -13,7 +13,7 @@ SLICE_ABOVE_PIXELS = 768 * 768
 
 
 @torch.no_grad()
-def decode(vae: VAE, latents: Tensor) -> Tensor:
+def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
     """Pixels "n 3 H W" float32 of scaled latents "n c h w" on the VAE's device; nominally in [−1, 1], not clipped."""
     height, width = (side * vae_factor(vae) for side in latents.shape[-2:])
     chunk = 1 if height * width > SLICE_ABOVE_PIXELS else len(latents)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError
 from diffalign.models.loading.base import Base, vae_factor
-from diffalign.models.loading.decoder import SLICE_ABOVE_PIXELS, decode, latent_scaling
+from diffalign.models.loading.decoder import SLICE_ABOVE_PIXELS, decode_latents, latent_scaling
 from diffalign.models.loading.family import PromptEmbeds, TextEncoders
 from diffalign.models.loading.fingerprint import hash_module
 from diffalign.models.loading.modules import VAE
@@ -101,7 +101,7 @@ class Encoder:
         A VAE that overflows gives NaN, which the caller checks: it can name the image.
         """
         vae, _ = self._loaded()
-        return (decode(vae, latents.to(self.device, non_blocking=True)) / 2 + 0.5).clamp(0, 1)
+        return (decode_latents(vae, latents.to(self.device, non_blocking=True)) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> PromptEmbeds:

@@ -48,19 +48,23 @@ def _complete(folder: Path, files: dict[Path, int]) -> list[Path]:
     return list(files)
 
 
-def weights_in(folder: Path, stem: str, variant: str | None) -> tuple[str | None, list[Path]]:
-    """The set of files to read, their headers checked: the named variant; without one the plain set, or the only other.
+def choose_weights(folder: Path, stem: str, variant: str | None) -> tuple[str | None, list[Path]]:
+    """The set of files to read, after its variant: the named variant; without one the plain set, or the only other.
 
-    Returns its variant too. Raises ModelError where there is none, or several and none was named.
+    Raises ModelError where there is none, or several and none was named.
     """
     sets = weight_sets(folder, stem)
     if variant is None and None not in sets and len(sets) == 1:
         (variant,) = sets
     if variant not in sets:
         raise ModelError(_none_there(folder, sets, variant))
-    for file in sets[variant]:
-        check_weights(file)
     return variant, sets[variant]
+
+
+def check_folder_weights(folder: Path, stem: str) -> None:
+    """Raises ModelError unless a folder has one set of weights and the headers of its files are right."""
+    for file in choose_weights(folder, stem, None)[1]:
+        check_weights(file)
 
 
 def _none_there(folder: Path, sets: dict[str | None, list[Path]], variant: str | None) -> str:
@@ -88,11 +92,12 @@ def stored_unet(folder: Path, unet: UNet) -> Callable[[str], Tensor]:
     """
     own = unet.state_dict()
     stored: dict[str, Any] = {}  # name -> the open file that has it
-    _, files = weights_in(folder, UNET_STEM, None)
+    _, files = choose_weights(folder, UNET_STEM, None)
     unlike = []
     for file in files:
+        shapes = check_weights(file).shapes
         opened = safe_open(file, framework="pt")
-        for name, shape in check_weights(file).shapes.items():
+        for name, shape in shapes.items():
             if name in stored:
                 raise ModelError(f"{folder} contains {name} twice, once in {file.name}; remove one set of files")
             stored[name] = opened

@@ -124,6 +124,6 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value == round(value) and value < 1e7 else f"{value:.1e}" if value < 1e-2 else f"{value:g}"
 
 
-def plain_values(found: Calibration) -> dict[str, Any]:
+def calibration_values(found: Calibration) -> dict[str, Any]:
     """For a JSON file: every figure, and the overrides."""
     return {**asdict(found), "changes": found.changes}

@@ -83,7 +83,7 @@ def diagnose(run: Run, batches: int = 8) -> list[Direction]:
     return found
 
 
-def table(found: list[Direction]) -> str:
+def directions_table(found: list[Direction]) -> str:
     """The quarters and the whole range as a Markdown table, chosen / rejected where there are two figures."""
     head = ("t", "cosine with DPO", "DPO, again", "norm ratio", "noise std", "error", "error of DPO's points")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -95,7 +95,7 @@ def table(found: list[Direction]) -> str:
     return "\n".join(lines)
 
 
-def plain_values(found: list[Direction]) -> list[dict[str, Any]]:
+def direction_values(found: list[Direction]) -> list[dict[str, Any]]:
     """The same for a JSON file."""
     return [asdict(d) for d in found]
 

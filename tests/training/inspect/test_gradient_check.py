@@ -14,7 +14,7 @@ from diffalign.cli.main import main
 from diffalign.config.schema import Config, save_config
 from diffalign.engine.measure import measure_and_backward
 from diffalign.training.build import Run, build
-from diffalign.training.inspect.gradient_check import QUARTERS, _Sums, diagnose, table
+from diffalign.training.inspect.gradient_check import QUARTERS, _Sums, diagnose, directions_table
 from diffalign.training.processes import make_accelerator
 
 MakeConfig = Callable[..., Config]
@@ -59,7 +59,7 @@ def test_the_quarters_add_up_to_the_gradient_of_training(
 def test_the_released_form_has_no_gradient_to_compare(make_config: MakeConfig, tiny_sdxl: Path) -> None:
     found = diagnose(built(make_config(tiny_sdxl, {"objective": {**RESIDUAL, "form": "released"}})), batches=1)
     assert {d.cosine for d in found} == {None}
-    assert table(found).count("no gradient") >= 5
+    assert directions_table(found).count("no gradient") >= 5
 
 
 def test_an_objective_of_one_side_has_nothing_on_the_other(make_config: MakeConfig, tiny_sdxl: Path) -> None:
