@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs offline, on one thread, with the same small model folders for every room."""
+"""Shared fixtures. Everything runs offline, on one thread, with the same small model folders in all tests."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pairs of noise pictures with four prompts, in the folder layout."""
+    """Twelve pairs of noise images with four prompts, in the folder layout."""
     folder = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     for side in ("chosen", "rejected"):

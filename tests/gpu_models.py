@@ -1,4 +1,4 @@
-"""Random weights in SDXL's real size, for tests that need a GPU: the UNet's config as stabilityai published it."""
+"""Random weights in SDXL's real size, for tests that need a GPU, with the UNet config that Stability AI published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests that compare numbers, under the kernels of several processors, on two threads and in a shuffled order.
+"""The tests that compare numbers, with the kernels of several processors, on two threads and in a shuffled order.
 
     python -m tests.portable [--only SETTING ...] [pytest's own arguments]        make test-portable
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md: every function that it names exists, and a run calls those of its walk in its order."""
+"""docs/architecture.md: every function that it names exists, and a run calls them in the page's order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every packaged config is built and takes its dry run: small models of its family, pictures and pairs of the world.
+"""Every packaged config is built and takes its dry run, with small models of its family and the world's pairs.
 
 What a test cannot have is replaced, and nothing else: weights, pairs, prompts, scorers, and an optimiser that CUDA has.
 """

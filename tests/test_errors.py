@@ -1,4 +1,4 @@
-"""One base class for what a user can mend; anything else is a bug, with its traceback."""
+"""One base class for errors that a user can correct; any other exception is a bug, with its traceback."""
 
 from __future__ import annotations
 
@@ -78,13 +78,15 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_told_with_its_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_named_with_its_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/x.bin")
     assert raising(monkeypatch, full) == 2
     assert capsys.readouterr().err.startswith("diffalign list: runs/a/x.bin: no space is left on the device; free some")
 
 
-def test_a_device_out_of_memory_is_told_with_what_to_change() -> None:
+def test_a_device_out_of_memory_is_named_with_what_to_change() -> None:
     said = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert said is not None
     assert "train_batch_size" in said

@@ -1,4 +1,4 @@
-"""Every script in examples/ runs, at its smallest."""
+"""Every script in examples/ runs, in its smallest form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What importing the package and asking it for help cost, seen from a fresh interpreter."""
+"""The cost of importing the package and of --help, in a fresh interpreter."""
 
 from __future__ import annotations
 

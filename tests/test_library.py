@@ -1,4 +1,4 @@
-"""The library face: what a script or notebook imports, and that it is the path of `diffalign train`."""
+"""The library's public names: what a script or notebook imports, and that it runs as `diffalign train` does."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_open_pipeline_and_a_data_set_object_train_as_paths_do(tmp_path: Path
         objects.generate(["a red circle on a blue background"])
 
 
-def test_rows_may_hold_pictures() -> None:
+def test_rows_may_hold_images() -> None:
     from PIL import Image
 
     one, two = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))

@@ -1,4 +1,4 @@
-"""Messages name settings that there are: every `section.key` in a string of the package is a key of a config."""
+"""Messages name existing settings: every `section.key` in a string of the package is a key of a config."""
 
 from __future__ import annotations
 

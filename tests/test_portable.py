@@ -1,4 +1,4 @@
-"""The runner of the settings of several processors, and the shuffled order."""
+"""The runner for several processors' kernels, and the shuffled order."""
 
 from __future__ import annotations
 

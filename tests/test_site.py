@@ -1,4 +1,4 @@
-"""The documentation site: it builds strictly, offline and from the sources alone, and loads nothing from elsewhere."""
+"""The documentation site: it builds strictly, offline and from the sources alone, and loads nothing external."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every packaged config: it parses, its header says what a user needs, and its command runs this very file."""
+"""Every packaged config: it parses, its header has all labels, and its command runs this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records move without copying twice what the sides share."""
+"""Records move to a device without copying twice what both sides share."""
 
 from __future__ import annotations
 

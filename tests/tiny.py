@@ -1,8 +1,8 @@
-"""Random-weight pipelines with the real structure of SD1.5 and SDXL, small enough for a CPU test.
+"""Pipelines with random weights in the structure of SD1.5 and SDXL, small enough for a CPU test.
 
 Everything a loader can meet is there: cross-attention blocks, SDXL's text_time embedding and second text encoder with
 another width, a convolutional AutoencoderKL, byte-level CLIP tokenizers with the real padding tokens, the real models'
-scheduler configs. Weights are random: nothing here says anything about picture quality.
+scheduler configs. Weights are random: nothing here says anything about image quality.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A toy network and a toy batch in plain torch, for the rooms below the models."""
+"""A toy network and a toy batch in plain torch, for tests below the level of models."""
 
 from __future__ import annotations
 

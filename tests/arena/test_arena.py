@@ -1,4 +1,4 @@
-"""A small arena from start to end: what it writes, what it uses again, and that it can tell good from broken."""
+"""A small arena from start to end: what it writes, what it reuses, and that it ranks a broken method last."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_page_stands_alone(held: tuple[Path, dict[str, Any]]) -> None:
     assert text.count("data:image/png;base64,") == 6  # each entry beside the base
 
 
-def test_the_picture_is_one(held: tuple[Path, dict[str, Any]]) -> None:
+def test_the_image_is_one(held: tuple[Path, dict[str, Any]]) -> None:
     with Image.open(held[0] / "leaderboard.png") as image:
         assert image.format == "PNG"
         assert image.width > 800

@@ -1,4 +1,4 @@
-"""The leaderboard's figures against pictures whose reward is known, and its table."""
+"""The leaderboard: its figures for images with known rewards, and its table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE = {"step": 1, "loss": 0.69, "unet_forwards": 8, "implicit_acc": 0.5}
 
 
 def run(folder: Path, seed: int, failed: str | None = None) -> FinishedJob:
-    """Three renders of each prompt, as a run's pictures."""
+    """Three renders of each prompt, as a run's images."""
     folder.mkdir()
     rng, pictures = np.random.default_rng(seed), []
     for number, prompt in enumerate(PROMPTS):
@@ -56,7 +56,7 @@ def test_a_line_is_the_mean_difference_in_the_preferences_reward(tmp_path: Path,
     assert row["config"]["data"] == {"path": "pairs/mine.parquet"}  # no path of this machine
 
 
-def test_the_same_pictures_gain_nothing(tmp_path: Path) -> None:
+def test_the_same_images_gain_nothing(tmp_path: Path) -> None:
     base = run(tmp_path / "base", 0)
     (entry,) = entries(("dpo",))
     row = leaderboard_row(entry, [base], base, "world")

@@ -1,4 +1,4 @@
-"""What is committed of the arena: docs/arena.md shows it, and both tables can tell good from broken."""
+"""The committed results of the arena: docs/arena.md shows them, and both tables separate good from broken methods."""
 
 from __future__ import annotations
 

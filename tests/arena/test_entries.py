@@ -1,4 +1,4 @@
-"""Who takes part, and that nothing but the method differs between them."""
+"""The entries of the arena: which take part, and that they differ in the method alone."""
 
 from __future__ import annotations
 

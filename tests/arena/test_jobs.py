@@ -1,4 +1,4 @@
-"""Runs and their pictures: done once, done anew for other settings, and a diverged one is a result."""
+"""Runs of the arena and their images: computed once, repeated for other settings; a diverged run is a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step must compute and call, exactly: the gates of speed that do not depend on a machine."""
+"""What a step computes and calls, to the exact number: speed checks that do not depend on a machine."""
 
 from __future__ import annotations
 

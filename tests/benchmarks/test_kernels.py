@@ -1,4 +1,4 @@
-"""The kernels' benchmark, run on small shapes, and its count of kept bytes against the layers' own sizes."""
+"""The benchmark of the kernels on small shapes, and its count of saved bytes against the layers' own sizes."""
 
 from __future__ import annotations
 

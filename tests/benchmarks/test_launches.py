@@ -1,4 +1,4 @@
-"""Launching packaged configs as a user does, on the smallest model."""
+"""The benchmark that launches packaged configs, on the smallest model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.launches import FAMILY, LEFT_OUT, ROOT, main
 
 
-def test_a_config_is_launched_and_a_failure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_is_launched_and_a_failure_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--model", "tiny", "--steps", "1", "--work", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--only", "dpo_lora", "--out", str(tmp_path / "good")])

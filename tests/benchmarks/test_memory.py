@@ -1,4 +1,4 @@
-"""What is counted of a preset: every byte that a small model's run holds, and what the files say."""
+"""The counted memory of a preset: every byte of a small model's run, and the figures in the files."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_loss_and_lora_gradients_are_the_peers(
             assert relative(own.grad, other.grad) < 1e-4
 
 
-def test_the_same_pictures_give_the_same_moments_and_embeddings(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_the_same_images_give_the_same_moments_and_embeddings(tiny_sdxl: Path, tmp_path: Path) -> None:
     """What the peer encodes at every step is what our cache holds: VAE mean and std, both text encoders."""
     from accelerate.state import AcceleratorState
 

@@ -1,4 +1,4 @@
-"""The benchmark's command on the smallest model, its table of levers, and stepping through a script."""
+"""The benchmark of a step on the smallest model, its table of optimisations, and stepping through a script."""
 
 from __future__ import annotations
 

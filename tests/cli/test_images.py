@@ -1,4 +1,4 @@
-"""`diffalign compare`, `score` and `label` on painted pictures whose scores are known."""
+"""`diffalign compare`, `score` and `label` on painted images with known scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = ("a red circle", "a blue square", "a small photo")
 
 
 def paint(folder: Path, levels: Mapping[str, list[int]]) -> Path:
-    """Pictures of one grey level each: prompt -> level by seed."""
+    """Images of one grey level each: prompt -> level by seed."""
     folder.mkdir()
     lines = []
     for p, (prompt, greys) in enumerate(levels.items()):
@@ -71,7 +71,7 @@ def test_the_grid_shows_one_seed_in_a_row(
     assert shown == {"base": [10, 30, 50], "dpo": [20, 40, 50]}
 
 
-def test_pictures_that_are_gone_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images_are_named(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.dumps("what was there")
     (base / "scores.jsonl").write_text(before)
     (base / "1_0.png").unlink()
@@ -114,7 +114,7 @@ def test_scores_and_results_that_are_there_stay(
     capsys.readouterr()
 
 
-def test_score_writes_every_pictures_score(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_writes_every_images_score(base: Path, better: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["score", str(base), str(better), "--scorer", JUDGE, "--scorer", "tests.sources.judges:Indifferent"])
     said = capsys.readouterr().out
     assert f"{base}: brightness 35.0000 on average of 6 images (10.0000 to 60.0000)" in said
@@ -126,7 +126,7 @@ def test_score_writes_every_pictures_score(base: Path, better: Path, capsys: pyt
 def test_label_makes_pairs_that_are_read(
     base: Path, better: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Best over worst of each prompt over both folders, with the pictures' bytes; a tie and a single one left out."""
+    """Best over worst of each prompt over both folders, with the images' bytes; a tie and a single one left out."""
     more = paint(tmp_path / "more", {"all alike": [7, 7], "alone": [9]})
     out = tmp_path / "pairs.parquet"
     main(["label", str(base), str(better), str(more), "--scorer", JUDGE, "--out", str(out)])

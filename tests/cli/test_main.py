@@ -69,7 +69,7 @@ def test_accelerate_launch_trains_the_world(tmp_path: Path) -> None:
 
 
 def test_train_generate_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A LoRA run through the cache, pictures of it, and its comparison with the base."""
+    """A LoRA run through the cache, images of it, and its comparison with the base."""
     out, cache = tmp_path / "run", tmp_path / "cache"
     tree = [
         f"output_dir={out}",

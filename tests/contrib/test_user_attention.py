@@ -1,4 +1,4 @@
-"""User attention: nothing at the start, the base when off, one user's pictures when on; files and their errors."""
+"""User attention: nothing at the start, the base when off, one user's images when on; files and their errors."""
 
 from __future__ import annotations
 

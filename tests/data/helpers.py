@@ -1,4 +1,4 @@
-"""Small images, small data sets and an encoder whose answers are exact: what the data tests share."""
+"""Small images, small data sets and an encoder with exact results, for the tests of data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards are known by their hash: a damaged one is named and made again; what is not finite never becomes one."""
+"""Shards are identified by their hash: a damaged one is named and computed again; NaN is never written."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_damaged_manifest_is_refused(kind: str, table: PairTable, tmp_path: Pa
 
 
 class Broken(FakeEncoder):
-    """Not a number for the pictures of the third call, or for one prompt; or numbers that float16 has not."""
+    """Not a number for the images of the third call, or for one prompt; or numbers that float16 has not."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

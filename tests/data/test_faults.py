@@ -1,4 +1,4 @@
-"""A faulty row is reported by name with the reason; the rest stays usable, and the two columns never slide apart."""
+"""A faulty row is reported by name with the reason; the others stay usable, and both columns stay aligned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parqu
 
 
 def truncated() -> bytes:
-    """A picture whose header is fine and whose data end early."""
+    """An image whose header is fine and whose data end early."""
     whole = png(5, (64, 64))
     return whole[: len(whole) // 2]
 
@@ -169,7 +169,7 @@ def test_labels_by_the_rule() -> None:
         assert judge(*labels)[0] == "bad label"  # type: ignore[index]
 
 
-def test_a_picture_that_another_program_would_draw_is_not_decoded(
+def test_an_image_that_another_program_would_draw_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import EpsImagePlugin

@@ -1,4 +1,4 @@
-"""Latents and embeddings that are no numbers are refused with their pair or prompt, before cache and batch."""
+"""Latents and embeddings with NaN or infinity are refused with their pair or prompt, before cache and batch."""
 
 from __future__ import annotations
 

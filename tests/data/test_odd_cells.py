@@ -1,4 +1,4 @@
-"""One odd cell drops its row, with a reason that names the row, the value and what to do, in every layout."""
+"""One invalid cell drops its row, with a reason that names row, value and remedy, in every layout."""
 
 from __future__ import annotations
 

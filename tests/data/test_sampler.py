@@ -1,4 +1,4 @@
-"""Order: permutations, resume, and independence of the number of processes."""
+"""The order of pairs: permutations, resuming, and independence of the number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels and geometry: checked against indexing into the original, and against SDXL's published convention."""
+"""Crops, flips and sizes, against indexing into the original image and SDXL's published convention."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_crop_and_geometry_point_at_the_same_pixels(size: tuple[int, int], flip:
     torch.testing.assert_close(pixels.double(), whole[:, top : top + 16, left : left + 16], rtol=0, atol=1e-7)
 
 
-def test_resized_sizes_and_crop_coordinates_of_a_landscape_picture() -> None:
+def test_resized_sizes_and_crop_coordinates_of_a_landscape_image() -> None:
     """1200 x 800 at 512: resized to 768 x 512, centre crop at left (768 - 512) / 2; SDXL crops after resizing."""
     _, geometry = prepare(Image.new("RGB", (1200, 800)), 512, 0.5, False)
     assert geometry == (800, 1200, 0, 128, 512, 512)
 
 
-def test_small_pictures_are_enlarged_and_large_ones_antialiased() -> None:
+def test_small_images_are_enlarged_and_large_ones_antialiased() -> None:
     pixels, geometry = prepare(Image.new("RGB", (10, 12), (255, 0, 0)), 32, 0.5, False)
     assert pixels.shape == (3, 32, 32)
     assert geometry == (12, 10, 3, 0, 32, 32)
@@ -210,7 +210,7 @@ def test_32_bit_integers_are_refused_by_name_as_their_range_is_unknown() -> None
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     for look in (ImageRef.size, ImageRef.open):
         with pytest.raises(
@@ -235,7 +235,7 @@ def bomb(side: int) -> bytes:
 @pytest.mark.parametrize("size", [(130, 20), (20, 130), (1000, 9), (65, 16), (400, 64)])
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_crop_of_a_long_picture_is_that_of_the_whole_resized(
+def test_the_crop_of_a_long_image_is_that_of_the_whole_resized(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], position: float, flip: bool
 ) -> None:
     """Pixels differ by roundings, of 2 of 255 levels; geometry not at all.
@@ -250,7 +250,7 @@ def test_the_crop_of_a_long_picture_is_that_of_the_whole_resized(
     assert (pixels - whole).abs().max() <= 2.01 / 127.5
 
 
-def test_a_long_picture_costs_no_more_than_its_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_image_costs_no_more_than_its_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     real = Image.Image.resize
     monkeypatch.setattr(

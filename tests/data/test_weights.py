@@ -1,4 +1,4 @@
-"""A pair's weight, margin and mask: read from every format, cropped and flipped as its images, and named when wrong."""
+"""Weight, margin and mask of a pair: read from every format, cropped and flipped with the images, checked."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_grid_of_the_latents_size_is_the_mask_and_ones_stay_ones() -> None:
 
 
 def test_areas_are_those_of_pils_box_filter() -> None:
-    """A grid of one value a pixel, cropped and averaged as PIL does it, from a picture that needs no resizing."""
+    """A grid of one value a pixel, cropped and averaged as PIL does it, from an image that needs no resizing."""
     values = np.random.default_rng(0).uniform(-1, 1, (16, 40)).astype(np.float32)
     geometry = torch.tensor([16, 40, 0, 11, 16, 16]).expand(2, 6)
     for side in (2, 4, 8, 16):
@@ -85,7 +85,7 @@ def test_areas_are_those_of_pils_box_filter() -> None:
 
 
 def painted(file: Path, n: int, size: tuple[int, int]) -> Path:
-    """Pairs whose chosen picture is their mask: grey g stands for g / 127.5 - 1."""
+    """Pairs whose chosen image is their mask: grey g stands for g / 127.5 - 1."""
     rows = pick_rows(n)
     for i, row in enumerate(rows):
         grey = np.random.default_rng(i).integers(0, 256, size).astype(np.uint8)
@@ -99,7 +99,7 @@ def painted(file: Path, n: int, size: tuple[int, int]) -> Path:
 
 
 def test_masks_follow_crop_and_flip_of_their_images(tmp_path: Path) -> None:
-    """Many visits of pictures that are their own masks: the encoder's mean is then the mask, place by place."""
+    """Many visits of images that are their own masks: the encoder's mean is then the mask, place by place."""
     table = open_pairs(painted(tmp_path / "pairs.parquet", 3, (16, 40)))
     encoder = FakeEncoder()
     source = OfflinePairs(table, Online(encoder, 16, center_crop=False, random_flip=True), LoaderSpec(3, 3))

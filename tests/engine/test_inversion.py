@@ -1,4 +1,4 @@
-"""Inversion against closed forms, diffusers' schedulers and its own convergence order; rows that drop out."""
+"""Inversion against closed forms, diffusers' schedulers and its own convergence order; rows that finish early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors at points, forward counts, and the two-pass chunked gradient against the direct one."""
+"""Errors at points, numbers of forwards, and the two-pass chunked gradient against the direct one."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_v_prediction_is_measured_in_its_own_space() -> None:
     torch.testing.assert_close(probe.target, models.schedule.v_from_eps(noise, probe.xt, t), rtol=0, atol=1e-9)
 
 
-def test_a_reference_asked_for_several_micro_batches_is_told_all_that_each_would_be() -> None:
+def test_a_reference_asked_for_several_micro_batches_receives_all_that_each_alone_would() -> None:
     """Prompts, pooled text, time ids and users come along; the errors are those of each micro-batch by itself."""
     models = toy_models()
     told: list[Conditioning] = []

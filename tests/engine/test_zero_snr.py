@@ -1,4 +1,4 @@
-"""Zero terminal SNR: at t = T − 1, where ᾱ = 0, the engine says what its values are heading for as ᾱ falls to 0."""
+"""Zero terminal SNR: at t = T − 1, where ᾱ = 0, the engine gives the limits of its values for ᾱ → 0."""
 
 from __future__ import annotations
 

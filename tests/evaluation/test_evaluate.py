@@ -34,7 +34,7 @@ class Redness:
 
 
 def paint(folder, levels):
-    """Pictures of given grey levels, [prompt][seed]."""
+    """Images of given grey levels, [prompt][seed]."""
     folder.mkdir()
     pictures = []
     for p, prompt in enumerate(PROMPTS):
@@ -97,7 +97,7 @@ def test_several_training_runs_are_one_line(painted):
     assert model.diversity.value == pytest.approx((2 / 3 + 1) / 2)
 
 
-def test_pictures_without_a_partner_are_an_error(painted):
+def test_images_without_a_partner_are_an_error(painted):
     base, better = painted
     with pytest.raises(ValueError, match="'base' has prompt 'a small photo', seed 1, 'better' has not"):
         compare(base, {"better": [better[:-1]]}, [Brightness()])
@@ -110,7 +110,7 @@ def test_one_seed_has_no_diversity(painted):
     json.loads(result.to_json())
 
 
-def test_evaluate_writes_everything_and_reuses_pictures(tiny, tuned, tmp_path, monkeypatch):
+def test_evaluate_writes_everything_and_reuses_images(tiny, tuned, tmp_path, monkeypatch):
     def run():
         return evaluate(
             tiny["sdxl"],
@@ -125,7 +125,7 @@ def test_evaluate_writes_everything_and_reuses_pictures(tiny, tuned, tmp_path, m
     result = run()
     moved, copy = result.models
     assert moved.scores["brightness"].gain.value != 0
-    assert copy.scores["brightness"].gain.value == 0  # the base's own weights: the very same pictures
+    assert copy.scores["brightness"].gain.value == 0  # the base's own weights: the very same images
     assert copy.scores["brightness"].ties == 6
     assert copy.diversity.value == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [

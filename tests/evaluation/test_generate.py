@@ -52,12 +52,12 @@ def test_files_and_manifest(made):
     assert {key: rows[0]["settings"][key] for key in made_with} == {
         **dict.fromkeys(made_with),
         **{"steps": 2, "guidance": 5.0, "scheduler": "ddim", "negative_prompt": "", "dtype": "float32"},
-    }  # these keys do not change: they tell whether the pictures of a folder can be used again
+    }  # these keys do not change: they tell whether the images of a folder can be used again
     assert pictures[0].open().size == (64, 64)
     assert read_image_manifest(out) == pictures
 
 
-def test_finished_pictures_are_not_made_again(made, tiny, monkeypatch):
+def test_finished_images_are_not_made_again(made, tiny, monkeypatch):
     out, pictures = made
     no_loading(monkeypatch)
     assert generate(tiny["sdxl"], PROMPTS[1:], SEEDS, out_dir=out, sampling=TWO) == pictures[2:]
@@ -68,7 +68,7 @@ def test_a_stopped_run_is_completed(made, tiny):
     before = [np.asarray(p.open(), int) for p in pictures]
     lines = (out / MANIFEST).read_text().splitlines(keepends=True)
     (out / MANIFEST).write_text("".join(lines[:2]) + lines[2][:40])  # torn in the third line
-    pictures[0].file.unlink()  # and a picture was lost
+    pictures[0].file.unlink()  # and an image was lost
     again = generate(tiny["sdxl"], PROMPTS, SEEDS, out_dir=out, sampling=TWO)
     assert again == pictures
     for picture, pixels in zip(again, before, strict=True):
@@ -104,7 +104,7 @@ def test_a_moved_model_is_the_same_model(made, tiny, tmp_path, monkeypatch):
         generate(str(moved), PROMPTS, SEEDS, out_dir=out, sampling=TWO)
 
 
-def test_tuned_weights_change_the_picture(made, tiny, tuned, tmp_path):
+def test_tuned_weights_change_the_image(made, tiny, tuned, tmp_path):
     _, pictures = made
     for path in (tuned, f"{tuned}/unet"):
         folder = tmp_path / path.replace("/", "_")
@@ -131,7 +131,7 @@ def test_a_lora_file_is_tuned_weights_too(made, tiny, tmp_path):
         assert np.abs(np.asarray(changed[0].open(), int) - np.asarray(pictures[0].open(), int)).max() > 1
 
 
-def test_half_precision_makes_nearly_the_same_picture(made, tiny, tmp_path):
+def test_half_precision_makes_nearly_the_same_image(made, tiny, tmp_path):
     _, pictures = made
     half = generate(
         tiny["sdxl"],

@@ -7,7 +7,7 @@ from PIL import Image, ImageFont
 from diffalign.evaluation.grid import comparison_grid, fit, wrap
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels():
+def test_small_images_are_enlarged_by_whole_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     big = np.asarray(fit(Image.fromarray(pixels), 160))
     assert (big == pixels.repeat(10, 0).repeat(10, 1)).all()
@@ -15,7 +15,7 @@ def test_small_pictures_are_enlarged_by_whole_pixels():
     assert fit(Image.new("RGB", (1024, 512)), 384).size == (384, 192)
 
 
-def test_every_picture_is_where_its_row_and_column_are():
+def test_every_image_is_where_its_row_and_column_are():
     colours = {"base": [(255, 0, 0), (0, 255, 0)], "dpo": [(0, 0, 255), (255, 255, 0)]}
     columns = {name: [Image.new("RGB", (16, 16), c) for c in some] for name, some in colours.items()}
     grid = np.asarray(comparison_grid(["first", "second"], columns, cell=32))

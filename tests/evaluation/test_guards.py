@@ -14,7 +14,7 @@ def flat(*colour: int, size: int = 16) -> Image.Image:
     return Image.new("RGB", (size, size), colour)
 
 
-def test_spread_of_constant_pictures_is_their_distance():
+def test_spread_of_constant_images_is_their_distance():
     black, white, red = pixel_features([flat(0, 0, 0), flat(255, 255, 255), flat(255, 0, 0)])
     assert mean_distance(torch.stack([black, white])) == pytest.approx(1)
     assert mean_distance(torch.stack([black, red])) == pytest.approx(sqrt(1 / 3))
@@ -37,7 +37,7 @@ def test_spread_of_unit_vectors_is_the_chord():
     assert mean_distance(torch.stack([angles.cos(), angles.sin()], 1)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_look_of_known_pictures():
+def test_look_of_known_images():
     saturation, sharpness, brightness = look([flat(128, 128, 128)])[0].tolist()
     assert (saturation, sharpness) == (0, 0)
     assert brightness == pytest.approx(128 / 255, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Manifests of picture folders: each fault by file, line and field, before a scorer is asked."""
+"""Manifests of image folders: each fault is named with file, line and field, before a scorer is called."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_text_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, None])
-def test_a_picture_that_does_not_open_is_named(content: bytes | None, tmp_path: Path) -> None:
+def test_an_image_that_does_not_open_is_named(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     if content is None:
         Image.new("RGB", (64, 64)).save(file)

@@ -1,4 +1,4 @@
-"""Guidance away from a second network: what one network gives where the two are equal, and the formula where not."""
+"""Guidance with a second network: one network's result where both are equal, and the formula otherwise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def moved(unet):
 
 
 def latents(pipe, **settings):
-    """Three DDIM steps in float64, as numbers: no picture's rounding hides a difference."""
+    """Three DDIM steps in float64, as numbers: no image's rounding hides a difference."""
     from diffusers import DDIMScheduler
 
     pipe.set_progress_bar_config(disable=True)

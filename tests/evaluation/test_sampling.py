@@ -32,7 +32,7 @@ def arrays(images):
     return np.stack([np.asarray(image, int) for image in images])
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_only(pipe):
+def test_an_image_depends_on_its_prompt_and_seed_only(pipe):
     together = arrays(sample_images(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, batch_size=5)))
     batches = arrays(sample_images(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=3, batch_size=2)))
     alone = arrays(sample_images(pipe, PROMPTS[3:4], SEEDS[3:4], Sampling(num_inference_steps=3)))
@@ -43,7 +43,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_only(pipe):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_plain_diffusers_makes_the_same_picture(pipe, guidance):
+def test_plain_diffusers_makes_the_same_image(pipe, guidance):
     from diffusers import DDIMScheduler
 
     ours = arrays(sample_images(pipe, PROMPTS[:1], [7], Sampling(num_inference_steps=3, guidance_scale=guidance)))
@@ -55,7 +55,7 @@ def test_plain_diffusers_makes_the_same_picture(pipe, guidance):
     assert np.abs(ours - theirs).max() <= 1
 
 
-def test_a_negative_prompt_changes_the_picture(pipe):
+def test_a_negative_prompt_changes_the_image(pipe):
     plain = arrays(sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=3)))
     steered = arrays(
         sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=3, negative_prompt="a blue square"))
@@ -107,7 +107,7 @@ def test_dropout_is_off_while_sampling(pipe):
     assert (arrays(sample_images(pipe, PROMPTS[:1], [0], Sampling(num_inference_steps=2))) == expected).all()
 
 
-def test_a_picture_of_nan_is_named(pipe):
+def test_an_image_of_nan_is_named(pipe):
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="prompt 'a red circle', seed 5 is NaN"):

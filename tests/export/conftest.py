@@ -1,4 +1,4 @@
-"""The tiny bases of the models room, and tuned weights of them."""
+"""The tiny bases of tests/models, and tuned weights of them."""
 
 from tests.models.conftest import model, models
 

@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are what safetensors itself reads, and what is there stays until they are whole."""
+"""Files written tensor by tensor: safetensors reads them, and an existing file stays until the new one is whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA files in kohya's layout, read back by diffusers' converter, which knows it from sd-scripts."""
+"""LoRA files in kohya's layout, read back by diffusers' converter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_the_picture_is_that_of_the_runs_own_file(model: Model, tmp_path: Path, alpha: float) -> None:
+def test_the_image_is_that_of_the_runs_own_file(model: Model, tmp_path: Path, alpha: float) -> None:
     run = write_lora(model, tmp_path / "run", seed=1, rank=4, alpha=alpha, targets=EVERYTHING)
     file = export_kohya(run, tmp_path / "mine.safetensors", base=str(model.folder))
     assert all(key.startswith("lora_unet_") for key in load_file(file))

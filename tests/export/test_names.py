@@ -1,4 +1,4 @@
-"""Names against diffusers' converters, which go the other way, and against names of the released files."""
+"""Names of weights, against diffusers' converters for the other direction and against released files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single files, read back by diffusers' `from_single_file`, which knows the layout from the original releases."""
+"""Single files, read back by diffusers' `from_single_file`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
-def test_full_tuning_comes_back_to_the_bit_and_makes_the_same_picture(model: Model, tmp_path: Path) -> None:
+def test_full_tuning_comes_back_to_the_bit_and_makes_the_same_image(model: Model, tmp_path: Path) -> None:
     run = write_full(model, tmp_path / "run", 1)
     args = {"base": str(model.folder), "dtype": "fp32"}
     file = export_single_file(run, tmp_path / "tuned.safetensors", **args)
@@ -84,7 +84,7 @@ def test_a_model_of_the_released_depth_comes_back_whole(tmp_path: Path, family: 
     assert_equal(weights(theirs), weights(ours))
     assert_same_picture(picture(theirs), picture(ours))
     state = load_file(file)
-    if kind is not None:  # SD2 is told by a width that is not here
+    if kind is not None:  # SD2 is recognised by a width that this file lacks
         assert infer_diffusers_model_type(state) == kind
     expected = len(weights(ours)) - 4 * (0 if family == "sd" else 32 if family == "sdxl" else 23)  # qkv are joined
     assert len(state) == expected
@@ -149,7 +149,7 @@ def test_v_prediction_and_zero_snr_are_marked(models, folder: Path, tmp_path: Pa
         ("text_encoder/config.json", {"hidden_act": "gelu"}, "text encoder 1 .* has hidden_act = 'gelu'"),
     ],
 )
-def test_a_base_that_would_make_wrong_pictures_is_refused(
+def test_a_base_that_would_make_wrong_images_is_refused(
     models, folder: Path, tmp_path: Path, file: str, settings: dict, words: str
 ) -> None:
     run = write_full(models["sdxl"], tmp_path / "run", 1)

@@ -1,4 +1,4 @@
-"""Which weights are exported and which base they belong to, from folders as runs leave them."""
+"""Which weights are exported, and for which base, from folders as runs leave them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs cases and judges how each ends; a report counts endings by kind and holds the faults with their seeds."""
+"""Runs cases and classifies their endings; the report counts them by kind and lists the faults with their seeds."""
 
 from __future__ import annotations
 

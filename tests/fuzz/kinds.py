@@ -1,4 +1,4 @@
-"""Configs, schedules, and the small files that go with a run: prompts, users, scores, manifests, checkpoints."""
+"""Configs, schedules, and small files of a run: prompts, users, scores, manifests, checkpoints."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def scores(rng: Random, folder: Path) -> Run:
 
 
 def manifest(rng: Random, folder: Path) -> Run:
-    """A folder of pictures whose manifest or files are odd."""
+    """A folder of images whose manifest or files are odd."""
     rows: list[Any] = []
     for seed in range(2):
         (folder / f"{seed}.png").write_bytes(png(seed, (16, 16)))

@@ -1,4 +1,4 @@
-"""Command lines of every command, through `cli.main`; training and sampling themselves are stood in for."""
+"""Command lines of every command, through `cli.main`; training and sampling are replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd values and damage, from a seeded generator: what people, editors, disks and other programs leave behind."""
+"""Invalid values and damage from a seeded generator, as people, editors, disks and other programs cause them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All kinds of bad input, and how many of each the suite's test tries."""
+"""All kinds of bad input, and how many of each the test suite tries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some 2,200 bad inputs: none ends in a traceback, in NaN or in silence. `python -m tests.fuzz` tries more."""
+"""About 2,200 bad inputs: none ends in a traceback, in NaN or in silence. `python -m tests.fuzz` tries more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes that train one config after another: reading torch and diffusers anew is most of what a launch costs.
+"""Two processes that train one config after another, because importing torch and diffusers dominates a launch.
 
 They are joined anew for every job, as `torchrun` joins those it starts: the same variables, a port of the job's own.
 `test_processes.py` has `torchrun` itself.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0  # seconds for a job
-AFTER_THE_FIRST = 120.0  # and for one process after the other has failed: it may wait for it for ever
+AFTER_THE_FIRST = 120.0  # and for one process after the other has failed: it may wait for it forever
 
 
 @dataclass(frozen=True)

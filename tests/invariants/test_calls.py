@@ -1,4 +1,4 @@
-"""What a step calls: counted, not timed."""
+"""The calls of a step, counted instead of timed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_objectives_without_a_reference_have_none(name: str, make_config: MakeCo
     assert calls.count == {"policy": 1}
 
 
-def test_online_step_encodes_each_picture_once_and_each_prompt_once(make_config: MakeConfig, tiny_sdxl: Path) -> None:
+def test_online_step_encodes_each_image_once_and_each_prompt_once(make_config: MakeConfig, tiny_sdxl: Path) -> None:
     run = built(make_config(tiny_sdxl))
     encoded: list[int] = []
     run.base.vae.encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))

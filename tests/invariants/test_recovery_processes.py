@@ -1,4 +1,4 @@
-"""Two processes go back to a checkpoint together, as often as one does, and end with the same words."""
+"""Two processes go back to a checkpoint together, as often as one does, and end with the same message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes sample, share out and train on the same sampling steps as one."""
+"""Two processes sample, divide and train on the same sampling steps as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes round alike: bfloat16 weights hold the same bits in each, with pairs of its own."""
+"""Two processes round alike: with different pairs, their bfloat16 weights stay equal to the bit."""
 
 from __future__ import annotations
 

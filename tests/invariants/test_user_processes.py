@@ -1,4 +1,4 @@
-"""Two processes give the update of one, with user attention: each pair keeps its user wherever it is trained."""
+"""Two processes give the update of one with user attention: each pair keeps its user."""
 
 from __future__ import annotations
 

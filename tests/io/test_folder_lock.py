@@ -1,4 +1,4 @@
-"""One writer to a folder: refused while the owner lives, taken over after it died, never guessed for other machines."""
+"""One writer a folder: refused while the owner lives, released after it died, never guessed for other machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hub id that cannot be read: offline, gated or not there, each with the command that helps."""
+"""A Hub id that cannot be read: offline, gated or missing, each with the command that helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no safetensors file, or a damaged one, is told by name with its remedy before a library opens it."""
+"""Files that are no safetensors, or damaged ones, are refused by name with the remedy before a library opens them."""
 
 from __future__ import annotations
 

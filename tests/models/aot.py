@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a GPU that is not there and says what the assembler made of them; run as a script.
+"""Compiles the Triton kernels for a GPU that is not present and prints the resources they use; run as a script.
 
     python -m tests.models.aot                  # all of them: two minutes on one core
     python -m tests.models.aot 90:bf16 80:fp32

@@ -1,4 +1,4 @@
-"""Loaded tiny bases, one per family, and a point at which to ask them."""
+"""Loaded tiny bases, one of each family, and a point to evaluate them at."""
 
 from __future__ import annotations
 

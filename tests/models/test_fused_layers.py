@@ -1,4 +1,4 @@
-"""The UNet with fused kernels: the same network, layer for layer, that keeps less.
+"""The UNet with fused kernels: the same network, layer for layer, with less activation memory.
 
 Numbers come from Triton's interpreter, on few places: it is slow. Bytes and nodes are counted on `meta`.
 """

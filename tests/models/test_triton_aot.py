@@ -1,4 +1,4 @@
-"""The kernels compiled for Ampere and Hopper without a GPU: no spilled register, 16-byte accesses.
+"""The kernels compiled for Ampere and Hopper without a GPU: no spilled registers, 16-byte accesses.
 
 In a process of its own: this one may have Triton's interpreter in the compiler's place.
 """

@@ -1,4 +1,4 @@
-"""KTO, f-DPO and the two DROs: by hand, at their limits, and where their gradients point."""
+"""KTO, f-DPO and both DROs: by hand, at their limits, and the directions of their gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and slopes in float32, as training computes them, against each paper's formula in 60 digits.
+"""Losses and slopes in float32, as in training, against each paper's formula with 60 digits.
 
 An autograd graph may be right in float64 and wrong in float32: e^20 − e^20 + 1 is 0 there, and so was a slope.
 """

@@ -1,4 +1,4 @@
-"""Inversion-DPO alone: its points and weights, what it costs in forwards and memory, where its gradient comes from."""
+"""Inversion-DPO alone: its points and weights, its cost in forwards and memory, the source of its gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InPO, SmPO and Inversion-DPO: by hand, at the start, per pair, and what they cost."""
+"""InPO, SmPO and Inversion-DPO: by hand, at the start, per pair, and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each loss by hand, at the start, with swapped sides, and the properties all of them share."""
+"""Each loss by hand, at the start, with swapped sides, and the properties that all of them share."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_faulty_settings_are_named(make: object, words: str) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_points_are_drawn_where_an_objective_says_so(name: str) -> None:
-    """Kept errors rest on this: the points of a batch are the same whatever the networks are, and none is asked."""
+    """Cached errors rest on this: the points of a batch are the same whatever the networks are, and none is asked."""
     objective = OBJECTIVES[name]()
     assert (objective.drawn is not None) == (name not in FOUND)
     if objective.drawn is None:

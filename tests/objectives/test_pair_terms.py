@@ -1,4 +1,4 @@
-"""What the data say of a pair, its weight, margin and mask: every objective obeys, or refuses with a reason."""
+"""Weight, margin and mask of a pair: every objective applies them, or refuses them with a reason."""
 
 from __future__ import annotations
 

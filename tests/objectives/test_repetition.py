@@ -1,4 +1,4 @@
-"""What objectives share is written once: no two files have long passages that are alike but for names and numbers."""
+"""No two objective files have long passages that are alike except for names and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SPO: by hand, its two forms, the clip, and one call for two sides."""
+"""SPO: by hand, its two forms, the clip, and one call of the policy for both sides."""
 
 from __future__ import annotations
 

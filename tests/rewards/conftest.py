@@ -1,4 +1,4 @@
-"""A tiny random CLIPModel with its tokenizer, saved to a folder: what the real scorers load."""
+"""A tiny random CLIPModel with its tokenizer in a folder, as the real scorers load it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def clip_dir(tmp_path_factory):
 
 @pytest.fixture
 def pictures():
-    """Five pictures of different shapes, none of them CLIP's size."""
+    """Five images of different shapes, none of them CLIP's size."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""The renaming onto CLIPModel, against a small CLIP written with torch's own attention in open_clip's layout."""
+"""The renaming of weights to CLIPModel, against a small CLIP with torch's attention in open_clip's layout."""
 
 from __future__ import annotations
 

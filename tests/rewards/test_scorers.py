@@ -42,7 +42,7 @@ def test_pickscore_takes_another_tokenizer_when_its_folder_has_none(clip_dir, tm
 
 def test_scores_do_not_depend_on_the_batch(clip_dir, pictures, prompts):
     scorer = ClipScore(str(clip_dir))
-    together = scorer.score(pictures * 8, prompts * 8)  # 40 pictures: more than one batch
+    together = scorer.score(pictures * 8, prompts * 8)  # 40 images: more than one batch
     alone = torch.cat([scorer.score([p], [t]) for p, t in zip(pictures, prompts, strict=True)])
     torch.testing.assert_close(together, alone.repeat(8), atol=1e-4, rtol=0)
     assert scorer.score([], []).shape == (0,)

@@ -16,7 +16,7 @@ class Brightness:
 
 
 class Indifferent:
-    """Every picture is as good as any other."""
+    """Every image is as good as any other."""
 
     name = "indifferent"
 

@@ -1,4 +1,4 @@
-"""The branching chain's structure: where it branches, on which device it works, and that it stays a sample."""
+"""The branching chain: where it branches, on which device it computes, and that each chain is a sample."""
 
 from __future__ import annotations
 

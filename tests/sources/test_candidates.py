@@ -1,4 +1,4 @@
-"""Best-of-K and online pairs on a tiny pipeline: what is chosen is what the scorer prefers, and runs can be resumed."""
+"""Best-of-K and online pairs on a tiny pipeline: the scorer's choice is used, and runs can be resumed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_pairs_below_the_gap_are_not_valid(make_context: Callable[..., Context])
         next(equal.build(make_context("sd", PROMPTS)).batches())
 
 
-def test_a_score_that_is_no_number_names_the_picture(make_context: Callable[..., Context]) -> None:
+def test_a_score_that_is_no_number_names_the_image(make_context: Callable[..., Context]) -> None:
     broken = BestOf("tests.sources.judges:Broken", prompts_per_round=1, **FAST)
     with pytest.raises(SourceError, match="scorer 'broken' gave nan to the image of prompt"):
         next(broken.build(make_context("sd", PROMPTS)).batches())

@@ -1,4 +1,4 @@
-"""SPO's source on tiny pipelines: the steps it records are the policy's own, in whatever batch and process."""
+"""SPO's source on tiny pipelines: it records the policy's own steps, in any batch and process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Told(Brightness):
 
 
 class BrokenLate(Brightness):
-    """Not a number for the last picture of the second pool."""
+    """Not a number for the last image of the second pool."""
 
     name = "broken"
 

@@ -1,4 +1,4 @@
-"""Round files: what is written is read, in one order, and nothing half or foreign is taken for a round."""
+"""Round files: written ones are read in one order; cut-off and foreign files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our sampler against diffusers' pipelines with DDIMScheduler: same weights, same noise, same pictures."""
+"""Our sampler against diffusers' pipelines with DDIMScheduler: same weights, same noise, same images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sample(context: Context, prompts: list[str], seeds: list[int], guidance: flo
     ("family", "kind", "guidance"),
     [("sd", "epsilon", 5.0), ("sdxl", "epsilon", 5.0), ("sdxl", "v_prediction", 5.0), ("sd", "epsilon", 1.0)],
 )
-def test_latents_and_pictures_are_the_pipelines(
+def test_latents_and_images_are_the_pipelines(
     family: str, kind: str, guidance: float, make_context: MakeContext, request: pytest.FixtureRequest
 ) -> None:
     context = make_context(family, PROMPTS, kind=kind)
@@ -75,7 +75,7 @@ def test_decoding_goes_one_by_one_above_a_size_and_in_the_vaes_own_dtype(
     assert [shape[0] for shape in seen] == [1, 1, 1]
 
 
-def test_a_picture_that_is_nan_is_named(make_context: MakeContext) -> None:
+def test_an_image_that_is_nan_is_named(make_context: MakeContext) -> None:
     context = make_context("sd", PROMPTS)
     latents = torch.zeros(2, 4, 16, 16)
     latents[1] = torch.nan

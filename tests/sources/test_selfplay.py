@@ -1,4 +1,4 @@
-"""Self-play against an independent statement of SPIN, and runs of it that are stopped and go on."""
+"""Self-play against an independent statement of SPIN, and runs that are stopped and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream of rounds: every pair once and in one order, whoever made it, wherever a run stopped."""
+"""The stream of rounds: every pair once and in one order, for any process and after any stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A context without models: an encoder that hashes prompts, and a `roll` whose pairs can be recognised."""
+"""A context without models: an encoder that hashes prompts, and a `roll` with recognisable pairs."""
 
 from __future__ import annotations
 

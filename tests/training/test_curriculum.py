@@ -1,4 +1,4 @@
-"""A run that sees easy pairs first: what it visits, in batches of any size; resumed; and what it refuses."""
+"""A curriculum from easy to hard pairs: the visits, in batches of any size; resumed runs; and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and half-written weights are named, never loaded; a full disk leaves what was there."""
+"""Damaged checkpoints and cut-off weights are named and never loaded; a full disk leaves existing files intact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on faulty pairs: it names each row it leaves out and goes on, or stops before a model is loaded."""
+"""A run on faulty pairs names each excluded row and continues, or stops before a model is loaded."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_image_found_corrupt_while_training_is_replaced_and_named(
     make_config: MakeConfig, tiny_sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [good(i) for i in range(8)]
-    rows[3]["jpg_1"] = png(7)[:200]  # the header is whole, the picture is not
+    rows[3]["jpg_1"] = png(7)[:200]  # the header is whole, the image is not
     config = make_config(tiny_sd, {"data.path": str(write(tmp_path / "pairs.parquet", rows))})
     with caplog.at_level(logging.WARNING):
         run_training(config)

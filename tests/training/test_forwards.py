@@ -1,4 +1,4 @@
-"""Images through the UNets: counted exactly, the same after a stop, and a budget that a run keeps to."""
+"""Counts of images through the UNets: exact, the same after a resume, and limited by a budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that goes on: along its schedule, with what rounds and recordings took, from checkpoints of older versions."""
+"""Resumed runs: their schedule, time spent on rounds and recordings, and checkpoints of older versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes that a launcher starts train together, or nothing begins; what a machine lacks is said by name."""
+"""Processes of one launch train together, or none starts; what a machine lacks is named."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), ["7, 8", "data.dataloader_num_workers"]),
     ],
 )
-def test_a_machine_that_is_too_small_is_told_with_the_runs_settings(
+def test_a_machine_that_is_too_small_is_named_with_the_runs_settings(
     error: RuntimeError, said: list[str], make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -219,7 +219,7 @@ def test_other_errors_stay_what_they_are(make_config: MakeConfig, tiny_sd: Path)
     assert explain(RuntimeError("a bug")) is None
 
 
-def test_pictures_that_do_not_fit_are_told_with_their_settings(
+def test_images_that_do_not_fit_are_told_with_their_settings(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffalign.evaluation import generate as module

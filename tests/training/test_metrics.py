@@ -1,4 +1,4 @@
-"""What a run logs: means over pairs whatever the batches, quarters of the timestep range, the file of a resumed run."""
+"""The metrics of a run: means over pairs for any batches, quarters of the timestep range, the file of a resumed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on pairs with a weight, a margin and a mask, and the runs that refuse them before a model is loaded."""
+"""Whole runs on pairs with weight, margin and mask, and the runs that refuse them before a model is loaded."""
 
 from __future__ import annotations
 

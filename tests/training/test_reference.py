@@ -1,4 +1,4 @@
-"""A reference with tuned weights: the policy starts there, at exactly log 2, and what is saved is still the base's."""
+"""A reference with tuned weights: the policy starts at exactly log 2, and what is saved is relative to the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept errors of the reference: the losses of a run that asks it, without asking it."""
+"""Cached reference errors: the losses of a run that evaluates the reference, without evaluating it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on random-weight SD- and SDXL-structured folders: start, resume, save, and load where users load."""
+"""Whole runs on small random SD- and SDXL-structured folders: start, resume, save, and load in diffusers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_two_and_two_steps_are_four_bitwise(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_weights_give_the_same_picture_in_diffusers(
+def test_saved_weights_give_the_same_image_in_diffusers(
     family: str, method: str, make_config: MakeConfig, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The policy in memory at the end of the run, against a fresh pipeline that loaded what the run wrote."""

@@ -1,4 +1,4 @@
-"""Nothing good is lost: not a model in the way, not a checkpoint, not the weights when pictures fail."""
+"""Nothing good is lost: no existing model, no checkpoint, and not the weights when validation images fail."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_broken_weights_are_never_written(
     assert not (Path(config.output_dir) / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_pictures_that_fail_do_not_cost_the_weights(
+def test_images_that_fail_do_not_cost_the_weights(
     make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tiny_sd, {"validation.prompts": ["a red circle"], "validation.every": 100})

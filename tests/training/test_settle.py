@@ -1,4 +1,4 @@
-"""Settings left to `auto` follow the model and the device; what is given stays."""
+"""Settings with the value `auto` follow the model and the device; given values stay."""
 
 from __future__ import annotations
 

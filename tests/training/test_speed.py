@@ -1,4 +1,4 @@
-"""What makes a step faster, through the config: each does what it says, and the losses stay."""
+"""Settings that make a step faster: each has its effect, and the losses stay."""
 
 from __future__ import annotations
 

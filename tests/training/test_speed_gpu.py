@@ -1,4 +1,4 @@
-"""The same levers on CUDA, with its own kernels: inductor's code, NHWC convolutions, pinned noise, kept errors."""
+"""The same settings on CUDA with its kernels: inductor's code, NHWC convolutions, pinned noise, cached errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run starts from is examined before anything is encoded or written."""
+"""The base and the data of a run are examined before anything is encoded or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise and null prompt of training that differ from those the base is sampled with, as some releases have them."""
+"""Noise and null prompts in training that differ from those in sampling, as in some releases."""
 
 from __future__ import annotations
 

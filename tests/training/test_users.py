@@ -1,4 +1,4 @@
-"""Whole runs with user attention: start, resume, batch and accumulation, validation pictures, and what is refused."""
+"""Whole runs with user attention: start, resume, accumulation, validation images, and what is refused."""
 
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ def test_the_same_pairs_of_other_people_are_another_run(
     assert not same(found[0][0], found[1][0])
 
 
-def test_pictures_for_somebody(
+def test_images_for_somebody(
     make_user_config: Callable[..., Config], tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Validation pictures, `generate` and `evaluate` draw for the user they are given; the base knows none."""
+    """Validation images, `generate` and `evaluate` draw for the user they are given; the base knows none."""
     for user in USERS:
         config = make_user_config(
             tiny_sd,

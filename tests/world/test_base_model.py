@@ -1,4 +1,4 @@
-"""The committed base: plain diffusers loads it, it is as good as its recipe says, and the recipe runs."""
+"""The committed base: plain diffusers loads it, it is as accurate as its recipe states, and the recipe runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_is_as_good_as_its_recipe_says(pipe: StableDiffusionXLPipeline) -> No
     assert accuracy > recorded - 0.06
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: StableDiffusionXLPipeline) -> None:
+def test_an_image_depends_on_its_prompt_and_seed_alone(pipe: StableDiffusionXLPipeline) -> None:
     texts = prompts("heldout")[:5]
     together = sample(pipe, texts, [0, 1, 2, 3, 4])
     alone = sample(pipe, texts[3:4], [3])

@@ -1,4 +1,4 @@
-"""Captions say one thing each, and the splits share nothing."""
+"""Captions have one meaning each, and the splits share none of them."""
 
 from __future__ import annotations
 

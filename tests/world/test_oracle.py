@@ -1,4 +1,4 @@
-"""The oracle reads pixels: right on clean textured renders, blind on noise, graded where it should be."""
+"""The true reward from pixels: right on clean textured renders, low on noise, graded where it should be."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_noise_is_not_read() -> None:
         assert oracle.reward(reading, WANTED).mean() < 0.2
 
 
-def test_flat_pictures_are_read_without_nan() -> None:
+def test_flat_images_are_read_without_nan() -> None:
     flat = torch.full((2, 16, 16, 3), 128, dtype=torch.uint8)
     reading = oracle.read(flat)
     assert oracle.reward(reading, WANTED[:2]).isfinite().all()
@@ -93,7 +93,7 @@ def test_the_second_taste_is_another_one() -> None:
     ("name", "kind"),
     [("world", WorldReward), ("world-size", WorldSize), ("world-accuracy", WorldAccuracy), ("world-quiet", WorldQuiet)],
 )
-def test_scorers_score_single_pictures_as_they_score_batches(name: str, kind: type) -> None:
+def test_scorers_score_single_images_as_they_score_batches(name: str, kind: type) -> None:
     pictures = [Image.fromarray(x) for x in render.render(WANTED[::90], np.random.default_rng(0))]
     texts = [caption(c, k % 4) for k, c in enumerate(WANTED[::90])]
     scorer = load_scorer(name)

@@ -94,7 +94,7 @@ def test_shuffled_labels_say_nothing_and_change_nothing_else() -> None:
     assert all(a.scores == b.scores and a.caption == b.caption for a, b in zip(true, shuffled))
 
 
-def test_another_taste_judges_the_same_pictures() -> None:
+def test_another_taste_judges_the_same_images() -> None:
     mine, other = make_pairs(n=60, seed=0), make_pairs(n=60, seed=0, reward="world-size")
     disagree = 0
     for a, b in zip(mine, other):

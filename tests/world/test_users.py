@@ -32,7 +32,7 @@ def test_users_are_evenly_between_the_ends_and_mixtures_of_them() -> None:
         world_users(1)
 
 
-def test_labels_follow_the_taste_of_their_user_and_the_pictures_stay() -> None:
+def test_labels_follow_the_taste_of_their_user_and_the_images_stay() -> None:
     pairs, plain = make_pairs(n=150, seed=3, users=2), make_pairs(n=150, seed=3)
     assert {pair.user for pair in pairs} == {"bold", "quiet"}
     for pair, same in zip(pairs, plain, strict=True):

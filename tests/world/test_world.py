@@ -1,4 +1,4 @@
-"""The room's front door: light to import, and clear about what is missing."""
+"""The world package: light to import, with an error that names missing files."""
 
 from __future__ import annotations
 

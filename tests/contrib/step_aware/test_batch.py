@@ -1,4 +1,4 @@
-"""What a preference model sees of a batch: pictures as diffusers would make them, labels, weights."""
+"""The batch of a preference model: images as diffusers would decode them, labels, weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_labels_are_the_datas_and_ties_stay(table: PairTable) -> None:
 
 
 class Verdict:
-    """Scores the first picture of a call by `gaps`, the second by 0; counts what it is asked."""
+    """Scores the first image of a call by `gaps`, the second by 0; counts what it is asked."""
 
     name = "verdict"
 
@@ -75,7 +75,7 @@ def test_another_scorer_relabels_each_pair_once(table: PairTable) -> None:
         Labels(table, Verdict(float("nan")), 0.1)((table.ids[3],))
 
 
-def test_the_judge_sees_the_preferred_picture_first(table: PairTable) -> None:
+def test_the_judge_sees_the_preferred_image_first(table: PairTable) -> None:
     class Bright(Verdict):
         def score(self, images, prompts):
             self.asked += [image.tobytes() for image in images]
@@ -101,7 +101,7 @@ def test_weights_of_a_step_sum_to_one_however_it_is_shared_out(table: PairTable,
 
 
 @torch.no_grad()
-def test_pictures_are_what_diffusers_predicts(tiny_sd: Path, pair_folder: Path) -> None:
+def test_images_are_what_diffusers_predicts(tiny_sd: Path, pair_folder: Path) -> None:
     base = load_base(str(tiny_sd))
     source = OfflinePairs(open_pairs(pair_folder), Online(Encoder(base), 32), LoaderSpec(5, 3, with_uncond=True))
     batch = next(source.batches())

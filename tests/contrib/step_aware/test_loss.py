@@ -1,4 +1,4 @@
-"""The preference model's criterion and its relabelling, against the authors' numbers and by hand."""
+"""The loss of the preference model and its relabelling, against the authors' numbers and by hand."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ Make = Callable[..., PreferenceModelConfig]
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP for 16-pixel pictures, with a tokenizer."""
+    """A random CLIP for 16-pixel images, with a tokenizer."""
     folder = tmp_path_factory.mktemp("clip")
     judge.untrained(0).save_pretrained(folder)
     judge.words().save_pretrained(folder)
@@ -108,13 +108,13 @@ def test_a_run_writes_a_scorer_its_settings_and_its_metrics(make: Make) -> None:
 
 
 def test_the_first_loss_is_the_clips(make: Make, clip_folder: Path) -> None:
-    """From the same pictures by PickScore's scorer: softplus of the wrong way round, one weight a prompt."""
+    """From the same images by PickScore's scorer: softplus of the wrong way round, one weight a prompt."""
     config = make({"training.max_train_steps": 1, "training.train_batch_size": 12})
     run = build_run(config, make_accelerator(config))
     batch = next(run.source.batches())
     pictures, t = decoded_predictions(batch, run.networks, run.base.vae, 5.0)
     scorer = load_scorer(f"pickscore={clip_folder}")
-    # PickScore's own way of shrinking pictures is another
+    # PickScore's own way of shrinking images is another
     small = torch.nn.functional.interpolate(pictures.flatten(0, 1), (16, 16), mode="bicubic", align_corners=False)
     small = (small.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     images = [Image.fromarray(p) for p in small.numpy()]
@@ -123,7 +123,7 @@ def test_the_first_loss_is_the_clips(make: Make, clip_folder: Path) -> None:
     expected = torch.nn.functional.softplus(scores[1] - scores[0]).mean()  # three pairs a prompt: equal weights
     run_training(config)
     (line,) = metrics(config.output_dir)
-    assert line["loss"] == pytest.approx(float(expected), abs=2e-3)  # pictures rounded to bytes here
+    assert line["loss"] == pytest.approx(float(expected), abs=2e-3)  # images rounded to bytes here
     assert line["margin"] == pytest.approx(float((scores[0] - scores[1]).mean()), abs=2e-3)
     assert line["accuracy"] == pytest.approx(float((scores[0] > scores[1]).float().mean()), abs=1 / 12 + 1e-6)
     assert line["ties"] == 0.0
@@ -294,7 +294,7 @@ def test_noise_prediction_at_zero_terminal_snr_is_refused() -> None:
         _needs_x0(eps)
 
 
-def test_the_base_is_told_what_a_sampler_says() -> None:
+def test_the_base_receives_what_a_sampler_gives() -> None:
     geometry = torch.tensor([[[700, 1200, 3, 40, 512, 512]]])
     assert _as_sampled(geometry).tolist() == [[[512, 512, 0, 0, 512, 512]]]
 

@@ -82,7 +82,7 @@ def test_at_the_start_it_is_the_clip(t: int) -> None:
 
 
 def test_at_the_start_it_scores_as_pickscore(clip_dir, tmp_path, pictures, prompts) -> None:
-    """On pictures of CLIP's own size, where nothing is resized."""
+    """On images of CLIP's own size, where nothing is resized."""
     clip = load_clip(str(clip_dir), str(clip_dir), "cpu")
     save_step_aware(StepAwareClip(clip.model), clip.tokenizer, tmp_path)
     scorer = load_scorer(f"step-aware={tmp_path}")
@@ -95,7 +95,7 @@ def test_at_the_start_it_scores_as_pickscore(clip_dir, tmp_path, pictures, promp
 def test_the_timestep_matters_once_trained_and_the_batch_does_not(step_aware_dir, pictures, prompts) -> None:
     scorer = StepAware(str(step_aware_dir))
     t = torch.tensor([1, 200, 500, 900, 999])
-    scores = scorer.score(pictures * 8, prompts * 8, t.repeat(8))  # 40 pictures: more than one batch
+    scores = scorer.score(pictures * 8, prompts * 8, t.repeat(8))  # 40 images: more than one batch
     alone = [scorer.score([p], [text], t[i : i + 1]) for i, (p, text) in enumerate(zip(pictures, prompts, strict=True))]
     torch.testing.assert_close(scores, torch.cat(alone).repeat(8), rtol=0, atol=1e-4)
     assert ((scores - scorer.score(pictures * 8, prompts * 8)).abs() > 1e-2).all()

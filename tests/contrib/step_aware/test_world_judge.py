@@ -1,4 +1,4 @@
-"""The world's preference models: as good as the docs say, at every timestep, and made by commands that run."""
+"""The world's preference models: as accurate at every timestep as the docs state, with commands that run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_held_out_pairs_are_held_out_and_truly_labelled(pairs: HeldOut) -> None:
     assert 0.8 * PAIRS < len(pairs.captions) < PAIRS
 
 
-def test_half_made_pictures_are_clean_at_zero_and_say_little_at_the_end(pairs: HeldOut, pictures_at) -> None:
+def test_half_made_images_are_clean_at_zero_and_say_little_at_the_end(pairs: HeldOut, pictures_at) -> None:
     oracle = as_step_aware(WorldReward())
     clean = pictures_at(0)
     pixels = torch.from_numpy(np.stack([np.asarray(p) for p in clean])).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The encode cache: equal to the online path, free of model calls, resumable, refused when it is the wrong one."""
+"""The latent cache: equal to encoding online, without model calls, resumable, and refused if it is for other data."""
 
 from __future__ import annotations
 

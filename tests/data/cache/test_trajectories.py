@@ -1,4 +1,4 @@
-"""Kept trajectories: made once, found again by other runs, and given out as the transitions that a visit looks at."""
+"""Cached trajectories: computed once, found by later runs, and read as the transitions of a visit."""
 
 from __future__ import annotations
 

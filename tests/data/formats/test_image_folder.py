@@ -1,4 +1,4 @@
-"""Folders of pairs: every file in chosen/ and rejected/ is used, or is a row of the report with the reason."""
+"""Folders of pairs: every file in chosen/ and rejected/ is used, or reported with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet: which files are read directly and which through an Arrow copy, and what reading them holds."""
+"""Parquet: which files are read directly and which through an Arrow copy, and the memory that reading takes."""
 
 from __future__ import annotations
 

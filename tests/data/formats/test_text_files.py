@@ -1,4 +1,4 @@
-"""Text files as users have them: byte order marks, line ends, delimiters, and one line that is not UTF-8."""
+"""Text files of users: byte order marks, line ends, delimiters, and one line that is not UTF-8."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_what_a_download_left_in_place_of_the_file_is_named(tmp_path: Path, name
         open_pairs(file)
 
 
-def test_prompts_and_pictures_that_are_pointers_are_named(images: Path) -> None:
+def test_prompts_and_images_that_are_pointers_are_named(images: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000\n"
     (images / "p.txt").write_bytes(pointer)  # three lines of text
     with pytest.raises(DataError, match="it is a Git-LFS pointer"):

@@ -1,4 +1,4 @@
-"""Tar shards that are not whole, and members that are not what they should be."""
+"""Tar shards that are cut off, and members of the wrong kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def end_of(file: Path, member: int) -> int:
         return last.offset_data + -(-last.size // BLOCK) * BLOCK
 
 
-def test_a_cut_anywhere_is_told_with_the_last_member(tmp_path: Path) -> None:
+def test_a_cut_anywhere_is_named_with_the_last_member(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "0.tar", 3).read_bytes()
     between = end_of(tmp_path / "0.tar", 6)  # after 000001.jpg_1.jpg: the third sample is gone, and so is a label
     for end in (between, between + 100, between + BLOCK, between + BLOCK + 3):

@@ -1,4 +1,4 @@
-"""Micro-batches: what is in them, and that nothing but seed, pair and visit decides it."""
+"""Micro-batches: their content, which depends on seed, pair and visit alone."""
 
 from __future__ import annotations
 

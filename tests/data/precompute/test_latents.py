@@ -1,4 +1,4 @@
-"""Writing the encode cache: after an interruption, by several processes, by runs that do not know each other."""
+"""Writing the latent cache: after an interruption, by several processes, by independent runs."""
 
 from __future__ import annotations
 

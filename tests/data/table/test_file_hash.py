@@ -1,4 +1,4 @@
-"""The contents of image files are part of what a data set is, and are read no more often than needed."""
+"""Image files belong to the identity of a data set by their contents, and are read no more often than needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A large data set is examined once: what was found is remembered, and looked for anew after any change."""
+"""A large data set is examined once: the result is cached, and computed again after any change."""
 
 from __future__ import annotations
 

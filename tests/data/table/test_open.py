@@ -1,4 +1,4 @@
-"""Every format gives the same pairs, and the whole-file errors say what is wrong and what to do."""
+"""Every format gives the same pairs, and errors about whole files name the fault and the remedy."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.data.helpers import pick_rows, picture, png, write_jsonl, write_parqu
 
 
 def colours(table: PairTable) -> list[tuple[str, bytes, bytes]]:
-    """Prompt and decoded pictures of each pair, in order."""
+    """Prompt and decoded images of each pair, in order."""
     rows: list[PairRow] = [table[i] for i in range(len(table))]
     return [(row.prompt, row.chosen.open().tobytes(), row.rejected.open().tobytes()) for row in rows]
 
 
 def expected(n: int) -> list[tuple[str, bytes, bytes]]:
-    """The pairs of `write_jsonl`: even pictures are chosen."""
+    """The pairs of `write_jsonl`: even images are chosen."""
     return [(f"prompt {i % 3}", picture(2 * i).tobytes(), picture(2 * i + 1).tobytes()) for i in range(n)]
 
 

@@ -115,7 +115,7 @@ def test_full_verification_decodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_long_pictures_huge_ones_and_the_columns_are_said(tmp_path: Path) -> None:
+def test_long_images_huge_ones_and_the_columns_are_said(tmp_path: Path) -> None:
     rows = pick_rows(3)
     rows[0]["jpg_0"] = png(1, (100, 10))
     rows[1]["jpg_1"] = bomb(12000)

@@ -1,4 +1,4 @@
-"""Several scorers as one verdict, by hand; and what is left out is named, with its order kept beside it."""
+"""Several scorers combined to one verdict, by hand; excluded rows are named in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores beside the pairs: made once, resumed, and put in the place of columns and labels."""
+"""Scores in a file beside the pairs: computed once, resumed, and used in place of columns and labels."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_scoring_goes_on_where_it_was_killed(table: PairTable, tmp_path: Path) -
 
 def test_an_image_that_does_not_open_has_no_score(tmp_path: Path) -> None:
     rows = pick_rows(3)
-    rows[1]["jpg_0"] = rows[1]["jpg_0"][:200]  # a whole header, half a picture
+    rows[1]["jpg_0"] = rows[1]["jpg_0"][:200]  # a whole header, half an image
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
     out = tmp_path / "scores.jsonl"
     assert score_pairs(table, "brightness", brightness, out) == (2, 1)

@@ -1,4 +1,4 @@
-"""Users of pairs: from columns and files into batches, online and cached; what is missing or odd is said at once."""
+"""Users of pairs, from columns and files into batches, online and cached; missing or wrong ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LoRA layer's own forward against peft's, and both against a float64 sum written out."""
+"""The forward of our LoRA layer against peft's, and both against a float64 sum."""
 
 from __future__ import annotations
 

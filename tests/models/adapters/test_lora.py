@@ -73,7 +73,7 @@ def test_update_is_alpha_over_rank_times_b_a(model: Model):
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_diffusers_makes_the_same_picture_from_the_file(model: Model, tmp_path: Path, alpha: int):
+def test_diffusers_makes_the_same_image_from_the_file(model: Model, tmp_path: Path, alpha: int):
     ours = load_pipeline(str(model.folder))
     plain = picture(ours)
     add_lora(ours.unet, rank=4, alpha=alpha)

@@ -1,4 +1,4 @@
-"""LoRA files of every layout in use are applied whole; anything else is refused by name, everywhere alike."""
+"""LoRA files of every common layout are applied whole; all others are refused by name in every command."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_layer_without_an_alpha_has_its_rank(sd: Model, state: State, tmp_path
     assert set(alphas.values()) == {ALPHA}
 
 
-def test_a_pipeline_makes_the_picture_of_the_trained_unet(sd: Model, trained, state: State, tmp_path: Path) -> None:
+def test_a_pipeline_makes_the_image_of_the_trained_unet(sd: Model, trained, state: State, tmp_path: Path) -> None:
     folder = write_peft(tmp_path, state, FIELDS)
     pipeline = make_pipeline(sd.base)
     plain = picture(pipeline)
@@ -271,7 +271,7 @@ def test_a_second_lora_does_not_replace_the_first(sd: Model, state: State, tmp_p
         apply_tuned(pipeline, folder)
 
 
-def test_an_alpha_beside_the_file_is_part_of_what_made_a_picture(state: State, tmp_path: Path) -> None:
+def test_an_alpha_beside_the_file_is_part_of_what_made_an_image(state: State, tmp_path: Path) -> None:
     file = write_peft(tmp_path, state, FIELDS) / PEFT_FILE
     before = weights_fingerprint(file)
     write_peft(tmp_path, state, FIELDS | {"lora_alpha": 2 * ALPHA})

@@ -1,4 +1,4 @@
-"""Merged weights are the sums they say they are: against sums written out here, and through diffusers."""
+"""Merged weights are the sums that they should be, against sums written here and through diffusers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_averaging_factors_would_have_been_wrong(model: Model, tmp_path: Path) -
     assert max(float((p - expected[name]).abs().max()) for name, p in fused(naive).items()) > 1e-2
 
 
-def test_diffusers_makes_the_merged_picture(model: Model, tmp_path: Path) -> None:
+def test_diffusers_makes_the_merged_image(model: Model, tmp_path: Path) -> None:
     one = write_lora(model, tmp_path / "a", seed=1, rank=4, alpha=10)
     two = write_lora(model, tmp_path / "b", seed=2, rank=2, alpha=2, targets=("to_q", "to_v"))
     merge_tuned(model.base, [(one, 0.6), (two, 0.4)], tmp_path / "sum")

@@ -49,7 +49,7 @@ def test_a_pipeline_is_what_diffusers_loads(model: Model):
     assert getattr(ours, "safety_checker", None) is None
 
 
-def test_saved_weights_make_the_same_picture_everywhere(model: Model, kind: str, tmp_path: Path):
+def test_saved_weights_make_the_same_image_everywhere(model: Model, kind: str, tmp_path: Path):
     trained = load_pipeline(str(model.folder))
     plain = picture(trained)
     trained.unet = tuned_unet(model, kind)

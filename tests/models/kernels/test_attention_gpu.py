@@ -1,4 +1,4 @@
-"""On a GPU: the kernel that was asked for is the one the profiler sees, and all kernels agree."""
+"""On a GPU: the profiler sees the attention kernel that was requested, and all kernels agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled blocks: the same numbers, one graph for each shape and network, and names as before.
+"""Compiled blocks: the same numbers, one graph for each shape and network, and unchanged names.
 
 With the backends `eager` and `aot_eager`, which trace and differentiate as inductor does and generate no code.
 """

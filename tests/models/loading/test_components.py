@@ -1,4 +1,4 @@
-"""Every component of a base has all of its weights, all finite, or is refused by its name and theirs."""
+"""Every component of a base has all of its weights, all finite, or is refused by name."""
 
 from __future__ import annotations
 

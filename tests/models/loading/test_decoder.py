@@ -1,4 +1,4 @@
-"""Latents to pixels: what the pipelines decode, and back to what was encoded."""
+"""Latents to pixels: equal to the pipelines' decoding, and back to what was encoded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_undoes_the_worlds_encoder() -> None:
     torch.testing.assert_close(decode_latents(base.vae, mean), pixels, rtol=0, atol=2e-6)  # its norm rounds
 
 
-def test_large_pictures_go_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny_sd: Path) -> None:
+def test_large_images_go_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny_sd: Path) -> None:
     vae, seen = load_base(str(tiny_sd)).vae, []
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     together = decode_latents(vae, latents)

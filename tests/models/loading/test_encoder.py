@@ -55,7 +55,7 @@ def test_shift_and_channel_statistics_are_applied(model: Model, pixels):
     torch.testing.assert_close(std, posterior.std * 0.5 / s)
 
 
-def test_big_pictures_go_through_one_at_a_time(model: Model, pixels, monkeypatch):
+def test_big_images_go_through_one_at_a_time(model: Model, pixels, monkeypatch):
     encoder, seen = Encoder(model.base), []
     whole = encoder.moments(pixels)
     encode = model.base.vae.encode

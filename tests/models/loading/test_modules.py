@@ -1,4 +1,4 @@
-"""The libraries' networks have every member that their classes for annotations promise."""
+"""The networks of the libraries have every member that our annotation classes declare."""
 
 from __future__ import annotations
 

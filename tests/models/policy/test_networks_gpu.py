@@ -1,4 +1,4 @@
-"""Equal weights, equal bits, at SDXL's size and in bf16 on the GPU."""
+"""Equal weights give equal bits, at SDXL's size and in bf16 on the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reference that is some snapshot: it answers as that one did, and the policy does not notice."""
+"""A snapshot of the policy as reference: it predicts as the snapshot did, and the policy is not changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callbacks of your own in a run: what they are called with, in which order, and what they may change."""
+"""Custom callbacks in a run: their arguments, their order, and what they may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that watch a run: each fires on a series that has its illness, and none on a run that learns."""
+"""The health rules of a run: each reports on a series with its fault, and none on a run that learns."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_run_that_learns_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "run/health.jsonl").exists()
 
 
-def test_a_loss_with_the_wrong_sign_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_with_the_wrong_sign_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Diffusion-DPO with h for −h in its loss alone: what a slip in a new objective looks like."""
     score = DiffusionDPO.score
 
@@ -198,7 +198,7 @@ def test_a_loss_with_the_wrong_sign_is_told_so(tmp_path: Path, monkeypatch: pyte
         ("objective.beta=2", "still log 2"),
     ],
 )
-def test_a_broken_run_is_told_so(broken: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_run_is_named_so(broken: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Once, in the log and in the run's folder, with the settings that are wrong named."""
     world(tmp_path, *SHORT, "training.max_train_steps=8", broken)
     said = [json.loads(line) for line in (tmp_path / "run/health.jsonl").read_text().splitlines()]

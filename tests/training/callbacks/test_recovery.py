@@ -1,4 +1,4 @@
-"""What a run does when a rule speaks: it warns, ends in words, or goes back, and the same on every way there."""
+"""What a run does when a health rule reports: it warns, stops with a message, or goes back to a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A signal while training: the step is finished, one checkpoint written, how to go on said; the second ends at once."""
+"""A signal during training: the step ends, one checkpoint is written, a message follows; a second one ends at once."""
 
 from __future__ import annotations
 

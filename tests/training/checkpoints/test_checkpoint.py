@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, found by name, and counted by number."""
+"""Checkpoints are complete or absent, found by name, and ordered by number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resumed run is on the data and the base that it began with, or says what differs before anything is encoded."""
+"""A resumed run has the data and the base that it began with, or an error names the difference before encoding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add(pairs: Path) -> None:
 
 
 def replace_all(pairs: Path) -> None:
-    """Other pictures of the same names."""
+    """Other images of the same names."""
     for place, file in enumerate(sorted((pairs / "chosen").glob("*.png"))):
         file.write_bytes(png(1000 + place, (70, 80)))
 

@@ -1,4 +1,4 @@
-"""Calibration: the measured figures against independent ones, and proposals that no wrong setting can sway."""
+"""Calibration: its measurements against independent ones, and proposals that do not depend on wrong settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first gradient of an objective beside Diffusion-DPO's: sorted by timestep, and the training loop's own."""
+"""The first gradient of an objective beside Diffusion-DPO's: by timestep, and equal to the training loop's."""
 
 from __future__ import annotations
 

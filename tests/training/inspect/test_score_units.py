@@ -1,4 +1,4 @@
-"""Ranges, thresholds and weights that are another unit's are refused before a model is loaded."""
+"""Ranges, thresholds and weights in another scorer's unit are refused before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding: right in the mean, exact where it can be, and AdamW where nothing is rounded."""
+"""Stochastic rounding: unbiased, exact where possible, and AdamW where nothing is rounded."""
 
 from __future__ import annotations
 
