@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MEGABYTES = 6  # the committed base model is the largest file
+MEGABYTES = 12  # the emoji world's base model is the largest file
 LINES = 400  # of a Python file; most are under 250
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 NOT_OURS = {".git", ".venv", "venv", "runs", "build", "dist", "site", "__pycache__"}

@@ -15,6 +15,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,9 +76,26 @@ def scheduler() -> DDIMScheduler:
 
 def tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token per word of the world's captions, and letters for anything else."""
-    words = sorted(
-        vocabulary(), key=lambda w: (-len(w), w)
-    )  # longest first: no merge of a short word breaks a long one
+    return word_tokenizer(vocabulary(), TOKENS)
+
+
+def word_tokenizer(vocabulary: Sequence[str], length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer for texts of `length` tokens: one for each word of `vocabulary`, letters for anything else.
+
+    Raises RuntimeError when no order of the merges is found in which every word is one token.
+    """
+    words = sorted(vocabulary, key=lambda w: (-len(w), w))  # longest first: no merge of a short word breaks a long one
+    for _ in range(len(words)):
+        made = _tokenizer(words, length)
+        broken = [w for w in words if len(made(w)["input_ids"]) != 3]
+        if not broken:
+            return made
+        words = [*broken, *(w for w in words if w not in broken)]  # earlier merges win
+    raise RuntimeError(f"these words are more than one token: {broken}; choose other words")
+
+
+def _tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:
+    """The tokenizer whose merges build the words from the left, those of earlier words first."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!"
     merges = dict.fromkeys((w[:i], w[i] + ("</w>" if i == len(w) - 1 else "")) for w in words for i in range(1, len(w)))
     pieces = (*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), START, END)
@@ -85,11 +103,7 @@ def tokenizer() -> CLIPTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-        made = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=END, unk_token=END)
-    broken = [w for w in words if len(made(w)["input_ids"]) != 3]
-    if broken:
-        raise RuntimeError(f"these words are more than one token: {broken}; reorder the merges")
-    return made
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=length, pad_token=END, unk_token=END)
 
 
 def pipeline(seed: int) -> StableDiffusionXLPipeline:

@@ -46,7 +46,7 @@ class Pair:
     """One comparison; side 0 and 1 in the order in which they are shown."""
 
     caption: str
-    pictures: tuple[NDArray[np.uint8], NDArray[np.uint8]]  # 16 16 3
+    pictures: tuple[NDArray[np.uint8], NDArray[np.uint8]]  # height width 3
     scores: tuple[float, float]  # true rewards
     first_is_better: bool  # the label; contradicts the scores only where labels were shuffled
     name: str
@@ -108,6 +108,19 @@ def write_pairs(
     `overwrite` replaces a parquet file that is there.
     """
     path = Path(path)
+    check_target(path, layout, overwrite=overwrite, users=bool(users))
+    pairs = make_pairs(
+        n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base, users=users
+    )
+    write_layout(path, pairs, layout)
+    if users:
+        write_users(path.with_suffix(".users.json"), world_users(users))
+    return path
+
+
+def check_target(path: Path, layout: Layout, *, overwrite: bool, users: bool) -> None:
+    """Raises DiffalignError for a layout that there is not or that has no place for `users`, ExistingFileError for a
+    parquet file that is there (`overwrite` allows it) or a folder that is not empty."""
     if layout not in ("parquet", "folder"):
         raise DiffalignError(f"layout is {layout!r}; it must be 'parquet' or 'folder'")
     if layout == "folder" and path.exists() and (path.is_file() or any(path.iterdir())):
@@ -118,17 +131,15 @@ def write_pairs(
         raise ExistingFileError(f"{path} exists; name another file, or overwrite it (--overwrite)")
     if users and layout == "folder":
         raise DiffalignError("a folder of pairs has no place for users; write a .parquet file")
-    pairs = make_pairs(
-        n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base, users=users
-    )
+
+
+def write_layout(path: Path, pairs: list[Pair], layout: Layout) -> None:
+    """Writes the pairs to `path`, a target that `check_target` has passed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout == "parquet":
         _write_parquet(path, pairs)
-        if users:
-            write_users(path.with_suffix(".users.json"), world_users(users))
     else:
         _write_folder(path, pairs)
-    return path
 
 
 def _block(

@@ -1,0 +1,36 @@
+"""The emoji world: 64x64 images of real art in three styles, with a true reward that is read from their pixels.
+
+Nothing heavy is imported here. The parts: `captions`, `art`, `render`, `vae`, `base_model`, `judge`, `reward`,
+`scorer`, `pairs`. docs/emoji.md says what the world is good for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffalign.errors import MissingFileError
+
+__all__ = ["asset", "base_path", "pairs_path"]
+
+
+def base_path() -> Path:
+    """Folder of the committed base model, in diffusers' SDXL layout."""
+    return asset("base")
+
+
+def pairs_path() -> Path:
+    """The committed preference pairs of renders (Pick-a-Pic columns, parquet)."""
+    return asset("pairs/renders.parquet")
+
+
+def asset(name: str) -> Path:
+    """Path of a committed file or folder of this world. Raises MissingFileError when it is not there."""
+    package = Path(__file__).resolve().parents[2]
+    places = (package.parent / "assets" / "emoji" / name, package / "_assets" / "emoji" / name)
+    for place in places:
+        if place.exists():
+            return place
+    raise MissingFileError(
+        f"the emoji world's {name!r} is neither at {places[0]} (a checkout) nor at {places[1]} (an installed wheel); "
+        "reinstall diffalign, or write it again: assets/README.md has the command of each file"
+    )
