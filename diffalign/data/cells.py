@@ -19,7 +19,7 @@ _DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Absent:
-    """A cell that the storage has no value for, and where one was looked for."""
+    """A cell without a value, and where one was expected."""
 
     reason: str
 

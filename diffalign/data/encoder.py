@@ -1,4 +1,4 @@
-"""What this room needs of the models room: an object with these four members, checked by shape alone."""
+"""The part of a model's encoder that this package uses, as protocols: any object with these members will do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one pair on disk is: two image references, a prompt, and the fault of a row that cannot be used."""
+"""A pair on disk: two image references and a prompt; and the fault of a row that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from diffalign.errors import DiffalignError, printable
 
-MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images carry no picture
-DRAWN = ("EPS", "WMF", "EMF")  # Pillow hands these to Ghostscript or to the system
+MIN_SIDE = 8  # pixels: the edge of one latent cell of the common VAEs; smaller images have no content
+DRAWN = ("EPS", "WMF", "EMF")  # Pillow leaves these to Ghostscript or to the system
 MAX_PIXELS = 89_478_485  # of one image: 256 MB of RGB, decoded at every visit; Pillow warns from there on
 
 # Fault kinds, in the order in which a row is examined: a row is reported once, with its first fault.
@@ -37,7 +37,7 @@ DISAGREEMENT = "axes disagree"  # a verdict on a usable pair, made when scores a
 
 
 class DataError(DiffalignError):
-    """The file or folder as a whole cannot be read as pairs; the message says why and what to do."""
+    """A file or folder cannot be read as pairs at all; the message has the reason and the remedy."""
 
 
 class ImageError(DiffalignError):
@@ -50,12 +50,12 @@ class ImageError(DiffalignError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A row with a fault. `where` names it as a person would look for it (file and row or line)."""
+    """A row with a fault. `where` names its file and row or line."""
 
     where: str
     kind: str
     reason: str
-    dropped: bool = True  # False: the row is kept (duplicate ids) and only pointed out
+    dropped: bool = True  # False: the row is used, and only reported (duplicate ids)
 
     def __str__(self) -> str:
         return printable(f"{self.where}: {self.kind}: {self.reason}")
@@ -94,7 +94,7 @@ class ImageRef:
     def size(self) -> tuple[int, int]:
         """(width, height) as displayed, from the header alone. Raises ImageError as `open` does."""
         with self._opened() as image:
-            # asked for only where the header has it: PNG's getexif() decodes the picture to look behind it
+            # asked for only where the header has it: PNG's getexif() decodes the image to find it
             orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
             return (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
 
@@ -138,7 +138,7 @@ class PairRow:
 
 
 def stand_in(start: bytes) -> str | None:
-    """What a file is that a download left in place of the real one, by its first bytes; None for any other file."""
+    """What a download left in place of a file, by its first bytes; None for any other file."""
     if start.startswith(b"version https://git-lfs"):
         return (
             "it is a Git-LFS pointer and not the file itself; run `git lfs install` and `git lfs pull` in its "

@@ -57,7 +57,7 @@ class PairOrder:
 
 
 class CurriculumOrder:
-    """Easy pairs first: the pool grows by a chunk K times in the course of a run, and stays whole after it.
+    """Easy pairs first: the pool grows by a chunk K times in the course of a run, and has every pair after it.
 
     Curriculum-DPO (arXiv 2405.13637): pairs in the order of their score gaps, largest first, are cut into K chunks, and
     stage k of K trains on the union of the first k. A stage lasts positions / K positions and visits its pool in seeded
@@ -70,7 +70,7 @@ class CurriculumOrder:
 
     def __init__(self, gaps: Sequence[float], seed: int, chunks: int, positions: int) -> None:
         """`gaps` are chosen - rejected of every pair (nan, where there is no score, comes last); `positions` the length
-        of the curriculum in visits. Raises ValueError for more chunks than pairs, or gaps that tell no pairs apart.
+        of the curriculum in visits. Raises DiffalignError for more chunks than pairs, or gaps that are all equal.
         """
         n = len(gaps)
         if not 1 <= chunks <= n:
@@ -83,7 +83,7 @@ class CurriculumOrder:
             )
         easiest = sorted(range(n), key=lambda i: (math.isnan(gaps[i]), -gaps[i] if gaps[i] == gaps[i] else 0.0, i))
         self.seed, self.chunks, self.positions = seed, chunks, positions
-        # in stored order within a pool, so that the whole pool is the table
+        # in stored order within a pool, so that the last pool is the table
         self.pools = [sorted(easiest[: -(-n * (k + 1) // chunks)]) for k in range(chunks)]
         self.starts = [-(-k * positions // chunks) for k in range(chunks)]
         ends = [*self.starts[1:], self.starts[-1]]

@@ -1,4 +1,4 @@
-"""From two encoded images to two pixel tensors of one size, and SDXL's geometry of both; and pixels to pictures.
+"""From two encoded images to two pixel tensors of one size, and SDXL's geometry of both; and pixels to images.
 
 One crop and one flip are drawn per visit of a pair and used for both sides, so that the sides differ in
 content only. Left out: aspect-ratio buckets; every pair becomes a square.
@@ -17,7 +17,7 @@ from diffalign.data.row import ImageRef, PairRow, check_size
 from diffalign.engine.random import uniform
 from diffalign.errors import DiffalignError
 
-EXTREME = 4  # times as long as wide: above it, only what the crop shows is resized, and `diffalign data check` tells
+EXTREME = 4  # times as long as wide: above it, only the crop is resized, and `diffalign data check` reports it
 
 
 def prepare_pair(
@@ -79,9 +79,9 @@ def prepare(
 
 
 def pictures(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    """8-bit pictures of decoded pixels "n 3 h w" in [0, 1]; one transfer.
+    """8-bit images of decoded pixels "n 3 h w" in [0, 1]; one transfer.
 
-    Raises ValueError naming prompt and seed of the first picture that is not finite.
+    Raises DiffalignError naming prompt and seed of the first image that is not finite.
     """
     broken = (~pixels.isfinite().flatten(1).all(1)).nonzero()
     if len(broken):
@@ -91,4 +91,4 @@ def pictures(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> li
             "some VAEs: use dtype float32 or bfloat16, or an fp16-safe VAE"
         )
     array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]

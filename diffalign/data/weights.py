@@ -4,7 +4,7 @@
     margin   a number subtracted from the logit; empty: 0
     mask     rows of numbers in [−1, 1], a grid of any size laid over the whole image; empty: 1 everywhere
 
-A mask is relative to the chosen image: 1 counts as the label says, 0 not at all, −1 with the sides swapped. Grids and
+A mask is relative to the chosen image: 1 counts as labelled, 0 not at all, −1 with the sides swapped. Grids and
 not mask images, because 8 bits have no agreed zero for numbers with a sign: a black region would have to mean −1.
 
 A further term that is a number for each pair is an entry of `TERMS` here and a field of `types.Terms` of that name.

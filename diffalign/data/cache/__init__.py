@@ -1,1 +1,1 @@
-"""What is computed once and read at every visit: latents, embeddings, trajectories, errors of the reference."""
+"""Results that are computed once and read at every visit: latents, embeddings, trajectories, the reference's errors."""

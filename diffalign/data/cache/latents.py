@@ -1,4 +1,4 @@
-"""The encode cache: what it is a cache of, and reading it. `encode.py` writes it.
+"""The latent cache: the key of its contents, and reading it. `precompute/latents.py` fills it.
 
     manifest.json              the key, and how items are spread over shards; written first
     moments-00000.safetensors  moments, geometry, readable, text_row of consecutive pairs

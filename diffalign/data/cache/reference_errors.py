@@ -1,5 +1,5 @@
-"""The reference's errors, kept beside the encode cache: asked once for each pair and draw, read at every later visit.
-`record_reference.py` makes them.
+"""The reference's errors, stored beside the latent cache: computed once for each pair and draw, read at every visit.
+`precompute/reference_errors.py` makes them.
 
     CACHE/reference_errors/HASH/manifest.json                            the key that HASH is of, and pairs per shard
     CACHE/reference_errors/HASH/errors-DRAW-00000.safetensors            e "pair side [point]" of consecutive pairs
@@ -20,7 +20,7 @@ from diffalign.data.loader.loaded import Loaded
 
 
 class ReferenceErrors:
-    """Encoded pairs with the reference's errors at the visit; otherwise as the encode cache has them."""
+    """Encoded pairs with the reference's errors at the visit; otherwise as the latent cache has them."""
 
     def __init__(self, cache: PairCache, folder: Path, pairs_per_shard: int) -> None:
         """`folder` is complete, and the visits of whoever reads it repeat after as many draws as it has."""
@@ -34,7 +34,7 @@ class ReferenceErrors:
         return replace(self.cache.load(index, key, draw, prompt), reference=errors.transpose(0, 1))
 
     def flip(self, name: str, key: int, draw: int) -> bool:
-        """Whether the visit sees the pictures mirrored."""
+        """Whether the images are mirrored at the visit."""
         return self.cache.flip(name, key, draw)
 
 

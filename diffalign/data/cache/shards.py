@@ -1,7 +1,7 @@
 """Folders of safetensors shards that several processes and runs may fill at once, and read by memory map.
 
-Runs that fill one folder at the same time do not talk to each other: each takes the shards in an order of its
-own and leaves out those that have appeared, so they seldom make the same one, and then harmlessly.
+Runs that fill one folder at the same time do not communicate: each takes the shards in an order of its own and skips
+those that have appeared. They seldom make the same shard, and then both make the same file.
 
 A shard carries its hash in its own header (`files.stamp`), and the manifest its own. Every run compares the shards it
 finds with their hashes once, when it opens the folder: a damaged one is named in the log and made again. Folders from
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 256 << 20
-OPEN_SHARDS = 64  # memory maps held by each process
+OPEN_SHARDS = 64  # memory maps that each process has open
 REMEDY = "free some, or set data.cache_dir to a folder on another disk; finished shards remain"
 ABANDONED = 6 * 3600  # seconds after which a temporary file belongs to a killed process, wherever that ran
 
 
 class OpenShards:
-    """The shards of a folder by name, the latest ones kept open."""
+    """The shards of a folder by name; those used last stay open."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,21 +64,21 @@ class OpenShards:
 
 
 def in_own_order(folder: Path, names: list[str], hashed: bool = True) -> Iterator[tuple[str, bool]]:
-    """The shards and whether each is to be made when its turn comes; those that are there and whole first.
+    """The shards and whether each is to be made when its turn comes; those that are complete first.
 
     hashed: whether all shards of this folder carry their hash. Damaged shards are removed and named in the log.
     """
     there = {file.name for file in folder.iterdir()}
-    whole = _whole(folder, [name for name in names if name in there], hashed)
-    yield from ((name, False) for name in names if name in whole)
-    todo = [name for name in names if name not in whole]
+    complete = _complete(folder, [name for name in names if name in there], hashed)
+    yield from ((name, False) for name in names if name in complete)
+    todo = [name for name in names if name not in complete]
     random.Random(uuid.uuid4().int).shuffle(todo)
     yield from ((name, not (folder / name).exists()) for name in todo)
 
 
-def _whole(folder: Path, names: list[str], hashed: bool) -> set[str]:
+def _complete(folder: Path, names: list[str], hashed: bool) -> set[str]:
     """Which of some shards are as they were written. The others are removed."""
-    whole, without = set(), 0
+    complete, without = set(), 0
     with (
         ThreadPoolExecutor(READERS) as readers,
         Progress(total=len(names), desc="checking shards", unit=" shards", delay=3.0, mininterval=1.0) as bar,
@@ -86,7 +86,7 @@ def _whole(folder: Path, names: list[str], hashed: bool) -> set[str]:
         for name, fault in zip(names, readers.map(lambda n: stamp_fault(folder / n, required=hashed), names)):
             bar.update(1)
             if fault is None:
-                whole.add(name)
+                complete.add(name)
                 without += not hashed and not has_stamp(folder / name)
                 continue
             log.warning("%s is damaged and is made again: %s", folder / name, fault)
@@ -97,11 +97,11 @@ def _whole(folder: Path, names: list[str], hashed: bool) -> set[str]:
             "unnoticed. Delete the folder to have it made again",
             *(without, folder),
         )
-    return whole
+    return complete
 
 
 def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The shard appears whole, with its hash, or not at all. Raises NoSpaceError naming it and the size needed."""
+    """Writes a shard with its hash; it appears complete or not at all. Raises NoSpaceError with the size needed."""
     partial = temporary(folder / name)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     try:

@@ -1,10 +1,10 @@
-"""Trajectories of a frozen network, kept beside the encode cache: inverted once, looked at in every epoch and run.
-`record.py` makes them.
+"""Trajectories of a frozen network, stored beside the latent cache: inverted once, read in every epoch and run.
+`precompute/trajectories.py` makes them.
 
     CACHE/trajectories/HASH/manifest.json                      the key that HASH is of, and pairs per shard
     CACHE/trajectories/HASH/trajectory-00000.safetensors       x "pair variant side level c h w" of consecutive pairs
 
-Latents alone are stored, in float32 whatever the dtype of the encode cache: the noise of a transition is a small
+Latents alone are stored, in float32 whatever the dtype of the latent cache: the noise of a transition is a small
 difference of two of them. The clean image of a trajectory is one draw from its moments, which no run's seed enters, so
 it is the same in every visit and every run.
 
@@ -27,7 +27,7 @@ from diffalign.types import Transitions
 
 
 class Trajectories:
-    """Encoded pairs with the transitions that a visit looks at; otherwise as the encode cache has them."""
+    """Encoded pairs with the transitions that a visit asks at; otherwise as the latent cache has them."""
 
     def __init__(
         self, cache: PairCache, folder: Path, pairs_per_shard: int, levels: Tensor, visited: Callable[[Tensor], Tensor]
@@ -48,8 +48,8 @@ class Trajectories:
         variant = draw % int(self.cache.key.variants or 1)
         points = self.visited(torch.tensor([key], dtype=torch.int64))[0]
         if len(points) == len(self.levels) - 1:
-            whole = stored[row, variant]
-            clean, noisy = whole[:, :-1], whole[:, 1:]
+            levels = stored[row, variant]
+            clean, noisy = levels[:, :-1], levels[:, 1:]
         else:
             ends = torch.stack([stored[row, variant, :, k : k + 2] for k in points.tolist()], dim=1)
             clean, noisy = ends[:, :, 0], ends[:, :, 1]
@@ -58,7 +58,7 @@ class Trajectories:
         return replace(loaded, latents=stored[row, variant, :, :1], transitions=moves)
 
     def flip(self, name: str, key: int, draw: int) -> bool:
-        """As the encode cache has it."""
+        """As the latent cache has it."""
         return self.cache.flip(name, key, draw)
 
 

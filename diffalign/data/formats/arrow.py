@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ArrowColumns:
-    """Rows of a `datasets.Dataset`: memory-mapped, images kept encoded."""
+    """Rows of a `datasets.Dataset`: memory-mapped, images still encoded."""
 
     in_memory = False
 
@@ -104,7 +104,7 @@ def lay_out(builder: DatasetBuilder) -> Dataset:
 
 
 def object_columns(rows: Any) -> Columns:
-    """Rows of a `datasets.Dataset`, or of a list of dictionaries; images may be paths, bytes or PIL pictures.
+    """Rows of a `datasets.Dataset`, or of a list of dictionaries; images may be paths, bytes or PIL images.
 
     Raises DataError for anything else, for a DatasetDict without a split, and for a stream.
     """
@@ -124,7 +124,7 @@ def object_columns(rows: Any) -> Columns:
 
 
 def _encoded(value: Any) -> Any:
-    """A PIL picture as PNG bytes; anything else as it is."""
+    """A PIL image as PNG bytes; anything else as it is."""
     from PIL import Image
 
     if not isinstance(value, Image.Image):

@@ -1,4 +1,4 @@
-"""How rows are stored, seen alike for every storage: light columns read whole, image cells one row at a time."""
+"""One interface to every storage of rows: small columns are read at once, image cells one row at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Columns(Protocol):
     def __len__(self) -> int: ...
 
     def column(self, name: str) -> Sequence[Any]:
-        """All values of a column that is small enough to read whole (labels, prompts, uids)."""
+        """All values of a column that is small enough to read at once (labels, prompts, uids)."""
 
     def cells(self, row: int, names: Sequence[str]) -> list[Any]:
         """The image cells of one row: bytes, a path, a {"bytes", "path"} dict, an ImageRef or None."""
@@ -34,7 +34,7 @@ class Columns(Protocol):
 
 
 class ListColumns:
-    """Rows held as dictionaries: what a text listing, a folder or a tar index amounts to."""
+    """Rows as dictionaries in memory: of a text listing, a folder or a tar index."""
 
     in_memory = True
 

@@ -30,7 +30,7 @@ CAPTIONS = ("captions.json", "captions.jsonl", "captions.csv")
 SIDES = ("chosen", "rejected")
 _SYSTEM = ("thumbs.db", "desktop.ini")
 
-Said = dict[str, Any]  # of a name: its prompt, weight, margin and mask, or a fault
+Caption = dict[str, Any]  # of a name: its prompt, weight, margin and mask, or a fault
 
 
 def is_pair_folder(folder: Path) -> bool:
@@ -50,17 +50,17 @@ def open_folder(folder: Path) -> ListColumns:
         raise DataError(f"{folder}/chosen and {folder}/rejected contain no images; known endings: {IMAGES}")
     listed, unused = _captions(folder)
     texts = None if listed is not None else _texts(folder)
-    rows: list[Said] = []
+    rows: list[Caption] = []
     wheres: list[str] = []
     faults: dict[int, str] = {}
     for name in names:
         cells = {side: _cell(name, side, sides) for side in SIDES}
-        said = listed.pop(name, None) if listed is not None else _said(name, sides, texts or {})
-        if said is None:
-            said = {"prompt": Absent(f"{_file(folder)} names no {name!r}; add it, or remove the images")}
-        if fault := said.get("fault") or odd(name):
+        caption = listed.pop(name, None) if listed is not None else _caption_beside(name, sides, texts or {})
+        if caption is None:
+            caption = {"prompt": Absent(f"{_file(folder)} names no {name!r}; add it, or remove the images")}
+        if fault := caption.get("fault") or odd(name):
             faults[len(rows)] = fault
-        rows.append({"prompt": None, **{key: value for key, value in said.items() if key != "fault"}, **cells})
+        rows.append({"prompt": None, **{key: value for key, value in caption.items() if key != "fault"}, **cells})
         wheres.append(f"pair {name}")
     for name in listed or ():
         unused.append((f"{_file(folder)} name {name}", "there is no image of that name in chosen/ or rejected/"))
@@ -114,8 +114,8 @@ def _file(folder: Path) -> str:
     return next(name for name in CAPTIONS if (folder / name).is_file())
 
 
-def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str]]]:
-    """What the captions file says of each name, and its lines that name none; (None, …) without such a file."""
+def _captions(folder: Path) -> tuple[dict[str, Caption] | None, list[tuple[str, str]]]:
+    """The caption of each name in the captions file, and its lines that name none; (None, …) without such a file."""
     there = [name for name in CAPTIONS if (folder / name).is_file()]
     unused: list[tuple[str, str]] = []
     if not there:
@@ -123,7 +123,7 @@ def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str
     if len(there) > 1:
         raise DataError(f"{folder} has {' and '.join(there)}; remove all but the one with the right prompts")
     file = folder / there[0]
-    pairs: list[tuple[Any, Said]]
+    pairs: list[tuple[Any, Caption]]
     if file.suffix == ".json":
         try:
             content = parse_json(read_text(file))
@@ -140,28 +140,28 @@ def _captions(folder: Path) -> tuple[dict[str, Said] | None, list[tuple[str, str
             raise DataError(f"{file} has {sorted(listing.names)}; it needs the columns name and prompt")
         pairs = []
         for place, row in enumerate(listing.rows):
-            said = {part: row.get(part) for part in ("prompt", *TERMS) if part in listing.names}
+            caption = {part: row.get(part) for part in ("prompt", *TERMS) if part in listing.names}
             fault = listing.fault(place)
             name = row.get("name")
             if isinstance(name, int) and not isinstance(name, bool):
                 name = str(name)
-            pairs.append((name, said | ({"fault": f"{listing.where(place)}: {fault}"} if fault else {})))
+            pairs.append((name, caption | ({"fault": f"{listing.where(place)}: {fault}"} if fault else {})))
             if not isinstance(name, str):
                 unused.append((listing.where(place), fault or ("its name is not a string; write the name of an image")))
-    found: dict[str, Said] = {}
-    for given, said in pairs:
+    found: dict[str, Caption] = {}
+    for given, caption in pairs:
         if not isinstance(given, str):
             continue
         stem, suffix = os.path.splitext(given)
         name = stem if suffix.lower() in IMAGES else given
-        if name in found and found[name] != said:
-            said = {"fault": f"{file.name} has {name!r} twice, with different values; remove one"}
-        found[name] = said
+        if name in found and found[name] != caption:
+            caption = {"fault": f"{file.name} has {name!r} twice, with different values; remove one"}
+        found[name] = caption
     return found, unused
 
 
 def _texts(folder: Path) -> dict[str, list[str]]:
-    """Caption files by the name in front of their ending, in the order in which they are looked for."""
+    """Caption files by the name in front of their ending, in the order in which they are tried."""
     found: dict[str, list[str]] = {}
     for place in (".", "prompts", *SIDES):
         for file in _below(folder / place):
@@ -171,7 +171,7 @@ def _texts(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _said(name: str, sides: Mapping[str, Mapping[str, str]], texts: Mapping[str, Sequence[str]]) -> Said:
+def _caption_beside(name: str, sides: Mapping[str, Mapping[str, str]], texts: Mapping[str, Sequence[str]]) -> Caption:
     keys = dict.fromkeys((name, *(images[name] for images in sides.values() if name in images)))
     files = [file for key in keys for file in texts.get(key, ())]
     if not files:

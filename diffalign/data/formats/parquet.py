@@ -1,7 +1,7 @@
 """Parquet shards, read row group by row group.
 
 Parquet has no access to single rows: reading one reads its row group, and training visits rows in random order.
-Small groups are read directly and the last ones kept; files with large groups are laid out once as Arrow files in
+Small groups are read directly, and those used last stay in memory; files with large groups are laid out once as Arrow files in
 the Hugging Face cache instead, which gives single rows by memory map at the price of a second copy on disk.
 """
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs about as much as decoding the pair
 _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
-KEPT_BYTES = 128 << 20  # bytes of row groups kept in memory by each process
+MEMORY_BYTES = 128 << 20  # of row groups in memory, in each process
 
 
 class ParquetColumns:
@@ -65,8 +65,8 @@ class ParquetColumns:
                     self.surplus, self.row_bytes = size - row_bytes, row_bytes
             self.rows += in_file
         self.names = tuple(schema.names) if schema is not None else ()
-        self._kept: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
-        self._kept_bytes = 0
+        self._memory: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._memory_bytes = 0
         self._footer: tuple[int, pq.FileMetaData] | None = None  # of the file read last
 
     def __len__(self) -> int:
@@ -91,9 +91,9 @@ class ParquetColumns:
 
     def _table(self, group: int, names: tuple[str, ...]) -> pa.Table:
         key = (group, names)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
         number, in_file, _ = self._groups[group]
         if self._footer is None or self._footer[0] != number:
             self._footer = number, _metadata(self.files[number])
@@ -101,10 +101,10 @@ class ParquetColumns:
         # thread pool. What takes long about it is parsing the footer, and that does survive.
         with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer[1]) as file:
             table = _read_group(file, self.files[number], in_file, list(names))
-        self._kept[key] = table
-        self._kept_bytes += table.nbytes
-        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._memory[key] = table
+        self._memory_bytes += table.nbytes
+        while len(self._memory) > 1 and self._memory_bytes > MEMORY_BYTES:
+            self._memory_bytes -= self._memory.popitem(last=False)[1].nbytes
         return table
 
     def read_all(self) -> None:
@@ -126,7 +126,7 @@ class ParquetColumns:
         return self.files[self._groups[bisect_right(self._starts, row) - 1][0]].parent
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict(), "_kept_bytes": 0, "_footer": None}
+        return self.__dict__ | {"_memory": OrderedDict(), "_memory_bytes": 0, "_footer": None}
 
 
 def open_parquet(files: Sequence[Path]) -> Columns:

@@ -84,7 +84,7 @@ def judge(label_0: Any, label_1: Any, has_label: Any = True) -> int | tuple[str,
 
 
 def _truth(value: Any) -> bool | None:
-    """What a cell says, or None where it says neither; an empty one says no."""
+    """The truth value of a cell, None where it has none; an empty cell is false."""
     word = "" if isinstance(value, list | dict | bytes) else str(value).strip().lower()
     if word in ("true", "1", "1.0", "yes", "y", "t"):
         return True

@@ -40,7 +40,7 @@ def layout(found: Mapping[str, str]) -> Layout:
 def write_preferences(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows of prompt, chosen and rejected (encoded images) and chosen_score and rejected_score as parquet.
 
-    A few rows are in memory at a time; the file appears whole or not at all.
+    A few rows are in memory at a time; the file appears complete or not at all.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

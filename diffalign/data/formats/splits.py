@@ -16,7 +16,7 @@ from diffalign.data.row import DataError
 
 log = logging.getLogger(__name__)
 
-ALL = "train"  # the split that is asked for by default: everything, where no name says a split
+ALL = "train"  # the default split: every file, where no name states a split
 ALIKE = {  # words for one split
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val"),
@@ -30,16 +30,16 @@ _SPLIT = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(_WORDS)})(?:_unique)?(?![a-z0-9
 
 
 def of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
-    """The files of a split; all files when no name says a split. Raises DataError."""
+    """The files of a split; all files when no name states a split. Raises DataError."""
     words = {file: _word(file.relative_to(folder), split.lower()) for file in files}
-    said = sorted({word for word in words.values() if word is not None})
+    stated = sorted({word for word in words.values() if word is not None})
     alike = next((each for each in ALIKE.values() if split.lower() in each), ())
-    wanted = [split.lower()] if split.lower() in said else [word for word in said if word in alike]
-    if not said:
+    wanted = [split.lower()] if split.lower() in stated else [word for word in stated if word in alike]
+    if not stated:
         has_no_splits(folder, split)
         return list(files)
     if len(wanted) != 1:
-        raise DataError(f"{folder} has no files of split {split!r}; it has {said}: set split to one of these")
+        raise DataError(f"{folder} has no files of split {split!r}; it has {stated}: set split to one of these")
     unnamed = [file.name for file, word in words.items() if word is None]
     if unnamed:
         log.warning("%s: left out, since their names contain no split and others' do: %s", folder, unnamed[:8])
@@ -53,7 +53,7 @@ def has_no_splits(place: Path, split: str) -> None:
 
 
 def _word(path: Path, split: str) -> str | None:
-    """The split that a path says, or None. Raises DataError where one name says two."""
+    """The split that a path states, or None. Raises DataError where one name states two."""
     asked = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9_])")
     for name in (path.stem, *reversed(path.parent.parts)):
         found = set(_SPLIT.findall(name.lower()))

@@ -1,4 +1,4 @@
-"""Text files that users bring: UTF-8 with or without a byte order mark, as a whole, as lines, or as rows.
+"""Text files that users bring: UTF-8 with or without a byte order mark, as one text, as lines, or as rows.
 
 A line ends at a line feed, a carriage return or both, as in any editor; other separators (U+2028, form feeds) are part
 of the text. Of CSV the delimiter (comma, semicolon or tab) follows from the header.

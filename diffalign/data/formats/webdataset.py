@@ -20,7 +20,7 @@ MAX_TEXT = 1 << 16  # bytes of a prompt or label; anything longer is not one
 
 
 def open_shards(files: Sequence[Path]) -> ListColumns:
-    """The rows of uncompressed tar shards, in file and member order. Raises DataError for one that is not whole."""
+    """The rows of uncompressed tar shards, in file and member order. Raises DataError for one that is not complete."""
     rows: dict[tuple[Path, str], dict[str, Any]] = {}
     faults: dict[tuple[Path, str], str] = {}
     for file in files:

@@ -21,7 +21,7 @@ from diffalign.data.weights import on_latents, terms_of
 from diffalign.engine.random import pair_key, uniform
 from diffalign.types import Terms, cat
 
-ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mean that the images are gone
+ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mean that the images are no longer there
 
 
 class Content(Protocol):

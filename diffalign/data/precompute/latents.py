@@ -46,7 +46,7 @@ WORK = Work()
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one call of `encode_cache` did."""
+    """The result of one call of `encode_cache`."""
 
     folder: Path
     key: CacheKey
@@ -116,7 +116,7 @@ def encode_cache(
 
 def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan, bool]:
     """The plan of the cache that is begun here, or a new one that is then written; and whether shards have hashes."""
-    leftovers = sorted(folder.glob("*.safetensors"))  # looked for first: another run may be just beginning
+    leftovers = sorted(folder.glob("*.safetensors"))  # listed first: another run may be just beginning
     if read_manifest(folder) is None:
         if leftovers:
             raise DataError(

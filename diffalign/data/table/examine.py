@@ -1,6 +1,6 @@
 """One pass over stored rows: which are usable pairs, and the reason for each that is not.
 
-The small columns (prompts, labels, ids, scores, weights and margins) are read whole, images one row at a time.
+The small columns (prompts, labels, ids, scores, weights and margins) are read at once, images one row at a time.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ from diffalign.io.progress import Progress
 log = logging.getLogger(__name__)
 
 READERS = 8  # files read at a time; hashing releases the interpreter's lock
-AT_ONCE = 1024  # pairs handed to the readers together
+AT_ONCE = 1024  # pairs that the readers get together
 SETTLED = 2.0  # seconds: a younger file may change again without a change of its times, so it is not remembered
 
 
 class Files:
-    """The image files that pairs name, in the pairs' order, as they were when looked at."""
+    """The image files that pairs name, in the pairs' order, as they were when they were examined."""
 
     def __init__(self) -> None:
         self.pairs = 0
@@ -39,7 +39,7 @@ class Files:
         self.sizes = array("q")  # bytes of each file
 
     def add(self, paths: Sequence[str], stats: Sequence[os.stat_result]) -> None:
-        """Note the two files of the next pair."""
+        """Notes the two files of the next pair."""
         self.pairs += 1
         self.sizes.extend(stat.st_size for stat in stats)
         self.state, settled = _next_state(self.state, paths, stats)
@@ -48,7 +48,7 @@ class Files:
     def contents(self, pairs: Iterable[tuple[ImageRef, ImageRef]]) -> str:
         """Hash of the contents of the noted files, `pairs` in order; nothing is read where it is remembered.
 
-        Raises ImageError for a file that has gone since.
+        Raises ImageError for a file that was removed since.
         """
         note = remembered("contents") / self.state
         try:
@@ -94,7 +94,7 @@ def file_stat(ref: ImageRef) -> os.stat_result:
 
 def _hash(pairs: Iterable[tuple[ImageRef, ImageRef]], total: int) -> str:
     """One hash over the hash of every file, side by side; a file in several pairs is read once."""
-    whole = hashlib.blake2b(digest_size=16)
+    total_hash = hashlib.blake2b(digest_size=16)
     known: dict[str, bytes] = {}
     rest = iter(pairs)
     with (
@@ -106,9 +106,9 @@ def _hash(pairs: Iterable[tuple[ImageRef, ImageRef]], total: int) -> str:
             known |= zip(new, readers.map(_hash_file, new.values()))
             for pair in some:
                 for ref in pair:
-                    whole.update(known[str(ref.path)])
+                    total_hash.update(known[str(ref.path)])
             bar.update(len(some))
-    return whole.hexdigest()
+    return total_hash.hexdigest()
 
 
 def _hash_file(ref: ImageRef) -> bytes:

@@ -1,4 +1,4 @@
-"""What the rows of a run are, in a few hashes that cost next to nothing: compared when a run is resumed.
+"""The identity of a run's rows, in a few hashes that cost little: compared when a run is resumed.
 
 `PairTable.identity` reads every image file once; this uses what examining the rows has found already (ids, prompts,
 labels, scores, sizes of the image files) and reads the files of a few pairs, spread over the table.
@@ -69,7 +69,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _read(refs: Callable[[], Iterable[ImageRef]]) -> list[bytes]:
-    """Some images as they are stored; nothing where one cannot be read, which is for whoever needs it to say."""
+    """Some images as they are stored; none where one cannot be read, which is reported where they are needed."""
     try:
         return [ref.read() for ref in refs()]
     except ImageError:

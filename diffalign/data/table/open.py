@@ -44,7 +44,7 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
     path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
         rejected/ images, or written by `save_to_disk`; a Hub id; or rows that are open already (`object_columns`).
 
-    Raises DataError when the file or folder as a whole cannot be read as pairs.
+    Raises DataError when the file or folder cannot be read as pairs at all.
     """
     stored = open_columns(path, spec.split) if isinstance(path, str | Path) else path
     stored, layout = find_layout(stored, spec.format, spec.columns)

@@ -186,7 +186,7 @@ class PairTable:
         """Hash of what the pairs are, in their order: ids, prompts, which side is chosen, contents of image files.
 
         The same however the images were verified. Reads the image files that rows name, unless their hash is
-        remembered; raises ImageError when one has gone.
+        remembered; raises ImageError when one was removed.
         """
         digest, index = hashlib.blake2b(digest_size=16), self.index
         for name, prompt, first, tie in zip(self.ids, self.prompts, index.first, index.ties):

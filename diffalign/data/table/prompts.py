@@ -1,4 +1,4 @@
-"""Prompts from a file or from the command line, and as the table of a run that makes its own pictures."""
+"""Prompts from a file or from the command line, and as the table of a run that makes its own images."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     """The prompts in a .txt (one per line), .jsonl, .csv or .parquet file, or `source` itself as one prompt.
 
     Tables need a column `prompt` or `caption`. Blank lines of a .txt file separate nothing and are skipped; an
-    empty cell of a table is an error that names the row or line. Repeated prompts are kept once, in
-    order of first appearance: a picture depends on (prompt, seed) only, so a repeat would only feign data.
+    empty cell of a table is an error that names the row or line. Repeated prompts are used once, in
+    order of first appearance: an image depends on (prompt, seed) only, so a repeat adds no data.
     Raises PromptError where no prompt is left, and for a limit below 1.
     """
     if limit is not None and limit < 1:

@@ -1,4 +1,4 @@
-"""What `diffalign data check PATH` says: how many pairs are usable, why the others are not, sizes, a sample."""
+"""The report of `diffalign data check PATH`: how many pairs are usable, why the others are not, sizes, a sample."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffalign.data.transforms import EXTREME
 from diffalign.errors import printable
 
 NAMED = 5  # rows named per kind of problem in the text; the json has all
-CELL, CAPTION = 256, 48  # pixels of one picture and of the prompt below it on the contact sheet
+CELL, CAPTION = 256, 48  # pixels of one image and of the prompt below it on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Report:
     total_rows: int
     examined_rows: int
     usable: int
-    ties: int  # kept ties; dropped ones are among the problems
+    ties: int  # ties that are used; the others are among the problems
     problems: tuple[Problem, ...]
     shorter_sides: tuple[int, ...]  # pixels, of each image of a usable pair; empty with verify="none"
     size_range: tuple[str, str, str] | None  # "WxH" of the smallest, median and largest image by area
@@ -145,8 +145,8 @@ class Report:
             try:
                 row = self.table[index]
                 for column, ref in enumerate((row.chosen, row.rejected)):
-                    picture = ImageOps.pad(ref.open(), (CELL - 4, CELL - 4), color="white")
-                    sheet.paste(picture, (column * CELL + 2, top + 2))
+                    image = ImageOps.pad(ref.open(), (CELL - 4, CELL - 4), color="white")
+                    sheet.paste(image, (column * CELL + 2, top + 2))
             except ImageError as error:
                 caption = textwrap.wrap(f"unreadable: {error}", 80)[:2]
             draw.multiline_text((4, top + CELL), "\n".join(caption), fill="black", font=font)
@@ -168,7 +168,7 @@ def check_pairs(
 
     resolution: count the images that training at this size would enlarge.
     axes, aggregate: files of scores as a config's data.scores; pairs that all_agree leaves out are among the problems.
-    Raises DataError when the file or folder as a whole cannot be read as pairs.
+    Raises DataError when the file or folder cannot be read as pairs at all.
     """
     table = open_pairs(path, spec)
     if axes:

@@ -96,7 +96,7 @@ def read_scores(path: str | Path, scorer: str | None = None) -> Scores:
 
 
 def span_in(path: str | Path) -> tuple[float, float] | None:
-    """Where the scores in a file lie, as their scorer said; None in older files and where it said nothing."""
+    """The range of the scores in a file, as their scorer stated it; None in older files and where it stated none."""
     with Path(path).open() as file:
         span = json.loads(file.readline()).get("span")
     if span is None:

@@ -1,4 +1,4 @@
-"""Whose preference a pair is: an embedding beside each pair, or an id that names one in a file.
+"""The user whose preference a pair is: an embedding beside each pair, or an id that names one in a file.
 
     pairs    a column `user_embed` (a list of numbers), or `user` / `user_id` (an id) and a file of embeddings
     file     .json {"anna": [0.1, …], …};  .parquet with columns user and user_embed;  .safetensors, a tensor per id
@@ -81,7 +81,7 @@ def open_users(path: str | Path) -> Users:
 def use_users(table: PairTable, users: Users | None, *, where: str) -> None:
     """Gives a table the user of each pair: from its ids and `users`, or without these from its embeddings.
 
-    Raises DataError when the pairs do not say whose they are, naming pairs without a user or with an unknown one.
+    Raises DataError when the pairs have no such column, naming pairs without a user or with an unknown one.
     """
     layout = table.layout
     column = layout.user if users is not None else layout.user_embed

@@ -69,11 +69,11 @@ def test_a_footer_is_parsed_once_in_a_row_of_groups(tmp_path: Path, monkeypatch:
 
 
 def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "KEPT_BYTES", 5 * len(png(0)))  # two groups of one row of two images
+    monkeypatch.setattr(parquet, "MEMORY_BYTES", 5 * len(png(0)))  # two groups of one row of two images
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", pick_rows(9), row_group_size=1))
     assert isinstance(table.columns, parquet.ParquetColumns)
-    assert len(table.columns._kept) == 2
-    assert table.columns._kept_bytes == sum(kept.nbytes for kept in table.columns._kept.values())
+    assert len(table.columns._memory) == 2
+    assert table.columns._memory_bytes == sum(kept.nbytes for kept in table.columns._memory.values())
 
 
 def damaged(file: Path, column: str, group: int) -> Path:
