@@ -17,7 +17,8 @@ from diffalign.config.sections import DataSection, ModelSection, TrainingSection
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.precompute.recording import Work, cache_of
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 SOURCE_FOLDER = "source"  # in a run's folder: files of a source that makes its pairs
 
+Content = Online | PairCache | Trajectories | ReferenceErrors
 BuildSource = Callable[[Networks, UNet, Former | None], Source]
 
 
@@ -64,31 +66,42 @@ def source_builder(
     """
     if config.source is not None:
         return _own_source(config, accelerator, table, encoder, resolution)
-    data, training = config.data, config.training
-    pairs = cast("PairTable", table)
+    data, pairs = config.data, cast("PairTable", table)
     make = partial(OfflinePairs, pairs, spec=_loader_spec(config, accelerator, pairs), time_ids=encoder.time_ids)
     content = _content(data, config.seed, accelerator, pairs, encoder, resolution)
     if not (data.cache_trajectories or data.cache_reference_errors):
         return lambda networks, unet, former: make(content)
-    fingerprint = network_fingerprint(encoder.base.unet, encoder.base.schedule)
+    return _with_results(
+        config, accelerator, make, content, network_fingerprint(encoder.base.unet, encoder.base.schedule)
+    )
 
-    def with_results(networks: Networks, unet: UNet, former: Former | None) -> Source:
+
+def _with_results(
+    config: Config,
+    accelerator: Accelerator,
+    make: Callable[[Content], OfflinePairs],
+    content: Content,
+    fingerprint: str,
+) -> BuildSource:
+    """Builds the source of a run that reads precomputed results of the base, whose weights have this fingerprint."""
+    training, objective = config.training, config.objective
+
+    def with_networks(networks: Networks, unet: UNet, former: Former | None) -> Source:
         source = make(content)
         work = Work(training.train_batch_size, processes=processes_of(accelerator), counts=networks)
-        found: Trajectories | ReferenceErrors
+        found: Content
         facts: dict[str, Any]
-        if data.cache_trajectories:
+        if config.data.cache_trajectories:
             facts = {"network": fingerprint, "precision": training.mixed_precision}
-            found = _trajectories(config.objective, source, networks, facts, work)
+            found = _trajectories(objective, source, networks, facts, work)
         else:
             kernels = _kernels(config.model, config.tuning, training, accelerator.device)
-            found = _reference_errors(
-                config.objective, source, networks, {"network": fingerprint, "kernels": kernels}, work
-            )
+            facts = {"network": fingerprint, "kernels": kernels}
+            found = _reference_errors(objective, source, networks, facts, work)
         accelerator.wait_for_everyone()
         return make(found)
 
-    return with_results
+    return with_networks
 
 
 def encode_run(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffalign.data.finite import require_text
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs

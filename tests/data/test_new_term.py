@@ -16,7 +16,8 @@ from torch.nn.functional import logsigmoid
 
 from diffalign.data import weights
 from diffalign.data.cache.latents import CacheSpec, open_cache
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.row import BAD_TERM

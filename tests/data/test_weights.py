@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.cache.latents import CacheSpec, open_cache
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.row import BAD_TERM, DataError, ImageError

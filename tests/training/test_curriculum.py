@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.config.schema import Config, ConfigError
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
 from diffalign.data.sampler import Processes

@@ -19,7 +19,7 @@ from diffalign.contrib.step_aware.batch import Labels, StepWeights, WeightedPair
 from diffalign.contrib.step_aware.clip import StepAwareClip
 from diffalign.contrib.step_aware.scorer import WEIGHTS_FILE, WEIGHTS_FOLDER, save_step_aware
 from diffalign.contrib.step_aware.step import judge_step
-from diffalign.data.loader.offline_pairs import Online
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.sampler import Processes
 from diffalign.data.table.pairs import PairTable

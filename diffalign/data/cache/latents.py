@@ -197,6 +197,11 @@ class PairCache:
         self._shards = OpenShards(folder)
 
     @property
+    def cache(self) -> PairCache:
+        """Itself, as `Trajectories` and `ReferenceErrors` have the cache below them."""
+        return self
+
+    @property
     def latent_shape(self) -> torch.Size:
         """c, h, w of the latents, where any pair could be read."""
         shape = self._shards["moments-00000.safetensors"].get_slice("moments").get_shape()

@@ -18,7 +18,7 @@ import random
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,30 @@ class OpenShards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}  # memory maps are opened anew in each loader worker
+
+
+def fill(
+    folder: Path,
+    names: list[str],
+    hashed: bool,
+    title: str,
+    make: Callable[[str], tuple[dict[str, Tensor], dict[str, str]]],
+    found: Callable[[str], object] = str,
+) -> int:
+    """Makes the shards that are not there; returns how many. `make` gives tensors and metadata of a shard by its name.
+
+    `found` is called with the name of each shard that is there. `hashed` as in `in_own_order`.
+    """
+    written = 0
+    with Progress(total=len(names), desc=title, unit=" shards", delay=3.0, mininterval=1.0) as bar:
+        for name, missing in in_own_order(folder, names, hashed):
+            if missing:
+                write_shard(folder, name, *make(name))
+                written += 1
+            else:
+                found(name)
+            bar.update(1)
+    return written
 
 
 def in_own_order(folder: Path, names: list[str], hashed: bool = True) -> Iterator[tuple[str, bool]]:

@@ -1,8 +1,8 @@
 """Parquet shards, read row group by row group.
 
 Parquet has no access to single rows: reading one reads its row group, and training visits rows in random order.
-Small groups are read directly, and those used last stay in memory; files with large groups are laid out once as Arrow files in
-the Hugging Face cache instead, which gives single rows by memory map at the price of a second copy on disk.
+Small groups are read directly, and those used last stay in memory; files with large groups are converted once to Arrow
+files in the Hugging Face cache, which gives single rows by memory map at the price of a second copy on disk.
 """
 
 from __future__ import annotations
@@ -132,13 +132,16 @@ class ParquetColumns:
 def open_parquet(files: Sequence[Path]) -> Columns:
     """The rows of the files, by whichever route gives single rows quickly."""
     direct = ParquetColumns(files)
-    if direct.surplus <= SURPLUS:
-        return direct
+    return direct if direct.surplus <= SURPLUS else _as_arrow(direct)
+
+
+def _as_arrow(direct: ParquetColumns) -> Columns:
+    """The same rows by way of Arrow files; the parquet files themselves where the disk has no room for these."""
     from datasets.exceptions import DatasetGenerationError
 
     from diffalign.data.formats.arrow import ArrowColumns, arrow_builder, free_bytes, laid_out, lay_out
 
-    builder = arrow_builder(files)
+    builder = arrow_builder(direct.files)
     if not laid_out(builder):
         each = f"reading one row reads up to {direct.surplus >> 20} MB of its row group"
         hint = f"write parquet with row_group_size={1 + SURPLUS // max(1, direct.row_bytes)} to avoid both"

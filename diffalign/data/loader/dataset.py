@@ -16,7 +16,6 @@ from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError, ImageError, Problem
 from diffalign.data.sampler import PairOrder
 from diffalign.data.table.pairs import PairTable
-from diffalign.data.transforms import flips, prepare_pair
 from diffalign.data.weights import on_latents, terms_of
 from diffalign.engine.random import pair_key, uniform
 from diffalign.types import Terms, cat
@@ -35,27 +34,6 @@ class Content(Protocol):
 
     def flip(self, name: str, key: int, draw: int) -> bool:
         """Whether the images of the pair called `name` are mirrored at this visit."""
-
-
-class Pixels:
-    """Images decoded and cropped at every visit."""
-
-    def __init__(self, table: PairTable, resolution: int, *, center_crop: bool, random_flip: bool) -> None:
-        self.table, self.resolution = table, resolution
-        self.center_crop, self.random_flip = center_crop, random_flip
-
-    def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
-        pixels, geometry = prepare_pair(
-            self.table[index],
-            self.resolution,
-            key=key,
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-        )
-        return Loaded(torch.tensor([key], dtype=torch.int64), geometry[:, None], pixels[:, None])
-
-    def flip(self, name: str, key: int, draw: int) -> bool:
-        return self.random_flip and flips(key)
 
 
 class Visits(Dataset[Loaded]):

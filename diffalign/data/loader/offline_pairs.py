@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from itertools import count
 from typing import Any
 
@@ -15,28 +15,17 @@ from torch.utils.data import DataLoader
 from diffalign.data.cache.latents import PairCache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
-from diffalign.data.encoder import Encoder
-from diffalign.data.finite import LatentsGuard
-from diffalign.data.loader.dataset import Content, Pixels, Visits, leave_signals_to_parent
-from diffalign.data.loader.loaded import NULL_PROMPT, Loaded, sample_latents
+from diffalign.data.loader.dataset import Visits, leave_signals_to_parent
+from diffalign.data.loader.loaded import Loaded
+from diffalign.data.loader.online import Encoding, Online, Pixels
 from diffalign.data.loader.spec import LoaderSpec
-from diffalign.data.loader.text import TextMemo, for_pairs, for_sides
+from diffalign.data.loader.text import for_pairs, for_sides
 from diffalign.data.row import DataError, Problem
 from diffalign.data.sampler import positions_for
 from diffalign.data.table.pairs import PairTable
 from diffalign.types import Conditioning, PairBatch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Online:
-    """Encode at every visit: no preparation, but VAE and text encoders stay resident."""
-
-    encoder: Encoder
-    resolution: int
-    center_crop: bool = True
-    random_flip: bool = False
 
 
 class OfflinePairs:
@@ -60,30 +49,21 @@ class OfflinePairs:
         table.require_usable()
         self.table, self.content, self.spec = table, content, spec
         self.problems: list[Problem] = []
-        self._guard = LatentsGuard()
         self._allowed = max(1, int(spec.max_unreadable * len(table)))
-        source: Content
-        side: int | None = None  # of the latents, where masks need it
+        masks, self._encode = "mask" in table.terms, None
         if isinstance(content, Online):
-            self._encoder: Encoder | None = content.encoder
-            self._time_ids = time_ids or content.encoder.time_ids
-            source = Pixels(table, content.resolution, center_crop=content.center_crop, random_flip=content.random_flip)
-            self._text = TextMemo(content.encoder)
-            if "mask" in table.terms:
-                with torch.no_grad():
-                    side = content.encoder.moments(torch.zeros(1, 3, content.resolution, content.resolution)).shape[-1]
-            self._null_text: Callable[[], tuple[Tensor, Tensor | None]] = lambda: self._text((NULL_PROMPT,))
+            self._encode = Encoding(content.encoder)
+            self._null_text, self._time_ids = self._encode.null_text, time_ids or content.encoder.time_ids
+            self.visits = Visits(table, Pixels(table, content), spec, content.latent_side if masks else None)
         else:
-            cache = content if isinstance(content, PairCache) else content.cache
+            cache = content.cache
             if cache.pairs != len(table):
                 raise DataError(
                     f"the cache {cache.folder} has {cache.pairs} pairs and the table {len(table)}; open "
                     "both with the same data settings"
                 )
-            side = cache.latent_shape[-1] if "mask" in table.terms else None
-            self._encoder, self._time_ids, source = None, time_ids or _no_time_ids, content
-            self._null_text = cache.null_text
-        self.visits = Visits(table, source, spec, side)
+            self._null_text, self._time_ids = cache.null_text, time_ids or _no_time_ids
+            self.visits = Visits(table, content, spec, cache.latent_shape[-1] if masks else None)
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
         """Micro-batches of this process from optimiser step `first_step` on, without end.
@@ -120,8 +100,8 @@ class OfflinePairs:
 
     def assemble(self, loaded: Loaded) -> PairBatch:
         """What a loader worker read as a batch: encoded where it is pixels, with the null prompt where it is needed."""
-        if self._encoder is not None:
-            loaded = self._encoded(self._encoder, loaded)
+        if self._encode is not None:
+            loaded = self._encode(loaded)
         assert loaded.latents is not None, "a cache has stored them"
         assert loaded.cond is not None, "a cache has stored it"
         time_ids = self._time_ids(loaded.geometry)
@@ -141,16 +121,6 @@ class OfflinePairs:
             reference=loaded.reference,
             ids=loaded.ids,
         )
-
-    def _encoded(self, encoder: Encoder, loaded: Loaded) -> Loaded:
-        """Pixels and prompts as latents and text embeddings."""
-        assert loaded.pixels is not None, "Pixels loads them"
-        pairs = len(loaded.ids)
-        with torch.no_grad():
-            moments = encoder.moments(loaded.pixels.transpose(0, 1).flatten(0, 1))  # both sides of a pair in turn
-            self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])
-            latents = sample_latents(moments.unflatten(0, (pairs, 2)).transpose(0, 1), loaded.keys)
-            return replace(loaded, pixels=None, latents=latents, cond=for_sides(self._text(loaded.prompts)))
 
     def _note(self, problems: tuple[tuple[Problem, ...], ...]) -> None:
         known = {problem.where for problem in self.problems}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,12 +24,11 @@ from diffalign.data.cache.latents import (
 )
 from diffalign.data.cache.shards import (
     MANIFEST,
-    in_own_order,
+    fill,
     not_finite,
     require_room,
     sweep,
     write_manifest,
-    write_shard,
 )
 from diffalign.data.encoder import Encoder
 from diffalign.data.finite import OVERFLOW
@@ -72,46 +72,57 @@ def encode_cache(
     when the folder holds a cache of something else, and for a pair or prompt whose values are not finite, by name;
     NoSpaceError when the disk has no room for what is missing.
     """
-    variants, dtype = 1 if spec.variants is None else spec.variants, spec.dtype or "float32"
-    key = cache_key(table, encoder.fingerprint, replace(spec, variants=variants, dtype=dtype))
+    spec = replace(spec, variants=spec.variants or 1, dtype=spec.dtype or "float32")
+    key = cache_key(table, encoder.fingerprint, spec)
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
     plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), work.shard_bytes))
     sweep(folder)
     require_room(folder, plan.missing_bytes(folder), "the latent cache")
-    problems: dict[int, Problem] = {}  # by index of the pair
-    written = 0
+    job = _Job(table, encoder, key, spec.run_seed, plan, prompts, work)
+    text, images = (work.processes.share(names) for names in (plan.text_shards(), plan.moments_shards()))
+    written = fill(folder, text, hashed, "prompts", job.text) + fill(folder, images, hashed, "images", job.moments)
+    problems = tuple(problem for _, problem in sorted(job.problems.items()))
+    found = len(text) + len(images) - written
+    return Encoded(folder, key, written, found, len(plan.missing(folder)), problems)
 
-    names = work.processes.share(plan.text_shards())
-    with Progress(total=len(names), desc="prompts", unit=" shards", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in in_own_order(folder, names, hashed):
-            if missing:
-                part = prompts[int(name[5:10]) * plan.prompts_per_shard :][: plan.prompts_per_shard]
-                write_shard(folder, name, _encode_text(encoder, part, DTYPES[dtype], work.batch_size), {})
-                written += 1
-            bar.update(1)
 
-    rows = {prompt: row for row, prompt in enumerate(prompts)}
-    names = work.processes.share(plan.moments_shards())
-    total = sum(len(_range(name, plan)) for name in names)
-    with Progress(total=total, desc="images", unit=" pairs", delay=3.0, mininterval=1.0) as bar:
-        for name, missing in in_own_order(folder, names, hashed):
-            indices = _range(name, plan)
-            if not missing:
-                bar.update(len(indices))
-                continue
-            job = _Pixels(table, indices, key, spec.run_seed)
-            tensors, unreadable = _encode_pixels(encoder, job, DTYPES[dtype], work, bar.update)
-            tensors["text_row"] = torch.tensor([rows[table.prompts[i]] for i in indices])
-            write_shard(folder, name, tensors, {"unreadable": json.dumps(unreadable)} if unreadable else {})
-            for row, each in unreadable.items():
-                index = indices[int(row)]
-                problems[index] = Problem(table.where(index), each["kind"], each["reason"])
-            written += 1
-    already = len(work.processes.share(plan.text_shards())) + len(names) - written
-    found = tuple(problem for _, problem in sorted(problems.items()))
-    return Encoded(folder, key, written, already, len(plan.missing(folder)), found)
+@dataclass(frozen=True)
+class _Job:
+    """Makes the shards of one cache by name."""
+
+    table: PairTable
+    encoder: Encoder
+    key: CacheKey
+    run_seed: int
+    plan: Plan
+    prompts: list[str]  # each once, the null prompt first
+    work: Work
+    problems: dict[int, Problem] = field(default_factory=dict)  # by index of the pair
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """The row of each prompt in the text shards."""
+        return {prompt: row for row, prompt in enumerate(self.prompts)}
+
+    def text(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of one text shard."""
+        first = int(name[5:10]) * self.plan.prompts_per_shard
+        prompts = self.prompts[first : first + self.plan.prompts_per_shard]
+        return _encode_text(self.encoder, prompts, DTYPES[str(self.key.dtype)], self.work.batch_size), {}
+
+    def moments(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of one moments shard; pairs that cannot be read go to `problems`."""
+        first = int(name[8:13]) * self.plan.pairs_per_shard
+        indices = range(first, min(first + self.plan.pairs_per_shard, self.plan.pairs))
+        images = _Pixels(self.table, indices, self.key, self.run_seed)
+        tensors, unreadable = _encode_pixels(self.encoder, images, DTYPES[str(self.key.dtype)], self.work)
+        for row, each in unreadable.items():
+            index = indices[int(row)]
+            self.problems[index] = Problem(self.table.where(index), each["kind"], each["reason"])
+        tensors["text_row"] = torch.tensor([self.rows[self.table.prompts[i]] for i in indices])
+        return tensors, {"unreadable": json.dumps(unreadable)} if unreadable else {}
 
 
 def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan, bool]:
@@ -150,11 +161,6 @@ def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Pl
     )
 
 
-def _range(name: str, plan: Plan) -> range:
-    first = int(name[8:13]) * plan.pairs_per_shard
-    return range(first, min(first + plan.pairs_per_shard, plan.pairs))
-
-
 class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
     """All variants of the pairs of one shard: pixels and geometry, or why the pair cannot be read."""
 
@@ -184,11 +190,7 @@ class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
 
 
 def _encode_pixels(
-    encoder: Encoder,
-    job: _Pixels,
-    dtype: torch.dtype,
-    work: Work,
-    progress: Callable[[int], object],
+    encoder: Encoder, job: _Pixels, dtype: torch.dtype, work: Work
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
     """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors)."""
     loader = DataLoader(
@@ -205,7 +207,7 @@ def _encode_pixels(
     geometry = torch.zeros(len(job), variants, 2, 6, dtype=torch.int64)
     readable = torch.zeros(len(job), dtype=torch.uint8)
     place = 0
-    for batch in loader:
+    for batch in Progress(loader, desc="images of a shard", unit=" batches", delay=3.0, mininterval=1.0, leave=False):
         good = [i for i, each in enumerate(batch) if not isinstance(each, dict)]
         unreadable |= {str(place + i): each for i, each in enumerate(batch) if isinstance(each, dict)}
         if good:
@@ -224,7 +226,6 @@ def _encode_pixels(
             geometry[at] = torch.stack([batch[i][1] for i in good])
             readable[at] = 1
         place += len(batch)
-        progress(len(batch))
     stored = torch.zeros(len(job), variants, 2, 1, 1, 1, dtype=dtype) if moments is None else moments
     return {"moments": stored, "geometry": geometry, "readable": readable}, unreadable
 

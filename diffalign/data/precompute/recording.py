@@ -22,18 +22,16 @@ from torch import Tensor
 from diffalign.data.cache.latents import PairCache
 from diffalign.data.cache.shards import (
     SHARD_BYTES,
-    in_own_order,
+    fill,
     manifest_text,
     read_content,
     require_room,
     sweep,
     write_manifest,
-    write_shard,
 )
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.row import DataError
 from diffalign.data.sampler import ALONE, Processes
-from diffalign.io.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +79,16 @@ class Recording:
 
         Call it again after an interruption: finished shards are used, and damaged ones are made again.
         """
-        own, counts = work.processes.share(names), work.counts
-        with Progress(total=len(own), desc=title, unit=" shards", delay=3.0, mininterval=1.0) as bar:
-            for name, missing in in_own_order(self.folder, own, self.hashed):
-                if not missing:
-                    _count_found(self.folder / name, counts)
-                else:
-                    before = 0 if counts is None else counts.image_forwards
-                    tensors = make(name)
-                    if counts is not None:
-                        tensors = {**tensors, FORWARDS: torch.tensor([counts.image_forwards - before])}
-                    write_shard(self.folder, name, tensors, {})
-                bar.update(1)
+        counts = work.counts
+
+        def counted(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+            if counts is None:
+                return make(name), {}
+            before = counts.image_forwards
+            return {**make(name), FORWARDS: torch.tensor([counts.image_forwards - before])}, {}
+
+        own = work.processes.share(names)
+        fill(self.folder, own, self.hashed, title, counted, lambda name: _count_found(self.folder / name, counts))
 
 
 def open_recording(cache: PairCache, kind: str, key: Mapping[str, Any], pairs_per_shard: int) -> Recording:

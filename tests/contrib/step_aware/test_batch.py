@@ -11,7 +11,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffalign.contrib.step_aware.batch import Labels, StepWeights, decoded_predictions
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs

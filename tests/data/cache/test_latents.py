@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, cache_key, open_cache
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import Encoded, encode_cache
 from diffalign.data.precompute.recording import Work

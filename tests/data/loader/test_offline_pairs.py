@@ -16,7 +16,8 @@ from torch import Tensor
 from diffalign.data.loader import text as source
 from diffalign.data.loader.dataset import substitute
 from diffalign.data.loader.loaded import sample_latents
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
 from diffalign.data.sampler import PairOrder, Processes

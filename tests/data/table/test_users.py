@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign.data.cache.latents import CacheSpec, cache_key, open_cache
-from diffalign.data.loader.offline_pairs import OfflinePairs, Online
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.row import DataError
