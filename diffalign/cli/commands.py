@@ -14,6 +14,11 @@ from diffalign.cli.common import Parser
 # name: (module below diffalign.cli, what it is for, an example without the leading `diffalign`)
 GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     "start": {
+        "init": (
+            "training.init",
+            "write a commented config for your base, pairs, card and goal",
+            "init my.yaml --base BASE --pairs my/pairs --card 24 --goal lora",
+        ),
         "demo": ("demo", "tune the embedded world's model and measure the gain", "demo"),
         "list": ("list", "list the packaged objectives, sources, configs and scorers", "list objectives"),
     },

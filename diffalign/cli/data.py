@@ -20,6 +20,7 @@ from diffalign.cli.common import (
     whole,
     writable,
 )
+from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
         )
         print(f"{args.pairs} pairs in {args.out}")
+        print_next(["data", "check", str(args.out)])
         return
 
     writable([("--sample", args.sample), ("--json", args.json)], args.overwrite)
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"sample: {args.sample}")
     if args.json is not None:
         args.json.write_text(json.dumps(report.json(), indent=2) + "\n", encoding="utf-8")
+    if report.usable:
+        print_next(["init", "my.yaml", "--pairs", args.path])
 
 
 def _spec(args: argparse.Namespace) -> DataSpec:

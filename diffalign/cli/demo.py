@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from diffalign.cli.common import count, path
+from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 
 SEEDS = "0-11"  # pictures of each held-out prompt and model
@@ -87,6 +88,7 @@ def run_demo(out: Path, steps: int | None = None) -> None:
     print(f"Images before and after, side by side: {out / 'evaluation' / 'grid.png'}")
     print(f"Loss, rewards and margins during training:  tensorboard --logdir {out}")
     print(f"{time.perf_counter() - begun:.0f} seconds in total")
+    print_next(["init", "my.yaml"])
 
 
 def _start(arguments: Sequence[str], *, launch: bool = False, output: IO[str] | None = None) -> subprocess.Popen[bytes]:

@@ -6,6 +6,16 @@ import argparse
 
 from diffalign.cli.common import overwrite_argument, path, path_text
 
+# where the programs look for such a file, from their own root
+LORA_FOLDERS = {
+    "ComfyUI": "models/loras (node: Load LoRA)",
+    "A1111, Forge": "models/Lora (prompt: <lora:NAME:1>)",
+}
+CHECKPOINT_FOLDERS = {
+    "ComfyUI": "models/checkpoints (node: Load Checkpoint)",
+    "A1111, Forge": "models/Stable-diffusion",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Run, target, file and base."""
@@ -42,3 +52,6 @@ def run(args: argparse.Namespace) -> None:
     written = write(args.tuned, args.out, base=args.base, dtype=dtype, overwrite=args.overwrite)
     what = "a LoRA in kohya's layout" if args.to == "kohya" else "UNet, VAE and text encoders in one file"
     print(f"{written}: {what}, {dtype}, {written.stat().st_size / 2**20:.1f} MiB")
+    folders = LORA_FOLDERS if args.to == "kohya" else CHECKPOINT_FOLDERS
+    for program, folder in folders.items():
+        print(f"  {program}: copy it to {folder}")

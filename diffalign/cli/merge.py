@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from diffalign.cli.common import path, path_text
+from diffalign.cli.next_steps import export_commands, print_next
 from diffalign.errors import DiffalignError
 from diffalign.io.paths import expanded
 
@@ -35,3 +36,7 @@ def run(args: argparse.Namespace) -> None:
     written = merge_tuned(load_base(args.base, vae_and_text=False), parts, args.out)
     total = sum(weight for _, weight in parts)
     print(f"{written}: the base plus {' '.join(args.parts)} of what tuning changed (weights sum to {total:g})")
+    print_next(
+        ["generate", args.base, "--tuned", str(written), "--prompts", "prompts.txt", "--out", "images"],
+        *export_commands(str(written)),
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffalign.cli.common import named_paths, path_text, scorer
 from diffalign.cli.images.options import given_sampling, given_user, judging_arguments, sampling_arguments
+from diffalign.cli.next_steps import export_commands, print_next
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
+    runs = [str(one.path) for some in models.values() for one in some if one.path is not None]
+    print_next(*(export_commands(runs[0]) if runs else ()))
 
 
 def _models(

@@ -6,6 +6,7 @@ import argparse
 
 from diffalign.cli.common import path_text
 from diffalign.cli.images.options import given_sampling, given_user, sampling_arguments
+from diffalign.cli.next_steps import print_next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,3 +32,4 @@ def run(args: argparse.Namespace) -> None:
     tuned = Tuned(args.tuned, args.negative_tuned, given_user(args))
     images = generate(args.model, prompts, args.seeds, out_dir=args.out, tuned=tuned, sampling=given_sampling(args))
     print(f"{len(images)} images in {args.out}")
+    print_next(["score", str(args.out), "--scorer", "pickscore"])

@@ -6,6 +6,7 @@ import argparse
 
 from diffalign.cli.common import overwrite_argument, path, tie, writable
 from diffalign.cli.images.options import FOLDER_HELP, load_scorers, scorer_arguments
+from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 
 
@@ -33,3 +34,4 @@ def run(args: argparse.Namespace) -> None:
     found = label_pictures(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite)
     print(f"{args.out}: {found.pairs} pairs; prompts left out: {found.ties} with a tie, {found.single} with one image")
     print(f"in a config: data.path={args.out}")
+    print_next(["data", "check", str(args.out)], ["init", "my.yaml", "--pairs", str(args.out)])

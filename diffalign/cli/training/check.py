@@ -8,6 +8,7 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.options import config_arguments, dry_config
 
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
             found = f"{judge.describe()}\n{judge.dry_run()}"
         if accelerator.is_main_process:
             print(found)
+            print_next(["train", str(args.config), *args.overrides])
         accelerator.end_training()
         return
     changes: dict[str, Any] = {}
@@ -57,5 +59,6 @@ def run(args: argparse.Namespace) -> None:
         tried = dry_run(planned)
         if accelerator.is_main_process:
             print(tried)
+            print_next(["train", str(args.config), *args.overrides])
         accelerator.wait_for_everyone()  # the folder goes with the main process
     accelerator.end_training()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, cast
 
+from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.options import config_arguments
 from diffalign.errors import DiffalignError
 
@@ -44,3 +45,4 @@ def run(args: argparse.Namespace) -> None:
         state.wait_for_everyone()
     if state.is_main_process:
         print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
+        print_next(["train", str(args.config), *args.overrides])

@@ -22,7 +22,8 @@ from diffalign.data.transforms import EXTREME
 from diffalign.errors import printable
 
 NAMED = 5  # rows named per kind of problem in the text; the json has all
-CELL, CAPTION = 256, 48  # pixels of one image and of the prompt below it on the contact sheet
+CELL, CAPTION = 256, 48  # pixels of an image and of the prompt below it on the contact sheet
+HEADING = 20  # pixels above the images, for the names of the columns
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,14 @@ class Report:
         return ["not usable" if any(p.dropped for p in self.problems) else "notes", *lines] if lines else []
 
     def contact_sheet(self, path: str | Path, pairs: int = 6) -> Path:
-        """Write a PNG with some pairs, spread over the data: chosen left, rejected right, prompt below."""
+        """Write a PNG with some pairs, spread over the data: chosen left, rejected right, the prompt below."""
         indices = _spread(self.usable, pairs)
-        sheet = Image.new("RGB", (2 * CELL, max(1, len(indices)) * (CELL + CAPTION)), "white")
+        sheet = Image.new("RGB", (2 * CELL, HEADING + max(1, len(indices)) * (CELL + CAPTION)), "white")
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+        for column, side in enumerate(("chosen", "rejected")):
+            draw.text((column * CELL + 4, 4), side, fill="black", font=font)
         for place, index in enumerate(indices):
-            top = place * (CELL + CAPTION)
+            top = HEADING + place * (CELL + CAPTION)
             caption = textwrap.wrap(self.table.prompts[index], 80)[:2]
             try:
                 row = self.table[index]

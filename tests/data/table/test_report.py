@@ -79,10 +79,11 @@ def test_contact_sheet_shows_the_chosen_image_on_the_left(tmp_path: Path) -> Non
     Image.new("RGB", (32, 32), (0, 0, 255)).save(tmp_path / "images" / "0r.png")
     sheet = check_pairs(file).contact_sheet(tmp_path / "out" / "sheet.png", pairs=2)
     pixels = np.array(Image.open(sheet))
-    assert pixels.shape == (2 * (256 + 48), 2 * 256, 3)
-    assert pixels[128, 128].tolist() == [255, 0, 0]
-    assert pixels[128, 384].tolist() == [0, 0, 255]
-    assert (pixels[256:304] < 128).any()  # the prompt is written
+    assert pixels.shape == (20 + 2 * (256 + 48), 2 * 256, 3)
+    assert pixels[148, 128].tolist() == [255, 0, 0]
+    assert pixels[148, 384].tolist() == [0, 0, 255]
+    assert (pixels[276:324] < 128).any()  # the prompt is written
+    assert all((pixels[:20, left : left + 256] < 128).any() for left in (0, 256))  # each column has its name
 
 
 def test_contact_sheet_of_unreadable_pairs_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,22 @@
+"""What a command prints at its end: the commands that come next, ready to be copied."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+
+def print_next(*commands: Sequence[str]) -> None:
+    """Prints each command as it is typed; words are those behind `diffalign`."""
+    if commands:
+        print("next:")
+    for words in commands:
+        print(f"  {shlex.join(['diffalign', *words])}")
+
+
+def export_commands(tuned: str) -> list[list[str]]:
+    """How tuned weights become a file for other programs; nothing for user attention, which no other program has."""
+    from diffalign.models.adapters.save_load import find_tuned
+
+    to = {"lora": "kohya", "unet": "single-file"}.get(find_tuned(tuned).kind)
+    return [["export", tuned, "--to", to, "--out", "tuned.safetensors"]] if to else []

@@ -1,0 +1,194 @@
+"""`diffalign init`: write a commented config from four answers: base, pairs, card, goal.
+
+Answers that are not given as options are asked for on a terminal. Batch sizes for SDXL are those of the packaged
+configs in `training_configs/sdxl/memory`, whose memory is counted; those for SD are estimates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffalign.cli.common import overwrite_argument, path, path_text, writable
+from diffalign.cli.next_steps import print_next
+from diffalign.errors import DiffalignError, MissingFileError
+from diffalign.io.hub import is_hub_id
+
+GOALS = {
+    "lora": "a LoRA by Diffusion-DPO: the least memory, a small file for ComfyUI and A1111",
+    "full": "all weights by Diffusion-DPO: SDXL needs a card of 24 GB",
+    "noisy-labels": "a LoRA by conservative DPO, for pairs whose labels are often wrong",
+    "winners": "a LoRA by fine-tuning on the chosen images alone (SFT)",
+}
+CARDS = {
+    "cpu": "no GPU: for the embedded world and other tiny models",
+    **{size: f"{size} GB" for size in ("8", "12", "16", "24", "40", "80")},
+}
+FAMILIES = ("sd", "sdxl")
+QUESTIONS = {
+    "base": "Base model (Hub id, diffusers folder or .safetensors file)",
+    "pairs": "Preference pairs (file, folder or Hub id)",
+    "card": "Memory of the GPU",
+    "goal": "What do you want?",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step fits a card."""
+
+    batch: int  # pairs in a micro-batch
+    accumulation: int
+    checkpointing: str
+    optimizer: str = "adamw"
+    precomputed_reference: bool = False
+
+
+# family, all weights, least GB: the largest that the card has is taken
+_FITS = {
+    ("sdxl", False): {8: Fit(1, 16, "full"), 12: Fit(2, 8, "full"), 16: Fit(4, 4, "full")},
+    ("sdxl", True): {
+        24: Fit(2, 32, "full", "adamw_8bit_bf16", precomputed_reference=True),
+        40: Fit(1, 64, "selective", "adamw_8bit_bf16"),
+        80: Fit(2, 32, "selective"),
+    },
+    ("sd", False): {8: Fit(2, 8, "full"), 16: Fit(4, 4, "full"), 24: Fit(8, 2, "full")},
+    ("sd", True): {16: Fit(2, 32, "full", "adamw_8bit_bf16"), 40: Fit(4, 16, "full")},
+}
+_ON_CPU = Fit(4, 1, "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The file to write, and the four answers."""
+    parser.add_argument(
+        "config", type=path, nargs="?", default=Path("my.yaml"), help="file to write (default: %(default)s)"
+    )
+    parser.add_argument("--base", type=path_text, help="base model: Hub id, diffusers folder or .safetensors file")
+    parser.add_argument("--pairs", type=path_text, help="preference pairs: file, folder or Hub id")
+    parser.add_argument("--card", choices=CARDS, help="memory of the GPU in GB, or cpu")
+    parser.add_argument("--goal", choices=GOALS, help="; ".join(f"{name}: {what}" for name, what in GOALS.items()))
+    parser.add_argument("--family", choices=FAMILIES, help="of the base, where its name does not tell")
+    overwrite_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks for what was not given, writes the config, and prints what comes next."""
+    from diffalign.config.schema import load_config
+
+    writable([("config:", args.config)], args.overwrite)
+    answers = {name: getattr(args, name) or _ask(name) for name in QUESTIONS}
+    if not Path(answers["pairs"]).exists() and not is_hub_id(answers["pairs"]):
+        raise MissingFileError(f"--pairs {answers['pairs']} does not exist, and is no Hub id; check the path")
+    family = args.family or family_by_name(answers["base"])
+    text = config_text(answers, family, f"runs/{args.config.stem}")
+    args.config.write_text(text, encoding="utf-8")
+    load_config(args.config)
+    print(f"{args.config}: {GOALS[answers['goal']].partition(':')[0]}; docs/training.md explains every setting")
+    print_next(
+        ["data", "check", answers["pairs"], "--sample", "pairs.png"],
+        ["check", str(args.config)],
+        ["train", str(args.config)],
+    )
+
+
+def _ask(name: str) -> str:
+    if not sys.stdin.isatty():
+        options = ", ".join(f"--{each}" for each in QUESTIONS)
+        raise DiffalignError(f"--{name} is missing, and there is no terminal to ask on; give {options}")
+    known = {"card": CARDS, "goal": GOALS}.get(name)
+    for key, what in (known or {}).items():
+        print(f"  {key:<12} {what}")
+    while True:
+        answer = input(f"{QUESTIONS[name]}: ").strip()
+        if answer and (known is None or answer in known):
+            return answer
+        print(f"  give one of {', '.join(known)}" if known else "  give a path or a Hub id")
+
+
+def family_by_name(base: str) -> str:
+    """sd or sdxl: by the configs of a folder, else by the name. Raises DiffalignError where neither tells."""
+    folder = Path(base)
+    if (folder / "model_index.json").is_file():
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
+        return "sdxl" if "XL" in str(kind) else "sd"
+    if not folder.exists() and not is_hub_id(base):
+        raise MissingFileError(f"--base {base} does not exist, and is no Hub id; check the path")
+    name = base.lower()
+    if any(word in name for word in ("xl", "pony", "illustrious", "noobai")):
+        return "sdxl"
+    if any(word in name for word in ("v1-4", "v1-5", "sd15", "sd-1", "sd1.", "stable-diffusion-2", "v2-1")):
+        return "sd"
+    raise DiffalignError(f"the name {base} does not tell whether it is an SD or an SDXL model; give --family sd|sdxl")
+
+
+def fit_for(family: str, card: str, goal: str) -> Fit:
+    """How a step fits a card. Raises DiffalignError for a card that is too small for the goal."""
+    if card == "cpu":
+        return _ON_CPU
+    fits = {least: fit for least, fit in _FITS[family, goal == "full"].items() if least <= int(card)}
+    if not fits:
+        least = min(_FITS[family, goal == "full"])
+        raise DiffalignError(
+            f"--goal {goal} needs a card of {least} GB for a base of the family {family}, and --card is {card}; "
+            "take the goal lora, or a larger card"
+        )
+    return fits[max(fits)]
+
+
+def config_text(answers: dict[str, str], family: str, output_dir: str) -> str:
+    """The config as commented YAML. answers: base, pairs, card, goal. Raises DiffalignError as `fit_for` does."""
+    card, goal = answers["card"], answers["goal"]
+    fit, gpu, full = fit_for(family, card, goal), card != "cpu", goal == "full"
+    objective = {"noisy-labels": ["name: cdpo", "beta: 5000", "label_smoothing: 0.1"], "winners": ["name: sft"]}.get(
+        goal, ["name: dpo", "beta: 5000  # a larger one keeps the tuned model nearer to the base"]
+    )
+    lines = [
+        f"# {GOALS[goal]}",
+        "#",
+        "# Written by `diffalign init`. Every setting can be overridden on the command line: key.sub=value.",
+        "# `diffalign check` builds the run, takes one small step and prints the plan.",
+        "",
+        f"output_dir: {output_dir}",
+        "seed: 0",
+        "",
+        "model:",
+        f"  pretrained_model_name_or_path: {json.dumps(answers['base'])}",
+        f"  gradient_checkpointing: {fit.checkpointing}  # full needs the least memory, none the least time",
+        "",
+        "tuning:",
+        *(["  method: full"] if full else ["  method: lora", "  rank: 8", "  alpha: 8"]),
+        "",
+        "objective:",
+        *(f"  {line}" for line in objective),
+        "",
+        "data:",
+        f"  path: {json.dumps(answers['pairs'])}",
+        "  # resolution: pixels; without it the base's own",
+        "  center_crop: true",
+        "  proportion_empty_prompts: 0.2  # of the visits train without a prompt, as guidance needs",
+        *(["  cache_dir: cache/pairs  # images and prompts are encoded once; another for other pairs"] if gpu else []),
+        *(["  draws_per_pair: 8", "  cache_reference_errors: true"] if fit.precomputed_reference else []),
+        f"  dataloader_num_workers: {8 if gpu else 0}",
+        "",
+        "training:",
+        "  max_train_steps: 1000",
+        f"  train_batch_size: {fit.batch}  # pairs at a time; lower it where memory runs out",
+        f"  gradient_accumulation_steps: {fit.accumulation}  # {fit.batch * fit.accumulation} pairs a step in all",
+        f"  learning_rate: {'1.0e-8' if full else '1.0e-5'}",
+        *(["  scale_lr: true  # learning_rate is multiplied by the pairs of a step"] if full else []),
+        "  lr_scheduler: constant_with_warmup",
+        "  lr_warmup_steps: 100",
+        f"  optimizer: {fit.optimizer}",
+        f"  mixed_precision: {'bf16' if gpu else json.dumps('no')}",
+        "  checkpointing_steps: 250",
+        "  checkpoints_total_limit: 2",
+        "  report_to: tensorboard",
+        "",
+        "# validation:",
+        "#   every: 250",
+        '#   prompts: ["a lighthouse at dusk"]  # images during training, from the same noise each time',
+    ]
+    return "\n".join(lines) + "\n"
