@@ -1,7 +1,7 @@
-"""The errors of this package: what a user brought cannot be used, and the message says what to do.
+"""The errors that a user can correct: each message names the thing, its value and the remedy.
 
-An error of any other class is a bug of ours, and the command line says so. `DiffalignError` is a ValueError, so code
-that catches ValueError goes on working; a room may derive a class of its own for its callers to tell apart.
+An error of any other class is a bug, and the command line calls it one. `DiffalignError` is a ValueError, so code that
+catches ValueError still works. A package may derive its own classes, so that callers can tell errors apart.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def lost_worker(error: BaseException) -> str | None:
 
 
 def explain(error: BaseException) -> str | None:
-    """What to tell the user of `error`, or None if it is a bug of ours.
+    """The message for the user, or None if `error` is a bug.
 
-    Our own errors speak for themselves; of the operating system's, those that name a file and a state of the machine
-    (no space, no permission, ...) get a remedy; a device out of memory is told with what to change.
+    A DiffalignError has its own message. Errors of the operating system that name a file and a state of the machine (no
+    space, no permission, ...) get a remedy. For a device out of memory the message names settings to change.
     """
     if isinstance(error, DiffalignError):
         return str(error)

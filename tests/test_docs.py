@@ -140,6 +140,19 @@ def test_every_logged_metric_is_explained() -> None:
         assert sorted(names - explained) == []
 
 
+def test_migration_leads_to_modules_that_exist() -> None:
+    rows = re.findall(
+        r"^\| `(diffalign[.\w]+)` \| `(diffalign[.\w]+)`", (DOCS.parent / "MIGRATION.md").read_text(), re.MULTILINE
+    )
+
+    def exists(module: str) -> bool:
+        path = DOCS.parent / module.replace(".", "/")
+        return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+    assert len(rows) > 90
+    assert [new for _, new in rows if not exists(new)] == []
+
+
 def test_the_objective_of_contributing_is_whole() -> None:
     """Its code block runs as it stands, gives the case worked by hand in its docstring, and takes a real batch."""
     import torch

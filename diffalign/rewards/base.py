@@ -43,7 +43,7 @@ class Scorer(Protocol):
 
 
 class StepAwareScorer(Protocol):
-    """A judge of half-made pictures: x̂_0 decoded at timestep t, never the noisy x_t itself."""
+    """A scorer of intermediate images: x̂_0 decoded at timestep t, never the noisy x_t itself."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""How often a judge of half-made pictures names the picture that is truly better, by timestep.
+"""How often a scorer of intermediate images prefers the image with the higher true reward, by timestep.
 
     python -m diffalign.world.judge_accuracy world-step-aware pickscore=assets/world/judge/clip world
 

@@ -1,6 +1,6 @@
 """From a config with a `preference_model` section to everything its run needs, cheapest checks first.
 
-Left out: an encode cache, EMA, fp16 and gradient checkpointing (the config refuses them).
+Left out: a latent cache, EMA, fp16 and gradient checkpointing (the config refuses them).
 """
 
 from __future__ import annotations
