@@ -61,7 +61,7 @@ class Encoding:
     def __call__(self, loaded: Loaded) -> Loaded:
         """Raises DataError for latents or embeddings that are not finite."""
         assert loaded.pixels is not None, "Pixels loads them"
-        pairs = len(loaded.ids)
+        pairs = len(loaded.keys)
         with torch.no_grad():
             moments = self.encoder.moments(loaded.pixels.transpose(0, 1).flatten(0, 1))  # both sides of a pair in turn
             self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])

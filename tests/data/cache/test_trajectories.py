@@ -41,6 +41,8 @@ class Inverter:
         if self.stop_after is not None and self.pairs >= self.stop_after:
             raise KeyboardInterrupt
         self.pairs += batch.pairs
+        assert batch.uncond is not None
+        assert batch.uncond.prompt_embeds.shape == batch.cond.prompt_embeds.shape
         told = batch.cond.prompt_embeds.mean((2, 3))[:, :, None, None, None, None]
         return batch.latents[:, :, None] + told * torch.arange(5).view(5, 1, 1, 1)
 
