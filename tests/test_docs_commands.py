@@ -132,7 +132,7 @@ def test_a_command_exists(page: Path, line: str, monkeypatch: pytest.MonkeyPatch
         check_other(words)
         return
     args = parsed(launched(words) if words[0] in LAUNCHERS else words[1:], monkeypatch)
-    if hasattr(args, "config"):
+    if hasattr(args, "overrides"):
         assert load_config(args.config, args.overrides)
 
 
