@@ -35,6 +35,9 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 TORCH_ALONE = LEVEL["objectives"]  # up to this level torch is the only third-party package
 
+# Files below the level where packages besides torch begin, each with the package that it is about.
+ALSO_LOW = {("io/progress.py", "tqdm"), ("io/weight_files.py", "safetensors")}
+
 # Where a third-party package may be imported: a package of ours, or one file of it.
 ONLY_IN = {
     "diffusers": {"models", "experimental", "world", "evaluation", "training/optim/optimizers.py", "training/build.py"},
@@ -103,7 +106,7 @@ def package_faults(files: dict[str, str]) -> list[str]:
             if package in ("", "diffalign", "torch") or package in sys.stdlib_module_names:
                 continue
             where = f"diffalign/{file}:{line} imports {module}"
-            if LEVEL[top(file)] <= TORCH_ALONE and (file, package) != ("io/progress.py", "tqdm"):
+            if LEVEL[top(file)] <= TORCH_ALONE and (file, package) not in ALSO_LOW:
                 faults.append(f"{where}: levels up to objectives need only torch")
             elif package in ONLY_IN and not {top(file), file} & ONLY_IN[package]:
                 faults.append(f"{where}: {package} belongs in {', '.join(sorted(ONLY_IN[package]))}")

@@ -2,8 +2,8 @@
 
 A safetensors file is 8 bytes with the length of its header, the header (a JSON object: name -> dtype, shape, offsets)
 and the tensors' bytes. Users often have another file under that name: a Git-LFS pointer, a web page, a pickle, an
-incomplete download. Libraries report these with tracebacks of their own, or allocate the memory that a damaged header
-names. Only the header is read, so `check_weights` takes the same time for every size.
+incomplete download. Libraries report these with tracebacks of their own, which name neither the file nor a remedy.
+safetensors reads only the header here, so `check_weights` takes the same time for every size.
 
 A file that we write can be stamped: its SHA-256 is in its own header, so there is no second file to lose.
 """
@@ -11,13 +11,12 @@ A file that we write can be stamped: its SHA-256 is in its own header, so there 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from diffalign.errors import ModelError
 from diffalign.io.files import hash_file
@@ -25,10 +24,6 @@ from diffalign.io.files import hash_file
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 EMPTY_STAMP = "0" * 64
 _STAMP = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-_LARGEST = 2**63 - 1  # of a dimension
-_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
-_BITS |= {"F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32}
-_BITS |= {"F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
 _PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # pickle's protocols; torch.save's zip
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _AGAIN = "download or copy it again"
@@ -50,10 +45,11 @@ def check_weights(path: str | Path) -> Header:
         is_folder = f"{file} is a folder, and one .safetensors file is needed: name the file in it"
         raise ModelError(is_folder if file.is_dir() else f"{file} does not exist: check the path")
     try:
-        text = read_header(file)
-        return parse_header(text, file.stat().st_size - 8 - len(text))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} {_what_it_is(file) or _damaged(error)}") from error
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            return Header(shapes, opened.metadata() or {})
+    except SafetensorError as error:
+        raise ModelError(f"{file} {_what_it_is(file, str(error))}") from error
 
 
 def read_header(file: Path) -> bytes:
@@ -130,8 +126,8 @@ def refuse_pickle(path: str | Path) -> None:
         )
 
 
-def _what_it_is(file: Path) -> str | None:
-    """What a file under this name often is instead, with the remedy; None where it is nothing of that."""
+def _what_it_is(file: Path, error: str) -> str:
+    """What a file that safetensors refuses with `error` is, with the remedy."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(1024)
@@ -152,57 +148,4 @@ def _what_it_is(file: Path) -> str | None:
         return f"is a pickle under another name, which can run code when it is opened: {CONVERT}"
     if start.startswith(b"GGUF"):
         return "is a GGUF file, whose weights are quantised: give the model's .safetensors weights"
-    return None
-
-
-def _damaged(error: Exception) -> str:
-    return f"is no safetensors file, or a damaged one ({str(error) or type(error).__name__}): {_AGAIN}"
-
-
-def parse_header(text: bytes, data: int) -> Header:
-    """Shapes and metadata of a header that `data` bytes follow. Raises ValueError where it contradicts itself."""
-    header = json.loads(text, object_pairs_hook=_once)
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
-    metadata = header.pop("__metadata__", {}) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are not all strings")
-    place = 0
-    for begin, end, name in sorted((*_span(name, entry), name) for name, entry in header.items()):
-        if begin != place:
-            raise ValueError(f"the bytes of {_short(name)} begin at {begin}, and {place} was due: overlap or gap")
-        place = end
-    if place != data:
-        hint = "cut short" if place > data else "something was added"
-        raise ValueError(f"its tensors take {place} bytes and {data} follow the header: {hint}")
-    return Header({name: tuple(entry["shape"]) for name, entry in header.items()}, metadata)
-
-
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end. Raises ValueError unless shape, dtype and offsets agree."""
-    known = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-    if not known or entry["dtype"] not in _BITS or not _counts(entry["shape"]) or not _counts(entry["data_offsets"]):
-        raise ValueError(f"the entry of {_short(name)} is not one: {_short(entry)}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    bits = math.prod(shape) * _BITS[entry["dtype"]]
-    if len(offsets) != 2 or bits != 8 * (offsets[1] - offsets[0]):
-        raise ValueError(f"the entry of {_short(name)} does not add up: {_short(entry)}")
-    return offsets[0], offsets[1]
-
-
-def _counts(values: Any) -> bool:
-    """Whether this is a list of sizes that a tensor can have."""
-    if not isinstance(values, list) or len(values) > 64:
-        return False
-    return all(type(value) is int and 0 <= value <= _LARGEST for value in values)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("its header gives a name twice")
-    return found
-
-
-def _short(value: Any) -> str:
-    return f"{value!r:.120}"
+    return f"is no safetensors file, or a damaged one ({size} bytes; {error}): {_AGAIN}"

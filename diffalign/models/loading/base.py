@@ -71,7 +71,7 @@ def checked(base: Base) -> Base:
         if module is not None:
             module.requires_grad_(False).eval()
     if base.vae is not None:
-        base.family = replace(base.family, default_resolution=_resolution(base.unet, base.vae))
+        base.family = replace(base.family, default_resolution=_resolution(base, base.vae))
     return base
 
 
@@ -217,7 +217,12 @@ def _check_widths(base: Base) -> None:
             )
 
 
-def _resolution(unet: UNet, vae: VAE) -> int:
-    size = unet.config.sample_size
-    side = size if isinstance(size, int) else max(size)
-    return side * vae_factor(vae)
+def _resolution(base: Base, vae: VAE) -> int:
+    size = base.unet.config.sample_size
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not sides or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ModelError(
+            f"the UNet of {base.source!r} has sample_size = {size!r}: unet/config.json must give the side of the "
+            "latents that it was trained on, e.g. 64 for images of 512 pixels"
+        )
+    return max(sides) * vae_factor(vae)
