@@ -22,7 +22,8 @@ from accelerate.utils import broadcast_object_list
 
 from diffalign.config.health_section import HealthSection
 from diffalign.training.callbacks.base import Callback, TrainingState
-from diffalign.training.callbacks.health import NOT_FINITE, Finding, Limits, Watch, broken_metric
+from diffalign.training.callbacks.health import NOT_FINITE, Finding, Watch, broken_metric
+from diffalign.training.callbacks.health_rules import Limits
 from diffalign.training.checkpoints.checkpoint import checkpoints, newest_intact
 from diffalign.training.checkpoints.run_state import diverged
 from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE

@@ -87,12 +87,12 @@ class Stopping(Callback):
 
     def now(self) -> int:
         """The signal to stop for after this step, the same in all processes; 0 for none. Each calls it every step."""
-        accelerator = self.accelerator
-        if accelerator.num_processes == 1:
-            return self.received
-        flag = torch.full((1,), self.received, dtype=torch.int32, device=accelerator.device)
+        return self.received if self.accelerator.num_processes == 1 else self._of_any_process(self.accelerator.device)
+
+    def _of_any_process(self, device: torch.device) -> int:
+        flag = torch.full((1,), self.received, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        if accelerator.device.type != "cuda":
+        if device.type != "cuda":
             return int(flag)
         before, here = self.asked, torch.empty(1, dtype=torch.int32, pin_memory=True)
         here.copy_(flag, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import diffalign.training.callbacks.health as health
 from diffalign.config.schema import Config, ConfigError
 from diffalign.training.build import build
-from diffalign.training.callbacks.health import Limits, Line
+from diffalign.training.callbacks.health_rules import Limits, Lines, Rule
 from diffalign.training.checkpoints.run_state import restore, save_final
 from diffalign.training.metrics import Meter
 from diffalign.training.optim.optimizers import set_rates
@@ -44,10 +44,11 @@ def events(folder: str | Path) -> list[dict]:
 def too_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the rules, one that finds every learning rate above .6e-3 too high from step 6 on: pure, and sure."""
 
-    def rule(lines: Sequence[Line], limits: Limits) -> str | None:
-        return "too fast: lower it" if lines and lines[-1]["step"] >= 6 and lines[-1]["lr"] > 0.6e-3 else None
+    def bad(lines: Lines, _: Limits) -> bool:
+        return lines[-1]["step"] >= 6 and lines[-1]["lr"] > 0.6e-3
 
-    monkeypatch.setattr(health, "RULES", {"too_fast": (rule, True)})
+    rule = Rule(needs=("lr",), bad=bad, report="too fast: lower it", lower_lr=True)
+    monkeypatch.setattr(health, "RULES", {"too_fast": rule})
 
 
 def by_hand(config: Config, checkpoint: Path, steps: int, lr: float) -> dict[str, torch.Tensor]:
