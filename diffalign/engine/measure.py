@@ -71,24 +71,40 @@ def measure_and_backward(
     A probe with more points than its `points_per_forward` takes two passes, any other one pass. `no_sync` suppresses
     the gradient reduction of a wrapped module; every backward but the last runs inside it.
     """
-    points, points_per_forward = probe.points, probe.points_per_forward
-    if points is None or points_per_forward is None or points_per_forward >= points:
-        evidence = measure(models, probe)
-        scored = weighed(score(evidence), evidence)
-        backward(scored.loss.mean() * scale)
-        return _detached(evidence), _detached_score(scored)
 
-    chunks = point_chunks(probe, points_per_forward)
+    def loss(evidence: Evidence) -> tuple[Score, Tensor]:
+        scored = weighed(score(evidence), evidence)
+        return scored, scored.loss.mean() * scale
+
+    if probe.points is not None and probe.points > (probe.points_per_forward or probe.points):
+        evidence, scored = _two_passes(models, probe, loss, backward, no_sync)
+    else:
+        evidence = measure(models, probe)
+        scored, total = loss(evidence)
+        backward(total)
+    return _detached(evidence), _detached_score(scored)
+
+
+def _two_passes(
+    models: Models,
+    probe: Probe,
+    loss: Callable[[Evidence], tuple[Score, Tensor]],
+    backward: Callable[[Tensor], None],
+    no_sync: Callable[[], AbstractContextManager[None]],
+) -> tuple[Evidence, Score]:
+    """All errors without grad and the slope of the loss at them, then a chunk of points at a time with grad."""
+    assert probe.points_per_forward is not None
+    chunks = point_chunks(probe, probe.points_per_forward)
     with torch.no_grad():
         reference = _reference_errors(models, probe, chunks)
         evidence = probe.evidence(joined_errors(models.policy, chunks), reference)
     leaf = evidence.policy.requires_grad_()
-    scored = weighed(score(replace(evidence, policy=leaf)), evidence)
-    (slope,) = torch.autograd.grad(scored.loss.mean() * scale, leaf)
-    for i, (chunk, g) in enumerate(zip(chunks, slope.split(points_per_forward, dim=-1), strict=True)):
+    scored, total = loss(replace(evidence, policy=leaf))
+    (slope,) = torch.autograd.grad(total, leaf)
+    for i, (chunk, g) in enumerate(zip(chunks, slope.split(probe.points_per_forward, dim=-1), strict=True)):
         with nullcontext() if i == len(chunks) - 1 else no_sync():
             backward((errors(models.policy, chunk) * g).sum())
-    return _detached(evidence), _detached_score(scored)
+    return evidence, scored
 
 
 def weighed(score: Score, evidence: Evidence) -> Score:
@@ -171,14 +187,10 @@ def _predict(network: Network, probe: Probe) -> Tensor:
     xt = probe.xt.flatten(0, len(lead) - 1)
     t = probe.t.expand(lead).flatten().to(xt.device, non_blocking=True)
     cond = _flat_conditioning(probe.cond, probe.points)
-    null = None
-    if probe.guidance != 1.0:
-        if probe.uncond is None:
-            raise DiffalignError(
-                f"guidance = {probe.guidance} needs the null prompt's conditioning; set Probe.uncond, or guidance = 1"
-            )
-        null = _flat_conditioning(probe.uncond, probe.points)
-    prediction = guided(network, xt, t, cond, probe.guidance, null)
+    if probe.guidance == 1.0:
+        prediction = network(xt, t, cond)
+    else:
+        prediction = guided(network, xt, t, cond, probe.guidance, _null_conditioning(probe))
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32)).unflatten(0, lead)
 
 
@@ -194,6 +206,15 @@ def guided(
     both = network(torch.cat([xt, xt]), torch.cat([t, t]), cond.followed_by(uncond))
     conditional, unconditional = both.unflatten(0, (2, -1))
     return unconditional + guidance * (conditional - unconditional)
+
+
+def _null_conditioning(probe: Probe) -> Conditioning:
+    """Flat; raises DiffalignError where the probe has none."""
+    if probe.uncond is None:
+        raise DiffalignError(
+            f"guidance = {probe.guidance} needs the null prompt's conditioning; set Probe.uncond, or guidance = 1"
+        )
+    return _flat_conditioning(probe.uncond, probe.points)
 
 
 def _flat_conditioning(cond: Conditioning, points: int | None) -> Conditioning:

@@ -164,16 +164,20 @@ def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
     Raises DiffalignError for margins that the objective does not support, and for masks of another size than the
     latents.
     """
-    mask = batch.terms.mask
-    require_terms(objective, margin=batch.terms.margin is not None, signs=False)
-    places = (batch.pairs, *batch.latents.shape[-2:])
-    if mask is not None and tuple(mask.shape) != places:
-        raise DiffalignError(
-            f"a mask of shape {tuple(mask.shape)}: give masks of the latents' size, (pair, h, w) = {places}"
-        )
+    if batch.terms.margin is not None:
+        require_terms(objective, margin=True, signs=False)
+    if batch.terms.mask is not None:
+        _require_size(batch.terms.mask, (batch.pairs, *batch.latents.shape[-2:]))
     with torch.no_grad():
         probe = objective.probe(batch, models)
     return replace(probe, terms=batch.terms, reference=batch.reference)
+
+
+def _require_size(mask: Tensor, size: tuple[int, ...]) -> None:
+    if tuple(mask.shape) != size:
+        raise DiffalignError(
+            f"a mask of shape {tuple(mask.shape)}: give masks of the latents' size, (pair, h, w) = {size}"
+        )
 
 
 def require_terms(objective: Objective, *, margin: bool, signs: bool) -> None:

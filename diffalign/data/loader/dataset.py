@@ -18,7 +18,7 @@ from diffalign.data.sampler import PairOrder
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import on_latents, terms_of
 from diffalign.engine.random import pair_key, uniform
-from diffalign.types import Terms, cat
+from diffalign.types import NO_TERMS, Terms, cat
 
 ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mean that the images are no longer there
 
@@ -78,7 +78,7 @@ class Visits(Dataset[Loaded]):
             loaded,
             user=None if user is None else user.expand(2, 1, -1),
             scores=None if scores is None else torch.tensor(scores, dtype=torch.float32)[:, None],
-            terms=self._terms(index, key, draw, loaded.geometry[:, 0]),
+            terms=self._terms(index, key, draw, loaded.geometry[:, 0]) if table.terms else NO_TERMS,
             ids=(name,),
             prompts=(NULL_PROMPT if prompt is None else prompt,),
         )

@@ -80,7 +80,8 @@ class OfflinePairs:
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
         for loaded in _plainly(loader):
-            self._note(loaded.problems)
+            if any(loaded.problems):
+                self._note(loaded.problems)
             yield self.assemble(loaded)
 
     def state_dict(self) -> dict[str, Any]:
