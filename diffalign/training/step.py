@@ -62,10 +62,7 @@ def _probes(run: Run, batches: Iterator[PairBatch]) -> Iterator[Probe]:
 def accumulate_and_update(
     run: Trainable, micro_batches: Iterable[T], backward: Callable[[T], dict[str, Tensor]], meter: Meter
 ) -> None:
-    """The part of a step that every kind of run shares: `backward` for each micro-batch, then the update.
-
-    backward: backpropagates a micro-batch's share of the step's loss and returns its metrics.
-    """
+    """What every kind of run shares: `backward` for each micro-batch, which returns its metrics, then the update."""
     last = run.config.training.gradient_accumulation_steps - 1
     for micro, batch in enumerate(micro_batches):
         with nullcontext() if micro == last else run.no_sync():
