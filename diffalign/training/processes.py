@@ -173,8 +173,10 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
 
 def on_main(accelerator: Any, do: Callable[[], T]) -> T:
     """Calls `do` in the main process; every process gets its result, or the DiffalignError that it raised."""
-    if accelerator.num_processes == 1:
-        return do()
+    return do() if accelerator.num_processes == 1 else _from_main(accelerator, do)
+
+
+def _from_main(accelerator: Any, do: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None]

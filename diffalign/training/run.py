@@ -159,27 +159,23 @@ def claim(config: AnyConfig) -> None:
     run that is neither resumed nor to be overwritten, or when a resumed run's settings differ from the recorded ones
     in more than `_FREE`. Raises CheckpointError when there is nothing to resume.
     """
-    output_dir = Path(config.output_dir)
-    recorded = output_dir / "config.yaml"
-    ours = recorded.is_file() and (output_dir / "run.json").is_file()
+    output_dir, resumed = Path(config.output_dir), config.training.resume_from_checkpoint
+    ours = (output_dir / "config.yaml").is_file() and (output_dir / "run.json").is_file()
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"output_dir: {output_dir} is a file; name a folder for the run")
     if (output_dir / "model_index.json").exists() or (has_final_weights(output_dir) and not ours):
         raise ConfigError(
             f"output_dir: {output_dir} contains a model, which a run would overwrite; name another folder"
         )
-    if ours:
-        if config.training.resume_from_checkpoint is None:
-            if config.overwrite_output_dir:
-                return
-            raise ConfigError(
-                f"output_dir: {output_dir} already contains a run; set training.resume_from_checkpoint=latest to "
-                "continue it, overwrite_output_dir=true to replace it, or name another folder"
-            )
-        _same_settings(recorded, config.resolved())
-    if config.training.resume_from_checkpoint is not None:
-        folder = find_checkpoint(output_dir, config.training.resume_from_checkpoint)
-        if folder is not None:
+    if ours and resumed is None and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir: {output_dir} already contains a run; set training.resume_from_checkpoint=latest to "
+            "continue it, overwrite_output_dir=true to replace it, or name another folder"
+        )
+    if resumed is not None:
+        if ours:
+            _same_settings(output_dir / "config.yaml", config.resolved())
+        if (folder := find_checkpoint(output_dir, resumed)) is not None:
             _same_settings(folder / "config.yaml", config.resolved())
 
 

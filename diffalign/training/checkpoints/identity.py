@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffalign.config.schema import Config, PreferenceModelConfig
+from diffalign.config.schema import AnyConfig, Config
 from diffalign.data.table.identity import WORDS, data_identity
 from diffalign.data.table.prompts import Table
 from diffalign.models.adapters.save_load import find_tuned
@@ -19,7 +19,7 @@ from diffalign.training.checkpoints.checkpoint import CheckpointError, find_chec
 Identity = dict[str, dict[str, str]]
 
 
-def run_identity(config: Config | PreferenceModelConfig, table: Table, base: Base) -> Identity:
+def run_identity(config: AnyConfig, table: Table, base: Base) -> Identity:
     """Hashes of a run's data and base, and of its reference's weights where it has its own, by part.
 
     `base` as it was loaded.
@@ -35,15 +35,17 @@ def run_identity(config: Config | PreferenceModelConfig, table: Table, base: Bas
     return identity
 
 
-def refuse_others(config: Config | PreferenceModelConfig, identity: Identity) -> None:
+def refuse_others(config: AnyConfig, identity: Identity) -> None:
     """Raises CheckpointError naming each part that differs from that of the checkpoint to resume from.
 
     Parts that the checkpoint does not record (it is of an older version) are not compared.
     """
-    wanted = config.training.resume_from_checkpoint
-    folder = None if wanted is None else find_checkpoint(Path(config.output_dir), wanted)
-    if folder is None:
-        return
+    resumed = config.training.resume_from_checkpoint
+    if resumed is not None and (folder := find_checkpoint(Path(config.output_dir), resumed)) is not None:
+        _compare(config, folder, identity)
+
+
+def _compare(config: AnyConfig, folder: Path, identity: Identity) -> None:
     was = identity_of(folder)
     lines = [
         _line(config, section, name, was[section][name], now)
@@ -59,7 +61,7 @@ def refuse_others(config: Config | PreferenceModelConfig, identity: Identity) ->
         )
 
 
-def _line(config: Config | PreferenceModelConfig, section: str, name: str, was: str, now: str) -> str:
+def _line(config: AnyConfig, section: str, name: str, was: str, now: str) -> str:
     if section == "data":
         numbers = f": {was} then, {now} now" if name == "pairs" else " changed"
         return f"data.path {config.data.path}: {WORDS[name]}{numbers}"
@@ -75,5 +77,5 @@ def _table_of(base: Base) -> str:
     return f"{s.prediction_type} {s.timestep_spacing} {s.steps_offset} {float(s.final_alpha_cumprod):.6g} {shares}"
 
 
-def _has_cache(config: Config | PreferenceModelConfig) -> bool:
+def _has_cache(config: AnyConfig) -> bool:
     return isinstance(config, Config) and config.data.cache_dir is not None

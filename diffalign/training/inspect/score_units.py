@@ -32,20 +32,22 @@ def check_units(objective: Any, source: Any, axes: Sequence[Axis], table: Any) -
 
     source: settings of a source that generates pairs, or None. axes: of `data.scores`. table: None before it is open.
     """
-    scorer = getattr(source, "scorer", None)
+    has_range, scorer = hasattr(objective, "score_low"), getattr(source, "scorer", None)
     span = None if scorer is None else declared_span(scorer)
     if span is not None:
         _check_threshold(source, str(scorer), span)
-        _check_range(objective, span, f"scorer {scorer}")
+        if has_range:
+            _check_range(objective, span, f"scorer {scorer}")
     if not isinstance(table, PairTable):
         return
     spans = [span_in(axis.file) for axis in axes]
     if len(axes) > 1:
         _check_axes(axes, spans)
-    elif axes and spans[0] is not None:
+    elif has_range and axes and spans[0] is not None:
         low, high = spans[0]
         _check_range(objective, (axes[0].weight * low, axes[0].weight * high), f"data.scores: {axes[0].file}")
-    _check_gaps(objective, table)
+    if has_range:
+        _check_gaps(objective, table)
 
 
 def _check_threshold(source: Any, scorer: str, span: Span) -> None:
@@ -67,8 +69,6 @@ def _check_threshold(source: Any, scorer: str, span: Span) -> None:
 
 def _check_range(objective: Any, span: Span, whose: str) -> None:
     """The range of an objective must be of the order of the scorer's own."""
-    if not hasattr(objective, "score_low"):
-        return
     ours, own = objective.score_high - objective.score_low, span[1] - span[0]
     if not own / OTHER_UNIT < ours < own * OTHER_UNIT:
         raise DataError(
@@ -81,8 +81,6 @@ def _check_range(objective: Any, span: Span, whose: str) -> None:
 
 def _check_gaps(objective: Any, table: PairTable) -> None:
     """Without a known scorer the gaps themselves must be of the order of the range."""
-    if not hasattr(objective, "score_low"):
-        return
     pairs = (table.scores(index) for index in islice(range(len(table)), PAIRS))
     gaps = [abs(one - two) for one, two in (pair for pair in pairs if pair is not None)]
     gaps = [gap for gap in gaps if gap > 0 and math.isfinite(gap)]
