@@ -85,10 +85,11 @@ class Record:
         found: dict[str, Tensor] = {}
         for declared in fields(self):
             value = getattr(self, declared.name)
-            if isinstance(value, Record):
-                found |= value.pair_first()
-            elif isinstance(value, Tensor):
-                found[declared.name] = value.movedim(_axes_of(value, declared).index("pair"), 0)
+            inside = value.pair_first() if isinstance(value, Record) else {}
+            if isinstance(value, Tensor):
+                inside = {declared.name: value.movedim(_axes_of(value, declared).index("pair"), 0)}
+            assert not found.keys() & inside.keys(), "two records inside one have fields of the same names"
+            found |= inside
         return found
 
     def _each(self, fn: Callable[[Any, Field[Any]], Any]) -> Self:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import pytest
 import torch
 
-from diffalign.types import Conditioning, Transitions
+from diffalign.data.loader.loaded import Loaded  # noqa: F401 - a record
+from diffalign.errors import DiffalignError
+from diffalign.sources.rounds import Records  # noqa: F401 - a record
+from diffalign.types import Conditioning, Probe, Record, Terms, Transitions, cat, sides_share
 from tests.toy import toy_batch
 
 
@@ -64,3 +68,69 @@ def test_transitions_follow_their_pairs() -> None:
     assert moved is not None
     assert moved.noisy.untyped_storage().nbytes() == start[0].numel() * 4
     assert not moved.t.is_meta
+
+
+def records() -> list[type[Record]]:
+    """Every record class of the package."""
+    found, left = [], [Record]
+    while left:
+        found += (new := [cls for cls in left.pop().__subclasses__() if cls.__module__.startswith("diffalign.")])
+        left += new
+    return found
+
+
+@pytest.mark.parametrize("cls", records(), ids=lambda cls: cls.__name__)
+def test_every_tensor_of_a_record_declares_its_axes_in_the_one_order(cls: type[Record]) -> None:
+    order = ["side", "pair", "[point]"]
+    tensors = [f for f in fields(cls) if "Tensor" in str(f.type)]
+    assert tensors
+    for declared in tensors:
+        names = [name for name in declared.metadata["axes"] if name in order]
+        assert names == sorted(names, key=order.index), declared.name
+        assert "pair" in names, declared.name
+
+
+def test_batches_are_joined_along_their_pairs() -> None:
+    """Whatever is cut off is put back: nested records, tuples, and views that the sides share."""
+    whole = replace(
+        toy_batch(5),
+        ids=tuple("abcde"),
+        terms=Terms(weight=torch.arange(5.0), mask=torch.rand(5, 6, 6)),
+        reference=torch.rand(2, 5),
+    )
+    parts = [whole.select(pair=slice(0, 2)), whole.select(pair=slice(2, 3)), whole.select(pair=slice(3, 5))]
+    joined = cat(parts)
+    assert joined.ids == whole.ids
+    assert torch.equal(joined.keys, whole.keys)
+    for got, expected in zip(joined.tensors(), whole.tensors(), strict=True):
+        assert torch.equal(got, expected)
+        assert sides_share(got) == sides_share(expected)
+    assert cat(parts[:1]) is parts[0]
+
+
+def test_a_field_that_only_some_batches_have_is_refused() -> None:
+    one, other = toy_batch(1), replace(toy_batch(1), terms=Terms(weight=torch.ones(1)))
+    with pytest.raises(DiffalignError, match=r"Terms\.weight is set in 1 of 2 batches; set it in all or in none"):
+        cat([one, other])
+
+
+def test_points_are_selected_where_there_are_some() -> None:
+    cond = Conditioning(torch.rand(2, 3, 5, 6))
+    xt, t = torch.rand(2, 3, 4, 1, 2, 2), torch.arange(12).view(3, 4)
+    probe = Probe(xt, t, 2 * xt, cond, weight=torch.rand(3, 4), terms=Terms(mask=torch.rand(3, 2, 2)))
+    part = probe.select(point=slice(1, 3))
+    assert torch.equal(part.xt, xt[:, :, 1:3])
+    assert torch.equal(part.t, t[:, 1:3])
+    assert part.weight is not None
+    assert part.weight.shape == (3, 2)
+    assert torch.equal(part.cond.prompt_embeds, cond.prompt_embeds)
+    without = Probe(xt[:, :, 0], t[:, 0], xt[:, :, 0], cond).select(point=slice(1, 3))
+    assert torch.equal(without.xt, xt[:, :, 0])
+
+
+def test_stored_tensors_have_the_pair_axis_first() -> None:
+    batch = replace(toy_batch(3), uncond=None, terms=Terms(weight=torch.arange(3.0)))
+    stored = batch.pair_first()
+    assert {name: len(x) for name, x in stored.items()} == dict.fromkeys(stored, 3)
+    assert torch.equal(stored["clean"], batch.transitions.clean.transpose(0, 1))  # type: ignore[union-attr]
+    assert torch.equal(stored["weight"], torch.arange(3.0))

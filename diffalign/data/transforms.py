@@ -78,7 +78,7 @@ def prepare(
     return pixels.contiguous(), (height, width, top, left, resolution, resolution)
 
 
-def pictures(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+def to_images(pixels: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     """8-bit images of decoded pixels "n 3 h w" in [0, 1]; one transfer.
 
     Raises DiffalignError naming prompt and seed of the first image that is not finite.

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffalign.data.transforms import pictures
+from diffalign.data.transforms import to_images
 from diffalign.engine.random import initial_noise
 from diffalign.engine.scheduler_config import check_class
 from diffalign.errors import DiffalignError
@@ -156,7 +156,7 @@ def sample_images(
                 guidance_scale=sampling.guidance_scale,
                 output_type="pt",
             ).images
-            images += pictures(pixels, some, own)
+            images += to_images(pixels, some, own)
     return images
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.data.transforms import pictures
+from diffalign.data.transforms import to_images
 from diffalign.models.loading.encoder import Encoder
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.sources.base import CandidateSettings, Context, SourceError
@@ -56,7 +56,7 @@ def score_latents(
     scores = torch.empty(len(latents))
     for start in range(0, len(latents), batch_size):
         part = slice(start, start + batch_size)
-        images = pictures(encoder.decode(latents[part]), prompts[part], seeds[part])
+        images = to_images(encoder.decode(latents[part]), prompts[part], seeds[part])
         scores[part] = judge.score(images, prompts[part]).float().cpu()
     broken = (~scores.isfinite()).nonzero().flatten().tolist()
     if broken:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.loader.text import TextMemo
-from diffalign.data.transforms import pictures
+from diffalign.data.transforms import to_images
 from diffalign.engine.predictor import predictor
 from diffalign.engine.random import initial_noise, integers, normal, pair_key
 from diffalign.io.progress import Progress
@@ -127,7 +127,7 @@ class Chains:
         """
         members = len(latents)
         prompts, seeds = [place.prompt for place in places] * members, self._seeds(places) * members
-        images = pictures(self.context.encoder.decode(latents.flatten(0, 1)), prompts, seeds)
+        images = to_images(self.context.encoder.decode(latents.flatten(0, 1)), prompts, seeds)
         times = (torch.full((len(images),), t),) if self.takes_t else ()
         scores = self.judge.score(images, prompts, *times).double().cpu()
         broken = (~scores.isfinite()).nonzero().flatten().tolist()

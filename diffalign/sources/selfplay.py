@@ -1,4 +1,4 @@
-"""Self-play: winners are given, and a former policy makes the images they are compared with (SePPO, SPIN-Diffusion).
+"""Self-play: winners are given; a snapshot of the policy makes the images they are compared with (SePPO, SPIN).
 
     history H = [start]
     iteration k    reference ~ H: the start, the latest, or one at random
@@ -28,13 +28,13 @@ from diffalign.sources.base import Context, Settings, Source, SourceError, at_le
 if TYPE_CHECKING:
     from pathlib import Path
 
-HISTORY = "history"  # folder of former policies, inside the source's
+HISTORY = "history"  # folder of the snapshots, inside the source's
 CHOICES = ("initial", "latest", "random")
 
 
 @dataclass(frozen=True)
 class SelfPlay:
-    """Each iteration: winners against images of a former policy."""
+    """Each iteration: winners against images of a snapshot of the policy."""
 
     reference: Literal["initial", "latest", "random"] = "random"  # the paper's best; latest is SPIN's
     updates_per_iteration: int = 30  # optimiser steps, U; the paper: 30, and 7 iterations
@@ -68,7 +68,7 @@ class SelfPlay:
 
         former = context.former
         if former is None:
-            raise SourceError("selfplay needs a reference whose weights can be exchanged (models.former)")
+            raise SourceError("selfplay needs a reference that can be any snapshot of the policy; this run has none")
 
         def enter(iteration: int, fresh: bool) -> None:
             if fresh and iteration and self.reference != "initial":

@@ -13,7 +13,7 @@ import torch
 
 from diffalign.config.schema import Config, ConfigError
 from diffalign.data.table.prompts import PromptError
-from diffalign.data.transforms import pictures
+from diffalign.data.transforms import to_images
 from diffalign.sources import BestOf, Context, OnlinePairs, SourceError
 from diffalign.training.run import run_training
 from tests.sources.judges import Brightness
@@ -32,7 +32,7 @@ def test_chosen_is_the_best_and_rejected_the_worst(family: str, make_context: Ca
     batch = next(source.batches())
     assert batch.latents.shape == (2, 2, 4, 16, 16)
     for side in range(2):
-        images = pictures(context.encoder.decode(batch.latents[side]), ["", ""], [0, 0])
+        images = to_images(context.encoder.decode(batch.latents[side]), ["", ""], [0, 0])
         assert Brightness().score(images, []).tolist() == pytest.approx(batch.scores[side].tolist(), abs=0.02)
     assert (batch.scores[0] > batch.scores[1]).all()
     said = source.take_metrics()

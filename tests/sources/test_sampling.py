@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffalign.data.loader.text import TextMemo
-from diffalign.data.transforms import pictures
+from diffalign.data.transforms import to_images
 from diffalign.engine.random import initial_noise
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.spec import ModelSpec
@@ -47,7 +47,7 @@ def test_latents_and_images_are_the_pipelines(
     theirs = pipe(PROMPTS, latents=noise, output_type="latent", **settings).images
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, four steps, guidance multiplies rounding
     decoded = pipe(PROMPTS, latents=noise, output_type="pil", **settings).images
-    mine = pictures(context.encoder.decode(ours), PROMPTS, SEEDS)
+    mine = to_images(context.encoder.decode(ours), PROMPTS, SEEDS)
     for a, b in zip(mine, decoded, strict=True):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
@@ -80,4 +80,4 @@ def test_an_image_that_is_nan_is_named(make_context: MakeContext) -> None:
     latents = torch.zeros(2, 4, 16, 16)
     latents[1] = torch.nan
     with pytest.raises(ValueError, match="prompt 'a blue square', seed 4 is NaN"):
-        pictures(context.encoder.decode(latents), PROMPTS[:2], [3, 4])
+        to_images(context.encoder.decode(latents), PROMPTS[:2], [3, 4])
