@@ -1,4 +1,4 @@
-"""One arena from start to end: train, draw, measure, and write the leaderboard with its page and picture."""
+"""One arena from start to end: train, generate, measure, and write the leaderboard with its page and figure."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from diffalign.arena.board import Row, leaderboard_row, leaderboard_table, ranked
 from diffalign.arena.entries import BATCH, PREFERENCES, Entry, Protocol, at_equal_forwards, config_of
-from diffalign.arena.field import Field
+from diffalign.arena.folder import ArenaFolder
 from diffalign.arena.jobs import FinishedJob, Job, run_jobs
-from diffalign.arena.page import page, pictures_of
+from diffalign.arena.page import image_strip, page
 from diffalign.arena.plots import leaderboard
 from diffalign.training.run import environment
 
 FIRST, SECOND = PREFERENCES
 
 
-def hold(
-    field: Field, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]], command: str
+def run_arena(
+    arena: ArenaFolder, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]], command: str
 ) -> dict[str, Any]:
-    """Trains every entry and returns the record of what was found; writes it to the field's folder.
+    """Trains every entry and returns the record of what was found; writes it to the arena's folder.
 
     result.json   the record            leaderboard.md    its tables
-    arena.html    one page of it all    leaderboard.png   the picture of the README
+    arena.html    one page of it all    leaderboard.png   the figure of the README
 
-    tuned: settings by entry, as `entries.tuned_settings` gives them. Finished runs that are there are used.
+    tuned: settings by entry, as `entries.tuned_settings` gives them. Finished runs in the folder are used again.
     """
-    board = _Board(field, entries, protocol, tuned)
+    board = _Board(arena, entries, protocol, tuned)
     found: dict[str, Any] = {
         "command": command,
         "environment": environment(),
@@ -47,9 +47,9 @@ def hold(
     }
 
     def add(rows: list[Row], preference: str, budget: str) -> None:
-        """Written after every view: hours may lie between them."""
+        """Adds a view to the record and writes it: hours may pass before the next."""
         found["views"].append({"preference": preference, "budget": budget, "rows": ranked(rows, preference)})
-        _write(field.folder, found, {name: pictures_of(done) for name, done in board.shown.items()})
+        _write(arena.folder, found, {name: image_strip(done) for name, done in board.shown.items()})
 
     add(board.steps(FIRST, protocol.seeds, ""), FIRST, f"{protocol.steps} optimiser steps of {BATCH} pairs")
     if protocol.forwards_seeds:
@@ -65,11 +65,11 @@ class _Board:
     """The runs of an arena as they come in."""
 
     def __init__(
-        self, field: Field, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]]
+        self, arena: ArenaFolder, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]]
     ) -> None:
-        self.field, self.entries, self.protocol, self.tuned = field, entries, protocol, tuned
-        self.base = field.base(protocol)
-        self.shown: dict[str, FinishedJob] = {}  # the base's run and every entry's first, for the page's pictures
+        self.arena, self.entries, self.protocol, self.tuned = arena, entries, protocol, tuned
+        self.base = arena.base(protocol)
+        self.shown: dict[str, FinishedJob] = {}  # the base's run and every entry's first, for the page's images
         self.first: dict[tuple[str, int], FinishedJob] = {}  # runs at equal steps on the first preference
 
     def steps(self, preference: str, seeds: Sequence[int], desc: str) -> list[Row]:
@@ -96,16 +96,16 @@ class _Board:
         return self._rows(done, preference, seeds)
 
     def _job(self, entry: Entry, preference: str, seed: int, view: str) -> Job:
-        pairs = self.field.pairs(preference, entry.shuffled)
+        pairs = self.arena.pairs(preference, entry.shuffled)
         tuned = self.tuned.get(entry.settings_of or entry.name, {})
         config = config_of(entry, self.protocol, preference, seed, pairs, tuned)
         if view == "forwards":
             config = at_equal_forwards(config, self.protocol.unet_forwards)
-        folder = self.field.folder / "runs" / preference / view / entry.name / f"seed{seed}"
+        folder = self.arena.folder / "runs" / preference / view / entry.name / f"seed{seed}"
         return Job(folder, config, self.base.prompts, self.base.seeds)
 
     def _run(self, jobs: dict[tuple[str, int], Job], desc: str) -> dict[tuple[str, int], FinishedJob]:
-        drawn, *done = run_jobs([self.base, *jobs.values()], self.field.workers, desc)
+        drawn, *done = run_jobs([self.base, *jobs.values()], self.arena.workers, desc)
         self.shown = {"base": drawn, **self.shown}
         return dict(zip(jobs, done, strict=True))
 
@@ -128,9 +128,9 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _write(folder: Path, found: dict[str, Any], pictures: dict[str, str]) -> None:
+def _write(folder: Path, found: dict[str, Any], strips: dict[str, str]) -> None:
     first = found["views"][0]
     (folder / "result.json").write_text(json.dumps(found) + "\n")  # indented, curves take a line a number
     (folder / "leaderboard.md").write_text(tables(found))
-    (folder / "arena.html").write_text(page(found, pictures), encoding="utf-8")
+    (folder / "arena.html").write_text(page(found, strips), encoding="utf-8")
     leaderboard(first["rows"], first["preference"], first["budget"], folder / "leaderboard.png")

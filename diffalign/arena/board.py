@@ -15,9 +15,9 @@ from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
 FAITHFUL = "world-accuracy"
-LEAST_ACCURACY = -0.03  # change against the base below which the faithfulness guard speaks
-LEAST_DIVERSITY = 0.85  # share of the base's below which the diversity guard speaks
-CURVES = ("loss", "implicit_acc", "rewards/chosen", "rewards/rejected", "grad_norm")  # kept of the first seed's run
+LEAST_ACCURACY = -0.03  # change against the base below which the faithfulness guard is violated
+LEAST_DIVERSITY = 0.85  # share of the base's below which the diversity guard is violated
+CURVES = ("loss", "implicit_acc", "rewards/chosen", "rewards/rejected", "grad_norm")  # of the first seed's run
 
 Row = dict[str, Any]
 
@@ -60,13 +60,13 @@ def leaderboard_row(entry: Entry, runs: Sequence[FinishedJob], base: FinishedJob
 
 
 def guards(accuracy_change: float, diversity: float) -> list[str]:
-    """Which guards speak: what a gain was paid with."""
-    said = []
+    """The guards that are violated: what a gain has cost."""
+    active = []
     if accuracy_change < LEAST_ACCURACY:
-        said.append("faithfulness")
+        active.append("faithfulness")
     if diversity < LEAST_DIVERSITY:
-        said.append("diversity")
-    return said
+        active.append("diversity")
+    return active
 
 
 def ranked(rows: Sequence[Row], preference: str) -> list[Row]:
@@ -125,7 +125,7 @@ def _anywhere(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _curves(run: FinishedJob) -> dict[str, list[float | None]]:
-    """What the report draws of a run, by metric; the step of each value under `step`."""
+    """The curves of a run that the page shows, by metric; the step of each value under `step`."""
     present = [name for name in CURVES if any(name in line for line in run.metrics)]
     return {name: [_short(line.get(name)) for line in run.metrics] for name in ("step", *present)}
 

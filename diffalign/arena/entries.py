@@ -1,4 +1,4 @@
-"""Who takes part in the arena, with which settings, and what is the same for all.
+"""The entries of the arena, their settings, and what is the same for all.
 
 Every registered objective takes part: with its packaged config `world/NAME.yaml` where there is one, with its own
 defaults on Diffusion-DPO's otherwise. What the protocol fixes (base, pairs, prompts, batch, steps, precision, warm-up)

@@ -1,11 +1,11 @@
-"""Training runs and their pictures, several at a time, each in one thread of a process of its own.
+"""Training runs and their images, several at a time, each in one thread of a process of its own.
 
 FOLDER/config.yaml …        the run, as `diffalign train` leaves it
 FOLDER/log.txt              what it printed
-FOLDER/pictures/            its pictures, as `diffalign generate` leaves them
+FOLDER/pictures/            its images, as `diffalign generate` leaves them
 FOLDER/job.json             written last: the config it was made with, seconds, forwards; or why it failed
 
-A finished job is not done again; one of another config is done anew.
+A finished job is not done again; one with another config is done anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from diffalign.config.schema import Config, parse_config
 from diffalign.config.strict_yaml import ConfigError
 from diffalign.evaluation.generate import generate
-from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.manifest import GeneratedImage
 from diffalign.evaluation.sampling import Sampling
 from diffalign.io.progress import Progress
 from diffalign.training.run import run_training
@@ -38,29 +38,29 @@ from diffalign.training.trainable import TrainingError
 from diffalign.world import base_path
 
 DONE = "job.json"
-STEPS, GUIDANCE = 20, 5.0  # of the pictures
+STEPS, GUIDANCE = 20, 5.0  # of the images
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run and its pictures; without a config the pictures of the base."""
+    """One training run and its images; without a config the images of the base."""
 
     folder: Path
     config: dict[str, Any] | None
     prompts: tuple[str, ...]
-    seeds: tuple[int, ...]  # of the pictures of each prompt
+    seeds: tuple[int, ...]  # of the images of each prompt
 
 
 @dataclass(frozen=True)
 class FinishedJob:
-    """What is left of a job."""
+    """The result of a job."""
 
     config: dict[str, Any]  # empty for the base
-    pictures: list[Picture]
+    pictures: list[GeneratedImage]
     metrics: list[dict[str, float]]  # every line of metrics.jsonl
     seconds: float  # CPU seconds of the training
     commit: str | None  # git commit that it was trained at
-    failed: str | None  # why there are no pictures
+    failed: str | None  # why there are no images
 
     @property
     def steps(self) -> int:
@@ -96,7 +96,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[FinishedJob]:
 
 
 def _begin() -> None:
-    """Of each worker: one thread, and no work for an arena that was killed."""
+    """Sets up a worker: one thread, and an end when its arena is killed."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -132,7 +132,7 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _do(job: Job) -> None:
-    """Trains and draws; a diverged run is a result, any other error ends the arena."""
+    """Trains and generates; a diverged run is a result, any other error ends the arena."""
     if job.config is not None and job.folder.exists():
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _do(job: Job) -> None:
             if job.config is not None:
                 run_training(cast("Config", parse_config(placed(job.config, job.folder), where=str(job.folder))))
             seconds = time.process_time() - begun
-            _draw(job)
+            _generate(job)
         except TrainingError as error:
             seconds, failed = time.process_time() - begun, str(error)
         except Exception as error:
@@ -157,7 +157,7 @@ def _do(job: Job) -> None:
 
 @contextmanager
 def _logging_to(log: TextIO) -> Iterator[None]:
-    """What is logged within the block goes to this file."""
+    """Sends the log of the block to this file."""
     handler, root = logging.StreamHandler(log), logging.getLogger()
     before = root.level
     root.addHandler(handler)
@@ -177,8 +177,8 @@ def placed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, "data": data, "output_dir": str(folder), "overwrite_output_dir": True}
 
 
-def _draw(job: Job) -> list[Picture]:
-    """The job's pictures, made where they are not there yet."""
+def _generate(job: Job) -> list[GeneratedImage]:
+    """The job's images, generated where they are missing."""
     return generate(
         str(base_path()),
         job.prompts,
@@ -194,7 +194,7 @@ def _read(job: Job) -> FinishedJob:
     metrics, facts = job.folder / "metrics.jsonl", job.folder / "run.json"
     return FinishedJob(
         config=job.config or {},
-        pictures=[] if record["failed"] else _draw(job),
+        pictures=[] if record["failed"] else _generate(job),
         metrics=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
         seconds=record["seconds"],
         commit=json.loads(facts.read_text())["git_commit"] if facts.is_file() else None,

@@ -1,4 +1,4 @@
-"""The arena as one HTML page that needs no network: leaderboards, curves, pictures, configs."""
+"""The arena as one HTML page that needs no network: leaderboards, curves, images, configs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffalign.arena.entries import PREFERENCES
 from diffalign.arena.jobs import FinishedJob
 from diffalign.arena.plots import curves
 
-SHOWN = 12  # pictures of each entry, of different prompts
+SHOWN = 12  # images of each entry, of different prompts
 SCALE = 4  # screen pixels to a pixel of the world
 
 STYLE = """
@@ -38,8 +38,8 @@ details > summary { cursor: pointer; }
 """
 
 
-def page(found: dict[str, Any], pictures: dict[str, str]) -> str:
-    """The whole page of a record; `pictures` are `pictures_of` the base and of each entry's first run, by name."""
+def page(found: dict[str, Any], strips: dict[str, str]) -> str:
+    """The page of a record; `strips` are `image_strip` of the base and of each entry's first run, by name."""
     protocol, there = found["protocol"], found["environment"]
     prompts = len(protocol["prompts"])
     lead = (
@@ -58,10 +58,10 @@ def page(found: dict[str, Any], pictures: dict[str, str]) -> str:
         + f" · Python {escape(there['python'])}</p>",
         *(_board(view) for view in found["views"]),
         "<h2>Method by method</h2>",
-        f"<p class=soft>Pictures: {SHOWN} prompts, the base above, the method below, from the same noise. Curves: the "
+        f"<p class=soft>Images: {SHOWN} prompts, the base above, the method below, from the same noise. Curves: the "
         "first training seed at equal steps. In the DPO family a policy equal to its reference has the loss ln 2, and "
-        "a loss near it says nothing of the pictures.</p>",
-        *(_entry(row, first["preference"], pictures) for row in first["rows"]),
+        "a loss near it does not show what the images are like.</p>",
+        *(_entry(row, first["preference"], strips) for row in first["rows"]),
     ]
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>The arena</title>"
@@ -70,9 +70,9 @@ def page(found: dict[str, Any], pictures: dict[str, str]) -> str:
     )
 
 
-def pictures_of(done: FinishedJob) -> str:
-    """One picture each of the first prompts, side by side, as a data URL; empty where a run made none."""
-    firsts = {picture.prompt: picture for picture in reversed(done.pictures)}
+def image_strip(done: FinishedJob) -> str:
+    """One image each of the first prompts, side by side, as a data URL; empty where a run made none."""
+    firsts = {image.prompt: image for image in reversed(done.pictures)}
     shown = [firsts[prompt].open() for prompt in list(dict.fromkeys(p.prompt for p in done.pictures))[:SHOWN]]
     if not shown:
         return ""
@@ -145,10 +145,10 @@ def _bar(value: float, low: float, high: float, reach: float) -> str:
     )
 
 
-def _entry(row: Row, preference: str, pictures: dict[str, str]) -> str:
+def _entry(row: Row, preference: str, strips: dict[str, str]) -> str:
     shown = ""
-    if pictures.get(row["name"]):
-        shown = "".join(_strip(pictures[name], name) for name in ("base", row["name"]))
+    if strips.get(row["name"]):
+        shown = "".join(_strip(strips[name], name) for name in ("base", row["name"]))
     gains = "" if row["failed"] else ", ".join(f"{value:+.3f}" for value in row["gain_by_run"][preference])
     said = escape(row["failed"]) if row["failed"] else f"dR by training seed: {gains}"
     config = escape(yaml.safe_dump(row["config"], sort_keys=False, allow_unicode=True))
@@ -160,4 +160,4 @@ def _entry(row: Row, preference: str, pictures: dict[str, str]) -> str:
 
 def _strip(url: str, name: str) -> str:
     width = (SHOWN * 17 - 1) * SCALE
-    return f"<img class=strip width={width} src='{url}' alt='pictures: {escape(name)}' title='{escape(name)}'>"
+    return f"<img class=strip width={width} src='{url}' alt='images: {escape(name)}' title='{escape(name)}'>"

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffalign.arena.board import gain, leaderboard_row
 from diffalign.arena.entries import RATES, SWEEP, Entry, Protocol, config_of
-from diffalign.arena.field import Field
+from diffalign.arena.folder import ArenaFolder
 from diffalign.arena.jobs import Job, run_jobs
 from diffalign.training.run import environment
 
@@ -17,23 +17,25 @@ PREFERENCE = "world"  # the other one is tuned for by nobody
 RATE = "training.learning_rate"
 
 
-def sweep_settings(field: Field, entries: Sequence[Entry], command: str, protocol: Protocol = SWEEP) -> dict[str, Any]:
+def sweep_settings(
+    arena: ArenaFolder, entries: Sequence[Entry], command: str, protocol: Protocol = SWEEP
+) -> dict[str, Any]:
     """Tries every learning rate, then the other scales at the best of them; returns what was found and chosen.
 
-    Chosen is the largest gain among trials whose guards are silent; among all where none is.
+    Chosen is the largest gain among trials that violate no guard; among all where each does.
     """
     for entry in entries:  # a setting that no config can have is an error now, not after an hour
         for value in entry.scales:
-            config_of(entry, protocol, PREFERENCE, 0, field.pairs(PREFERENCE), {str(entry.scale): value})
+            config_of(entry, protocol, PREFERENCE, 0, arena.pairs(PREFERENCE), {str(entry.scale): value})
     trials: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
-    _try(field, protocol, [(entry, {RATE: rate}) for entry in entries for rate in RATES], trials, "sweep: rates")
+    _try(arena, protocol, [(entry, {RATE: rate}) for entry in entries for rate in RATES], trials, "sweep: rates")
     further = [
         (entry, {RATE: best(trials[entry.name])["settings"][RATE], entry.scale: value})
         for entry in entries
         if entry.scale is not None
         for value in entry.scales
     ]
-    _try(field, protocol, further, trials, "sweep: scales")
+    _try(arena, protocol, further, trials, "sweep: scales")
     where = environment()
     return {
         "command": command,
@@ -48,12 +50,12 @@ def sweep_settings(field: Field, entries: Sequence[Entry], command: str, protoco
 
 
 def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the largest gain, of those whose guards are silent where there are any."""
+    """The trial with the largest gain, of those that violate no guard where there are any."""
     return max(trials, key=lambda trial: (trial["gain"] is not None and not trial["guards"], _order(trial)))
 
 
 def save_sweep(found: dict[str, Any], file: Path) -> None:
-    """Writes what was found; entries that were there and were not tried now stay, with their own commit."""
+    """Writes what was found; earlier entries that were not tried now stay, with their own commit."""
     if file.is_file():
         earlier = json.loads(file.read_text())
         commit = {"git_commit": earlier["environment"]["git_commit"]}
@@ -64,24 +66,24 @@ def save_sweep(found: dict[str, Any], file: Path) -> None:
 
 
 def _try(
-    field: Field,
+    arena: ArenaFolder,
     protocol: Protocol,
     settings: Sequence[tuple[Entry, dict[str, Any]]],
     trials: dict[str, list[dict[str, Any]]],
     desc: str,
 ) -> None:
-    base = field.base(protocol)
+    base = arena.base(protocol)
     jobs = [
         Job(
-            field.folder / "sweep" / entry.name / "-".join(f"{value:g}" if isinstance(value, float) else str(value)
+            arena.folder / "sweep" / entry.name / "-".join(f"{value:g}" if isinstance(value, float) else str(value)
                                                            for value in tuned.values()),
-            config_of(entry, protocol, PREFERENCE, protocol.seeds[0], field.pairs(PREFERENCE, entry.shuffled), tuned),
+            config_of(entry, protocol, PREFERENCE, protocol.seeds[0], arena.pairs(PREFERENCE, entry.shuffled), tuned),
             base.prompts,
             base.seeds,
         )
         for entry, tuned in settings
     ]  # fmt: skip
-    drawn, *runs = run_jobs([base, *jobs], field.workers, desc)
+    drawn, *runs = run_jobs([base, *jobs], arena.workers, desc)
     for (entry, tuned), run in zip(settings, runs, strict=True):
         row = leaderboard_row(entry, [run], drawn, PREFERENCE)
         failed = row["failed"] is not None

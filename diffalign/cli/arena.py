@@ -35,31 +35,31 @@ def run(args: argparse.Namespace) -> None:
         raise DiffalignError(f"--workers {args.workers}: must be at least 1")
     require_matplotlib()
     with folder_lock(args.out, "an arena"):
-        _run_arena(args)
+        _start(args)
 
 
-def _run_arena(args: argparse.Namespace) -> None:
+def _start(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from diffalign.arena.arena import hold, tables
+    from diffalign.arena.arena import run_arena, tables
     from diffalign.arena.entries import FULL, QUICK, TUNED, entries, tuned_settings
-    from diffalign.arena.field import Field
+    from diffalign.arena.folder import ArenaFolder
     from diffalign.arena.sweep import save_sweep, sweep_settings
 
     taking_part = entries(None if args.only is None else tuple(args.only))
-    field, command = Field(args.out, args.workers), _command(args)
+    arena, command = ArenaFolder(args.out, args.workers), _command(args)
     if args.sweep:
         if args.seeds is not None:
             raise DiffalignError("--seeds: the sweep uses one seed; remove --seeds")
         methods = [entry for entry in taking_part if not entry.control]
-        save_sweep(sweep_settings(field, methods, command), args.out / Path(TUNED).name)
+        save_sweep(sweep_settings(arena, methods, command), args.out / Path(TUNED).name)
         print(f"{args.out / Path(TUNED).name}: all trials and the chosen settings; the packaged file is {TUNED}")
         return
     protocol = QUICK if args.quick else FULL
     if args.seeds is not None:
         seeds = tuple(args.seeds)
         protocol = replace(protocol, seeds=seeds, forwards_seeds=seeds[: len(protocol.forwards_seeds)])
-    found = hold(field, taking_part, protocol, tuned_settings(), command)
+    found = run_arena(arena, taking_part, protocol, tuned_settings(), command)
     print(tables(found))
     print(f"{args.out}: arena.html (everything on one page), leaderboard.png, leaderboard.md, result.json")
 

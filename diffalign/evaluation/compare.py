@@ -13,9 +13,9 @@ from PIL import Image
 from diffalign.data.table.prompts import unique
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.guards import Look, look, mean_distance, pixel_features
-from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.manifest import GeneratedImage
 from diffalign.evaluation.report import BASE, ModelResult, Result, check_name, versions
-from diffalign.evaluation.scoring import Judges, Scoring, load_judges, score_pictures
+from diffalign.evaluation.scoring import Judges, Scoring, load_judges, score_images
 from diffalign.evaluation.stats import Paired, paired, ratio
 from diffalign.rewards import Scorer, tie_of
 
@@ -24,7 +24,7 @@ from diffalign.rewards import Scorer, tie_of
 class _Measured:
     """The images of one run, each opened once."""
 
-    images: Sequence[Picture]
+    images: Sequence[GeneratedImage]
     scores: dict[str, np.ndarray]  # by scorer: [image]
     look: np.ndarray  # saturation, sharpness, brightness
     distances: np.ndarray  # [prompt]: mean distance between seeds
@@ -39,8 +39,8 @@ class _Measured:
 
 
 def compare(
-    base: Sequence[Picture],
-    tuned: Mapping[str, Sequence[Sequence[Picture]]],
+    base: Sequence[GeneratedImage],
+    tuned: Mapping[str, Sequence[Sequence[GeneratedImage]]],
     scorers: Sequence[str | Scorer] | Scoring | Judges,
     *,
     settings: Mapping[str, Any] | None = None,
@@ -95,7 +95,7 @@ def _against_base(name: str, runs: Sequence[_Measured], base: _Measured, judges:
     )
 
 
-def _in_order(name: str, run: Sequence[Picture], base: Sequence[Picture]) -> list[Picture]:
+def _in_order(name: str, run: Sequence[GeneratedImage], base: Sequence[GeneratedImage]) -> list[GeneratedImage]:
     """The run's images in the base's order."""
     keys = [(image.prompt, image.seed) for image in base]
     found = {(image.prompt, image.seed): image for image in run}
@@ -110,7 +110,7 @@ def _in_order(name: str, run: Sequence[Picture], base: Sequence[Picture]) -> lis
     return [found[key] for key in keys]
 
 
-def _measure(images: Sequence[Picture], judges: Sequence[Scorer]) -> _Measured:
+def _measure(images: Sequence[GeneratedImage], judges: Sequence[Scorer]) -> _Measured:
     embed = next((judge.embed_images for judge in judges if hasattr(judge, "embed_images")), pixel_features)
     looks, features = [], []
 
@@ -118,7 +118,7 @@ def _measure(images: Sequence[Picture], judges: Sequence[Scorer]) -> _Measured:
         looks.append(look(opened))
         features.append(embed(opened))
 
-    scores = score_pictures(images, judges, also=also)
+    scores = score_images(images, judges, also=also)
     places: dict[str, list[int]] = {}
     for i, image in enumerate(images):
         places.setdefault(image.prompt, []).append(i)

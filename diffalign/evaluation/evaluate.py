@@ -17,7 +17,7 @@ from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.generate import generate_by
 from diffalign.evaluation.grid import comparison_grid
-from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.manifest import GeneratedImage
 from diffalign.evaluation.recipe import ImageRecipe, Tuned, as_tuned
 from diffalign.evaluation.report import BASE, Result, check_name
 from diffalign.evaluation.sampling import Sampling
@@ -78,7 +78,7 @@ def evaluate(
 
 
 def write_result(
-    folder: Path, result: Result, rows: Sequence[dict[str, object]], columns: Mapping[str, Sequence[Picture]]
+    folder: Path, result: Result, rows: Sequence[dict[str, object]], columns: Mapping[str, Sequence[GeneratedImage]]
 ) -> None:
     """Writes a comparison: scores.jsonl, result.json, table.txt and, of some of the prompts, grid.png.
 
@@ -96,7 +96,7 @@ def _listed(some: Weights | Sequence[Weights]) -> Sequence[Weights]:
     return [some] if isinstance(some, Weights) else some
 
 
-def _cells(columns: Mapping[str, Sequence[Picture]], prompts: Sequence[str]) -> dict[str, list[Image.Image]]:
+def _cells(columns: Mapping[str, Sequence[GeneratedImage]], prompts: Sequence[str]) -> dict[str, list[Image.Image]]:
     """Of each prompt the first column's first seed, in every column."""
     first: dict[str, int] = {}
     for image in next(iter(columns.values())):

@@ -15,7 +15,7 @@ from typing import Any
 from diffalign.data.table.prompts import unique
 from diffalign.engine.random import noise_seed
 from diffalign.errors import DiffalignError, out_of_memory
-from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end
+from diffalign.evaluation.manifest import MANIFEST, GeneratedImage, manifest_rows, mend_end
 from diffalign.evaluation.recipe import PATHS, ImageRecipe, Tuned, as_tuned
 from diffalign.evaluation.sampling import Guidance, Sampling, default_batch, default_resolution, sample_images
 from diffalign.io.folder_lock import folder_lock
@@ -35,7 +35,7 @@ def generate(
     out_dir: str | Path,
     tuned: str | Path | Tuned | None = None,
     sampling: Sampling | None = None,
-) -> list[Picture]:
+) -> list[GeneratedImage]:
     """Every prompt with every seed, prompt-major, written to `out_dir`.
 
     `model` is a diffusers folder, Hub id or single-file checkpoint; `tuned` the path of weights to put on it, or a
@@ -46,7 +46,9 @@ def generate(
     return generate_by(ImageRecipe(model, as_tuned(tuned), sampling or Sampling()), prompts, seeds, Path(out_dir))
 
 
-def generate_by(recipe: ImageRecipe, prompts: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Picture]:
+def generate_by(
+    recipe: ImageRecipe, prompts: Sequence[str], seeds: Sequence[int], folder: Path
+) -> list[GeneratedImage]:
     """The images of `generate`, by a recipe that was checked before."""
     wanted = [(prompt, int(seed)) for prompt in unique(prompts) for seed in dict.fromkeys(seeds)]
     done, _ = _finished(folder, recipe.settings)
@@ -60,7 +62,7 @@ def generate_by(recipe: ImageRecipe, prompts: Sequence[str], seeds: Sequence[int
 
 def _generate_missing(
     recipe: ImageRecipe, missing: Sequence[tuple[str, int]], folder: Path, numbers: dict[str, int]
-) -> dict[tuple[str, int], Picture]:
+) -> dict[tuple[str, int], GeneratedImage]:
     """Writes an image of each (prompt, seed), and its line of the manifest. numbers: of prompts that have files."""
     from diffalign.models.adapters.save_load import load_pipeline
 
@@ -90,7 +92,7 @@ def _generate_missing(
                 image.save(folder / file, compress_level=1)  # level 6 costs .3 s more at 1024 pixels
                 line = {"file": file, "prompt": prompt, "seed": seed, "noise_seed": noise_seed(prompt, seed)}
                 manifest.write(json.dumps({**line, "settings": recipe.settings}, ensure_ascii=False) + "\n")
-                made[prompt, seed] = Picture(prompt, seed, folder / file)
+                made[prompt, seed] = GeneratedImage(prompt, seed, folder / file)
             manifest.flush()
             bar.update(len(keys))
     return made
@@ -107,18 +109,18 @@ def _with_remedies(sampling: Sampling) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (said := out_of_memory(error)) is None:
+        if (cause := out_of_memory(error)) is None:
             raise
         raise DiffalignError(
-            f"{said}: lower batch_size (now {sampling.batch_size or 'by resolution'}; 1 needs the least, and no "
+            f"{cause}: lower batch_size (now {sampling.batch_size or 'by resolution'}; 1 needs the least, and no "
             f"image depends on it) or resolution (now {sampling.resolution or 'that of the model'}), or take dtype "
             f"bfloat16 (now {sampling.dtype})"
         ) from error
 
 
-def _finished(folder: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, int], Picture], dict[str, int]]:
+def _finished(folder: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, int], GeneratedImage], dict[str, int]]:
     """Images already made with these settings, and the number each prompt has in this folder."""
-    done: dict[tuple[str, int], Picture] = {}
+    done: dict[tuple[str, int], GeneratedImage] = {}
     numbers: dict[str, int] = {}
     for row in manifest_rows(folder) if (folder / MANIFEST).is_file() else ():
         theirs = row.get("settings", {})
@@ -127,7 +129,7 @@ def _finished(folder: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, i
             what = ", ".join(f"{key} {theirs.get(key)} there, {settings[key]} now" for key in differ)
             raise DiffalignError(f"{folder} contains images made with other settings ({what}); choose another folder")
         numbers.setdefault(row["prompt"], len(numbers))
-        image = Picture(row["prompt"], row["seed"], folder / row["file"])
+        image = GeneratedImage(row["prompt"], row["seed"], folder / row["file"])
         if image.file.is_file():
             done[image.prompt, image.seed] = image
     return done, numbers

@@ -1,4 +1,4 @@
-"""A picture of pictures: one row per prompt, one column per model."""
+"""A grid of images: one row per prompt, one column per model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffalign.errors import DiffalignError
 
-CELL = 160  # pixels per side of a picture in the grid, at least
-LARGEST = 384  # larger pictures are shrunk to this
+CELL = 160  # pixels per side of an image in the grid, at least
+LARGEST = 384  # larger images are shrunk to this
 TEXT = 220  # width of the prompt column
 GAP = 8
 FONT = 15
@@ -19,14 +19,16 @@ INK, PAPER = (20, 20, 20), (255, 255, 255)
 def comparison_grid(
     prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], *, cell: int | None = None
 ) -> Image.Image:
-    """Row i shows the i-th picture of every column beside `prompts[i]`.
+    """Row i shows the i-th image of every column beside `prompts[i]`.
 
-    Small pictures are enlarged by a whole number without smoothing, so that a pixel stays a square. `cell` is the
-    side of a picture in the grid in pixels (None: 160 or more, 384 at most).
+    Small images are enlarged by a whole number without smoothing, so that a pixel stays a square. `cell` is the
+    side of an image in the grid in pixels (None: 160 or more, 384 at most).
     """
     for name, images in columns.items():
         if len(images) != len(prompts):
-            raise DiffalignError(f"column '{name}' has {len(images)} pictures for {len(prompts)} prompts")
+            raise DiffalignError(
+                f"column '{name}' has {len(images)} images for {len(prompts)} prompts; give one for each"
+            )
     first = next(iter(columns.values()))[0]
     cell = cell or max(CELL, min(LARGEST, max(first.size)))
     font = ImageFont.load_default(FONT)
@@ -52,7 +54,7 @@ def comparison_grid(
 
 
 def fit(image: Image.Image, cell: int) -> Image.Image:
-    """The picture enlarged by the largest whole factor that stays within `cell`, or shrunk to it."""
+    """The image enlarged by the largest whole factor that stays within `cell`, or shrunk to it."""
     image = image.convert("RGB")
     largest = max(image.size)
     if largest > cell:

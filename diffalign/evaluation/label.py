@@ -11,8 +11,8 @@ from pathlib import Path
 
 from diffalign.data.formats.preference import write_preferences
 from diffalign.errors import DiffalignError, ExistingFileError
-from diffalign.evaluation.manifest import Picture, read_image_manifest
-from diffalign.evaluation.scoring import score_pictures
+from diffalign.evaluation.manifest import GeneratedImage, read_image_manifest
+from diffalign.evaluation.scoring import score_images
 from diffalign.rewards import Scorer, tie_of
 from diffalign.rewards.base import check_prompts
 
@@ -26,7 +26,7 @@ class Labelled:
     single: int  # prompts with one image
 
 
-def label_pictures(
+def label_images(
     folders: Sequence[str | Path],
     scorer: Scorer,
     out: str | Path,
@@ -47,14 +47,14 @@ def label_pictures(
         raise DiffalignError(f"{out}: pairs are written to a .parquet file")
     if file.exists() and not overwrite:
         raise ExistingFileError(f"{out} exists; name another file, or overwrite it (--overwrite)")
-    pictures = [picture for folder in folders for picture in read_image_manifest(folder, whole=True)]
-    check_prompts([scorer], list(dict.fromkeys(picture.prompt for picture in pictures)))
-    scores = score_pictures(pictures, [scorer])[scorer.name]
-    by_prompt: dict[str, list[tuple[float, Picture]]] = {}
-    for score, picture in zip(scores.tolist(), pictures, strict=True):
-        by_prompt.setdefault(picture.prompt, []).append((score, picture))
+    images = [image for folder in folders for image in read_image_manifest(folder, complete=True)]
+    check_prompts([scorer], list(dict.fromkeys(image.prompt for image in images)))
+    scores = score_images(images, [scorer])[scorer.name]
+    by_prompt: dict[str, list[tuple[float, GeneratedImage]]] = {}
+    for score, image in zip(scores.tolist(), images, strict=True):
+        by_prompt.setdefault(image.prompt, []).append((score, image))
     threshold = tie_of(scorer) if tie is None else tie
-    pairs: list[tuple[str, tuple[float, Picture], tuple[float, Picture]]] = []
+    pairs: list[tuple[str, tuple[float, GeneratedImage], tuple[float, GeneratedImage]]] = []
     ties = single = 0
     for prompt, some in by_prompt.items():
         best, worst = max(some, key=lambda x: x[0]), min(some, key=lambda x: x[0])

@@ -1,6 +1,6 @@
-"""`manifest.jsonl` of a folder of pictures: one line a picture, written by `generate` or by hand.
+"""`manifest.jsonl` of a folder of images: one line an image, written by `generate` or by hand.
 
-Each line is checked before anything is computed; what is wrong is named by file, line and field.
+Each line is checked before anything is computed; an error names file, line and field.
 """
 
 from __future__ import annotations
@@ -19,45 +19,44 @@ FIELDS = '{"file": "a.png", "prompt": "...", "seed": 0}'
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A generated picture on disk."""
+class GeneratedImage:
+    """A generated image on disk."""
 
     prompt: str
     seed: int
     file: Path
 
     def open(self) -> Image.Image:
-        """The picture as RGB. Raises DiffalignError for a file that is no whole picture."""
+        """The image as RGB. Raises DiffalignError for a file that is not a complete image."""
         try:
             with Image.open(self.file) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if isinstance(error, FileNotFoundError):
-                raise MissingFileError(f"{self.file} is not there any more; restore it") from None
+                raise MissingFileError(f"{self.file} does not exist any more; restore it") from None
             raise DiffalignError(
-                f"{self.file}: the picture cannot be read ({error}); make it again, or delete it and its line in "
+                f"{self.file}: the image cannot be read ({error}); generate it again, or delete it and its line in "
                 f"{MANIFEST}"
             ) from None
 
 
-def read_image_manifest(folder: str | Path, *, whole: bool = False) -> list[Picture]:
-    """The finished pictures of a folder, in the order they were made. Raises FileNotFoundError without a manifest.
+def read_image_manifest(folder: str | Path, *, complete: bool = False) -> list[GeneratedImage]:
+    """The finished images of a folder, in the order they were made. Raises MissingFileError without a manifest.
 
-    whole: raise as well where the manifest names no picture, or one that is not there.
+    complete: raise as well where the manifest names no image, or one that does not exist.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise MissingFileError(
-            f"{folder / MANIFEST} does not exist; `diffalign generate` writes it, or write one line per picture: "
-            f"{FIELDS}"
+            f"{folder / MANIFEST} does not exist; `diffalign generate` writes it, or write one line per image: {FIELDS}"
         )
     found = {(row["prompt"], row["seed"]): folder / row["file"] for row in manifest_rows(folder)}
-    there = [Picture(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
-    if whole and len(there) < max(1, len(found)):
+    there = [GeneratedImage(prompt, seed, file) for (prompt, seed), file in found.items() if file.is_file()]
+    if complete and len(there) < max(1, len(found)):
         gone = next((file for file in found.values() if not file.is_file()), None)
         raise MissingFileError(
-            f"{folder / MANIFEST} names {len(found)} pictures, and {len(found) - len(there)} of them are not there"
-            + (f" (first: {gone.name}); restore them or take their lines out" if gone else ": nothing to look at")
+            f"{folder / MANIFEST} names {len(found)} images, and {len(found) - len(there)} of them do not exist"
+            + (f" (first: {gone.name}); restore them or delete their lines" if gone else "; generate some first")
         )
     return there
 
@@ -65,7 +64,7 @@ def read_image_manifest(folder: str | Path, *, whole: bool = False) -> list[Pict
 def manifest_rows(folder: Path) -> list[dict[str, Any]]:
     """The lines of a manifest, checked. Raises DiffalignError naming file, line and field.
 
-    A last line without an end that is no whole row was being written when the run was stopped: it is left out.
+    A last line without an end that is not a complete row was being written when the run was stopped: it is left out.
     """
     file, rows = folder / MANIFEST, []
     places: dict[tuple[str, int], tuple[int, str]] = {}  # line and file by prompt and seed
@@ -115,7 +114,7 @@ def _lines(file: Path) -> tuple[list[str], bool]:
 def _check(row: Any, where: str) -> None:
     """Raises DiffalignError unless a line has a file, a prompt and a seed."""
     if not isinstance(row, dict):
-        raise DiffalignError(f"{where}: {row!r:.80} is no picture; write {FIELDS}")
+        raise DiffalignError(f"{where}: {row!r:.80} is not an image; write {FIELDS}")
     for field, kind, words in (("file", str, "a file name"), ("prompt", str, "a text"), ("seed", int, "a number")):
         value: Any = row.get(field)
         good = isinstance(value, kind) and not isinstance(value, bool)

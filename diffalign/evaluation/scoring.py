@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.manifest import Picture, read_image_manifest
+from diffalign.evaluation.manifest import GeneratedImage, read_image_manifest
 from diffalign.evaluation.sampling import best_device
 from diffalign.io.progress import Progress
 from diffalign.rewards import Scorer, ScorerError, load_scorer
@@ -59,8 +59,8 @@ def load_judges(scorers: Sequence[str | Scorer] | Scoring, device: str | None = 
     return Judges(judges, None if scoring.faithfulness is None else loaded(scoring.faithfulness), scoring.tie)
 
 
-def score_pictures(
-    pictures: Sequence[Picture],
+def score_images(
+    images: Sequence[GeneratedImage],
     scorers: Sequence[Scorer],
     *,
     also: Callable[[Sequence[Image.Image]], None] | None = None,
@@ -74,16 +74,16 @@ def score_pictures(
         raise ScorerError(
             f"two scorers have the same name: {[scorer.name for scorer in scorers]}; name each scorer once"
         )
-    with Progress(total=len(pictures), desc="score", unit="img", delay=1.0) as bar:
-        for start in range(0, len(pictures), BATCH):
-            some = pictures[start : start + BATCH]
-            images, prompts = [picture.open() for picture in some], [picture.prompt for picture in some]
+    with Progress(total=len(images), desc="score", unit="img", delay=1.0) as bar:
+        for start in range(0, len(images), BATCH):
+            some = images[start : start + BATCH]
+            opened, prompts = [image.open() for image in some], [image.prompt for image in some]
             for scorer in scorers:
-                values = [float(value) for value in scorer.score(images, prompts)]
+                values = [float(value) for value in scorer.score(opened, prompts)]
                 _check(scorer.name, some, values)
                 scores[scorer.name] += values
             if also is not None:
-                also(images)
+                also(opened)
             bar.update(len(some))
     return {name: np.array(values) for name, values in scores.items()}
 
@@ -93,16 +93,16 @@ def score_folder(folder: str | Path, scorers: Sequence[Scorer]) -> list[dict[str
 
     The rows are also written to `scores.jsonl` in the folder.
     """
-    pictures = read_image_manifest(folder, whole=True)
-    scores = score_pictures(pictures, scorers)
+    images = read_image_manifest(folder, complete=True)
+    scores = score_images(images, scorers)
     rows = [
         {
-            "file": picture.file.name,
-            "prompt": picture.prompt,
-            "seed": picture.seed,
+            "file": image.file.name,
+            "prompt": image.prompt,
+            "seed": image.seed,
             **{name: values[i] for name, values in scores.items()},
         }
-        for i, picture in enumerate(pictures)
+        for i, image in enumerate(images)
     ]
     write_rows(Path(folder) / SCORES, rows)
     return rows
@@ -113,14 +113,14 @@ def write_rows(file: Path, rows: Sequence[dict[str, object]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _check(name: str, pictures: Sequence[Picture], values: Sequence[float]) -> None:
-    if len(values) != len(pictures):
+def _check(name: str, images: Sequence[GeneratedImage], values: Sequence[float]) -> None:
+    if len(values) != len(images):
         raise ScorerError(
-            f"scorer '{name}' returned {len(values)} scores for {len(pictures)} images; return one for each"
+            f"scorer '{name}' returned {len(values)} scores for {len(images)} images; return one for each"
         )
-    for picture, value in zip(pictures, values, strict=True):
+    for image, value in zip(images, values, strict=True):
         if not np.isfinite(value):
             raise ScorerError(
-                f"scorer '{name}' gave {value} to {picture.file} (prompt {picture.prompt!r}, seed {picture.seed}); "
+                f"scorer '{name}' gave {value} to {image.file} (prompt {image.prompt!r}, seed {image.seed}); "
                 "score with another scorer, or generate the image again"
             )

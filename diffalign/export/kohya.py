@@ -78,7 +78,7 @@ def kohya_metadata(base: Base, ranks: set[int], alphas: set[float], title: str) 
     The base's version and the modelspec block are for bases of a released architecture only: A1111 sorts LoRA files
     by them. A field that would be a guess (of data, hashes, thumbnails) is left out.
     """
-    said = {
+    known = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": f"{min(ranks)}" if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic",
@@ -87,14 +87,14 @@ def kohya_metadata(base: Base, ranks: set[int], alphas: set[float], title: str) 
     v = base.schedule.prediction_type == "v_prediction"
     released = _RELEASED.get((base.family.name, base.unet.config.cross_attention_dim, v))
     if released is None:
-        return said
+        return known
     version, architecture, implementation = released
-    said |= {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
-    said |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
-    said |= {"modelspec.implementation": implementation, "modelspec.title": title}
+    known |= {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
+    known |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
+    known |= {"modelspec.implementation": implementation, "modelspec.title": title}
     if base.schedule.prediction_type in _PREDICTION:
-        said["modelspec.prediction_type"] = _PREDICTION[base.schedule.prediction_type]
-    return said
+        known["modelspec.prediction_type"] = _PREDICTION[base.schedule.prediction_type]
+    return known
 
 
 def _entry(name: str, value: Tensor) -> TensorEntry:

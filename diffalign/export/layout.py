@@ -2,7 +2,7 @@
 
 Besides names three things differ from diffusers: OpenCLIP has queries, keys and values in one matrix, its text
 projection is transposed, and the VAE's attention is made of 1x1 convolutions. What no part of diffusers has is not
-written either: OpenCLIP's logit_scale and SD2's last text layer, which no picture depends on.
+written either: OpenCLIP's logit_scale and SD2's last text layer, which no image depends on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def model_entries(base: Base, unet_weight: Callable[[str], Tensor]) -> list[Tens
             entries += _open_clip_entries(encoder, _OPEN_CLIP[base.family.name])
         else:
             raise ExportError(
-                f"text encoder {index + 1} of {base.source!r} has hidden_act = {act!r}; who reads a single file takes "
+                f"text encoder {index + 1} of {base.source!r} has hidden_act = {act!r}; readers of a single file take "
                 "the first for OpenAI's CLIP (quick_gelu), SDXL's second and SD2's only one for OpenCLIP (gelu)"
             )
     marks = [

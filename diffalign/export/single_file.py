@@ -1,8 +1,8 @@
 """A tuned model in one file: the UNet with its LoRA merged or as it was tuned, the base's VAE and text encoders.
 
-Who reads such a file takes everything that is no weight for what the released models have. A base that has it
-otherwise (another noise schedule, another scaling of latents, predictions of x0) is refused: the file would open, and
-its pictures would be wrong.
+Readers of such a file take everything but the weights from the released models. A base that differs there (another
+noise schedule, another scaling of latents, predictions of x0) is refused: the file would open, and its images would be
+wrong.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def check_released(base: Base) -> None:
     if different:
         found = ", ".join(f"{key} = {value}" for key, value in different.items())
         raise ExportError(
-            f"the VAE of {base.source!r} has {found}; who reads a single file takes it for {name.upper()}'s "
+            f"the VAE of {base.source!r} has {found}; readers of a single file take it for {name.upper()}'s "
             f"(scaling_factor = {_SCALING[name]}, {_RELEASED_VAE}), and would decode wrongly"
         )
     terminal = bool(base.scheduler_config.get("rescale_betas_zero_snr"))
@@ -83,7 +83,7 @@ def check_released(base: Base) -> None:
     if ours.shape != released.alphas_cumprod.shape or not torch.allclose(ours, released.alphas_cumprod, rtol=1e-6):
         raise ExportError(
             f"{base.source!r} was trained on another noise schedule than SD and SDXL ({_SCHEDULE}), and a single file "
-            "cannot say so: its pictures would be wrong"
+            "cannot say so: its images would be wrong"
         )
     if base.schedule.prediction_type == "sample":
         raise ExportError(f"{base.source!r} predicts x0 (prediction_type: sample), for which a single file has no mark")

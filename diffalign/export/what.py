@@ -34,12 +34,12 @@ class What:
 
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for a file's metadata: keys of our own."""
-        said = {
+        facts = {
             "diffalign.version": __version__,
             "diffalign.tuned": _shown(str(self.tuned.path)),
             "diffalign.base": _shown(self.base.pretrained_model_name_or_path),
         }
-        return said | ({"diffalign.objective": self.objective} if self.objective else {})
+        return facts | ({"diffalign.objective": self.objective} if self.objective else {})
 
 
 def _shown(place: str) -> str:

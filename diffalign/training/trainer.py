@@ -42,7 +42,7 @@ from diffalign.training.run import run_training
 from diffalign.training.trainable import Trainable
 
 if TYPE_CHECKING:
-    from diffalign.evaluation.manifest import Picture
+    from diffalign.evaluation.manifest import GeneratedImage
     from diffalign.evaluation.report import Result
     from diffalign.evaluation.sampling import Sampling
     from diffalign.evaluation.scoring import Scoring
@@ -182,7 +182,7 @@ class Trainer:
         *,
         out_dir: str | Path | None = None,
         sampling: Sampling | None = None,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """Images of the tuned model in `out_dir`, by default `output_dir`/pictures; see `diffalign.generate`."""
         from diffalign.evaluation.generate import generate
 

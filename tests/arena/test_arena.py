@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from diffalign.arena import jobs
-from diffalign.arena.arena import hold, tables
+from diffalign.arena.arena import run_arena, tables
 from diffalign.arena.entries import Protocol, entries
-from diffalign.arena.field import Field
+from diffalign.arena.folder import ArenaFolder
 from diffalign.arena.sweep import best, save_sweep, sweep_settings
 from diffalign.cli.main import main
 
@@ -27,7 +27,7 @@ TINY = Protocol(steps=2, seeds=(0, 1), forwards_seeds=(0,), second_seeds=(0,), p
 def held(tmp_path_factory: pytest.TempPathFactory, inline: None) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("arena")
     taking_part = entries(("dpo", "sft", "flipped"))
-    return folder, hold(Field(folder, 2), taking_part, TINY, {"dpo": {"objective.beta": 500.0}}, "a command")
+    return folder, run_arena(ArenaFolder(folder, 2), taking_part, TINY, {"dpo": {"objective.beta": 500.0}}, "a command")
 
 
 def test_three_views_of_every_entry(held: tuple[Path, dict[str, Any]]) -> None:
@@ -108,7 +108,7 @@ def test_a_flipped_sign_is_ranked_last(tmp_path: Path, monkeypatch: pytest.Monke
     """An arena must rank a broken method last, with the interval of its win rate below one half."""
     monkeypatch.setattr(jobs, "STEPS", 10)  # sampling steps; enough for the true reward to tell images apart
     protocol = Protocol(steps=24, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
-    found = hold(Field(tmp_path, 2), entries(("dpo", "flipped")), protocol, {}, "")
+    found = run_arena(ArenaFolder(tmp_path, 2), entries(("dpo", "flipped")), protocol, {}, "")
     dpo, flipped = found["views"][0]["rows"]
     assert (dpo["name"], flipped["name"]) == ("dpo", "flipped")
     assert flipped["rewards"]["world"]["win_rate"][2] < 0.5
@@ -117,7 +117,7 @@ def test_a_flipped_sign_is_ranked_last(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_sweep_tries_and_chooses(tmp_path: Path) -> None:
     protocol = Protocol(steps=1, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
-    found = sweep_settings(Field(tmp_path, 2), entries(("mapo",)), "", protocol)
+    found = sweep_settings(ArenaFolder(tmp_path, 2), entries(("mapo",)), "", protocol)
     trials = found["entries"]["mapo"]["trials"]
     assert [trial["settings"]["training.learning_rate"] for trial in trials[:3]] == [5e-6, 1e-5, 2e-5]
     assert [trial["settings"]["objective.beta"] for trial in trials[3:]] == [0.02, 0.5]

@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign.arena.board import gain, guards, interval, leaderboard_row, leaderboard_table, ranked
 from diffalign.arena.entries import entries
 from diffalign.arena.jobs import FinishedJob
-from diffalign.evaluation.manifest import Picture
+from diffalign.evaluation.manifest import GeneratedImage
 from diffalign.rewards import load_scorer
 from diffalign.world.captions import parse, prompts
 from diffalign.world.render import render
@@ -29,7 +29,7 @@ def run(folder: Path, seed: int, failed: str | None = None) -> FinishedJob:
         for k, pixels in enumerate(render([parse(prompt)] * 3, rng)):
             file = folder / f"{number}_{k}.png"
             Image.fromarray(pixels).save(file)
-            pictures.append(Picture(prompt, k, file))
+            pictures.append(GeneratedImage(prompt, k, file))
     config = {"source": None, "data": {"path": f"{folder}/mine.parquet"}}
     return FinishedJob(config, [] if failed else pictures, [LINE], 1.5, "abc", failed)
 

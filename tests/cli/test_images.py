@@ -75,12 +75,12 @@ def test_missing_images_are_named(base: Path, tmp_path: Path, capsys: pytest.Cap
     before = json.dumps("what was there")
     (base / "scores.jsonl").write_text(before)
     (base / "1_0.png").unlink()
-    said = "names 6 pictures, and 1 of them are not there (first: 1_0.png)"
+    said = "names 6 images, and 1 of them do not exist (first: 1_0.png)"
     out = str(tmp_path / "pairs.parquet")
     for command in (["score", str(base)], ["label", str(base), "--out", out], ["compare", str(base), f"a={base}"]):
         assert said in fails(capsys, *command, "--scorer", JUDGE)
     (base / "manifest.jsonl").write_text("")
-    assert "nothing to look at" in fails(capsys, "score", str(base), "--scorer", JUDGE)
+    assert "generate some first" in fails(capsys, "score", str(base), "--scorer", JUDGE)
     assert (base / "scores.jsonl").read_text() == before
 
 

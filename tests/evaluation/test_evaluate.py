@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.evaluate import evaluate
-from diffalign.evaluation.manifest import MANIFEST, Picture
+from diffalign.evaluation.manifest import MANIFEST, GeneratedImage
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import Scoring, score_folder
 from diffalign.models.loading.family import ModelError
@@ -41,7 +41,7 @@ def paint(folder, levels):
         for seed in SEEDS:
             file = folder / f"{p}_{seed}.png"
             Image.new("RGB", (16, 16), (levels[p][seed],) * 3).save(file)
-            pictures.append(Picture(prompt, seed, file))
+            pictures.append(GeneratedImage(prompt, seed, file))
     return pictures
 
 

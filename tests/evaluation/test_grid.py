@@ -40,5 +40,5 @@ def test_wrapped_text_fits_and_loses_nothing():
 
 
 def test_columns_must_be_as_long_as_the_prompts():
-    with pytest.raises(ValueError, match="column 'dpo' has 1 pictures for 2 prompts"):
+    with pytest.raises(ValueError, match="column 'dpo' has 1 images for 2 prompts"):
         comparison_grid(["a", "b"], {"dpo": [Image.new("RGB", (8, 8))]})

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.manifest import MANIFEST, Picture, manifest_rows, mend_end, read_image_manifest
+from diffalign.evaluation.manifest import MANIFEST, GeneratedImage, manifest_rows, mend_end, read_image_manifest
 
 GOOD = {"file": "a.png", "prompt": "a fox", "seed": 0}
 
@@ -39,8 +39,8 @@ def write(folder: Path, *lines: object, end: str = "\n") -> Path:
         ({**GOOD, "seed": -1}, "seed is -1"),
         ({**GOOD, "seed": 2**63}, "seed is 9223372036854775808"),
         ({**GOOD, "settings": 5}, "settings is 5; leave it out"),
-        ("[1]", "no picture; write"),
-        ("5", "no picture; write"),
+        ("[1]", "is not an image; write"),
+        ("5", "is not an image; write"),
         ('{"file": ', "not JSON"),
         ("[" * 5000, "not JSON"),
         ({**GOOD, "file": "b.png"}, "'a.png' on line 1 and 'b.png' here; keep one"),
@@ -75,5 +75,5 @@ def test_an_image_that_does_not_open_is_named(content: bytes | None, tmp_path: P
         Image.new("RGB", (64, 64)).save(file)
         content = file.read_bytes()[:-60]
     file.write_bytes(content)
-    with pytest.raises(DiffalignError, match=r"a\.png: the picture cannot be read .*make it again"):
-        Picture("a", 0, file).open()
+    with pytest.raises(DiffalignError, match=r"a\.png: the image cannot be read .*generate it again"):
+        GeneratedImage("a", 0, file).open()

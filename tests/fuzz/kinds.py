@@ -190,7 +190,7 @@ def manifest(rng: Random, folder: Path) -> Run:
     if rng.random() < 0.3:
         (folder / "0.png").write_bytes(damaged(rng, png(0, (16, 16))))
     if rng.random() < 0.5:
-        return lambda: [picture.seed for picture in read_image_manifest(folder, whole=rng.random() < 0.5)]
+        return lambda: [picture.seed for picture in read_image_manifest(folder, complete=rng.random() < 0.5)]
     return lambda: score_folder(folder, [load_scorer("world")])
 
 

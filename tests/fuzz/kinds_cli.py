@@ -169,7 +169,7 @@ def _stand_ins(folder: Path) -> Iterator[None]:
             ("training.build.build", enough),
             ("training.build_source.encode_run", enough),
             ("evaluation.generate.sample_images", blank),
-            ("arena.arena.hold", enough),
+            ("arena.arena.run_arena", enough),
             ("cli.demo.run_demo", nothing),
         ):
             stack.enter_context(mock.patch(f"diffalign.{name}", stand_in))

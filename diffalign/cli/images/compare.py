@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> None:
         raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
     if args.out is not None:
         writable([("--out", args.out / file) for file in RESULT_FILES], args.overwrite)
-    base = read_image_manifest(args.base, whole=True)
-    runs = {name: [read_image_manifest(folder, whole=True) for folder in folders] for name, folders in others.items()}
+    base = read_image_manifest(args.base, complete=True)
+    runs = {
+        name: [read_image_manifest(folder, complete=True) for folder in folders] for name, folders in others.items()
+    }
     judges = load_judges(Scoring(args.scorer, args.faithfulness, args.tie), device_of(args.device))
     result, rows = compare(base, runs, judges)
     print(result.table())

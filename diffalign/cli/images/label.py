@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the best over the worst image of each prompt as a preference pair."""
-    from diffalign.evaluation.label import label_pictures
+    from diffalign.evaluation.label import label_images
 
     if len(args.scorer) > 1:
         raise DiffalignError(
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         )
     writable([("--out", args.out)], args.overwrite)
     (judge,) = load_scorers(args.scorer, args.device)
-    found = label_pictures(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite)
+    found = label_images(args.folders, judge, args.out, tie=args.tie, overwrite=args.overwrite)
     print(f"{args.out}: {found.pairs} pairs; prompts left out: {found.ties} with a tie, {found.single} with one image")
     print(f"in a config: data.path={args.out}")
     print_next(["data", "check", str(args.out)], ["init", "my.yaml", "--pairs", str(args.out)])

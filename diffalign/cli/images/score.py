@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.evaluation.scoring import SCORES, score_folder
 
     for folder in args.folders:
-        read_image_manifest(folder, whole=True)
+        read_image_manifest(folder, complete=True)
         writable([(f"{folder}:", folder / SCORES)], args.overwrite)
     judges = load_scorers(args.scorer, args.device)
     for folder in args.folders:

@@ -1,4 +1,4 @@
-"""Where an arena takes place: its folder, its pairs, the base's pictures."""
+"""The folder of an arena: its pairs, and the base's images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from diffalign.arena.jobs import Job
 from diffalign.world.captions import prompts
 from diffalign.world.pairs import Reward, write_pairs
 
-PAIRS, PAIRS_SEED = 1024, 0  # the packaged pairs' number and seed: the same pictures under every preference
+PAIRS, PAIRS_SEED = 1024, 0  # the packaged pairs' number and seed: the same images under every preference
 
 
 @dataclass(frozen=True)
-class Field:
-    """A folder and how many runs go on in it at a time."""
+class ArenaFolder:
+    """A folder, and how many runs work in it at a time."""
 
     folder: Path
     workers: int
@@ -38,7 +38,7 @@ class Field:
         return file
 
     def base(self, protocol: Protocol) -> Job:
-        """The base's pictures for a protocol: what every entry is compared with."""
+        """The base's images for a protocol, which every entry is compared with."""
         return Job(
             self.folder / "base" / f"{protocol.split}-{protocol.pictures}",
             None,
