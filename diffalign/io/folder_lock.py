@@ -113,14 +113,12 @@ def _same_file(opened: int, file: Path) -> bool:
 
 def _read(opened: int) -> dict[str, Any]:
     """The owner that the file names; empty for a new file."""
-    text = os.read(opened, 4096).decode(errors="replace")
-    if not text.strip():
-        return {}
-    try:
-        owner = json.loads(text)
-    except ValueError:
-        owner = None
-    return owner if isinstance(owner, dict) else {"host": "an unknown machine"}
+    text = os.read(opened, 4096).decode(errors="replace").strip()
+    with suppress(ValueError):
+        owner = json.loads(text or "{}")
+        if isinstance(owner, dict):
+            return owner
+    return {"host": "an unknown machine"}
 
 
 def _ended(owner: dict[str, Any], flock: bool) -> bool:

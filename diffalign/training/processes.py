@@ -160,11 +160,7 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch sets "no" by default
     ours = with_precision(config, accelerator.device).training.mixed_precision
     if launched not in ("no", ours) and accelerator.is_main_process:
-        log.warning(
-            "accelerate was launched with mixed precision %s; the run uses the config's training.mixed_precision: %s",
-            launched,
-            ours,
-        )
+        log.warning("mixed precision: accelerate's %s is not used; training.mixed_precision is %s", launched, ours)
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise DiffalignError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")

@@ -210,7 +210,7 @@ def test_precision_is_spoken_of_only_where_the_launcher_was_asked_for_another(
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     make_accelerator(make_config(tiny_sd, {"training.mixed_precision": "bf16"}))
-    assert ("launched with mixed precision fp16" in caplog.text) is said
+    assert ("accelerate's fp16 is not used" in caplog.text) is said
 
 
 def test_other_errors_stay_what_they_are(make_config: MakeConfig, tiny_sd: Path) -> None:

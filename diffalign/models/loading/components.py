@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,19 @@ class ModelFolder:
         """A component as messages name it."""
         return f"the {part or 'VAE'} of {self.spec.name!r}"
 
-    def config(self, part: str) -> dict[str, Any]:
-        """A component's config.json. Raises ModelError where it is missing or not a JSON object."""
+    def read(self, file: str, why: Callable[[Exception], str]) -> dict[str, Any]:
+        """The JSON object in a file. Raises ModelError with the text of `why` where there is none."""
         try:
-            return _read_object(self.path / part / "config.json")
+            found = json.loads((self.path / file).read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f"{file} is not a JSON object")
         except (OSError, ValueError) as error:
-            raise ModelError(_why_no_component(self.what(part), error)) from error
+            raise ModelError(why(error)) from error
+        return found
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A component's config. Raises ModelError where it is missing or not a JSON object."""
+        return self.read(f"{part}/config.json".lstrip("/"), partial(_why_no_component, self.what(part)))
 
     def load(self, cls: Any, part: str, stem: str = UNET_STEM) -> Any:
         """A component with all of its weights, all finite. `stem` is that of its weight files (`stored`).
@@ -115,11 +123,8 @@ def files_of(parts: Iterable[str], variant: str | None) -> list[str]:
 
 
 def read_index(folder: ModelFolder) -> dict[str, Any]:
-    """The pipeline's model_index.json. Raises ModelError when there is none to be had."""
-    try:
-        return _read_object(folder.path / "model_index.json")
-    except (OSError, ValueError) as error:
-        raise ModelError(_why_no_pipeline(folder.path, folder.spec.name, error)) from error
+    """The pipeline's model_index.json. Raises ModelError for a folder that is no pipeline."""
+    return folder.read("model_index.json", partial(_why_no_pipeline, folder))
 
 
 def outline_unet(folder: ModelFolder) -> UNet:
@@ -199,14 +204,8 @@ def _no_tokenizer(what: str, folder: Path) -> str:
 
 def load_scheduler(folder: ModelFolder) -> tuple[dict[str, Any], NoiseSchedule]:
     """The scheduler's config and its noise, as `complete_scheduler` gives them."""
-    file = folder.path / "scheduler" / "scheduler_config.json"
-    try:
-        config = _read_object(file)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no scheduler/scheduler_config.json in {folder.spec.name!r} that can be read: {_first_line(error)}"
-        ) from error
-    return complete_scheduler(config, folder.spec)
+    file = "scheduler/scheduler_config.json"
+    return complete_scheduler(folder.read(file, partial(_why_no_scheduler, folder.spec.name)), folder.spec)
 
 
 def complete_scheduler(config: dict[str, Any], spec: ModelSpec) -> tuple[dict[str, Any], NoiseSchedule]:
@@ -229,18 +228,15 @@ def complete_scheduler(config: dict[str, Any], spec: ModelSpec) -> tuple[dict[st
     return plain | {"_class_name": name or "DDIMScheduler"}, schedule
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises OSError or ValueError."""
-    found = json.loads(file.read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return found
+def _why_no_scheduler(source: str, error: Exception) -> str:
+    return f"no scheduler/scheduler_config.json in {source!r} that can be read: {_first_line(error)}"
 
 
-def _why_no_pipeline(folder: Path, source: str, error: Exception) -> str:
-    if (folder / "model_index.json").is_file():
+def _why_no_pipeline(folder: ModelFolder, error: Exception) -> str:
+    source = folder.spec.name
+    if (folder.path / "model_index.json").is_file():
         return f"{source}/model_index.json cannot be read ({_first_line(error)}); download the model again"
-    if (folder / "unet").is_dir() or list(folder.glob("*.safetensors")):
+    if (folder.path / "unet").is_dir() or list(folder.path.glob("*.safetensors")):
         return (
             f"{source!r} contains tuned weights but no model_index.json: it is not a base model. Set "
             "pretrained_model_name_or_path to the model it was tuned from, and give this folder as "

@@ -1,1 +1,1 @@
-"""What is said of a run before or beside it: the dry run, calibration, gradients, memory."""
+"""Inspection of a run before it starts: the dry run, calibration, gradients, memory, units of scores."""

@@ -76,7 +76,8 @@ def calibratable(config: Config) -> Scale:
         )
     if not config.tuning.starts_at_reference:
         raise CalibrationError(
-            "tuning.resume_lora: the policy differs from its reference already, so no logit is 0; calibrate without it"
+            "tuning.resume_lora: the policy starts from other weights than its reference, so no logit is 0; calibrate "
+            "without it"
         )
     if config.training.mixed_precision == "fp16":
         raise CalibrationError(

@@ -1,16 +1,16 @@
-"""Where does an objective point, before any step is taken? Its gradient beside Diffusion-DPO's on the same pairs.
+"""The direction of an objective before its first step: its gradient beside Diffusion-DPO's on the same pairs.
 
-At the start every objective of the DPO family has the loss log 2, whatever it will do. What differs is the gradient. By
-quarter of the timestep range, and in all:
+At the start every objective of the DPO family has the loss log 2; only the gradients differ. For each quarter of the
+timestep range, and for all of it:
 
     cosine       of the objective's mean gradient with DPO's, on the same pairs and timesteps
-    DPO, again   of DPO's gradient with itself under other noise: what noise alone leaves of 1
+    DPO, again   of DPO's gradient with itself under other noise: below 1 because of noise alone
     ratio        of the norms
-    noise std    of the noise that the network should have answered: 1 for drawn noise
+    noise std    of the noise that the network should have predicted: 1 for drawn noise
     error        of the policy there, chosen and rejected side
 
-A cosine costs no training run, and does not replace one: it is about the first step in the space of raw weights.
-Memory is twelve gradients; take LoRA for a large model.
+A cosine needs no training run and does not replace one: it describes the first step in the space of raw weights.
+Memory: twelve gradients; use LoRA for a large model.
 """
 
 from __future__ import annotations
