@@ -119,6 +119,23 @@ def test_the_sources_reference_is_the_dataclass(name: str) -> None:
     )
 
 
+def test_every_health_rule_is_explained_and_has_a_remedy() -> None:
+    from diffalign.training.callbacks.health_rules import RULES
+
+    pages = ("health.md", *(f"how_to/{page}.md" for page in ("training", "images")))
+    explained, *remedies = ((DOCS / page).read_text() for page in pages)
+    for rule in (*RULES, "not_finite"):
+        assert f"| `{rule}` |" in explained
+        assert any(f"`{rule}`" in page for page in remedies), rule
+
+
+def test_every_paper_of_the_code_and_the_pages_is_in_the_index() -> None:
+    paper = re.compile(r"(?:arXiv:? ?|arxiv\.org/abs/)(\d{4}\.\d{5})")
+    index = set(paper.findall((DOCS / "papers.md").read_text()))
+    for file in [*(DOCS.parent / "diffalign").rglob("*.py"), *DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
+        assert sorted(set(paper.findall(file.read_text())) - index) == [], file
+
+
 def test_what_may_change_on_resuming_is_listed() -> None:
     listed = set(re.findall(r"`((?:\w+\.)?\w+)`", part("training.md", "Resuming")))
     assert _FREE - {"output_dir", "overwrite_output_dir"} <= listed
