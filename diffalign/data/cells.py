@@ -1,4 +1,4 @@
-"""One cell of a stored row as a prompt or an image. What is neither drops its row, with the reason."""
+"""One cell of a stored row as a prompt or an image. A cell that is neither drops its row, with the reason."""
 
 from __future__ import annotations
 

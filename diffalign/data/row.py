@@ -112,13 +112,14 @@ class ImageRef:
         except Image.DecompressionBombError as error:
             raise ImageError(HUGE, f"{self.where}: {error}; save a smaller copy") from error
         except Exception as error:  # PIL decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            there = self.data is not None or os.path.isfile(str(self.path))
-            if there and (instead := stand_in(self.read()[:64])) is not None:
-                raise ImageError(CORRUPT, f"{self.where}: {instead}") from error
-            reason = re.sub(r"<_io.BytesIO[^>]*>", "the bytes", " ".join(str(error).split()))[:120]
-            raise ImageError(
-                CORRUPT, f"{self.where}: does not open as an image ({reason}); replace it or remove the row"
-            ) from error
+            raise self._corrupt(error) from error
+
+    def _corrupt(self, error: Exception) -> ImageError:
+        there = self.data is not None or os.path.isfile(str(self.path))
+        if there and (instead := stand_in(self.read()[:64])) is not None:
+            return ImageError(CORRUPT, f"{self.where}: {instead}")
+        reason = re.sub(r"<_io.BytesIO[^>]*>", "the bytes", " ".join(str(error).split()))[:120]
+        return ImageError(CORRUPT, f"{self.where}: does not open as an image ({reason}); replace it or remove the row")
 
     def _missing(self, error: OSError) -> ImageError:
         return ImageError(MISSING_SIDE, f"{self.where}: cannot read {self.path} ({error.strerror}); restore the file")

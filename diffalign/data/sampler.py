@@ -1,4 +1,4 @@
-"""Which pair is visited when: one seeded permutation per epoch, and who draws which position of it.
+"""The order of the visits: one seeded permutation per epoch, and the positions of it that each process takes.
 
 A run is a line of positions 0, 1, 2, …; position p is visited at epoch p // n. An optimiser step takes the
 next `batch * accumulation * processes` positions, so resuming needs the step number alone, and the set of
@@ -24,7 +24,7 @@ Order = Callable[[int], tuple[int, int]]  # position -> (index of the pair, draw
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of a launch's processes this one is; work is shared out by `share`."""
+    """This process among those of a launch; `share` divides work among them."""
 
     process_index: int = 0
     num_processes: int = 1

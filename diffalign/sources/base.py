@@ -32,7 +32,7 @@ class SourceError(DiffalignError):
 
 
 class Source(Protocol):
-    """Where pairs come from, as the training loop sees it."""
+    """A stream of pairs, as the training loop uses it."""
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
         """Micro-batches of this process from optimiser step `first_step` on, without end.
@@ -128,7 +128,7 @@ class CandidateSettings(Protocol):
 
 
 def candidates_valid(settings: CandidateSettings) -> None:
-    """Raises ValueError for settings with which nothing can be sampled or compared."""
+    """Raises DiffalignError for settings with which nothing can be sampled or compared."""
     at_least("samples_per_prompt", settings.samples_per_prompt, 2)
     at_least("prompts_per_round", settings.prompts_per_round, 1)
     at_least("sampling_steps", settings.sampling_steps, 1)
@@ -137,6 +137,6 @@ def candidates_valid(settings: CandidateSettings) -> None:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raises ValueError for a count below what makes sense."""
+    """Raises DiffalignError for a count below what makes sense."""
     if value < least:
         raise DiffalignError(f"{name} = {value}: must be at least {least}")

@@ -84,7 +84,7 @@ def compare(scores: Tensor, threshold: float) -> Comparison:
 
 @dataclass(frozen=True)
 class Branching:
-    """Where a chain branches, and which differences of scores count."""
+    """The steps at which a chain branches, and the differences of scores that count."""
 
     levels: Tensor  # int64 [level]: t before each step, and after the last
     at: tuple[int, ...]  # indices of the branching steps

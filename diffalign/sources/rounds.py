@@ -82,7 +82,7 @@ class Records(Record):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one process made of a round."""
+    """One process's part of a round."""
 
     records: Records | None  # None: no valid pair
     metrics: dict[str, Tensor]  # of all that was made, valid or not; averaged over entries and processes
@@ -96,7 +96,7 @@ def fingerprint(settings: Any, table_identity: str, run_seed: int, resolution: i
 
 @dataclass(frozen=True)
 class About:
-    """What the pairs of a round were made by and with."""
+    """The policy and the settings that made the pairs of a round."""
 
     round: int
     policy_version: int  # optimiser steps that the policy had taken
@@ -109,7 +109,7 @@ class About:
 
 
 def round_folder(folder: Path, number: int) -> Path:
-    """Where the files of a round are."""
+    """The folder of a round's files."""
     return folder / f"round-{number:05d}"
 
 

@@ -94,7 +94,7 @@ class SelfPlay:
         return source
 
     def entry(self, seed: int, iteration: int) -> int:
-        """Which policy is the reference: 0 is the start, k the one after k iterations."""
+        """The policy that is the reference: 0 is the start, k the one after k iterations."""
         if self.reference == "random":
             import torch
 

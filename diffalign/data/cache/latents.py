@@ -66,7 +66,7 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """How images are prepared for a cache. Raises DataError for what no cache can hold."""
+    """How images are prepared for a cache. Raises DataError for settings that no cache can have."""
 
     resolution: int  # pixels
     center_crop: bool = True
@@ -179,13 +179,16 @@ def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
     if lines := differences(key, expected):
         raise DataError("\n".join([f"the latent cache {folder} does not match this run:", *lines]))
     if missing := plan.missing(folder):
-        total = len(plan.moments_shards()) + len(plan.text_shards())
-        raise DataError(
-            f"the latent cache {folder} is incomplete: {len(missing)} of {total} shards are missing "
-            f"(first: {missing[0]}); run the same `diffalign encode` again, it continues where it "
-            "stopped"
-        )
+        raise _incomplete(folder, plan, missing)
     return PairCache(folder, key, plan)
+
+
+def _incomplete(folder: Path, plan: Plan, missing: list[str]) -> DataError:
+    total = len(plan.moments_shards()) + len(plan.text_shards())
+    return DataError(
+        f"the latent cache {folder} is incomplete: {len(missing)} of {total} shards are missing (first: "
+        f"{missing[0]}); run the same `diffalign encode` again, it continues where it stopped"
+    )
 
 
 class PairCache:

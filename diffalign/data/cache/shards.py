@@ -101,7 +101,7 @@ def in_own_order(folder: Path, names: list[str], hashed: bool = True) -> Iterato
 
 
 def _complete(folder: Path, names: list[str], hashed: bool) -> set[str]:
-    """Which of some shards are as they were written. The others are removed."""
+    """The names of the shards that are undamaged. The others are removed."""
     complete, without = set(), 0
     with (
         ThreadPoolExecutor(READERS) as readers,
@@ -200,5 +200,5 @@ def sweep(folder: Path) -> None:
 
 
 def not_finite(values: Tensor) -> list[int]:
-    """Which entries of the first axis hold a value that is no finite number."""
+    """The entries of the first axis that have a value which is not a finite number."""
     return (~values.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()

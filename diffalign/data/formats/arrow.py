@@ -78,7 +78,7 @@ class SplitRow:
 
 
 def arrow_builder(files: Sequence[Path]) -> DatasetBuilder:
-    """What makes one memory-mapped data set of parquet files, once, in the Hugging Face cache."""
+    """The builder of one memory-mapped data set of parquet files, once, in the Hugging Face cache."""
     from datasets import load_dataset_builder
 
     return load_dataset_builder("parquet", data_files={"train": [escape(str(file)) for file in files]})

@@ -1,4 +1,4 @@
-"""Which files of a folder belong to a split, by their names.
+"""The files of a folder that belong to a split, by their names.
 
 A split is a word of a file's name or of a folder's, in any case: `train-00000-of-00004.parquet`, `data/Test/a.tar`,
 `pairs_holdout.jsonl`. Pick-a-Pic's `validation_unique` and `test_unique` are splits of their own. The file's own name

@@ -50,7 +50,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def odd(text: str) -> str | None:
-    """What a text holds that no prompt and no path can, or None."""
+    """The fault of a text that no prompt and no path can have, or None."""
     if "\0" in text:
         return "contains a NUL character"
     try:

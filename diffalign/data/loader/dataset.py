@@ -24,7 +24,7 @@ ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mea
 
 
 class Content(Protocol):
-    """Where the two images of a pair come from."""
+    """The store of the images of pairs: pixels to decode, or a cache."""
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
         """One pair at one visit: its images, and its text where that is stored; `prompt` None means the null prompt.

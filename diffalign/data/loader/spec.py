@@ -9,7 +9,7 @@ from diffalign.data.sampler import ALONE, Order, Processes
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What `OfflinePairs` does with a table of pairs."""
+    """How `OfflinePairs` draws and reads the pairs of a table."""
 
     run_seed: int
     train_batch_size: int  # pairs of this process in a micro-batch

@@ -1,1 +1,1 @@
-"""What fills the caches, shard by shard, by any number of processes."""
+"""Filling the caches, shard by shard, by any number of processes."""

@@ -39,7 +39,7 @@ _TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array co
 
 
 def remembered_at(stored: Columns, settings: dict[str, Any]) -> Path | None:
-    """Where the note on some rows opened with some settings is or will be; None for rows that have none."""
+    """The file of the note on some rows opened with some settings; None for rows that have none."""
     if len(stored) < FROM_ROWS or not stored.files:
         return None
     state = files_state(stored.files)

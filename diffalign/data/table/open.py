@@ -72,14 +72,18 @@ def open_columns(path: str | Path, split: str = "train") -> Columns:
         return _open_file(place)
     if place.is_dir():
         return _open_folder(place, split)
-    text = str(path)
-    if text.startswith((".", "/", "~")) or place.suffix or not _HUB_ID.fullmatch(text):
+    return _open_hub(str(path), place, split)
+
+
+def _open_hub(name: str, place: Path, split: str) -> Columns:
+    """A Hub data set. Raises DataError for a name that can only be a path."""
+    if name.startswith((".", "/", "~")) or place.suffix or not _HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(place.name, _listed(place.parent), n=1)
         hint = f"; did you mean {place.parent / near[0]}?" if near else ""
-        raise DataError(f"there is no file or folder {path}{hint}")
+        raise DataError(f"there is no file or folder {name}{hint}")
     from diffalign.data.formats.arrow import open_hub
 
-    return open_hub(text, split)
+    return open_hub(name, split)
 
 
 def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tuple[Columns, Layout]:
@@ -121,13 +125,7 @@ def find_layout(stored: Columns, format: str, columns: Mapping[str, str]) -> tup
             rows = two_prompts.TwoPrompts(stored, found)
             return rows, replace(rows.layout, terms={part: part for part in terms})
         return stored, replace(_LAYOUTS[name].layout(found), terms=terms)
-    lines = [f"{stored.storage} {_has(stored)}; no known format matches:"]
-    for name in sorted(wanted, key=lambda each: len(missing[each])):
-        for part in missing[name]:
-            names = _parts(name)[part]
-            lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
-    lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
-    raise DataError("\n".join(lines))
+    raise _none_fits(stored, missing)
 
 
 def _parts(name: str) -> dict[str, tuple[str, ...]]:
@@ -138,6 +136,17 @@ def _parts(name: str) -> dict[str, tuple[str, ...]]:
 def _optional(name: str) -> frozenset[str]:
     """The parts that may be missing in a format."""
     return _PARTS[name].OPTIONAL | TERMS.keys()
+
+
+def _none_fits(stored: Columns, missing: Mapping[str, Sequence[str]]) -> DataError:
+    """The error for rows that lack columns of every format."""
+    lines = [f"{stored.storage} {_has(stored)}; no known format matches:"]
+    for name in sorted(missing, key=lambda each: len(missing[each])):
+        for part in missing[name]:
+            names = _parts(name)[part]
+            lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
+    lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
+    return DataError("\n".join(lines))
 
 
 class SeveralFormatsError(DataError):

@@ -1,6 +1,6 @@
 """The usable pairs of a data set: an index over stored rows; images stay where they are.
 
-`examine.py` makes the index, once. A table adds what is known of the pairs besides: scores and users from other files.
+`examine.py` makes the index, once. A table adds scores and users from other files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 
 class PairTable:
-    """Usable pairs, in stored order: `len(table)`, `table[i]`, and what was wrong with the other rows."""
+    """Usable pairs, in stored order: `len(table)`, `table[i]`; `problems` names the other rows with the reasons."""
 
     def __init__(self, columns: Columns, layout: Layout, index: Index, *, invert_preference: bool = False) -> None:
         self.columns, self.layout, self.invert_preference = columns, layout, invert_preference
@@ -69,7 +69,7 @@ class PairTable:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Which of the terms in `data/weights.py` the data have."""
+        """The names of the terms that the data have; see `data/weights.py`."""
         return tuple(self.layout.terms)
 
     @property
@@ -168,7 +168,7 @@ class PairTable:
         return sum(self.index.ties)
 
     def parts(self) -> dict[str, list[bytes | bytearray | array[Any]]]:
-        """What the pairs are besides ids and prompts, as raw numbers by part, for hashing; see `table/identity`."""
+        """The pairs besides ids and prompts, as raw numbers by part, for hashing; see `table/identity`."""
         index = self.index
         parts: dict[str, list[bytes | bytearray | array[Any]]] = {"sides": [index.first, index.ties]}
         if index.scores is not None:

@@ -29,7 +29,7 @@ class PromptError(DataError):
 
 
 class Table(Protocol):
-    """What every table of a run has, of pairs, of winners or of prompts alone: rows with an id and a prompt."""
+    """A table of a run, of pairs, of winners or of prompts alone: rows with an id and a prompt."""
 
     ids: list[str]
     prompts: list[str]
