@@ -133,9 +133,11 @@ def can_train_in_bf16(config: Any) -> None:
 def usable_together(config: Any) -> None:
     """Raises DiffalignError for settings that a source does not support."""
     source, objective, data = config.source, config.objective, config.data
-    if source.objectives and objective.name not in source.objectives:
+    if source.gives not in ("images", objective.compares):
+        usable = " or ".join(name for name, cls in OBJECTIVES.items() if cls.compares == source.gives)
         raise DiffalignError(
-            f"source: {source.name} generates data for objective {' or '.join(source.objectives)} only"
+            f"source: {source.name} generates {source.gives} for objective {usable} only, and objective "
+            f"{objective.name} compares {objective.compares}"
         )
     for own, its in getattr(source, "same_in_objective", {}).items():
         if getattr(source, own) != getattr(objective, its):

@@ -21,9 +21,9 @@ class HealthSection(Section):
     backwards: Fraction = 0.35  # share of pairs with chosen above rejected
     no_movement: Positive = 0.02  # mean size of a logit, and distance of the loss from log 2
     no_movement_after: Fraction = 0.2  # share of the run's steps before which a loss may stay at log 2
-    dead_flips: Fraction = 0.02  # distance of SePPO's flip rate from 0 or 1
+    dead_flips: Fraction = 0.02  # distance of flip_rate from 0 or 1
     valid_pairs: Fraction = 0.02  # share of valid pairs among those that a source makes
-    clipped: Fraction = 0.95  # share of SPO's ratios outside the clip
+    clipped: Fraction = 0.95  # share of ratios outside the clip
     lr_factor: Decay = 0.5  # of the learning rate at each roll back
     max_roll_backs: Count = 2  # then the run stops
 

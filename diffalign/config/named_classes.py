@@ -21,7 +21,7 @@ from diffalign.models.adapters.methods import METHODS, TuningMethod, find_method
 BOUNDS = ("ge", "gt", "le", "lt")
 _NEEDED = {
     "objective": ("name", "paper", "needs_reference", "drawn", "scale_field", "probe", "score"),
-    "source": ("name", "paper", "data", "objectives", "own_reference", "build", "small"),
+    "source": ("name", "paper", "data", "gives", "own_reference", "build", "small"),
 }
 
 

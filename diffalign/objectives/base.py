@@ -11,7 +11,7 @@ refuses a margin or a mask with negative values if the objective does not declar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
+Compared = Literal["images", "chosen images", "steps"]  # steps: transitions that a sampler recorded
+
 
 class Objective(Protocol):
     """The interface of a preference objective. Inherit from it to have the defaults."""
@@ -29,6 +31,7 @@ class Objective(Protocol):
     name: ClassVar[str]  # the name in configs
     paper: ClassVar[str]  # "Authors, title, arXiv id"
     needs_reference: ClassVar[bool] = True  # False: no reference model is loaded or called
+    compares: ClassVar[Compared] = "images"  # what it uses of a pair
     takes_margin: ClassVar[bool] = False  # True: its loss is of log σ(logit), less the margin in the logit
     takes_signs: ClassVar[bool] = False  # True: the loss depends on a difference of the sides; a mask of −1 swaps them
     scale_field: ClassVar[str | None] = None  # the field that scales the logit near the reference, for `calibrate`

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign.objectives.base import OnSharedNoise, SharedNoise
+from diffalign.objectives.base import Compared, OnSharedNoise, SharedNoise
 from diffalign.types import CHOSEN, Evidence, Score
 
 
@@ -22,6 +22,7 @@ class SFT(OnSharedNoise):
     name: ClassVar[str] = "sft"
     paper: ClassVar[str] = "Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239, eq. 14"
     needs_reference: ClassVar[bool] = False
+    compares: ClassVar[Compared] = "chosen images"
 
     @property
     def points(self) -> SharedNoise:

@@ -37,7 +37,7 @@ from diffalign.engine import ddim
 from diffalign.engine.measure import Models
 from diffalign.engine.schedule import spread
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import Objective, less_margin, positive, reward_metrics
+from diffalign.objectives.base import Compared, Objective, less_margin, positive, reward_metrics
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 
@@ -55,6 +55,7 @@ class SPO(Objective):
         "Liang et al., Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
         "Optimization, arXiv 2406.04314"
     )
+    compares: ClassVar[Compared] = "steps"
     scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True

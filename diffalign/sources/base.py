@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.models.loading.modules import UNet
-from diffalign.objectives.base import positive
+from diffalign.objectives.base import Compared, positive
 from diffalign.types import PairBatch
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Settings(Protocol):
     name: ClassVar[str]  # the name in configs
     paper: ClassVar[str]  # "Authors, title, arXiv id"
     data: ClassVar[Literal["prompts", "winners"]]  # what `data.path` must hold
-    objectives: ClassVar[tuple[str, ...]]  # the only ones that can use its pairs; empty: any
+    gives: ClassVar[Compared]  # what an objective must compare to use its pairs; images: any objective can
     own_reference: ClassVar[bool]  # the source decides what the reference is
     # A source may also have `same_in_objective`, a ClassVar[dict[str, str]]: fields that must equal the objective's.
 

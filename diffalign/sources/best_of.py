@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from diffalign.objectives.base import Compared
 from diffalign.sources.base import Context, Settings, Source, candidates_valid
 
 
@@ -32,7 +33,7 @@ class BestOf:
     name: ClassVar[str] = "best_of"
     paper: ClassVar[str] = "Dong et al., RAFT: Reward rAnked FineTuning, arXiv 2304.06767"
     data: ClassVar[Literal["prompts", "winners"]] = "prompts"
-    objectives: ClassVar[tuple[str, ...]] = ("sft",)
+    gives: ClassVar[Compared] = "chosen images"
     own_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.objectives.base import Compared
 from diffalign.sources.base import Context, Settings, Source, candidates_valid
 
 
@@ -35,7 +36,7 @@ class OnlinePairs:
     name: ClassVar[str] = "online_pairs"
     paper: ClassVar[str] = "Guo et al., Direct Language Model Alignment from Online AI Feedback, arXiv 2402.04792"
     data: ClassVar[Literal["prompts", "winners"]] = "prompts"
-    objectives: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[Compared] = "images"
     own_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from diffalign.errors import DiffalignError
+from diffalign.objectives.base import Compared
 from diffalign.sources.base import Context, Settings, Source, at_least
 from diffalign.sources.branching import Rule
 
@@ -45,7 +46,7 @@ class BranchingRollout:
         "Optimization, arXiv 2406.04314"
     )
     data: ClassVar[Literal["prompts", "winners"]] = "prompts"
-    objectives: ClassVar[tuple[str, ...]] = ("spo",)
+    gives: ClassVar[Compared] = "steps"
     own_reference: ClassVar[bool] = False
     same_in_objective: ClassVar[dict[str, str]] = {"eta": "eta", "guidance_scale": "guidance"}
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffalign.engine.random import generator, pair_key
 from diffalign.errors import DiffalignError
-from diffalign.objectives.base import positive
+from diffalign.objectives.base import Compared, positive
 from diffalign.sources.base import Context, Settings, Source, SourceError, at_least
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class SelfPlay:
     name: ClassVar[str] = "selfplay"
     paper: ClassVar[str] = "Zhang et al., SePPO: Semi-Policy Preference Optimization, arXiv 2410.05255"
     data: ClassVar[Literal["prompts", "winners"]] = "winners"
-    objectives: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[Compared] = "images"
     own_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

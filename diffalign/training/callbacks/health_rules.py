@@ -108,7 +108,7 @@ RULES = {
         report="likelihood displacement: {displacement:.0%} of the chosen images are less likely than under the "
         "reference (rewards/chosen {rewards/chosen:.3g}) while margins grow ({rewards/margins:.3g}). The policy "
         "becomes worse at everything, only at the rejected images faster. Try a lower training.learning_rate, a larger "
-        "objective.beta, fewer steps, or an objective with a term for the chosen side (mapo, sft)",
+        "objective.beta, fewer steps, or an objective with a term for the chosen images (docs/objectives.md lists them)",
         lower_lr=True,
     ),
     # Most logits are so large that σ no longer weighs pairs: those won have no gradient, those lost a full one.
@@ -132,7 +132,7 @@ RULES = {
         bad=every(lambda x, health: x["rewards/accuracies"] < health.backwards and x["rewards/margins"] < 0),
         report="backwards: of the training pairs only {rewards/accuracies:.0%} have the chosen image above the "
         "rejected one, and margins are below 0 ({rewards/margins:.3g}). Descent prefers the rejected images: the sign "
-        "of its loss is wrong, or its targets are (try objective.name: dpo on the same pairs). Swapped labels have "
+        "of its loss is wrong, or its targets are (try Diffusion-DPO on the same pairs). Swapped labels have "
         "other symptoms: they are learned as well as right ones",
     ),
     # Well into the run the loss is where it started, log 2, and every logit near 0.
