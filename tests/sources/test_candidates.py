@@ -118,7 +118,8 @@ def test_configs_are_checked(make_config: MakeConfig, tiny_sd: Path, tmp_path: P
     assert "samples_per_prompt = 1: must be at least 2" in fault(
         source={"name": "best_of", "scorer": "x", "samples_per_prompt": 1}
     )
-    assert "generates chosen images for objective sft only, and objective dpo compares images" in fault(source={"name": "best_of", "scorer": "world"})
+    of_winners = fault(source={"name": "best_of", "scorer": "world"})
+    assert "generates chosen images for objective sft only, and objective dpo compares images" in of_winners
     assert "data.cache_dir: source online_pairs" in fault(**{"data.cache_dir": "x"})
     config = make_config(tiny_sd, {"source": {"name": "online_pairs", "scorer": "world", "min_gap": 0.1}})
     assert config.resolved()["source"]["min_gap"] == 0.1
