@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from diffalign.objectives import RobustDPO as RobustDPO
     from diffalign.objectives import SePPO as SePPO
     from diffalign.objectives import SmPO as SmPO
+    from diffalign.training.callbacks.base import Callback as Callback
+    from diffalign.training.callbacks.base import TrainingState as TrainingState
     from diffalign.training.trainer import FullFineTuning as FullFineTuning
     from diffalign.training.trainer import LoRA as LoRA
     from diffalign.training.trainer import Trainer as Trainer
@@ -61,6 +63,7 @@ _HOME = {
     "Scoring": "diffalign.evaluation.scoring",
     "Tuned": "diffalign.evaluation.recipe",
     "disable_progress_bars": "diffalign.io.progress",
+    **dict.fromkeys(("Callback", "TrainingState"), "diffalign.training.callbacks.base"),
     **dict.fromkeys(_OBJECTIVES.split(), "diffalign.objectives"),
     **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.types"),
     **dict.fromkeys(

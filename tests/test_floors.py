@@ -7,6 +7,7 @@ a string, as `diffalign.rewards` does; such strings are not imports, and this te
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import sys
 import tomllib
@@ -53,6 +54,8 @@ ONLY_IN = {
     "pydantic": {"config"},
     "yaml": {"config", "training", "arena/page.py"},
 }
+# The registries of the core that name what contrib adds: guidance, tuning methods, scorers, what a run trains.
+NAMES_CONTRIB = {"evaluation/generate.py", "models/adapters/methods.py", "rewards/__init__.py", "training/run.py"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}
 
 
@@ -126,6 +129,19 @@ def test_contributing_explains_the_levels() -> None:
 
 def test_modules_import_only_from_lower_levels_or_their_own_package() -> None:
     assert level_faults(sources()) == []
+
+
+def test_the_core_names_contrib_only_in_its_registries() -> None:
+    """By strings, since an import would go up; each of them exists."""
+    named = {
+        (file, node.value)
+        for file, source in sources().items()
+        for node in ast.walk(ast.parse(source))
+        if top(file) != "contrib" and isinstance(node, ast.Constant) and str(node.value).startswith("diffalign.contrib")
+    }
+    assert {file for file, _ in named} == NAMES_CONTRIB
+    for _, name in named:
+        assert pkgutil.resolve_name(str(name)) is not None
 
 
 def test_third_party_packages_stay_where_they_belong() -> None:

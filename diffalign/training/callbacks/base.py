@@ -1,5 +1,7 @@
 """What a callback is, and the state of the loop that it reads and may change.
 
+    from diffalign import Callback, Trainer
+
     class Patience(Callback):
         def on_log(self, state):
             if state.metrics["loss"] < 0.1:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from diffalign import Trainer, TrainingArguments, load_pairs
-from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign import Callback, Trainer, TrainingArguments, TrainingState, load_pairs
 from diffalign.training.trainable import TrainingError
 from diffalign.world import base_path, pairs_path
 
