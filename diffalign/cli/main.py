@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from diffalign.cli.commands import make_parser
-from diffalign.cli.terminal import guarded, quiet_libraries
+from diffalign.cli.terminal import guarded, quiet_libraries, write_styled
 from diffalign.errors import BUG, Interrupted, explain, printable
 from diffalign.training.processes import one_process
 
@@ -53,9 +53,11 @@ def _run(words: Sequence[str]) -> None:
         if message is None or os.environ.get("DIFFALIGN_TRACEBACK"):
             traceback.print_exc()
         if message is None:
-            print(f"\ndiffalign {args.command}: {BUG}", file=sys.stderr)
+            write_styled(f"\ndiffalign {args.command}:", "error", sys.stderr)
+            print(f" {BUG}", file=sys.stderr)
             sys.exit(1)
-        print(f"diffalign {args.command}: {message}", file=sys.stderr)
+        write_styled(f"diffalign {args.command}:", "error", sys.stderr)
+        print(f" {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         if main_thread:

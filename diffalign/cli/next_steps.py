@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
+
+from diffalign.cli.terminal import write_styled
 
 
 def print_next(*commands: Sequence[str]) -> None:
     """Prints each command as it is typed; words are those behind `diffalign`."""
     if commands:
-        print("next:")
+        write_styled("next:\n", "heading", sys.stdout)
     for words in commands:
         print(f"  {shlex.join(['diffalign', *words])}")
 

@@ -19,6 +19,15 @@ from typing import Any
 from diffalign.errors import printable
 
 MOVES = re.compile("(\r|\x1b\\[A)")  # tqdm's
+STYLES = {"error": "\x1b[31m", "heading": "\x1b[1m"}  # red, bold
+
+
+def write_styled(text: str, style: str, stream: Any) -> None:
+    """Writes `text` to a stream, in a style where it is a `Terminal` that shows one."""
+    if isinstance(stream, Terminal):
+        stream.write_styled(text, style)
+    else:
+        stream.write(text)
 
 
 class Terminal:
@@ -35,6 +44,11 @@ class Terminal:
         else:
             self._stream.write("".join(p if MOVES.fullmatch(p) else printable(p) for p in MOVES.split(text)))
         return len(text)
+
+    def write_styled(self, text: str, style: str) -> None:
+        """Writes `text` in a style of `STYLES` where this is a terminal that shows one (NO_COLOR: no-color.org)."""
+        plain = not self._stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self._stream.write(printable(text) if plain else f"{STYLES[style]}{printable(text)}\x1b[0m")
 
     def writelines(self, lines: Any) -> None:
         """Writes each of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -297,6 +298,23 @@ def test_escape_codes_of_others_stay_off_the_terminal(capsys: pytest.CaptureFixt
     assert not isinstance(sys.stdout, Terminal)
     message = fails(capsys, "train", f"x{evil}.yaml")
     assert "\x1b" not in message
+
+
+def test_colours_are_for_terminals_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    screen, file = Screen(), io.StringIO()
+    for stream in (screen, file):
+        Terminal(stream, moves=False).write_styled("a\x1b[2Jb", "error")
+    assert screen.getvalue() == "\x1b[31ma\\x1b[2Jb\x1b[0m"
+    assert file.getvalue() == "a\\x1b[2Jb"
+    monkeypatch.setenv("NO_COLOR", "1")
+    Terminal(quiet := Screen(), moves=False).write_styled("a", "error")
+    assert quiet.getvalue() == "a"
 
 
 def test_commands_do_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
