@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,22 +32,44 @@ class Report:
     """The findings about one data set. `text()` is for people, `json()` for programs."""
 
     path: str
-    format: str
-    storage: str
     verify: str
-    total_rows: int
-    examined_rows: int
-    usable: int
-    ties: int  # ties that are used; the others are among the problems
-    problems: tuple[Problem, ...]
-    shorter_sides: tuple[int, ...]  # pixels, of each image of a usable pair; empty with verify="none"
-    size_range: tuple[str, str, str] | None  # "WxH" of the smallest, median and largest image by area
-    extreme: tuple[tuple[str, str], ...]  # row and "WxH" of pairs with an image more than EXTREME times as long as wide
     resolution: int | None
-    prompt_lengths: tuple[int, int, int] | None  # characters: min, median, max
-    unique_prompts: int
-    most_repeated: tuple[str, int] | None  # a prompt and its number of pairs
     table: PairTable
+
+    @property
+    def usable(self) -> int:
+        """Number of usable pairs, ties among them."""
+        return len(self.table)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Every row with a fault."""
+        return self.table.problems
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image of a usable pair, by area; none with verify="none"."""
+        return sorted(self.table.sizes, key=lambda size: size[0] * size[1])
+
+    @property
+    def size_range(self) -> tuple[str, str, str] | None:
+        """ "WxH" of the smallest, median and largest image by area."""
+        sizes = self.sizes
+        return (_size(sizes[0]), _size(sizes[len(sizes) // 2]), _size(sizes[-1])) if sizes else None
+
+    @property
+    def prompt_range(self) -> tuple[int, int, int] | None:
+        """Characters of the prompts: min, median, max."""
+        lengths = sorted(map(len, self.table.prompts))
+        return (lengths[0], int(median(lengths)), lengths[-1]) if lengths else None
+
+    @cached_property
+    def extreme(self) -> list[tuple[str, str]]:
+        """Row and "WxH" of pairs with an image more than EXTREME times as long as wide."""
+        sides = self.table.sizes
+        pairs = ((index, sides[2 * index : 2 * index + 2]) for index in range(len(sides) // 2))
+        longest = ((index, max(both, key=lambda size: max(size) / min(size))) for index, both in pairs)
+        return [(self.table.where(i), _size(size)) for i, size in longest if max(size) > EXTREME * min(size)]
 
     @property
     def by_kind(self) -> dict[str, list[Problem]]:
@@ -57,70 +80,67 @@ class Report:
     @property
     def smaller(self) -> int | None:
         """Images whose shorter side is below the resolution and will be enlarged."""
-        return None if self.resolution is None else sum(s < self.resolution for s in self.shorter_sides)
+        return None if self.resolution is None else sum(min(size) < self.resolution for size in self.sizes)
 
     def json(self) -> dict[str, Any]:
         """Everything in `text()`, with every problem."""
+        table, sizes, lengths = self.table, self.size_range, self.prompt_range
         return {
             "path": self.path,
-            "format": self.format,
-            "storage": self.storage,
+            "format": table.format,
+            "storage": table.storage,
             "verify": self.verify,
-            "rows": self.total_rows,
-            "rows_examined": self.examined_rows,
+            "rows": table.total_rows,
+            "rows_examined": table.index.examined_rows,
             "usable_pairs": self.usable,
-            "ties_kept": self.ties,
+            "ties_kept": table.ties,
             "problems": {
                 kind: [{"row": each.where, "reason": each.reason, "dropped": each.dropped} for each in found]
                 for kind, found in self.by_kind.items()
             },
-            "sizes": dict(zip(("smallest", "median", "largest"), self.size_range)) if self.size_range else None,
+            "sizes": dict(zip(("smallest", "median", "largest"), sizes)) if sizes else None,
             "extreme_aspect_ratios": [{"row": where, "size": size} for where, size in self.extreme],
             "resolution": self.resolution,
             "images_smaller_than_resolution": self.smaller,
-            "prompt_characters": dict(zip(("min", "median", "max"), self.prompt_lengths))
-            if self.prompt_lengths
-            else None,
-            "unique_prompts": self.unique_prompts,
+            "prompt_characters": dict(zip(("min", "median", "max"), lengths)) if lengths else None,
+            "unique_prompts": len(set(table.prompts)),
         }
 
     def text(self) -> str:
         """A page for the terminal."""
-        layout = self.table.layout
+        table, layout = self.table, self.table.layout
         lines = [
-            f"{self.path}: {self.format} columns in {self.storage}",
+            f"{self.path}: {table.format} columns in {table.storage}",
             f"columns       prompt: {layout.prompt}; images: {', '.join(layout.images)}"
             + (f"; label: {layout.labels[0]}" if layout.labels[0] else ""),
-            f"rows          {self.total_rows}"
-            + (f" = 2 for each of {self.total_rows // 2}" if self.format == FORMAT else "")
-            + (f" ({self.examined_rows} examined)" if self.examined_rows < self.total_rows else ""),
-            f"usable pairs  {self.usable}" + (f" (of them {self.ties} ties)" if self.ties else ""),
+            f"rows          {table.total_rows}"
+            + (f" = 2 for each of {table.total_rows // 2}" if table.format == FORMAT else "")
+            + (f" ({table.index.examined_rows} examined)" if table.index.examined_rows < table.total_rows else ""),
+            f"usable pairs  {self.usable}" + (f" (of them {table.ties} ties)" if table.ties else ""),
         ]
-        if self.table.terms:
-            named = ", ".join(f"{part} (column {column})" for part, column in self.table.layout.terms.items())
+        if layout.terms:
+            named = ", ".join(f"{part} (column {column})" for part, column in layout.terms.items())
             lines.append(f"pair terms    {named}")
         lines += self._problem_lines()
-        if self.size_range:
-            smallest, middle, largest = self.size_range
-            lines.append(f"image sizes   {smallest} smallest, {middle} median, {largest} largest")
+        if sizes := self.size_range:
+            lines.append(f"image sizes   {sizes[0]} smallest, {sizes[1]} median, {sizes[2]} largest")
         if self.extreme:
             some = ", ".join(f"{where} ({size})" for where, size in self.extreme[:NAMED])
             share = f"{len(self.extreme)} of {self.usable} pairs have an image over {EXTREME} times as long as wide"
             lines.append(f"              {share}, of which training sees a square: {some}")
-        if self.smaller is not None and self.shorter_sides:
-            count = len(self.shorter_sides)
-            lines.append(f"              {self.smaller} of {count} images are smaller than {self.resolution} px")
-        if self.prompt_lengths:
-            low, middle_length, high = self.prompt_lengths
-            lines.append(f"prompts       {low} to {high} characters, median {middle_length}")
-        if self.most_repeated:
-            prompt, times = self.most_repeated
+        if self.smaller is not None and self.sizes:
+            lines.append(
+                f"              {self.smaller} of {len(self.sizes)} images are smaller than {self.resolution} px"
+            )
+        if lengths := self.prompt_range:
+            lines.append(f"prompts       {lengths[0]} to {lengths[2]} characters, median {lengths[1]}")
+            prompts = Counter(table.prompts)
+            prompt, times = prompts.most_common(1)[0]
             repeated = f"; most repeated, {times} times: {_short(prompt)}" if times > 1 else ""
-            lines.append(f"              {self.unique_prompts} different{repeated}")
-        if self.usable:
+            lines.append(f"              {len(prompts)} different{repeated}")
             lines.append("sample")
             lines += [
-                f"  {self.table.where(index)}  [{self.table.ids[index][:24]}]  {_short(self.table.prompts[index])}"
+                f"  {table.where(index)}  [{table.ids[index][:24]}]  {_short(table.prompts[index])}"
                 for index in _spread(self.usable, 3)
             ]
         return printable("\n".join(lines))
@@ -176,40 +196,12 @@ def check_pairs(
     table = open_pairs(path, spec)
     if axes:
         use_axes(table, axes, aggregate, relabel=False)
-    sizes = sorted(table.sizes, key=lambda size: size[0] * size[1])
-    lengths = sorted(map(len, table.prompts))
-    repeats = Counter(table.prompts)
-    return Report(
-        path=str(path),
-        format=table.format,
-        storage=table.storage,
-        verify=spec.verify,
-        total_rows=table.total_rows,
-        examined_rows=table.index.examined_rows,
-        usable=len(table),
-        ties=table.ties,
-        problems=tuple(table.problems),
-        shorter_sides=tuple(min(size) for size in sizes),
-        size_range=(_size(sizes[0]), _size(sizes[len(sizes) // 2]), _size(sizes[-1])) if sizes else None,
-        extreme=_extreme(table),
-        resolution=resolution,
-        prompt_lengths=(lengths[0], int(median(lengths)), lengths[-1]) if lengths else None,
-        unique_prompts=len(repeats),
-        most_repeated=repeats.most_common(1)[0] if repeats else None,
-        table=table,
-    )
+    return Report(str(path), spec.verify, resolution, table)
 
 
 def _spread(n: int, count: int) -> list[int]:
     """Up to `count` indices spread evenly over n."""
     return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)}) if n else []
-
-
-def _extreme(table: PairTable) -> tuple[tuple[str, str], ...]:
-    sides = table.sizes
-    pairs = ((index, sides[2 * index : 2 * index + 2]) for index in range(len(sides) // 2))
-    longest = ((index, max(both, key=lambda size: max(size) / min(size))) for index, both in pairs)
-    return tuple((table.where(index), _size(size)) for index, size in longest if max(size) > EXTREME * min(size))
 
 
 def _size(size: Sequence[int]) -> str:

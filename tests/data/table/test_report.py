@@ -65,7 +65,7 @@ def test_text_and_json(faulty: Path) -> None:
 
 def test_every_row_is_accounted_for(faulty: Path) -> None:
     report = check_pairs(faulty)
-    assert report.usable + sum(problem.dropped for problem in report.problems) == report.total_rows
+    assert report.usable + sum(problem.dropped for problem in report.problems) == report.table.total_rows
 
 
 def test_kept_ties_and_partial_reading_are_said(faulty: Path) -> None:
