@@ -31,11 +31,21 @@ def prepare_pair(
     flip, crop_left is the one in the mirrored image. `key` (from `pair_key`) decides crop and flip.
     Raises ImageError when a side does not decode or is smaller than MIN_SIDE.
     """
-    keys = torch.tensor([key], dtype=torch.int64)
-    position = 0.5 if center_crop else float(uniform(keys, "crop"))
+    refs = (row.chosen, row.rejected)
+    return prepare_images(refs, resolution, key=key, center_crop=center_crop, random_flip=random_flip)
+
+
+def prepare_images(
+    refs: Sequence[ImageRef], resolution: int, *, key: int, center_crop: bool, random_flip: bool
+) -> tuple[Tensor, Tensor]:
+    """Pixels float32 "image 3 h w" and geometry int64 "image 6" of images that are cropped and flipped alike.
+
+    See `prepare_pair`.
+    """
+    position = 0.5 if center_crop else float(uniform(torch.tensor([key], dtype=torch.int64), "crop"))
     flip = random_flip and flips(key)
-    sides = [prepare(_opened(ref), resolution, position, flip) for ref in (row.chosen, row.rejected)]
-    return torch.stack([pixels for pixels, _ in sides]), torch.tensor([box for _, box in sides])
+    found = [prepare(_opened(ref), resolution, position, flip) for ref in refs]
+    return torch.stack([pixels for pixels, _ in found]), torch.tensor([box for _, box in found])
 
 
 def flips(key: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffalign.data.finite import require_latents
 from diffalign.data.loader.loaded import sample_latents as draw_latents
 from diffalign.data.row import ImageError
-from diffalign.data.table.winners import prepare_winner
+from diffalign.data.transforms import prepare_images
 from diffalign.engine.random import pair_key
 from diffalign.sources.base import Context
 from diffalign.sources.rounds import NO_SEED, Place, Records, Rollout
@@ -60,8 +60,8 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
         for place in places[start : start + batch_size]:
             key = pair_key(context.seed, place.id, place.number)
             try:
-                image, box = prepare_winner(
-                    table.chosen(place.row),
+                image, box = prepare_images(
+                    [table.chosen(place.row)],
                     context.resolution,
                     key=key,
                     center_crop=context.center_crop,
@@ -75,8 +75,8 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
             keys.append(key)
             boxes.append(box)
         if pixels:
-            moments = context.encoder.moments(torch.stack(pixels)).cpu()
+            moments = context.encoder.moments(torch.cat(pixels)).cpu()
             require_latents(moments, [table.where(place.row) for place in usable[-len(pixels) :]])
             found.append(draw_latents(moments[None], torch.tensor(keys))[0])
     empty = torch.empty(0, *context.latent_shape)
-    return usable, torch.cat(found) if found else empty, torch.stack(boxes) if boxes else torch.empty(0, 6)
+    return usable, torch.cat(found) if found else empty, torch.cat(boxes) if boxes else torch.empty(0, 6)

@@ -10,9 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from diffalign.data.cells import image_ref, read_prompt
 from diffalign.data.formats.columns import Columns
 from diffalign.data.formats.pickapic import PROMPT
@@ -20,8 +17,6 @@ from diffalign.data.row import BAD_ROW, DUPLICATE, DataError, ImageError, ImageR
 from diffalign.data.spec import AS_FOUND, DataSpec, Verify
 from diffalign.data.table.open import SeveralFormatsError, find_layout, open_columns, open_pairs
 from diffalign.data.table.prompts import Table
-from diffalign.data.transforms import prepare
-from diffalign.engine.random import uniform
 from diffalign.io.progress import Progress
 
 # Accepted column names, best first.
@@ -60,7 +55,7 @@ class WinnerTable:
                 continue
             try:
                 prompt = read_prompt(prompts[row], parts["prompt"])
-                name = self._look(row, prompt, verify)
+                name = self._identify(row, prompt, verify)
             except ImageError as error:
                 self.problems.append(Problem(columns.where(row), error.kind, str(error)))
                 continue
@@ -98,7 +93,7 @@ class WinnerTable:
         (cell,) = self.columns.cells(row, (self.image,))
         return image_ref(cell, self.columns.base(row), f"{self.columns.where(row)} {self.image}")
 
-    def _look(self, row: int, prompt: str, verify: Verify) -> str:
+    def _identify(self, row: int, prompt: str, verify: Verify) -> str:
         """The id of a row: a hash of its prompt and of the image's path below the data folder, or of its bytes."""
         ref, base = self._ref(row), self.columns.base(row)
         by_path = base is not None and ref.path is not None and ref.span is None
@@ -138,19 +133,3 @@ def open_winners(path: str | Path, spec: DataSpec = AS_FOUND) -> Winners:
     pairs = open_pairs(stored, spec)
     pairs.require_usable()
     return pairs
-
-
-def prepare_winner(
-    ref: ImageRef, resolution: int, *, key: int, center_crop: bool, random_flip: bool
-) -> tuple[Tensor, Tensor]:
-    """Pixels float32 [3 h w] and geometry int64 [6] of one image, cropped and flipped as `prepare_pair` would.
-
-    Raises ImageError when it does not decode or is too small.
-    """
-    keys = torch.tensor([key], dtype=torch.int64)
-    image = ref.open()
-    check_size(image.size, ref.where)
-    position = 0.5 if center_crop else float(uniform(keys, "crop"))
-    flip = random_flip and float(uniform(keys, "flip")) < 0.5
-    pixels, geometry = prepare(image, resolution, position, flip)
-    return pixels, torch.tensor(geometry)

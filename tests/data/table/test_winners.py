@@ -13,8 +13,8 @@ from PIL import Image
 from diffalign.data.row import DataError
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
-from diffalign.data.table.winners import open_winners, prepare_winner
-from diffalign.data.transforms import prepare_pair
+from diffalign.data.table.winners import open_winners
+from diffalign.data.transforms import prepare_images, prepare_pair
 
 
 @pytest.fixture
@@ -59,10 +59,10 @@ def test_a_winner_is_prepared_as_in_a_pair(random: bool, pair_folder: Path) -> N
     row = open_pairs(pair_folder)[3]
     for key in range(3):
         settings = {"key": key, "center_crop": not random, "random_flip": random}
-        pixels, geometry = prepare_winner(row.chosen, 32, **settings)
+        pixels, geometry = prepare_images([row.chosen], 32, **settings)
         both, boxes = prepare_pair(row, 32, **settings)
-        assert torch.equal(pixels, both[0])
-        assert torch.equal(geometry, boxes[0])
+        assert torch.equal(pixels[0], both[0])
+        assert torch.equal(geometry[0], boxes[0])
 
 
 def test_what_holds_no_winners_says_what_is_needed(tmp_path: Path) -> None:
