@@ -134,3 +134,14 @@ def test_stored_tensors_have_the_pair_axis_first() -> None:
     assert {name: len(x) for name, x in stored.items()} == dict.fromkeys(stored, 3)
     assert torch.equal(stored["clean"], batch.transitions.clean.transpose(0, 1))  # type: ignore[union-attr]
     assert torch.equal(stored["weight"], torch.arange(3.0))
+
+
+def test_pinned_copies_keep_what_the_sides_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader pins what its workers read; a copy of both sides would be asked for twice by every network."""
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.numel()) or x.clone())
+    batch = toy_batch(3)
+    copy = batch.pin_memory()
+    assert pinned == [x[:1].numel() if sides_share(x) else x.numel() for x in batch.tensors()]
+    assert [sides_share(x) for x in copy.tensors()] == [sides_share(x) for x in batch.tensors()]
+    assert copy.ids == batch.ids
