@@ -14,7 +14,7 @@ from diffalign import NoiseSchedule
 from diffalign.engine import ddim
 from diffalign.world import base_path
 from diffalign.world.base_model import TIME_IDS, embed
-from diffalign.world.pairs import make_pairs
+from diffalign.world.pairs import PairRecipe, make_pairs
 from diffalign.world.vae import to_latents
 
 
@@ -23,7 +23,7 @@ def main(strides: Sequence[int] = (100, 25), t: int = 699) -> dict[int, float]:
     """Root-mean-square error of the latents after the round trip to timestep `t`, by the width of the steps in t."""
     pipe = StableDiffusionXLPipeline.from_pretrained(base_path())
     schedule = NoiseSchedule.from_diffusers(pipe.scheduler)
-    pair = make_pairs(n=1, seed=0)[0]
+    pair = make_pairs(PairRecipe(n=1, seed=0))[0]
     pixels = torch.from_numpy(pair.pictures[0]).permute(2, 0, 1)[None] / 127.5 - 1  # "n c h w" in [-1, 1]
     embeds, pooled = embed(pipe, [pair.caption])
     added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS], dtype=torch.float32)}

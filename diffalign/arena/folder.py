@@ -9,7 +9,7 @@ from typing import cast
 from diffalign.arena.entries import Protocol
 from diffalign.arena.jobs import Job
 from diffalign.world.captions import prompts
-from diffalign.world.pairs import Reward, write_pairs
+from diffalign.world.pairs import PairRecipe, Reward, write_pairs
 
 PAIRS, PAIRS_SEED = 1024, 0  # the packaged pairs' number and seed: the same images under every preference
 
@@ -26,14 +26,8 @@ class ArenaFolder:
         file = self.folder / "pairs" / f"{preference}{'-shuffled' if shuffled else ''}.parquet"
         if not file.is_file():
             partial = file.with_suffix(".partial")
-            write_pairs(
-                partial,
-                n=PAIRS,
-                seed=PAIRS_SEED,
-                reward=cast("Reward", preference),
-                shuffle_labels=shuffled,
-                overwrite=True,
-            )
+            recipe = PairRecipe(PAIRS, PAIRS_SEED, reward=cast("Reward", preference), shuffle_labels=shuffled)
+            write_pairs(partial, recipe, overwrite=True)
             partial.replace(file)
         return file
 

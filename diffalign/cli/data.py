@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diffalign.cli.common import (
     LAST_SEED,
@@ -105,19 +105,13 @@ def run(args: argparse.Namespace) -> None:
         _score_pairs(args)
         return
     if args.action == "world":
-        from diffalign.world.pairs import write_pairs
+        from diffalign.world.pairs import PairRecipe, write_pairs
 
-        write_pairs(
-            args.out,
-            n=args.pairs,
-            seed=args.seed,
-            source=args.source,
-            reward=args.reward,
-            layout="parquet" if args.out.suffix == ".parquet" else "folder",
-            shuffle_labels=args.shuffle_labels,
-            users=args.users,
-            overwrite=args.overwrite,
+        recipe = PairRecipe(
+            args.pairs, args.seed, args.source, args.reward, shuffle_labels=args.shuffle_labels, users=args.users
         )
+        layout: Literal["parquet", "folder"] = "parquet" if args.out.suffix == ".parquet" else "folder"
+        write_pairs(args.out, recipe, layout=layout, overwrite=args.overwrite)
         print(f"{args.pairs} pairs in {args.out}")
         print_next(["data", "check", str(args.out)])
         return

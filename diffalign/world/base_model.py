@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffalign.world import oracle
 from diffalign.world.captions import TEMPLATES, caption, parse, prompts, splits, vocabulary
 from diffalign.world.render import SIZE, render
-from diffalign.world.sample import paired, sample
+from diffalign.world.sample import sample_pixels, with_seeds
 from diffalign.world.vae import pixel_unshuffle_vae, to_latents
 
 TOKENS = 16  # longest caption is 9 words and two ends
@@ -230,11 +230,11 @@ def save(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
 
 def measure(pipe: StableDiffusionXLPipeline, split: str = "heldout", seeds: int = 12) -> dict[str, float]:
     """Accuracy and reward of samples for the combinations of a split, `seeds` pictures each."""
-    texts, numbers = paired(prompts(split), seeds)
+    texts, numbers = with_seeds(prompts(split), seeds)
     wanted = [parse(text) for text in texts]
     figures: dict[str, float] = {}
     for guidance in (1.0, 2.5, 5.0):
-        reading = oracle.read(sample(pipe, texts, numbers, guidance=guidance))
+        reading = oracle.read(sample_pixels(pipe, texts, numbers, guidance=guidance))
         figures |= {
             f"accuracy at guidance {guidance}": round(oracle.accuracy(reading, wanted).mean().item(), 4),
             f"reward at guidance {guidance}": round(oracle.reward(reading, wanted).mean().item(), 4),

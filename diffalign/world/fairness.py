@@ -25,7 +25,7 @@ from diffalign.engine import ddim
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.world import base_path
 from diffalign.world.base_model import TIME_IDS, embed
-from diffalign.world.pairs import Pair, make_pairs
+from diffalign.world.pairs import Pair, PairRecipe, make_pairs
 from diffalign.world.render import GRAIN_FLOOR, SIZE, SMOOTH_FLOOR, SMOOTH_PASSES
 from diffalign.world.vae import SCALING, to_latents
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=50, help="inversion step in t")
     a = parser.parse_args()
     pipe = StableDiffusionXLPipeline.from_pretrained(base_path())
-    print(table(measure(pipe, make_pairs(n=a.pairs, seed=1, source=a.source), stride=a.stride)))
+    print(table(measure(pipe, make_pairs(PairRecipe(n=a.pairs, seed=1, source=a.source)), stride=a.stride)))
 
 
 if __name__ == "__main__":

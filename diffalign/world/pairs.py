@@ -53,68 +53,57 @@ class Pair:
     user: str | None = None  # whose label it is, where there are users
 
 
-def make_pairs(
-    *,
-    n: int,
-    seed: int,
-    source: Source = "renders",
-    reward: Reward = "world",
-    shuffle_labels: bool = False,
-    base: Path | None = None,
-    users: int = 0,
-) -> list[Pair]:
-    """`n` pairs; the same arguments make the same pairs, and n pairs are the first n of more.
+@dataclass(frozen=True)
+class PairRecipe:
+    """Which pairs are made: the same recipe makes the same pairs, and n pairs are the first n of more.
 
-    `reward` decides which picture is better; of renders the pictures are the same whichever it is.
-    `shuffle_labels` deals the labels out again at random (a control that nothing should be learned from).
-    `base` is the pipeline folder that `samples` are made with, the committed base by default. With `users` each pair is
-    labelled by one of so many, drawn at random; renders are the same pictures with and without.
+    Raises DiffalignError for a value that there is not, and for users with a reward of their own.
     """
-    if n < 1:
-        raise DiffalignError(f"n is {n}; make at least one pair")
-    if source not in ("renders", "samples"):
-        raise DiffalignError(f"source is {source!r}; it must be 'renders' or 'samples'")
-    if reward not in _REWARDS:
-        raise DiffalignError(f"reward is {reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
-    if users and reward != "world":
-        raise DiffalignError(f"reward is {reward!r}, and users prefer by their own taste: leave out one of the two")
-    people = world_users(users) if users else ()
-    blocks = (_block(seed, k, source, _REWARDS[reward], base, people) for k in range(-(-n // BLOCK)))
-    pairs = [pair for block in blocks for pair in block][:n]
-    if shuffle_labels:
-        order = np.random.default_rng([seed, 2**32 - 1]).permutation(n)
+
+    n: int
+    seed: int
+    source: Source = "renders"
+    reward: Reward = "world"  # decides which image is better; of renders the images are the same whichever it is
+    shuffle_labels: bool = False  # the labels are dealt out again at random: a control that must gain nothing
+    users: int = 0  # each pair is labelled by one of so many, drawn at random; renders are the same images without
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise DiffalignError(f"n is {self.n}; make at least one pair")
+        if self.source not in ("renders", "samples"):
+            raise DiffalignError(f"source is {self.source!r}; it must be 'renders' or 'samples'")
+        if self.reward not in _REWARDS:
+            raise DiffalignError(f"reward is {self.reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
+        if self.users and self.reward != "world":
+            raise DiffalignError(
+                f"reward is {self.reward!r}, and users prefer by their own taste: leave out one of the two"
+            )
+
+
+def make_pairs(recipe: PairRecipe) -> list[Pair]:
+    """The pairs of a recipe."""
+    people = world_users(recipe.users) if recipe.users else ()
+    blocks = (_block(recipe, index, people) for index in range(-(-recipe.n // BLOCK)))
+    pairs = [pair for block in blocks for pair in block][: recipe.n]
+    if recipe.shuffle_labels:
+        order = np.random.default_rng([recipe.seed, 2**32 - 1]).permutation(recipe.n)
         pairs = [replace(p, first_is_better=pairs[k].first_is_better) for p, k in zip(pairs, order)]
     return pairs
 
 
-def write_pairs(
-    path: str | Path,
-    *,
-    n: int,
-    seed: int,
-    source: Source = "renders",
-    reward: Reward = "world",
-    layout: Layout = "parquet",
-    shuffle_labels: bool = False,
-    base: Path | None = None,
-    users: int = 0,
-    overwrite: bool = False,
-) -> Path:
-    """Write pairs (see `make_pairs`) to `path` and return it.
+def write_pairs(path: str | Path, recipe: PairRecipe, *, layout: Layout = "parquet", overwrite: bool = False) -> Path:
+    """Write the pairs of a recipe to `path` and return it.
 
-    `parquet`: one file in Pick-a-Pic's columns, plus score_0 and score_1; with `users` a column user, and beside the
+    `parquet`: one file in Pick-a-Pic's columns, plus score_0 and score_1; with users a column user, and beside the
     file NAME.users.json with their embeddings.
     `folder`: `path`/chosen/NAME.png, `path`/rejected/NAME.png and `path`/NAME.txt; `path` must be new or empty.
     `overwrite` replaces a parquet file that is there.
     """
     path = Path(path)
-    check_target(path, layout, overwrite=overwrite, users=bool(users))
-    pairs = make_pairs(
-        n=n, seed=seed, source=source, reward=reward, shuffle_labels=shuffle_labels, base=base, users=users
-    )
-    write_layout(path, pairs, layout)
-    if users:
-        write_users(path.with_suffix(".users.json"), world_users(users))
+    check_target(path, layout, overwrite=overwrite, users=bool(recipe.users))
+    write_layout(path, make_pairs(recipe), layout)
+    if recipe.users:
+        write_users(path.with_suffix(".users.json"), world_users(recipe.users))
     return path
 
 
@@ -142,10 +131,9 @@ def write_layout(path: Path, pairs: list[Pair], layout: Layout) -> None:
         _write_folder(path, pairs)
 
 
-def _block(
-    seed: int, index: int, source: Source, reward: RewardOf, base: Path | None, users: Sequence[User]
-) -> Iterator[Pair]:
+def _block(recipe: PairRecipe, index: int, users: Sequence[User]) -> Iterator[Pair]:
     """One block of pairs with true labels."""
+    seed, source = recipe.seed, recipe.source
     rng = np.random.default_rng([seed, index])
     combinations = splits()["train"]
     wanted = [combinations[i] for i in rng.integers(0, len(combinations), BLOCK)]
@@ -153,12 +141,12 @@ def _block(
     if source == "renders":
         pictures = np.stack([render(wanted, rng) for _ in range(2)], axis=1)
     else:
-        pictures = _samples(captions, rng, base)
+        pictures = _samples(captions, rng)
     whose = None
     if users:  # a generator of their own: the pictures stay
         drawn = np.random.default_rng([seed, index, 1]).integers(0, len(users), BLOCK)
         whose = [users[i] for i in drawn]
-    scores = _scores(pictures, wanted, reward, whose)
+    scores = _scores(pictures, wanted, _REWARDS[recipe.reward], whose)
     best, worst = scores.argmax(1), scores.argmin(1)
     best_first = rng.random(BLOCK) < 0.5
     for i in range(BLOCK):
@@ -173,15 +161,15 @@ def _block(
         )
 
 
-def _samples(captions: list[str], rng: np.random.Generator, base: Path | None) -> NDArray[np.uint8]:
+def _samples(captions: list[str], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Four pictures [n 4 16 16 3] of each caption, made by the base."""
     from diffusers import StableDiffusionXLPipeline
 
-    from diffalign.world.sample import sample
+    from diffalign.world.sample import sample_pixels
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(base or base_path())
+    pipe = StableDiffusionXLPipeline.from_pretrained(base_path())
     seeds = rng.integers(0, 2**31, (len(captions), BEST_OF))
-    made = sample(pipe, [c for c in captions for _ in range(BEST_OF)], [int(s) for s in seeds.flat])
+    made = sample_pixels(pipe, [c for c in captions for _ in range(BEST_OF)], [int(s) for s in seeds.flat])
     return made.numpy().reshape(len(captions), BEST_OF, *made.shape[1:])
 
 
@@ -250,9 +238,8 @@ def main() -> None:
     parser.add_argument("--layout", choices=("parquet", "folder"), default="parquet")
     parser.add_argument("--shuffle-labels", action="store_true", help="a control: labels dealt out at random")
     a = parser.parse_args()
-    path = write_pairs(
-        a.out, n=a.n, seed=a.seed, source=a.source, reward=a.reward, layout=a.layout, shuffle_labels=a.shuffle_labels
-    )
+    recipe = PairRecipe(a.n, a.seed, a.source, a.reward, shuffle_labels=a.shuffle_labels)
+    path = write_pairs(a.out, recipe, layout=a.layout)
     print(f"{a.n} pairs from {a.source} written to {path}")
 
 

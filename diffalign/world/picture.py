@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from diffalign.world import base_path
 from diffalign.world.captions import parse, prompts
 from diffalign.world.render import SIZE, render
-from diffalign.world.sample import paired, sample
+from diffalign.world.sample import sample_pixels, with_seeds
 
 COLUMNS = 8
 ZOOM = 4
@@ -28,9 +28,9 @@ def draw(base: Path, rows: int = 6) -> Image.Image:
     """`rows` held-out captions, eight renders of each, then eight samples of the pipeline at `base` of each."""
     every = prompts("heldout")
     texts = [every[i] for i in np.linspace(0, len(every) - 1, rows).astype(int)]
-    many, seeds = paired(texts, COLUMNS)
+    many, seeds = with_seeds(texts, COLUMNS)
     renders = render([parse(t) for t in many], np.random.default_rng(0))
-    samples = sample(StableDiffusionXLPipeline.from_pretrained(base), many, seeds).numpy()
+    samples = sample_pixels(StableDiffusionXLPipeline.from_pretrained(base), many, seeds).numpy()
     parts = [
         _part("renders, defects included; training pictures look like these", texts, renders),
         _part("samples of the base, 20 DDIM steps, guidance 5, held-out captions", texts, samples),

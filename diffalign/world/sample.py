@@ -13,7 +13,7 @@ GUIDANCE = 5.0
 BATCH = 96
 
 
-def sample(
+def sample_pixels(
     pipe: StableDiffusionXLPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -36,7 +36,7 @@ def sample(
     return torch.cat(parts)
 
 
-def paired(prompts: Sequence[str], seeds: int) -> tuple[list[str], list[int]]:
+def with_seeds(prompts: Sequence[str], seeds: int) -> tuple[list[str], list[int]]:
     """Each prompt with `seeds` seeds of its own: prompts and seeds of equal length, grouped by prompt."""
     texts = [p for p in prompts for _ in range(seeds)]
     return texts, list(range(len(texts)))

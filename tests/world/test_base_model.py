@@ -14,8 +14,8 @@ from diffusers import StableDiffusionXLPipeline
 from diffalign import world
 from diffalign.world import base_model, fairness, oracle
 from diffalign.world.captions import parse, prompts, vocabulary
-from diffalign.world.pairs import make_pairs
-from diffalign.world.sample import paired, sample
+from diffalign.world.pairs import PairRecipe, make_pairs
+from diffalign.world.sample import sample_pixels, with_seeds
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_it_has_the_parts_of_sdxl(pipe: StableDiffusionXLPipeline) -> None:
 
 
 def test_it_is_as_good_as_its_recipe_says(pipe: StableDiffusionXLPipeline) -> None:
-    texts, seeds = paired(prompts("heldout"), 4)
-    reading = oracle.read(sample(pipe, texts, seeds))
+    texts, seeds = with_seeds(prompts("heldout"), 4)
+    reading = oracle.read(sample_pixels(pipe, texts, seeds))
     accuracy = oracle.accuracy(reading, [parse(t) for t in texts]).mean()
     recipe = json.loads((world.base_path() / "RECIPE.json").read_text())
     recorded = recipe["heldout, 24 combinations x 12 seeds, 20 DDIM steps"]["accuracy at guidance 5.0"]
@@ -62,8 +62,8 @@ def test_it_is_as_good_as_its_recipe_says(pipe: StableDiffusionXLPipeline) -> No
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(pipe: StableDiffusionXLPipeline) -> None:
     texts = prompts("heldout")[:5]
-    together = sample(pipe, texts, [0, 1, 2, 3, 4])
-    alone = sample(pipe, texts[3:4], [3])
+    together = sample_pixels(pipe, texts, [0, 1, 2, 3, 4])
+    alone = sample_pixels(pipe, texts[3:4], [3])
     assert (together[3:4].int() - alone.int()).abs().max() <= 1  # the last bit may round otherwise
 
 
@@ -88,7 +88,7 @@ def test_the_recipe_is_deterministic_and_learns() -> None:
 
 def test_inverted_noise_is_what_texture_predicts(pipe: StableDiffusionXLPipeline) -> None:
     """Against the closed form of `fairness.texture_std`, which knows nothing of the network."""
-    quarters = fairness.measure(pipe, make_pairs(n=16, seed=1), stride=50)
+    quarters = fairness.measure(pipe, make_pairs(PairRecipe(n=16, seed=1)), stride=50)
     for q in quarters[1:]:
         for side in q.noise_std:
             assert side == pytest.approx(q.texture_std, abs=0.08)

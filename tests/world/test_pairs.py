@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.world import pairs_path
 from diffalign.world.captions import parse, splits
-from diffalign.world.pairs import make_pairs, write_pairs
+from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 from diffalign.world.scorer import WorldReward, WorldSize
 
 PICK_A_PIC = {
@@ -34,7 +34,7 @@ def test_committed_pairs_are_what_their_command_writes() -> None:
     """Pixels, not file bytes: PNG and parquet writers differ between versions."""
     rows = pq.read_table(pairs_path()).to_pylist()
     assert len(rows) == 1024
-    for row, pair in zip(rows[:200], make_pairs(n=200, seed=0)):
+    for row, pair in zip(rows[:200], make_pairs(PairRecipe(n=200, seed=0))):
         assert row["caption"] == pair.caption
         assert (row["label_0"] == 1.0) == pair.first_is_better
         for side in (0, 1):
@@ -56,18 +56,18 @@ def test_committed_labels_follow_the_reward_and_name_training_combinations_only(
 
 
 def test_parquet_layout(tmp_path: Path) -> None:
-    path = write_pairs(tmp_path / "sub" / "a.parquet", n=10, seed=3)
+    path = write_pairs(tmp_path / "sub" / "a.parquet", PairRecipe(n=10, seed=3))
     table = pq.read_table(path)
     assert {f.name: str(f.type) for f in table.schema} == PICK_A_PIC
     uids = table["image_0_uid"].to_pylist() + table["image_1_uid"].to_pylist()
     assert len(set(uids)) == 20
-    again = write_pairs(tmp_path / "b.parquet", n=10, seed=3)
+    again = write_pairs(tmp_path / "b.parquet", PairRecipe(n=10, seed=3))
     assert path.read_bytes() == again.read_bytes()
-    assert path.read_bytes() != write_pairs(tmp_path / "c.parquet", n=10, seed=4).read_bytes()
+    assert path.read_bytes() != write_pairs(tmp_path / "c.parquet", PairRecipe(n=10, seed=4)).read_bytes()
 
 
 def test_folder_layout(tmp_path: Path) -> None:
-    folder = write_pairs(tmp_path / "pairs", n=5, seed=3, layout="folder")
+    folder = write_pairs(tmp_path / "pairs", PairRecipe(n=5, seed=3), layout="folder")
     names = sorted(p.stem for p in folder.glob("*.txt"))
     assert len(names) == 5
     captions = [(folder / f"{n}.txt").read_text().strip() for n in names]
@@ -77,17 +77,17 @@ def test_folder_layout(tmp_path: Path) -> None:
     )
     assert (chosen > rejected).all()
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        write_pairs(folder, n=5, seed=3, layout="folder")
+        write_pairs(folder, PairRecipe(n=5, seed=3), layout="folder")
 
 
 def test_fewer_pairs_are_the_beginning_of_more() -> None:
-    few, many = make_pairs(n=3, seed=0), make_pairs(n=300, seed=0)
+    few, many = make_pairs(PairRecipe(n=3, seed=0)), make_pairs(PairRecipe(n=300, seed=0))
     assert [p.name for p in few] == [p.name for p in many[:3]]
     assert all(np.array_equal(a.pictures, b.pictures) for a, b in zip(few, many))
 
 
 def test_shuffled_labels_say_nothing_and_change_nothing_else() -> None:
-    true, shuffled = make_pairs(n=600, seed=0), make_pairs(n=600, seed=0, shuffle_labels=True)
+    true, shuffled = make_pairs(PairRecipe(n=600, seed=0)), make_pairs(PairRecipe(n=600, seed=0, shuffle_labels=True))
     agree = np.mean([a.first_is_better == b.first_is_better for a, b in zip(true, shuffled)])
     assert 0.42 < agree < 0.58
     assert sum(p.first_is_better for p in true) == sum(p.first_is_better for p in shuffled)
@@ -95,7 +95,7 @@ def test_shuffled_labels_say_nothing_and_change_nothing_else() -> None:
 
 
 def test_another_taste_judges_the_same_images() -> None:
-    mine, other = make_pairs(n=60, seed=0), make_pairs(n=60, seed=0, reward="world-size")
+    mine, other = make_pairs(PairRecipe(n=60, seed=0)), make_pairs(PairRecipe(n=60, seed=0, reward="world-size"))
     disagree = 0
     for a, b in zip(mine, other):
         assert a.caption == b.caption
@@ -110,10 +110,10 @@ def test_another_taste_judges_the_same_images() -> None:
 
 def test_faulty_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n is 0"):
-        make_pairs(n=0, seed=0)
+        make_pairs(PairRecipe(n=0, seed=0))
     with pytest.raises(ValueError, match=r"source is 'photos'.*'renders' or 'samples'"):
-        make_pairs(n=1, seed=0, source="photos")  # type: ignore[arg-type]
+        make_pairs(PairRecipe(n=1, seed=0, source="photos"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layout is 'json'"):
-        write_pairs(tmp_path / "x", n=1, seed=0, layout="json")  # type: ignore[arg-type]
+        write_pairs(tmp_path / "x", PairRecipe(n=1, seed=0), layout="json")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reward is 'beauty'; it must be 'world' or 'world-size'"):
-        make_pairs(n=1, seed=0, reward="beauty")  # type: ignore[arg-type]
+        make_pairs(PairRecipe(n=1, seed=0, reward="beauty"))  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from diffalign.contrib.step_aware.loss import preference_loss
 from diffalign.contrib.step_aware.scorer import load_step_aware, save_step_aware
 from diffalign.world import base_path
 from diffalign.world.base_model import TOKENS
-from diffalign.world.pairs import Pair, make_pairs
+from diffalign.world.pairs import Pair, PairRecipe, make_pairs
 from diffalign.world.render import SIZE
 
 WIDTH = 64  # of both towers and of the common space
@@ -93,7 +93,7 @@ def train_clip(recipe: ClipRecipe) -> CLIPModel:
         for group in optimizer.param_groups:
             rise = min(1.0, (step + 1) / recipe.warmup)
             group["lr"] = recipe.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        pairs = make_pairs(n=recipe.batch, seed=_pair_seed(recipe.seed, step))
+        pairs = make_pairs(PairRecipe(n=recipe.batch, seed=_pair_seed(recipe.seed, step)))
         scores = _scores(clip, vocabulary, pairs)
         first = torch.tensor([float(pair.first_is_better) for pair in pairs])
         loss = preference_loss(scores, torch.stack([first, 1 - first])).mean()

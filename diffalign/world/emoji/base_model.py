@@ -40,7 +40,7 @@ from diffalign.world.emoji.captions import (
 )
 from diffalign.world.emoji.render import SIZE, draw_looks, paint
 from diffalign.world.emoji.vae import CHANNELS, fitted_vae, to_latents, to_pixels
-from diffalign.world.sample import paired, sample
+from diffalign.world.sample import sample_pixels, with_seeds
 
 TOKENS = 12  # longest caption is 9 words and two ends
 TEXT_DIM = 64  # of each text encoder, and of the pooled embedding
@@ -238,9 +238,9 @@ def save(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
 
 def measure(pipe: StableDiffusionXLPipeline, split: str = "heldout", seeds: int = 8) -> dict[str, float]:
     """Shares and means over `seeds` samples of each combination of a split (20 DDIM steps, guidance 5)."""
-    texts, numbers = paired(prompts(split), seeds)
+    texts, numbers = with_seeds(prompts(split), seeds)
     wanted = [parse(text) for text in texts]
-    reading = reward.read(sample(pipe, texts, numbers))
+    reading = reward.read(sample_pixels(pipe, texts, numbers))
     thing = reading.thing.argmax(1) == torch.tensor([THINGS.index(c.thing) for c in wanted])
     background = reading.background.argmax(1) == torch.tensor([BACKGROUNDS.index(c.background) for c in wanted])
     figures = {

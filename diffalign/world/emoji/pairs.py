@@ -145,11 +145,11 @@ def _samples(captions: list[str], rng: np.random.Generator) -> NDArray[np.uint8]
     """Four images [n 4 64 64 3] of each caption, made by the committed base."""
     from diffusers import StableDiffusionXLPipeline
 
-    from diffalign.world.sample import sample
+    from diffalign.world.sample import sample_pixels
 
     pipe = StableDiffusionXLPipeline.from_pretrained(base_path())
     seeds = rng.integers(0, 2**31, (len(captions), BEST_OF))
-    made = sample(pipe, [c for c in captions for _ in range(BEST_OF)], [int(s) for s in seeds.flat])
+    made = sample_pixels(pipe, [c for c in captions for _ in range(BEST_OF)], [int(s) for s in seeds.flat])
     return made.numpy().reshape(len(captions), BEST_OF, *made.shape[1:])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign.world.emoji import base_path
 from diffalign.world.emoji.captions import prompts
 from diffalign.world.emoji.render import SIZE
-from diffalign.world.sample import paired, sample
+from diffalign.world.sample import sample_pixels, with_seeds
 
 COLUMNS = 8
 TEXT_WIDTH = 220  # pixels, for the captions
@@ -24,8 +24,8 @@ TEXT_WIDTH = 220  # pixels, for the captions
 
 def draw(base: Path, captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
     """`columns` images of each caption, made by the pipeline at `base` (20 DDIM steps, guidance 5)."""
-    texts, seeds = paired(list(captions), columns)
-    return sheet(captions, sample(StableDiffusionXLPipeline.from_pretrained(base), texts, seeds))
+    texts, seeds = with_seeds(list(captions), columns)
+    return sheet(captions, sample_pixels(StableDiffusionXLPipeline.from_pretrained(base), texts, seeds))
 
 
 def sheet(captions: Sequence[str], images: Tensor) -> Image.Image:

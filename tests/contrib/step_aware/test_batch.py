@@ -22,7 +22,7 @@ from diffalign.models.loading.base import load_base
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.policy.networks import Networks
 from diffalign.rewards import ScorerError
-from diffalign.world.pairs import write_pairs
+from diffalign.world.pairs import PairRecipe, write_pairs
 
 TIES = (1, 4)  # rows without a preference
 
@@ -30,7 +30,7 @@ TIES = (1, 4)  # rows without a preference
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> PairTable:
     """Eight labelled pairs of the world, two of them ties and three of one prompt."""
-    file = write_pairs(tmp_path_factory.mktemp("ties") / "pairs.parquet", n=8, seed=0)
+    file = write_pairs(tmp_path_factory.mktemp("ties") / "pairs.parquet", PairRecipe(n=8, seed=0))
     columns = pq.read_table(file).to_pydict()
     for row in TIES:
         columns["label_0"][row] = columns["label_1"][row] = 0.5
