@@ -18,7 +18,8 @@ from diffalign.world.emoji.captions import prompts
 from diffalign.world.emoji.render import SIZE
 from diffalign.world.sample import sample_pixels, with_seeds
 
-COLUMNS = 8
+COLUMNS = 4  # images of a caption
+BLOCKS = 2  # of captions, side by side
 TEXT_WIDTH = 220  # pixels, for the captions
 
 
@@ -29,14 +30,16 @@ def draw(base: Path, captions: Sequence[str], columns: int = COLUMNS) -> Image.I
 
 
 def sheet(captions: Sequence[str], images: Tensor) -> Image.Image:
-    """Images uint8 "n 64 64 3", grouped by caption, one row a caption."""
-    columns, side = len(images) // len(captions), SIZE + 2
-    whole = Image.new("RGB", (TEXT_WIDTH + columns * side, len(captions) * side), "white")
+    """Images uint8 "n 64 64 3", grouped by caption, one row a caption, in two blocks side by side."""
+    columns, rows, side = len(images) // len(captions), -(-len(captions) // BLOCKS), SIZE + 2
+    width = TEXT_WIDTH + columns * side
+    whole = Image.new("RGB", (BLOCKS * width, rows * side), "white")
     pen = ImageDraw.Draw(whole)
     for i, text in enumerate(captions):
-        pen.text((6, i * side + SIZE // 2 - 6), text, fill="black")
+        left, top = i // rows * width, i % rows * side
+        pen.text((left + 8, top + SIZE // 2 - 6), text, fill="black")
         for j in range(columns):
-            whole.paste(Image.fromarray(images[i * columns + j].numpy()), (TEXT_WIDTH + j * side, i * side))
+            whole.paste(Image.fromarray(images[i * columns + j].numpy()), (left + TEXT_WIDTH + j * side, top))
     return whole
 
 
@@ -45,9 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffalign.world.emoji.picture", description="draw a base's images")
     parser.add_argument("--out", required=True, type=Path, help="a .png file")
     parser.add_argument("--base", type=Path, help="a pipeline folder; the committed base by default")
-    parser.add_argument("--rows", type=int, default=12, help="number of held-out captions")
     arguments = parser.parse_args()
-    draw(arguments.base or base_path(), prompts("heldout")[: arguments.rows]).save(arguments.out, optimize=True)
+    draw(arguments.base or base_path(), prompts("heldout")).save(arguments.out, optimize=True)
 
 
 if __name__ == "__main__":
