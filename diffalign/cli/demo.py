@@ -1,7 +1,7 @@
 """`diffalign demo`: preference tuning from pairs on disk to a measured gain, in a few minutes on a CPU.
 
 The demo is a list of ordinary commands, printed as they run. Beside the model under test a second one is tuned on the
-same pictures with shuffled labels: what it gains is what the procedure gains from nothing.
+same images with shuffled labels: what it gains is what the procedure gains from nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from diffalign.cli.common import count, path
 from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 
-SEEDS = "0-11"  # pictures of each held-out prompt and model
-PAIRS = 1024  # of the control; the same pictures as the packaged pairs
+SEEDS = "0-11"  # images of each held-out prompt and model
+PAIRS = 1024  # of the control; the same images as the packaged pairs
 LAUNCH = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 

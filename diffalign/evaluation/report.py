@@ -52,7 +52,7 @@ class Result:
     prompts: list[str]
     seeds: list[int]
     faithfulness: str | None  # name of the scorer used for it
-    settings: dict[str, Any]  # by model name: how its pictures were made
+    settings: dict[str, Any]  # by model name: how its images were made
     versions: dict[str, str]
 
     def to_json(self) -> str:

@@ -185,7 +185,7 @@ def _resampled(top: Floats, bottom: Floats, bootstrap: Bootstrap) -> Estimate:
 
 
 def _rate(top: Floats, pictures: Floats, ties: float, level: float) -> Estimate:
-    """Wins over pictures, both [run, prompt], with the score interval; always within [0, 1]. ties: share of images.
+    """Wins over images, both [run, prompt], with the score interval; always within [0, 1]. ties: share of images.
 
     Wilson's interval for as many independent trials as have the variance that was found between prompts and runs, with
     Student's quantile (Korn & Graubard 1998, Survey Methodology 24). A few prompts that all win say too little of that

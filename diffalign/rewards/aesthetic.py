@@ -2,7 +2,7 @@
 
 Head: github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE), 927,969
 parameters, no activation between the layers. Scores follow the 1 to 10 scale of its raters. A preference run
-that raises only this score is probably painting the same picture everywhere: read it beside diversity.
+that raises only this score is probably painting the same image everywhere: read it beside diversity.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTHS = (1024, 128, 64, 16, 1)
 
 
 class Aesthetic:
-    """About 4 to 7 on ordinary pictures. `path` is the head (a file, a folder or a Hub id)."""
+    """About 4 to 7 on ordinary images. `path` is the head (a file, a folder or a Hub id)."""
 
     name = "aesthetic"
     span = (1.0, 10.0)  # the ratings that the head was trained on

@@ -1,14 +1,14 @@
-"""What a scorer is: pictures and prompts in, one number per picture out.
+"""What a scorer is: images and prompts in, one number per image out.
 
 Anything with a `name` and a `score` is a scorer; nothing has to be inherited. A scorer whose `score` has a parameter
 `t` judges what a sampler is heading for at timestep t, the decoded x̂_0; `as_step_aware` makes any scorer one of these.
 A scorer may also have
 
     tie              float: two scores closer than this count as equal (default 0.01, see `tie_of`)
-    span             (float, float): where its scores of ordinary pictures lie, in its own unit. Ranges and thresholds
+    span             (float, float): where its scores of ordinary images lie, in its own unit. Ranges and thresholds
                      in configs are compared with it and refused where they must be another unit's
     embed_images     images -> unit vectors "n d": lets the diversity guard measure in feature space
-    check_prompts    prompts -> None: raises for one that it cannot judge by, before any picture is made
+    check_prompts    prompts -> None: raises for one that it cannot judge by, before any image is made
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ScorerError(DiffalignError):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """A judge of pictures. Higher is better; the unit is the scorer's own."""
+    """A judge of images. Higher is better; the unit is the scorer's own."""
 
     name: str
 
@@ -91,7 +91,7 @@ def tie_of(scorer: Any) -> float:
 
 
 def span_of(scorer: Any) -> tuple[float, float] | None:
-    """Where a scorer (or its class) says that its scores of ordinary pictures lie; None where it says nothing.
+    """Where a scorer (or its class) says that its scores of ordinary images lie; None where it says nothing.
 
     Raises ScorerError unless it is two finite numbers, the lower first.
     """
@@ -108,7 +108,7 @@ def span_of(scorer: Any) -> tuple[float, float] | None:
 
 
 def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:
-    """Lets each scorer that says so refuse prompts before pictures are made of them; raises what it raises."""
+    """Lets each scorer that says so refuse prompts before images are made of them; raises what it raises."""
     for scorer in scorers:
         check = getattr(scorer, "check_prompts", None)
         if check is not None:

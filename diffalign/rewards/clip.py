@@ -1,4 +1,4 @@
-"""A CLIP model as every scorer here needs it: unit vectors of pictures and of prompts.
+"""A CLIP model as every scorer here needs it: unit vectors of images and of prompts.
 
 The projections are called by hand, because `CLIPModel.get_image_features` returns a tensor in transformers 4
 and an output object in transformers 5.
@@ -20,7 +20,7 @@ from diffalign.rewards.base import ScorerError
 from diffalign.rewards.preprocess import Fit, clip_pixels, crop
 
 T = TypeVar("T")
-BATCH = 32  # pictures or prompts per forward: ViT-H in float32 stays below 3 GiB
+BATCH = 32  # images or prompts per forward: ViT-H in float32 stays below 3 GiB
 
 
 class Clip:

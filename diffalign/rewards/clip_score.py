@@ -1,4 +1,4 @@
-"""CLIP score: 100 · cos(image, prompt), how well a picture shows what the prompt says.
+"""CLIP score: 100 · cos(image, prompt), how well an image shows what the prompt says.
 
 A measure of faithfulness rather than of taste: use it as `faithfulness` beside a preference scorer.
 Differs from arXiv 2104.08718 (2.5 · max(cos, 0)): the factor is 100, and negative cosines are kept so that
@@ -17,7 +17,7 @@ from diffalign.rewards.clip import load_clip
 
 
 class ClipScore:
-    """About 15 to 35 on ordinary pictures."""
+    """About 15 to 35 on ordinary images."""
 
     name = "clip"
     span = (10.0, 40.0)

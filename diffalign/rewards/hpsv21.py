@@ -1,7 +1,7 @@
 """HPSv2.1 (arXiv 2306.09341): an open_clip ViT-H-14 tuned on HPD votes; score = cos(image, prompt).
 
 The checkpoint is published in open_clip's layout; here its tensors are renamed onto transformers' CLIPModel,
-so open_clip is not needed. Pictures are resized by the longest side and padded with black, as in the release.
+so open_clip is not needed. Images are resized by the longest side and padded with black, as in the release.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BLOCK = {
 
 
 class HPSv21:
-    """About .20 to .33 on ordinary pictures, so scores closer than 1e-4 count as equal."""
+    """About .20 to .33 on ordinary images, so scores closer than 1e-4 count as equal."""
 
     name = "hpsv2.1"
     span = (0.15, 0.4)

@@ -1,6 +1,6 @@
 """PickScore (arXiv 2305.01569): CLIP-H tuned on Pick-a-Pic votes; score = exp(logit_scale) · cos(image, prompt).
 
-Two pictures of one prompt: sigmoid(difference) is the model's probability that people prefer the first.
+Two images of one prompt: sigmoid(difference) is the model's probability that people prefer the first.
 The published repository is a plain CLIPModel. Needs about 4 GB of weights.
 """
 
@@ -16,7 +16,7 @@ from diffalign.rewards.clip import load_clip
 
 
 class PickScore:
-    """About 17 to 24 on ordinary pictures; differences of .5 are large."""
+    """About 17 to 24 on ordinary images; differences of .5 are large."""
 
     name = "pickscore"
     span = (11.543526500463486, 28.201571106910706)  # 100 times the range that SmPO's release has of its cosine

@@ -1,4 +1,4 @@
-"""Pictures to CLIP pixels, with PIL and torch only.
+"""Images to CLIP pixels, with PIL and torch only.
 
 `crop` is the published CLIP preparation (shortest side to `size`, bicubic, centre crop); `pad` is HPSv2's
 (longest side to `size`, bicubic, black bars). Both resize through PIL, whose filter is anti-aliased.

@@ -1,4 +1,4 @@
-"""The embedded world: captions, renders and an oracle whose reward of any picture is known from its pixels.
+"""The embedded world: captions, renders and an oracle whose reward of any image is known from its pixels.
 
 Nothing heavy is imported here; see `diffalign.world.captions`, `render`, `oracle`, `pairs`, `scorer`, `vae`,
 `base_model`, `judge` and `fairness` for the parts, and docs/world.md for what it is good for.

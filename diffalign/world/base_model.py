@@ -229,7 +229,7 @@ def save(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
 
 
 def measure(pipe: StableDiffusionXLPipeline, split: str = "heldout", seeds: int = 12) -> dict[str, float]:
-    """Accuracy and reward of samples for the combinations of a split, `seeds` pictures each."""
+    """Accuracy and reward of samples for the combinations of a split, `seeds` images each."""
     texts, numbers = with_seeds(prompts(split), seeds)
     wanted = [parse(text) for text in texts]
     figures: dict[str, float] = {}

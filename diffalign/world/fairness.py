@@ -1,8 +1,8 @@
-"""Is the world fair to methods that invert pictures? Two properties, by quarter of t.
+"""Is the world fair to methods that invert images? Two properties, by quarter of t.
 
     python -m diffalign.world.fairness
 
-Inversion methods take a picture to the noise that the base itself would make it from, and compare the two sides
+Inversion methods take an image to the noise that the base itself would make it from, and compare the two sides
 there. That asks two things of a world: the noise found is near what the base was trained on (unit variance), and
 the side that is easier to denoise is the same at inverted points as at random noise.
 Unit variance cannot be had where the noise is not much larger than the texture, whatever the base: `texture_std` is

@@ -3,8 +3,8 @@
     python -m diffalign.world.judge_accuracy world-step-aware pickscore=assets/world/judge/clip world
 
 Pairs of renders of held-out captions are noised to t with one noise for both sides, the base predicts x̂_0 with
-guidance, and the judge sees the decoded pictures. The truth is the oracle's reward of the clean renders; the oracle
-itself may be asked about the decoded pictures too (`world`): what a judge that ignores t can get out of them.
+guidance, and the judge sees the decoded images. The truth is the oracle's reward of the clean renders; the oracle
+itself may be asked about the decoded images too (`world`): what a judge that ignores t can get out of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The true reward of a picture of the world, read from its pixels alone.
+"""The true reward of an image of the world, read from its pixels alone.
 
 Every shape, radius and offset is fitted as "one colour inside, one outside" by least squares; the best fit gives the
 shape, both colours, and what is left over gives the grain. No network, no randomness.
@@ -20,7 +20,7 @@ from diffalign.world.render import BACKGROUND, FOREGROUND, OFFSET, PALE, RADIUS,
 
 RADII = 7  # templates per shape
 OFFSETS = 7  # templates per shape and axis
-CHUNK = 512  # pictures fitted at once: about 10 MB
+CHUNK = 512  # images fitted at once: about 10 MB
 
 # How soft the three readings are: small enough for a confident answer, large enough to be graded.
 SHAPE_SOFTNESS = 0.02  # in the fitted contrast, relative to the best fit
@@ -34,7 +34,7 @@ GRAIN_CAP = 0.25
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle sees in n pictures; probabilities sum to 1 over an attribute's values."""
+    """What the oracle sees in n images; probabilities sum to 1 over an attribute's values."""
 
     shape: Tensor  # [n 4], order of captions.SHAPES
     colour: Tensor  # [n 6], order of captions.COLOURS
@@ -45,7 +45,7 @@ class Reading:
 
 
 def read(pictures: Tensor) -> Reading:
-    """Read pictures uint8 "n 16 16 3"."""
+    """Read images uint8 "n 16 16 3"."""
     if pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3) or pictures.dtype != torch.uint8:
         raise DiffalignError(
             f"the oracle reads uint8 pictures of shape [n, {SIZE}, {SIZE}, 3]; these are {pictures.dtype} "

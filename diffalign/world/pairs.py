@@ -5,7 +5,7 @@
 Captions are of training combinations only. With `users` each pair is somebody's, by their taste, and their embeddings
 are written beside the pairs (`users.py`). Sources:
     renders   two renders of one caption with independent looks and defects
-    samples   the best and the worst of four pictures that the base makes of one caption
+    samples   the best and the worst of four images that the base makes of one caption
 Which side is shown first is drawn at random, so nothing but the label tells the chosen one.
 """
 
@@ -143,7 +143,7 @@ def _block(recipe: PairRecipe, index: int, users: Sequence[User]) -> Iterator[Pa
     else:
         pictures = _samples(captions, rng)
     whose = None
-    if users:  # a generator of their own: the pictures stay
+    if users:  # a generator of their own: the images stay
         drawn = np.random.default_rng([seed, index, 1]).integers(0, len(users), BLOCK)
         whose = [users[i] for i in drawn]
     scores = _scores(pictures, wanted, _REWARDS[recipe.reward], whose)
@@ -162,7 +162,7 @@ def _block(recipe: PairRecipe, index: int, users: Sequence[User]) -> Iterator[Pa
 
 
 def _samples(captions: list[str], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Four pictures [n 4 16 16 3] of each caption, made by the base."""
+    """Four images [n 4 16 16 3] of each caption, made by the base."""
     from diffusers import StableDiffusionXLPipeline
 
     from diffalign.world.sample import sample_pixels
@@ -176,7 +176,7 @@ def _samples(captions: list[str], rng: np.random.Generator) -> NDArray[np.uint8]
 def _scores(
     pictures: NDArray[np.uint8], wanted: list[Combination], reward: RewardOf, whose: Sequence[User] | None
 ) -> NDArray[np.float32]:
-    """True rewards [n sides] of pictures [n sides 16 16 3]: by the taste of each pair's user where there are users."""
+    """True rewards [n sides] of images [n sides 16 16 3]: by the taste of each pair's user where there are users."""
     sides = pictures.shape[1]
     reading = oracle.read(torch.from_numpy(pictures.reshape(-1, *pictures.shape[2:])))
     asked = [w for w in wanted for _ in range(sides)]

@@ -1,9 +1,9 @@
 """Renders of the world: 16x16 RGB, an anti-aliased shape on a plain background, and natural texture over everything.
 
 What a caption never says varies: vividness, radius, offset, tint. Some renders have defects; a model trained on
-them has something to unlearn. Texture (a smooth field plus white grain) is on every picture, because data that
+them has something to unlearn. Texture (a smooth field plus white grain) is on every image, because data that
 fill the space make inversion-based methods meaningful; docs/world.md has the figures.
-Pure numpy, a few ms per hundred pictures; the same generator state gives the same bytes.
+Pure numpy, a few ms per hundred images; the same generator state gives the same bytes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RADIUS = (3.6, 5.4)  # pixels
 OFFSET = 1.5  # pixels, either way, per axis
 TINT = 0.03  # background tint, either way, per channel
 
-GRAIN_FLOOR = 0.10  # std of the white grain on every picture
-SMOOTH_FLOOR = 0.05  # std of the smooth field on every picture (correlated over about 2 pixels)
+GRAIN_FLOOR = 0.10  # std of the white grain on every image
+SMOOTH_FLOOR = 0.05  # std of the smooth field on every image (correlated over about 2 pixels)
 SMOOTH_PASSES = 4  # of a 1-2-1 kernel over white noise; _BLURRED_STD belongs to this number
 
 REDRAWN_RATE = 0.18  # one attribute is not the caption's
@@ -52,7 +52,7 @@ BLUR_RATE = 0.20  # the drawing (not its texture) is out of focus
 
 @dataclass(frozen=True)
 class Looks:
-    """What a caption leaves open, per picture; arrays of length n unless said otherwise."""
+    """What a caption leaves open, per image; arrays of length n unless said otherwise."""
 
     vividness: NDArray[np.float64]
     radius: NDArray[np.float64]  # pixels
@@ -85,12 +85,12 @@ def without_defects(looks: Looks) -> Looks:
 
 
 def render(combinations: Sequence[Combination], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Pictures [n 16 16 3] of the combinations, each with random looks, defects included."""
+    """Images [n 16 16 3] of the combinations, each with random looks, defects included."""
     return paint(combinations, draw_looks(len(combinations), rng), rng)
 
 
 def paint(combinations: Sequence[Combination], looks: Looks, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Pictures [n 16 16 3] of the combinations with given looks; `rng` draws the texture alone."""
+    """Images [n 16 16 3] of the combinations with given looks; `rng` draws the texture alone."""
     shape = np.array([SHAPES.index(c.shape) for c in combinations])
     colour = np.array([COLOURS.index(c.colour) for c in combinations])
     background = np.array([BACKGROUNDS.index(c.background) for c in combinations])

@@ -4,7 +4,7 @@
 (0.42) refuses classes of other packages. Its `AutoencoderDC` downsamples by pixel-unshuffle, and with no blocks and
 weights set by hand nothing else is left: the encoder is exact to the bit. The decoder ends in an RMS norm and a ReLU;
 a constant channel far larger than the pixels makes the norm a division by that constant, and a bias carries the pixels
-past the ReLU, so decoding is exact to float32 rounding (1e-6) for values in [-2, 2] and clips beyond (pictures are
+past the ReLU, so decoding is exact to float32 rounding (1e-6) for values in [-2, 2] and clips beyond (images are
 clipped to [-1, 1] anyway).
 `AutoencoderKL` and `AutoencoderTiny` cannot do this: they upsample by repeating pixels, after which no convolution can
 tell the four pixels of a cell apart.
