@@ -1,4 +1,4 @@
-"""What a caption of the world may say: 4 shapes x 6 colours x 5 backgrounds in a few phrasings, and who sees which.
+"""What a caption of the world may say: 4 shapes x 6 colours x 5 backgrounds in a few phrasings, and the split of each.
 
 Left out on purpose: position words. The UNet has no position embedding and learns them badly.
 """

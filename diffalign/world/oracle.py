@@ -48,11 +48,11 @@ def read(pictures: Tensor) -> Reading:
     """Read images uint8 "n 16 16 3"."""
     if pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3) or pictures.dtype != torch.uint8:
         raise DiffalignError(
-            f"the oracle reads uint8 pictures of shape [n, {SIZE}, {SIZE}, 3]; these are {pictures.dtype} "
+            f"the oracle reads uint8 images of shape [n, {SIZE}, {SIZE}, 3]; these are {pictures.dtype} "
             f"{list(pictures.shape)}. Generate at the world's own resolution, {SIZE}"
         )
     if len(pictures) == 0:
-        raise DiffalignError("the oracle was given no pictures; score at least one")
+        raise DiffalignError("the oracle was given no images; score at least one")
     parts = [_read(part.to(torch.float32) / 255) for part in pictures.split(CHUNK)]
     return Reading(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Reading)})
 

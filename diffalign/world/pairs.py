@@ -232,9 +232,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1024, help="number of pairs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", choices=("renders", "samples"), default="renders")
-    parser.add_argument(
-        "--reward", choices=tuple(_REWARDS), default="world", help="what makes a picture the better one"
-    )
+    parser.add_argument("--reward", choices=tuple(_REWARDS), default="world", help="what makes an image the better one")
     parser.add_argument("--layout", choices=("parquet", "folder"), default="parquet")
     parser.add_argument("--shuffle-labels", action="store_true", help="a control: labels dealt out at random")
     a = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Samples of a world pipeline, the way every figure of this room is made: 20 DDIM steps at guidance 5."""
+"""Samples of a world pipeline, as every figure of the world is made: 20 DDIM steps at guidance 5."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[
     for i, image in enumerate(images):
         if image.size != (SIZE, SIZE):
             raise DiffalignError(
-                f"image {i} is {image.size[0]}x{image.size[1]}; pictures of the embedded world are {SIZE}x{SIZE}. "
+                f"image {i} is {image.size[0]}x{image.size[1]}; images of the embedded world are {SIZE}x{SIZE}. "
                 f"Generate with resolution {SIZE}; do not resize"
             )
     pixels = (
