@@ -51,9 +51,9 @@ def test_every_answer_gives_a_config_or_says_which_card_is_needed(
     least = {"sd": 16, "sdxl": 24}[family] if goal == "full" else 8
     if card != "cpu" and int(card) < least:
         with pytest.raises(DiffalignError, match=f"needs a card of {least} GB"):
-            config_text(answers, family, "runs/x")
+            config_text(answers, family, "x")
         return
-    text = config_text(answers, family, "runs/x")
+    text = config_text(answers, family, "x")
     (tmp_path / "x.yaml").write_text(text)
     config = load_config(tmp_path / "x.yaml")
     assert isinstance(config, Config)
@@ -89,8 +89,14 @@ def test_missing_answers_are_asked_for(
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     main(["init", *ANSWERS])
+
+    def ended(_: str) -> str:
+        raise EOFError
+
     assert "give one of lora, full" in capsys.readouterr().out
     assert "method: lora" in (tmp_path / "my.yaml").read_text()
+    monkeypatch.setattr("builtins.input", ended)
+    assert "the input ended before --goal was answered" in fails(capsys, "init", "other.yaml", *ANSWERS)
 
 
 def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

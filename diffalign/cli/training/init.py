@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     if not Path(answers["pairs"]).exists() and not is_hub_id(answers["pairs"]):
         raise MissingFileError(f"--pairs {answers['pairs']} does not exist, and is no Hub id; check the path")
     family = args.family or family_by_name(answers["base"])
-    text = config_text(answers, family, f"runs/{args.config.stem}")
+    text = config_text(answers, family, args.config.stem)
     args.config.write_text(text, encoding="utf-8")
     load_config(args.config)
     print(f"{args.config}: {GOALS[answers['goal']].partition(':')[0]}; docs/training.md explains every setting")
@@ -102,7 +102,10 @@ def _ask(name: str) -> str:
     for key, what in (known or {}).items():
         print(f"  {key:<12} {what}")
     while True:
-        answer = input(f"{QUESTIONS[name]}: ").strip()
+        try:
+            answer = input(f"{QUESTIONS[name]}: ").strip()
+        except EOFError:
+            raise DiffalignError(f"the input ended before --{name} was answered; answer it, or give --{name}") from None
         if answer and (known is None or answer in known):
             return answer
         print(f"  give one of {', '.join(known)}" if known else "  give a path or a Hub id")
@@ -138,8 +141,11 @@ def fit_for(family: str, card: str, goal: str) -> Fit:
     return fits[max(fits)]
 
 
-def config_text(answers: dict[str, str], family: str, output_dir: str) -> str:
-    """The config as commented YAML. answers: base, pairs, card, goal. Raises DiffalignError as `fit_for` does."""
+def config_text(answers: dict[str, str], family: str, name: str) -> str:
+    """The config as commented YAML. answers: base, pairs, card, goal; name: of the run's folder and its cache.
+
+    Raises DiffalignError as `fit_for` does.
+    """
     card, goal = answers["card"], answers["goal"]
     fit, gpu, full = fit_for(family, card, goal), card != "cpu", goal == "full"
     objective = {"noisy-labels": ["name: cdpo", "beta: 5000", "label_smoothing: 0.1"], "winners": ["name: sft"]}.get(
@@ -151,7 +157,7 @@ def config_text(answers: dict[str, str], family: str, output_dir: str) -> str:
         "# Written by `diffalign init`. Every setting can be overridden on the command line: key.sub=value.",
         "# `diffalign check` builds the run, takes one small step and prints the plan.",
         "",
-        f"output_dir: {output_dir}",
+        f"output_dir: {json.dumps(f'runs/{name}')}",
         "seed: 0",
         "",
         "model:",
@@ -169,7 +175,7 @@ def config_text(answers: dict[str, str], family: str, output_dir: str) -> str:
         "  # resolution: pixels; without it the base's own",
         "  center_crop: true",
         "  proportion_empty_prompts: 0.2  # of the visits train without a prompt, as guidance needs",
-        *(["  cache_dir: cache/pairs  # images and prompts are encoded once; another for other pairs"] if gpu else []),
+        *([f"  cache_dir: {json.dumps(f'cache/{name}')}  # images and prompts are encoded once"] if gpu else []),
         *(["  draws_per_pair: 8", "  cache_reference_errors: true"] if fit.precomputed_reference else []),
         f"  dataloader_num_workers: {8 if gpu else 0}",
         "",
