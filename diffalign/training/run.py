@@ -26,7 +26,7 @@ from diffalign.errors import DiffalignError
 from diffalign.io.folder_lock import folder_lock
 from diffalign.models.loading.base import Base
 from diffalign.training.build import build
-from diffalign.training.callbacks.base import Callback
+from diffalign.training.callbacks.base import Callback, check_callbacks
 from diffalign.training.callbacks.checkpoints import Checkpoints
 from diffalign.training.callbacks.metrics_log import MetricsLog
 from diffalign.training.callbacks.progress_bar import ProgressBar
@@ -63,10 +63,11 @@ def run_training(
     table, base: open data and an open model, in place of those that the config names.
     callbacks: called besides the run's own (`training/callbacks/base.py`).
 
-    Raises ConfigError when the output folder holds another run, FolderInUseError while another process trains there,
+    Raises ConfigError when the output folder contains another run, FolderInUseError while another process trains there,
     DataError before any model is loaded, ResourceError where memory runs out. SIGINT and SIGTERM raise Interrupted once
     the current step is finished and a checkpoint is written.
     """
+    callbacks = check_callbacks(callbacks)
     accelerator = make_accelerator(config)
     config = with_precision(config, accelerator.device)
     with own_folder(config, accelerator):

@@ -37,7 +37,7 @@ from diffalign.models.adapters.methods import TuningMethod
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.from_pipeline import base_of_pipeline
 from diffalign.objectives import Objective
-from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign.training.callbacks.base import Callback, TrainingState, check_callbacks
 from diffalign.training.run import run_training
 from diffalign.training.trainable import Trainable
 
@@ -149,7 +149,7 @@ class Trainer:
         config = parse_config(tree, "Trainer")
         assert isinstance(config, Config)
         self.config = config
-        self.callbacks = [*callbacks]
+        self.callbacks = check_callbacks(callbacks)
         self.run: Trainable | None = None
 
     def _data(self, given: Any, *, made_while_training: bool) -> DataSection:

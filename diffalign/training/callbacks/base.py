@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import DiffalignError
 from diffalign.training.metrics import Meter
 from diffalign.training.trainable import Trainable
 
@@ -65,3 +66,14 @@ class Callback:
 
     def close(self) -> None:
         """Called when the run ends, also by an error."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    """The callbacks as a list. Raises DiffalignError for one that is no instance of Callback."""
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise DiffalignError(
+                f"callbacks: {callback!r} is not an instance of diffalign.Callback; let its class inherit from that, "
+                "and pass an instance"
+            )
+    return [*callbacks]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from diffalign import Callback, Trainer, TrainingArguments, TrainingState, load_pairs
+from diffalign import Callback, DiffalignError, Trainer, TrainingArguments, TrainingState, load_pairs
 from diffalign.training.trainable import TrainingError
 from diffalign.world import base_path, pairs_path
 
@@ -107,6 +107,13 @@ def test_a_callback_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
 
     trainer(tmp_path, Save()).train()
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("wrong", [Recorder, print])
+def test_what_is_no_callback_is_refused_before_anything_is_loaded(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match=r"callbacks: .* is not an instance of diffalign.Callback.*an instance"):
+        trainer(tmp_path / "run", wrong)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_a_callback_ends_the_run_and_closes_all(tmp_path: Path) -> None:
