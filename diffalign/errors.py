@@ -95,7 +95,7 @@ def explain(error: BaseException) -> str | None:
     if (said := out_of_memory(error)) is not None:
         return (
             f"{said}. In training, lower training.train_batch_size or data.resolution, or set "
-            "model.gradient_checkpointing: true; for pictures, lower --batch or --resolution"
+            "model.gradient_checkpointing: full; for images, lower --batch or --resolution"
         )
     if (said := lost_worker(error)) is not None:
         return f"{said}. Lower data.dataloader_num_workers (0 loads in the main process), or free some memory"

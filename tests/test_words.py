@@ -23,6 +23,9 @@ WORDS = {
     r"trial steps?": "dry run",
     r"encode caches?": "latent cache",
     r"half-made": "intermediate",
+    r"former polic(?:y|ies)": "snapshot of the policy",
+    r"for ever": "forever, without bound",
+    r"mend(?:ed|s)?": "correct",
     r"kept (?:draws|errors|trajectories|points)": "repeated draws, cached errors, precomputed trajectories",
 }
 SEARCHED = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "diffalign/**/*.py", "examples/*.py"]

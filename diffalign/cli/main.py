@@ -23,7 +23,7 @@ SEVERAL_PROCESSES = ("train", "check", "encode")  # commands that share their wo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. Exit status 2: something the user can mend, in one message. 1: a bug of ours, with its
+    """Runs one command. Exit status 2: an error that the user can correct, in one message. 1: a bug, with its
     traceback. 128 + n: ended by signal n (130: SIGINT, 143: SIGTERM)."""
     with guarded():
         _run(sys.argv[1:] if argv is None else list(argv))

@@ -187,5 +187,5 @@ class PreferenceModelSection(Section):
     pretrained_model_name_or_path: PathText = "yuvalkirstain/PickScore_v1"  # the CLIP it starts from: folder or Hub id
     tokenizer: PathText = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder holds none
     guidance_scale: Guidance = 5.0  # of the base's predictions (the SPO release's)
-    relabel_with: Text | None = None  # a scorer whose verdict on the clean pictures replaces the labels
+    relabel_with: Text | None = None  # a scorer whose verdict on the clean images replaces the labels
     relabel_gap: Fraction = 0.1  # difference of probabilities within which that verdict is a tie

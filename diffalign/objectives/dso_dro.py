@@ -3,7 +3,7 @@
     L = E_policy(x_c) − min( E_policy(x_r), E_reference(x_r) + m )
 
 The denoising loss on chosen images minus that on rejected ones. No sigmoid saturates it. The paper's rejected term,
-E_policy(x_r) alone, has no bound: a policy can lower the loss for ever by destroying its prediction there. Here the
+E_policy(x_r) alone, has no bound: a policy can lower the loss forever by destroying its prediction there. Here the
 term has no gradient where E_policy(x_r) is more than m above the reference's error (D^r > m); the chosen term still
 has its gradient. The bound is relative to the reference because errors differ far more between draws of t and ε than a
 policy changes them: an absolute bound would be exceeded at once at some timesteps and never at others. The gradient

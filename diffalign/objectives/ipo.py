@@ -2,7 +2,7 @@
 
     L = ( −(D^c − D^r) − 1/(2τ) )²
 
-A regression to a fixed margin instead of a sigmoid: it does not saturate, and margins do not grow for ever. The loss is
+A regression to a fixed margin instead of a sigmoid: it does not saturate, and margins do not grow forever. The loss is
 about 1/(4τ²) at the start. With τ in the thousands its gradients are small, so lower Adam's epsilon.
 
 By hand: D = (−.1, 0), τ = 10 → (.1 − .05)² = .0025.

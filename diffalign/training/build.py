@@ -130,8 +130,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
 def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference | None:
     """The network that the policy is compared with, from the policy's unwrapped UNet before training.
 
-    A former policy where the source chooses one, else the tuning method's reference. None for an objective without a
-    reference.
+    A snapshot of the policy if the source chooses one, else the tuning method's reference. None for an objective
+    without a reference.
     """
     autocast = AUTOCAST[config.training.mixed_precision]
     if config.source is not None and config.source.own_reference:

@@ -24,7 +24,7 @@ GRAPHS_PER_BLOCK = 96
 def compile_blocks(unet: UNet, backend: str | None = None) -> int:
     """Compiles every transformer and resnet block at its first call; returns their number.
 
-    backend: of torch.compile; None means inductor. Shapes are fixed: another batch or picture size compiles anew.
+    backend: of torch.compile; None means inductor. Shapes are fixed: another batch or image size compiles again.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_BLOCK)

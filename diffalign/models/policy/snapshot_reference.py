@@ -1,11 +1,11 @@
-"""A reference that can be any former policy of the run: kept on disk, put into the network that answers for it.
+"""A reference that can be any snapshot of the policy: stored on disk, loaded into the network that predicts for it.
 
-    LoRA   pytorch_lora_weights.safetensors, as every LoRA file; the adapter's weights are exchanged within `active()`,
-           so there is still one UNet in memory
-    full   delta.safetensors: what has changed since the start, in bfloat16 (half of a copy; its rounding is at most
-           1/256 of the change itself), on a second UNet; the starting weights stay in CPU memory
+    LoRA   pytorch_lora_weights.safetensors, an ordinary LoRA file; the adapter's weights are exchanged within
+           `active()`, so there is one UNet in memory
+    full   delta.safetensors: the change since the start, in bfloat16 (half the size of a copy; rounding is at most
+           1/256 of the change), on a second UNet; the weights of the start stay in CPU memory
 
-What has no file is the policy as it was when the reference was made.
+The policy at the start, when the reference is made, has no file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HASHES = "hashes.json"  # size and SHA-256 of each file
 
 
 class Former(Protocol):
-    """A reference whose weights can be exchanged for those of a former policy."""
+    """A reference whose weights can be exchanged for those of a snapshot of the policy."""
 
     @property
     def kind(self) -> str:
@@ -40,24 +40,24 @@ class Former(Protocol):
 
     @property
     def description(self) -> str:
-        """What it is, in a few words for the plan of a run."""
+        """A short description for the plan of a run."""
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
-        """Within the block, the module that answers for the reference."""
+        """The module that predicts for the reference inside the block."""
 
     def save(self, folder: Path) -> None:
-        """Writes the policy as it is now; a folder that is there is a whole one."""
+        """Writes a snapshot of the policy; the folder appears only when it is complete."""
 
     def load(self, folder: Path | None) -> None:
-        """From now on answers as the policy that was saved there; None: as the one at the start. Raises ModelError."""
+        """Loads a snapshot; None means the policy at the start. Raises ModelError for a missing or damaged one."""
 
 
 class FormerLora:
     """The policy's own network with another state of its adapter."""
 
     kind = "former"
-    description = "former policies"
+    description = "snapshots of the policy"
 
     def __init__(self, unet: UNet, family: Family) -> None:
         self._unet, self._family = unet, family
@@ -66,17 +66,17 @@ class FormerLora:
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
-        """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
+        """Inside the block the adapter has the snapshot's weights, after it the policy's. Nothing is copied."""
         with self._reference.active() as module:
             yield module
 
     def save(self, folder: Path) -> None:
-        """The adapter as a LoRA file that every reader takes."""
+        """Writes the adapter as an ordinary LoRA file."""
         with _whole(folder) as partial:
             save_lora(self._unet, partial, self._family)
 
     def load(self, folder: Path | None) -> None:
-        """Takes up a saved adapter. Raises ModelError when its file is not there."""
+        """Loads a saved adapter. Raises ModelError if its folder is missing or damaged."""
         if folder is None:
             self._reference.hold(self._start)
             return
@@ -90,7 +90,7 @@ class FormerCopy:
     """A second UNet, made before training starts."""
 
     kind = "former"
-    description = "former policies"
+    description = "snapshots of the policy"
 
     def __init__(self, unet: UNet, autocast_dtype: torch.dtype | None = None) -> None:
         self._unet = unet
@@ -105,7 +105,7 @@ class FormerCopy:
             yield module
 
     def save(self, folder: Path) -> None:
-        """What has changed since the start, in bfloat16."""
+        """Writes the change since the start, in bfloat16."""
         delta = {
             name: (p.detach().cpu().float() - self._start[name].float()).to(torch.bfloat16)
             for name, p in self._unet.named_parameters()
@@ -114,7 +114,7 @@ class FormerCopy:
             save_file(delta, partial / DELTA_FILE)
 
     def load(self, folder: Path | None) -> None:
-        """The starting weights plus what was saved. Raises ModelError when the file is not there or does not fit."""
+        """The weights of the start plus a saved change. Raises ModelError if the file is missing or does not fit."""
         delta: dict[str, Tensor] = {}
         if folder is not None:
             if not (folder / DELTA_FILE).is_file():
@@ -137,7 +137,7 @@ def make_former(unet: UNet, family: Family, autocast_dtype: torch.dtype | None =
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when the block ends well, with hashes of its files."""
+    """A folder to write into; it replaces `folder`, with hashes of its files, when the block ends without error."""
     with written_whole(folder, what="a snapshot") as partial:
         partial.mkdir()
         yield partial
@@ -145,7 +145,7 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _check(folder: Path) -> None:
-    """Raises ModelError for a former policy that is damaged; one of an older version has no hashes."""
+    """Raises ModelError for a damaged snapshot; snapshots of older versions have no hashes."""
     try:
         faults = file_faults(folder, json.loads((folder / HASHES).read_bytes()))
     except FileNotFoundError:

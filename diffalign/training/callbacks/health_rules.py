@@ -83,8 +83,8 @@ def _report_flips(line: Line) -> str:
     if line["flip_rate"] < 0.5:
         return (
             f"dead flips: flip_rate is {line['flip_rate']:.2g}: no rejected image is treated as a chosen one, and the "
-            "loss is DPO's. If that is intended, set objective.flip: none; else check that the reference is a former "
-            "policy"
+            "loss is DPO's. If that is intended, set objective.flip: none; else check that the reference is a "
+            "snapshot of the policy"
         )
     return (
         f"dead flips: flip_rate is {line['flip_rate']:.2g}: the policy is worse than its reference at nearly every "

@@ -76,7 +76,7 @@ class Recipe:
     """How the committed base was trained. Phase k starts from the averaged weights of the last and from seed + k.
 
     SDXL's schedule leaves some of the image in the noisiest latents, and a model learns to read the mean colour there
-    (arXiv 2305.08891). Sampling starts from noise alone, so backgrounds and things turn grey. The second phase mends
+    (arXiv 2305.08891). Sampling starts from noise alone, so backgrounds and things turn grey. The second phase corrects
     that: half of its noisiest inputs are noise alone, and errors of the image count at high noise too.
     """
 
