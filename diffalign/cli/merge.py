@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs it. Raises ValueError for a part of another form."""
-    from diffalign.models.adapters.merge import check_weights, merge_tuned
+    from diffalign.models.adapters.merge import check_factors, merge_tuned
     from diffalign.models.loading.base import load_base
 
     parts = []
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         except ValueError:
             raise DiffalignError(f"{text}: write PATH=WEIGHT, e.g. {text}=0.5") from None
         parts.append((expanded(tuned), value))
-    check_weights(parts)  # before the base is read
+    check_factors(parts)  # before the base is read
     written = merge_tuned(load_base(args.base, vae_and_text=False), parts, args.out)
     total = sum(weight for _, weight in parts)
     print(f"{written}: the base plus {' '.join(args.parts)} of what tuning changed (weights sum to {total:g})")

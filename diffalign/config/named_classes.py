@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, ValidationError, create_model
 
-from diffalign.config.overrides import describe
+from diffalign.config.overrides import describe_fault
 from diffalign.config.value_types import Section, strict
 from diffalign.errors import DiffalignError
 from diffalign.io.plugins import name_of, nearest, resolve
@@ -96,7 +96,7 @@ def _make(cls: Any, settings: dict[str, Any], name: str) -> Any:
     try:
         return make(**_checked(cls, settings))
     except ValidationError as e:
-        raise DiffalignError("; ".join(describe(fault, Section) for fault in e.errors())) from None
+        raise DiffalignError("; ".join(describe_fault(fault, Section) for fault in e.errors())) from None
     except DiffalignError as e:
         raise DiffalignError(f"{name}: {e}") from None
 

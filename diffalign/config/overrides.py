@@ -63,7 +63,7 @@ def _value(text: str) -> Any:
         raise ConfigError(f"{error}; put a string that begins with {value[0]} in quotes") from None
 
 
-def describe(fault: Any, config: type[BaseModel]) -> str:
+def describe_fault(fault: Any, config: type[BaseModel]) -> str:
     """One pydantic error as a message: key, fault, and what to write instead."""
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":

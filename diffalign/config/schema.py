@@ -25,7 +25,7 @@ from diffalign.config.compatibility import (
 from diffalign.config.data_sections import packaged_asset as packaged_asset
 from diffalign.config.health_section import HealthSection, can_roll_back
 from diffalign.config.named_classes import parse_named, parse_tuning, plain_fields, plain_named
-from diffalign.config.overrides import describe, override
+from diffalign.config.overrides import describe_fault, override
 from diffalign.config.sections import (
     ADAM_ONLY,
     OBJECTIVE_ONLY,
@@ -191,7 +191,7 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
     try:
         return kind.model_validate(tree)
     except ValidationError as e:
-        lines = [f"  {describe(fault, kind)}" for fault in e.errors()]
+        lines = [f"  {describe_fault(fault, kind)}" for fault in e.errors()]
         raise ConfigError(f"{where}: {len(lines)} error(s)\n" + "\n".join(lines)) from None
 
 
@@ -200,7 +200,7 @@ def settings_of(section: type[_Settings], values: Mapping[str, Any], where: str)
     try:
         return section.model_validate(dict(values))
     except ValidationError as e:
-        raise ConfigError(f"{where}: " + "; ".join(describe(fault, section) for fault in e.errors())) from None
+        raise ConfigError(f"{where}: " + "; ".join(describe_fault(fault, section) for fault in e.errors())) from None
 
 
 def save_config(config: AnyConfig, path: Path) -> None:

@@ -156,10 +156,10 @@ class Run(Trainable):
         load_tuned(self.unet, folder)
 
     def describe(self, start: int = 0) -> str:
-        """`training.inspect.dry_run.describe`."""
-        from diffalign.training.inspect.dry_run import describe
+        """`training.inspect.dry_run.describe_run`."""
+        from diffalign.training.inspect.dry_run import describe_run
 
-        return describe(self, start)
+        return describe_run(self, start)
 
     def dry_run(self) -> str:
         """`training.inspect.dry_run.dry_run`."""

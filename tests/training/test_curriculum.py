@@ -20,7 +20,7 @@ from diffalign.data.sampler import Processes
 from diffalign.data.table.open import open_pairs
 from diffalign.training.build import build
 from diffalign.training.build_source import curriculum
-from diffalign.training.inspect.dry_run import describe
+from diffalign.training.inspect.dry_run import describe_run
 from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
@@ -112,7 +112,7 @@ def test_axes_reach_a_run(make_config: Make, tiny_sd: Path, scored: str) -> None
     expected = build(plain, make_accelerator(plain))
     assert torch.equal(next(run.source.batches(0)).latents, next(expected.source.batches(0)).latents)
     assert run.table.scores(1) == (6.0, 2.0)
-    assert "cache" not in describe(run).split("files")[0]
+    assert "cache" not in describe_run(run).split("files")[0]
     changed = make_config(tiny_sd, {"data.scores": axes, "data.aggregate": "all_agree"})
     with pytest.raises(DataError, match="axes disagree"):
         build(changed, make_accelerator(changed))

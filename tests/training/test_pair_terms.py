@@ -15,7 +15,7 @@ from diffalign.config.schema import Config, parse_config
 from diffalign.data.row import DataError
 from diffalign.training import build as setup
 from diffalign.training.build import build
-from diffalign.training.inspect.dry_run import describe
+from diffalign.training.inspect.dry_run import describe_run
 from diffalign.training.open_data import open_table
 from diffalign.training.processes import make_accelerator
 from diffalign.training.run import build_run, run_training
@@ -76,7 +76,7 @@ def test_a_margin_is_in_the_first_loss(make_config: MakeConfig, tiny_sd: Path, w
     (line,) = metrics(config.output_dir)
     assert line["loss"] == pytest.approx(float(torch.tensor(1.5).exp().log1p()), rel=1e-6)
     assert line["rewards/margins"] == 0.0
-    assert "margin of each pair" in describe(build(config, make_accelerator(config)))
+    assert "margin of each pair" in describe_run(build(config, make_accelerator(config)))
 
 
 @pytest.mark.parametrize(

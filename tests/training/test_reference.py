@@ -18,7 +18,7 @@ from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.policy.networks import Networks
 from diffalign.training.build import build
-from diffalign.training.inspect.dry_run import describe
+from diffalign.training.inspect.dry_run import describe_run
 from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 
@@ -94,7 +94,7 @@ def test_the_reference_answers_as_the_tuned_weights_do(
     config = make_config(tiny_sdxl, {"tuning.method": method, "tuning.reference": soups[f"{method}-soup"]})
     run = build(config, make_accelerator(config))
     assert run.reference_kind == {"lora": "held", "full": "copy"}[method]
-    assert f"of {soups[f'{method}-soup']}" in describe(run)
+    assert f"of {soups[f'{method}-soup']}" in describe_run(run)
     batch = next(run.source.batches(0))
     point = (batch.latents[0], torch.tensor([17, 801]), batch.cond.map(lambda x: x[0]))
     alone = load_base(str(tiny_sdxl), vae_and_text=False)

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the plan and the step; `output_dir` and caches stay as they are."""
     from diffalign.config.schema import PreferenceModelConfig, load_config
     from diffalign.training.build import build
-    from diffalign.training.inspect.dry_run import describe, dry_run
+    from diffalign.training.inspect.dry_run import describe_run, dry_run
     from diffalign.training.optim.optimizers import effective_lr
     from diffalign.training.processes import make_accelerator, on_main
     from diffalign.training.remedies import with_remedies
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             lr=effective_lr(config.training, accelerator.num_processes),
         )
         if accelerator.is_main_process:
-            print(describe(planned))
+            print(describe_run(planned))
         tried = dry_run(planned)
         if accelerator.is_main_process:
             print(tried)

@@ -137,7 +137,7 @@ class Plan:
         return sum(pairs if name.startswith("moments") else prompts for name in self.missing(folder))
 
 
-def read_manifest(folder: Path) -> tuple[CacheKey, Plan, bool] | None:
+def read_cache_manifest(folder: Path) -> tuple[CacheKey, Plan, bool] | None:
     """Key and plan of a cache folder and whether its shards carry hashes, or None when there is no manifest.
 
     Raises DataError on a damaged one.
@@ -172,7 +172,7 @@ def differences(found: CacheKey, expected: CacheKey) -> list[str]:
 def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
     """The cache in a folder, if it is complete and what this run needs; otherwise DataError."""
     folder = Path(cache_dir)
-    found = read_manifest(folder)
+    found = read_cache_manifest(folder)
     if found is None:
         raise DataError(f"{folder} contains no latent cache (no {MANIFEST}); make it with `diffalign encode`")
     key, plan, _ = found

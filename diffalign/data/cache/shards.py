@@ -172,7 +172,7 @@ def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, text: str) -> None:
+def write_cache_manifest(folder: Path, text: str) -> None:
     """Writes the folder's manifest unless another run was quicker; what is there afterwards is what counts."""
     partial = temporary(folder / MANIFEST)
     try:

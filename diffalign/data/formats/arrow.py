@@ -89,7 +89,7 @@ def laid_out(builder: DatasetBuilder) -> bool:
     return Path(builder.cache_dir, "dataset_info.json").is_file()
 
 
-def free_bytes(builder: DatasetBuilder) -> int:
+def free_cache_bytes(builder: DatasetBuilder) -> int:
     """Room on the disk that the data set would be written to."""
     place = Path(builder.cache_dir)
     while not place.exists():

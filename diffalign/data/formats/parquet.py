@@ -139,13 +139,13 @@ def _as_arrow(direct: ParquetColumns) -> Columns:
     """The same rows by way of Arrow files; the parquet files themselves where the disk has no room for these."""
     from datasets.exceptions import DatasetGenerationError
 
-    from diffalign.data.formats.arrow import ArrowColumns, arrow_builder, free_bytes, laid_out, lay_out
+    from diffalign.data.formats.arrow import ArrowColumns, arrow_builder, free_cache_bytes, laid_out, lay_out
 
     builder = arrow_builder(direct.files)
     if not laid_out(builder):
         each = f"reading one row reads up to {direct.surplus >> 20} MB of its row group"
         hint = f"write parquet with row_group_size={1 + SURPLUS // max(1, direct.row_bytes)} to avoid both"
-        if free_bytes(builder) < 1.1 * direct.bytes:
+        if free_cache_bytes(builder) < 1.1 * direct.bytes:
             log.warning(
                 "%s, which is slow, and the disk of %s does not have the %.1f GB for an Arrow copy; set "
                 "HF_DATASETS_CACHE to another folder, or %s",

@@ -20,7 +20,7 @@ from diffalign.data.cache.latents import (
     cache_key,
     differences,
     manifest_text,
-    read_manifest,
+    read_cache_manifest,
 )
 from diffalign.data.cache.shards import (
     MANIFEST,
@@ -28,7 +28,7 @@ from diffalign.data.cache.shards import (
     not_finite,
     require_room,
     sweep,
-    write_manifest,
+    write_cache_manifest,
 )
 from diffalign.data.encoder import Encoder
 from diffalign.data.finite import OVERFLOW
@@ -128,13 +128,13 @@ class _Job:
 def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan, bool]:
     """The plan of the cache that is begun here, or a new one that is then written; and whether shards have hashes."""
     leftovers = sorted(folder.glob("*.safetensors"))  # listed first: another run may be just beginning
-    if read_manifest(folder) is None:
+    if read_cache_manifest(folder) is None:
         if leftovers:
             raise DataError(
                 f"{folder} contains {leftovers[0].name} but no {MANIFEST}; name an empty folder for the cache"
             )
-        write_manifest(folder, manifest_text(key, make()))
-    found = read_manifest(folder)
+        write_cache_manifest(folder, manifest_text(key, make()))
+    found = read_cache_manifest(folder)
     if found is None:
         raise DataError(f"{folder / MANIFEST} was removed while the cache was being created; encode again")
     if lines := differences(found[0], key):

@@ -27,7 +27,7 @@ from diffalign.data.cache.shards import (
     read_content,
     require_room,
     sweep,
-    write_manifest,
+    write_cache_manifest,
 )
 from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.row import DataError
@@ -101,7 +101,7 @@ def open_recording(cache: PairCache, kind: str, key: Mapping[str, Any], pairs_pe
     folder.mkdir(parents=True, exist_ok=True)
     if read_content(folder) is None:
         plan = {"pairs_per_shard": pairs_per_shard, "pairs": cache.pairs}
-        write_manifest(folder, manifest_text({"key": dict(key), "plan": plan}))
+        write_cache_manifest(folder, manifest_text({"key": dict(key), "plan": plan}))
     found = read_content(folder)
     if found is None or found[0].get("key") != json.loads(json.dumps(key)) or "plan" not in found[0]:
         raise DataError(f"{folder} contains a recording of something else; delete it to have it made again")

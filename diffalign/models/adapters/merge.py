@@ -40,7 +40,7 @@ Parts = Sequence[tuple[str, float]]  # tuned weights, as `find_tuned` takes them
 LARGEST_WEIGHT = 100.0  # of a part; published extrapolations stay below 10
 
 
-def check_weights(parts: Parts) -> None:
+def check_factors(parts: Parts) -> None:
     """Raises ModelError for weights that make no sum: not finite, far too large, or 0 together."""
     for path, weight in parts:
         if not abs(weight) <= LARGEST_WEIGHT:
@@ -63,7 +63,7 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     Raises ModelError for weights that are not finite or do not fit the base, and for a folder that holds a model.
     """
     folder = Path(output_dir)
-    check_weights(parts)
+    check_factors(parts)
     found = _found(parts)
     for name in (LORA_FILE, f"{UNET_FOLDER}/config.json", "config.json", "model_index.json"):
         if (folder / name).exists():

@@ -24,7 +24,7 @@ OPTIMIZER_BYTES = {
 }  # state per trained parameter, at most
 
 
-def describe(run: Run, start: int = 0) -> str:
+def describe_run(run: Run, start: int = 0) -> str:
     """The plan of a built run: model, what is trained, batch, learning rate, steps, data, files."""
     config, training = run.config, run.config.training
     processes = run.accelerator.num_processes

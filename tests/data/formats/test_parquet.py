@@ -45,7 +45,7 @@ def test_without_room_for_an_arrow_copy_parquet_is_read_directly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     room = {"bytes": 1000}
-    monkeypatch.setattr("diffalign.data.formats.arrow.free_bytes", lambda builder: room["bytes"])
+    monkeypatch.setattr("diffalign.data.formats.arrow.free_cache_bytes", lambda builder: room["bytes"])
     file = write_parquet(tmp_path / "pairs.parquet", pick_rows(4))
     assert type(parquet.open_parquet([file])).__name__ == "ParquetColumns"
     assert "does not have the" in caplog.text
