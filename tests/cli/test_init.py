@@ -41,6 +41,11 @@ def test_check_accepts_what_init_writes(goal: str, tmp_path: Path, capsys: pytes
     assert ("LoRA" in printed or "lora" in printed) == (goal != "full")
     (train,) = next_commands(printed)
     assert train == ["train", str(file), f"output_dir={tmp_path / 'run'}"]
+    if goal == "lora":
+        main([*train, "training.max_train_steps=1", "data.max_pairs=8", "training.report_to=none"])
+        ends = next_commands(capsys.readouterr().out)
+        assert [words[0] for words in ends] == ["generate", "evaluate"]
+        assert all(make_parser(words[0]).parse_args(words).tuned for words in ends)
 
 
 @pytest.mark.parametrize(("family", "card", "goal"), [*itertools.product(("sd", "sdxl"), CARDS, GOALS)])

@@ -32,4 +32,4 @@ def run(args: argparse.Namespace) -> None:
             mean = sum(values) / len(values)
             spread = f"{min(values):.4f} to {max(values):.4f}"
             print(f"{folder}: {judge.name} {mean:.4f} on average of {len(rows)} images ({spread})")
-        print(f"{folder / SCORES}: every image's")
+        print(f"{folder / SCORES}: the score of every image")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 
+from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.options import config_arguments
 
 
@@ -14,7 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains to the end, from the configured checkpoint if there is one."""
-    from diffalign.config.schema import load_config
+    from diffalign.config.schema import Config, load_config
     from diffalign.training.run import run_training
 
-    run_training(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    run_training(config)
+    if isinstance(config, Config) and os.environ.get("RANK", "0") == "0":
+        base, out = str(config.model.pretrained_model_name_or_path), config.output_dir
+        sampling = ["--prompts", "prompts.txt", "--seeds", "0-3"]
+        tuned = ["--tuned", f"{config.objective.name}={out}"]
+        print_next(
+            ["generate", base, "--tuned", out, *sampling, "--out", f"{out}/images"],
+            ["evaluate", base, *tuned, *sampling, "--scorer", "pickscore", "--out", f"{out}/evaluation"],
+        )
