@@ -17,7 +17,7 @@ from diffalign.config.sections import DataSection, ModelSection, TrainingSection
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
-from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.offline_pairs import LatentSource, OfflinePairs
 from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 
 SOURCE_FOLDER = "source"  # in a run's folder: files of a source that makes its pairs
 
-Content = Online | PairCache | Trajectories | ReferenceErrors
 BuildSource = Callable[[Networks, UNet, Former | None], Source]
 
 
@@ -79,8 +78,8 @@ def source_builder(
 def _with_results(
     config: Config,
     accelerator: Accelerator,
-    make: Callable[[Content], OfflinePairs],
-    content: Content,
+    make: Callable[[LatentSource], OfflinePairs],
+    content: LatentSource,
     fingerprint: str,
 ) -> BuildSource:
     """Builds the source of a run that reads precomputed results of the base, whose weights have this fingerprint."""
@@ -89,7 +88,7 @@ def _with_results(
     def with_networks(networks: Networks, unet: UNet, former: Former | None) -> Source:
         source = make(content)
         work = Work(training.train_batch_size, processes=processes_of(accelerator), counts=networks)
-        found: Content
+        found: LatentSource
         facts: dict[str, Any]
         if config.data.cache_trajectories:
             facts = {"network": fingerprint, "precision": training.mixed_precision}

@@ -57,7 +57,7 @@ class Visits(Dataset[Loaded]):
         problems: list[Problem] = []
         for attempt in range(ATTEMPTS):
             try:
-                return replace(self.pair(index, draw), problems=(tuple(problems),))
+                return self.pair(index, draw, tuple(problems))
             except ImageError as error:
                 problems.append(Problem(self.table.where(index), error.kind, str(error)))
                 index = substitute(self.table.ids[first], attempt, len(self.table))
@@ -67,8 +67,8 @@ class Visits(Dataset[Loaded]):
             "ones"
         )
 
-    def pair(self, index: int, draw: int) -> Loaded:
-        """A pair at its visit `draw`. Raises ImageError where it cannot be read."""
+    def pair(self, index: int, draw: int, problems: tuple[Problem, ...] = ()) -> Loaded:
+        """A pair at its visit; `problems`: of pairs it stands in for. Raises ImageError where it cannot be read."""
         table, name = self.table, self.table.ids[index]
         key = pair_key(self.spec.run_seed, name, draw)
         prompt = table.prompts[index] if self._keeps_prompt(key) else None
@@ -81,6 +81,7 @@ class Visits(Dataset[Loaded]):
             terms=self._terms(index, key, draw, loaded.geometry[:, 0]) if table.terms else NO_TERMS,
             ids=(name,),
             prompts=(NULL_PROMPT if prompt is None else prompt,),
+            problems=(problems,),
         )
 
     def _keeps_prompt(self, key: int) -> bool:

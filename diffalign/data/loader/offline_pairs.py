@@ -27,6 +27,8 @@ from diffalign.types import Conditioning, PairBatch
 
 log = logging.getLogger(__name__)
 
+LatentSource = Online | PairCache | Trajectories | ReferenceErrors
+
 
 class OfflinePairs:
     """A table of pairs as an endless stream of micro-batches.
@@ -41,7 +43,7 @@ class OfflinePairs:
     def __init__(
         self,
         table: PairTable,
-        content: Online | PairCache | Trajectories | ReferenceErrors,
+        content: LatentSource,
         spec: LoaderSpec,
         *,
         time_ids: Callable[[Tensor], Tensor | None] | None = None,
