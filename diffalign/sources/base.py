@@ -20,6 +20,7 @@ from diffalign.objectives.base import Compared, positive
 from diffalign.types import PairBatch
 
 if TYPE_CHECKING:
+    from diffalign.data.loader.spec import LoaderSpec
     from diffalign.data.table.prompts import Table
     from diffalign.models.loading.encoder import Encoder
     from diffalign.models.loading.family import Family
@@ -67,11 +68,7 @@ class Context:
     family: Family
     encoder: Encoder  # text encoders and VAE
     table: Table  # prompts with ids; `Winners`, which have an image as well, where `Settings.data` is winners
-    seed: int  # of the run
-    train_batch_size: int  # pairs per process and micro-step
-    gradient_accumulation_steps: int
-    process: int
-    processes: int
+    spec: LoaderSpec  # seed, batch sizes and processes of the run, prompt dropout, null prompts
     wait: Callable[[], None]  # returns when every process has called it
     folder: Path  # of the source, inside the run's
     saved: Callable[[], list[dict[str, Any]]]  # states in the run's checkpoints: the files they need must stay
@@ -80,13 +77,11 @@ class Context:
     device: torch.device
     center_crop: bool = True  # of images that are read
     random_flip: bool = False
-    prompt_dropout: float = 0.0  # share of visits that see the null prompt, both sides alike
-    with_uncond: bool = False  # batches carry the null prompt's conditioning
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes what all share."""
-        return self.process == 0
+        return self.spec.processes.process_index == 0
 
 
 class Settings(Protocol):

@@ -37,7 +37,7 @@ def sample_candidates(
 ) -> Candidates:
     """Samples from the policy, decodes and scores; raises SourceError when a score is not finite."""
     prompts = [place.prompt for place in places for _ in range(samples_per_prompt)]
-    seeds = [place.seed(context.seed, k) for place in places for k in range(samples_per_prompt)]
+    seeds = [place.seed(context.spec.run_seed, k) for place in places for k in range(samples_per_prompt)]
     latents = sample_latents(context, text, context.networks.policy, prompts, seeds, sampling)
     scores = score_latents(context.encoder, judge, latents, prompts, seeds, sampling.batch_size)
     shape = (len(places), samples_per_prompt)
@@ -101,7 +101,7 @@ def from_candidates(context: Context, settings: CandidateSettings, pick: Pick) -
         rows, picks, metrics = pick(found)
         return Rollout(chosen_records(context.resolution, found, rows, picks), metrics)
 
-    key = fingerprint(settings, context.table.identity, context.seed, context.resolution)
+    key = fingerprint(settings, context.table.identity, context.spec.run_seed, context.resolution)
     spec = RoundSpec(key, settings.prompts_per_round, keep_rounds=settings.keep_rounds)
     source = RoundPairs(context, spec, roll)
     return source

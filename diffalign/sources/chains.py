@@ -64,10 +64,10 @@ class Chains:
                 f"source.plain_steps = {settings.plain_steps}: a chain on this model's schedule has {steps} steps with "
                 "noise, and at least one must branch"
             )
-        if context.prompt_dropout > 0:
+        if context.spec.prompt_dropout > 0:
             raise SourceError(
-                f"data.proportion_empty_prompts = {context.prompt_dropout}: the steps of rollout were sampled under "
-                "their prompts, and another prompt would judge them wrongly; set it to 0"
+                f"data.proportion_empty_prompts = {context.spec.prompt_dropout}: the steps of rollout were sampled "
+                "under their prompts, and another prompt would judge them wrongly; set it to 0"
             )
         at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
         self.branching = Branching(levels, at, settings.num_candidates, settings.eta, settings.threshold)
@@ -101,7 +101,7 @@ class Chains:
         c, own = self.context, self.settings
         prompts = tuple(place.prompt for place in places)
         cond, null = guidance_conditioning(c.encoder, self.text, prompts, own.guidance_scale, c.resolution)
-        keys = torch.tensor([pair_key(c.seed, place.id, place.number) for place in places])
+        keys = torch.tensor([pair_key(c.spec.run_seed, place.id, place.number) for place in places])
 
         def noise(i: int, members: int) -> Tensor:
             draws = normal(keys, f"step {i}", (members, *c.latent_shape))
@@ -118,7 +118,7 @@ class Chains:
 
     def _seeds(self, places: Sequence[Place]) -> list[int]:
         """Of the chains' starting noise."""
-        return [place.seed(self.context.seed, 0) for place in places]
+        return [place.seed(self.context.spec.run_seed, 0) for place in places]
 
     def _scores(self, latents: Tensor, t: int, places: Sequence[Place]) -> Tensor:
         """The judge's value "member prompt" of each clean latent of a pool; a judge of intermediate steps gets t.

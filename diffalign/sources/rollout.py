@@ -79,7 +79,7 @@ class BranchingRollout:
         from diffalign.sources.stream import RoundPairs, RoundSpec
 
         chains = Chains(self, context, load_scorer(self.scorer, str(context.device)))
-        key = fingerprint(self, context.table.identity, context.seed, context.resolution)
+        key = fingerprint(self, context.table.identity, context.spec.run_seed, context.resolution)
         return RoundPairs(context, RoundSpec(key, self.prompts_per_round, keep_rounds=self.keep_rounds), chains.roll)
 
     def small(self) -> Settings:

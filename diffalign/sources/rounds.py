@@ -36,6 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign.data.sampler import Processes
 from diffalign.engine.random import pair_key
 from diffalign.io.files import room_for, sync, temporary
 from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
@@ -128,12 +129,12 @@ class Made:
 
 
 def write_share(
-    folder: Path, records: Records | None, about: About, process: int, processes: int, made: Made | None = None
+    folder: Path, records: Records | None, about: About, processes: Processes, made: Made | None = None
 ) -> Path:
     """Writes what one process made of a round; None: it made no pair. Raises NoSpaceError."""
     place = round_folder(folder, about.round)
     place.mkdir(parents=True, exist_ok=True)
-    file = place / f"share-{process:05d}-of-{processes:05d}.safetensors"
+    file = place / f"share-{processes.process_index:05d}-of-{processes.num_processes:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     if records is not None and len(records):
         tensors = {name: value.contiguous() for name, value in records.pair_first().items()}

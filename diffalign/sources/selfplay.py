@@ -75,7 +75,7 @@ class SelfPlay:
                 if context.main:
                     former.save(_policy(context.folder, iteration))
                 context.wait()
-            entry = self.entry(context.seed, iteration)
+            entry = self.entry(context.spec.run_seed, iteration)
             former.load(_policy(context.folder, entry) if entry else None)
 
         def roll(iteration: int, places: list[Place]) -> Rollout:
@@ -84,7 +84,7 @@ class SelfPlay:
             return against_winners(context, source.text, places, sampling)
 
         spec = RoundSpec(
-            key=fingerprint(self, context.table.identity, context.seed, context.resolution),
+            key=fingerprint(self, context.table.identity, context.spec.run_seed, context.resolution),
             prompts_per_round=self.images_per_iteration,
             steps_per_round=self.updates_per_iteration,
             keep_rounds=self.keep_rounds,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,9 @@ class RoundPairs:
         self.context, self.spec, self.roll, self.enter = context, spec, roll, enter
         self.folder = context.folder / ROUNDS
         self.text = TextMemo(context.encoder)
-        self._order = PairOrder(len(context.table), context.seed)
-        self._per_step = context.train_batch_size * context.gradient_accumulation_steps * context.processes
+        self._order = PairOrder(len(context.table), context.spec.run_seed)
+        step = context.spec.train_batch_size * context.spec.gradient_accumulation_steps
+        self._per_step = step * context.spec.processes.num_processes
         self._step, self._round, self._used, self._empty = 0, 0, 0, 0
         self._carried: list[tuple[int, int]] = []  # (round, position in it), first in this round's line
         self._began: dict[int, int] = {}  # policy version of each round in use
@@ -85,12 +86,12 @@ class RoundPairs:
         """Micro-batches of this process; see `Source`. Raises SourceError after too many empty rounds."""
         if first_step != self._step:
             raise SourceError(f"this source is at step {self._step}, and batches from step {first_step} were requested")
-        c = self.context
+        spec = self.context.spec
         while True:
             line = self._begin()
             while self._used < line.steps:
                 positions = positions_for(
-                    self._used, c.train_batch_size, c.gradient_accumulation_steps, c.process, c.processes
+                    self._used, spec.train_batch_size, spec.gradient_accumulation_steps, *astuple(spec.processes)
                 ).tolist()
                 for micro, part in enumerate(positions):
                     if micro == len(positions) - 1:  # the state is that of the step that this batch completes
@@ -151,7 +152,7 @@ class RoundPairs:
         pairs = len(self._open[self._round])
         if fresh:
             self._count(pairs)
-        seed = pair_key(self.context.seed, "round", self._round)
+        seed = pair_key(self.context.spec.run_seed, "round", self._round)
         if self.spec.steps_per_round is not None:
             return _pool(self._round, pairs, seed, self.spec.steps_per_round if pairs else 0)
         order = torch.randperm(pairs, generator=generator(seed, "order")).tolist()
@@ -166,7 +167,7 @@ class RoundPairs:
         c.wait()
         if files and fault is None:
             log.info("round %d: using the pairs in %s", about.round, self.folder)
-            self._found(files[c.process :: c.processes])
+            self._found(c.spec.processes.share(files))
             return
         if fault is not None and c.main:
             log.warning("round %d is damaged and is made again: %s", about.round, fault)
@@ -174,11 +175,11 @@ class RoundPairs:
             remove_round(self.folder, about.round)  # what a killed run left of it
         c.wait()
         before = c.networks.image_forwards
-        rollout = self.roll(about.round, self.places(about.round)[c.process :: c.processes])
+        rollout = self.roll(about.round, c.spec.processes.share(self.places(about.round)))
         for name, values in rollout.metrics.items():
             self._note(name, values)
         made = Made(c.networks.image_forwards - before, rollout.metrics)
-        write_share(self.folder, rollout.records, about, c.process, c.processes, made)
+        write_share(self.folder, rollout.records, about, c.spec.processes, made)
         c.wait()
 
     def _found(self, files: list[Path]) -> None:
@@ -234,10 +235,11 @@ class RoundPairs:
         rows, sides = found.prompt.tolist(), len(found.latents)
         which = zip(rows, found.place.tolist(), found.index.tolist(), strict=True)
         names = [f"{table.ids[row]}\x1f{place}\x1f{index}" for row, place, index in which]
-        keys = torch.tensor([pair_key(c.seed, name, visit.draw) for name, visit in zip(names, visits, strict=True)])
+        draws = [visit.draw for visit in visits]
+        keys = torch.tensor([pair_key(c.spec.run_seed, name, draw) for name, draw in zip(names, draws, strict=True)])
         prompts = tuple(table.prompts[row] for row in rows)
-        if c.prompt_dropout > 0:
-            dropped = (uniform(keys, "prompt_dropout") < c.prompt_dropout).tolist()
+        if c.spec.prompt_dropout > 0:
+            dropped = (uniform(keys, "prompt_dropout") < c.spec.prompt_dropout).tolist()
             prompts = tuple(NULL_PROMPT if d else prompt for d, prompt in zip(dropped, prompts, strict=True))
         own, moves = c.encoder.time_ids(found.geometry), found.transitions
         time_ids = None if own is None else _all_sides(own, sides)
@@ -251,7 +253,7 @@ class RoundPairs:
             latents=found.latents,
             cond=conditioning(self.text(prompts)),
             keys=keys,
-            uncond=conditioning(for_pairs(self.text((NULL_PROMPT,)), len(visits))) if c.with_uncond else None,
+            uncond=conditioning(for_pairs(self.text((NULL_PROMPT,)), len(visits))) if c.spec.with_uncond else None,
             scores=found.scores,
             transitions=moves,
             ids=tuple(name.replace("\x1f", "/") for name in names),

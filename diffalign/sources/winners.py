@@ -36,7 +36,7 @@ def against_winners(
     metrics = {"rollout/valid": valid}
     if not usable:
         return Rollout(None, metrics)
-    seeds = [place.seed(context.seed, 0) for place in usable]
+    seeds = [place.seed(context.spec.run_seed, 0) for place in usable]
     prompts = [place.prompt for place in usable]
     made = sample_latents(context, text, context.networks.reference, prompts, seeds, sampling)
     own = torch.tensor(seeds, dtype=torch.int64)
@@ -58,7 +58,7 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
     for start in range(0, len(places), batch_size):
         pixels, keys = [], []
         for place in places[start : start + batch_size]:
-            key = pair_key(context.seed, place.id, place.number)
+            key = pair_key(context.spec.run_seed, place.id, place.number)
             try:
                 image, box = prepare_images(
                     [table.chosen(place.row)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -66,7 +67,12 @@ def source_builder(
     if config.source is not None:
         return _own_source(config, accelerator, table, encoder, resolution)
     data, pairs = config.data, cast("PairTable", table)
-    make = partial(OfflinePairs, pairs, spec=_loader_spec(config, accelerator, pairs), time_ids=encoder.time_ids)
+    spec = _loader_spec(config, accelerator)
+    if data.curriculum is not None:
+        steps = data.curriculum.steps or config.training.max_train_steps
+        positions = steps * effective_batch(config.training, accelerator.num_processes)
+        spec = replace(spec, order=curriculum(pairs, config.seed, data.curriculum.chunks, positions))
+    make = partial(OfflinePairs, pairs, spec=spec, time_ids=encoder.time_ids)
     content = _content(data, config.seed, accelerator, pairs, encoder, resolution)
     if not (data.cache_trajectories or data.cache_reference_errors):
         return lambda networks, unet, former: make(content)
@@ -145,11 +151,7 @@ def _own_source(
                 family=networks.family,
                 encoder=encoder,
                 table=table,
-                seed=config.seed,
-                train_batch_size=config.training.train_batch_size,
-                gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-                process=accelerator.process_index,
-                processes=accelerator.num_processes,
+                spec=_loader_spec(config, accelerator),
                 wait=accelerator.wait_for_everyone,
                 folder=output_dir / SOURCE_FOLDER,
                 saved=lambda: source_states(output_dir),
@@ -158,28 +160,20 @@ def _own_source(
                 device=accelerator.device,
                 center_crop=config.data.center_crop,
                 random_flip=config.data.random_flip,
-                prompt_dropout=config.data.proportion_empty_prompts,
-                with_uncond=config.objective.needs_uncond,
             )
         )
 
     return with_networks
 
 
-def _loader_spec(config: Config, accelerator: Accelerator, table: PairTable) -> LoaderSpec:
+def _loader_spec(config: Config, accelerator: Accelerator) -> LoaderSpec:
     """How the run draws, groups and reads its pairs."""
     data, training = config.data, config.training
-    order = None
-    if data.curriculum is not None:
-        steps = data.curriculum.steps or training.max_train_steps
-        positions = steps * effective_batch(training, accelerator.num_processes)
-        order = curriculum(table, config.seed, data.curriculum.chunks, positions)
     return LoaderSpec(
         run_seed=config.seed,
         train_batch_size=training.train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         processes=processes_of(accelerator),
-        order=order,
         draws=data.draws_per_pair,
         prompt_dropout=data.proportion_empty_prompts,
         with_uncond=config.objective.needs_uncond,

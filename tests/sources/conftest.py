@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.table.prompts import PromptTable
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.encoder import Encoder
@@ -23,6 +25,8 @@ def make_context(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...
         base = load_base(
             ModelSpec(request.getfixturevalue(f"tiny_{family}"), prediction_type=changes.pop("kind", None))
         )
+        spec: dict[str, Any] = {"run_seed": 0, "train_batch_size": 2}
+        spec |= {f.name: changes.pop(f.name) for f in fields(LoaderSpec) if f.name in changes}
         networks = Networks(base.unet, family=base.family, schedule=base.schedule)
         settings: dict[str, Any] = {
             "networks": networks,
@@ -31,11 +35,7 @@ def make_context(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...
             "family": base.family,
             "encoder": Encoder(base),
             "table": PromptTable(prompts),
-            "seed": 0,
-            "train_batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "process": 0,
-            "processes": 1,
+            "spec": LoaderSpec(**spec),
             "wait": lambda: None,
             "folder": tmp_path / "source",
             "saved": list,

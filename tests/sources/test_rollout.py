@@ -68,7 +68,7 @@ def places(context: Context, numbers: range) -> list[Place]:
 def drawn(context: Context, batch: PairBatch, i: int, candidates: int) -> Tensor:
     """All normal draws "member c h w" of the step that pair i of a batch records, from its id alone."""
     id_, place, index = batch.ids[i].split("/")
-    key = torch.tensor([pair_key(context.seed, id_, int(place))])
+    key = torch.tensor([pair_key(context.spec.run_seed, id_, int(place))])
     return normal(key, f"step {index}", (candidates, *context.latent_shape))[0]
 
 

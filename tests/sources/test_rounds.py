@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from diffalign.data.sampler import Processes
 from diffalign.sources.base import SourceError
 from diffalign.sources.rounds import About, Place, Round, join, round_folder, rounds_there, shares, write_share
 from diffalign.types import Transitions
@@ -22,10 +23,10 @@ def places(*numbers: int) -> list[Place]:
 
 
 def test_shares_are_read_as_one_round_in_order(tmp_path: Path) -> None:
-    write_share(tmp_path, made(places(8, 2), pairs=2), ABOUT, 0, 3)
-    write_share(tmp_path, None, ABOUT, 1, 3)
+    write_share(tmp_path, made(places(8, 2), pairs=2), ABOUT, Processes(0, 3))
+    write_share(tmp_path, None, ABOUT, Processes(1, 3))
     assert shares(tmp_path, 3) == []  # not all there yet
-    write_share(tmp_path, made(places(5)), ABOUT, 2, 3)
+    write_share(tmp_path, made(places(5)), ABOUT, Processes(2, 3))
     found = Round(tmp_path, ABOUT)
     assert [(int(pair.place), int(pair.index)) for pair in map(found.__getitem__, range(len(found)))] == [
         (2, 0),
@@ -42,7 +43,9 @@ def test_transitions_travel_with_shared_sides_stored_once(tmp_path: Path) -> Non
     records = made(places(1, 2))
     noisy, clean = torch.randn(1, 2, 5, 1, 2, 2), torch.randn(2, 2, 5, 1, 2, 2)
     t = torch.arange(10).view(2, 5)
-    file = write_share(tmp_path, replace(records, transitions=Transitions(noisy, clean, t, t - 1)), ABOUT, 0, 1)
+    file = write_share(
+        tmp_path, replace(records, transitions=Transitions(noisy, clean, t, t - 1)), ABOUT, Processes(0, 1)
+    )
     moves = Round(tmp_path, ABOUT)[1].transitions
     assert moves.noisy.shape == (1, 1, 5, 1, 2, 2)
     assert torch.equal(moves.clean, clean[:, 1:])
@@ -52,7 +55,7 @@ def test_transitions_travel_with_shared_sides_stored_once(tmp_path: Path) -> Non
 
 
 def test_the_header_says_where_pairs_come_from(tmp_path: Path) -> None:
-    file = write_share(tmp_path, made(places(1)), ABOUT, 0, 1)
+    file = write_share(tmp_path, made(places(1)), ABOUT, Processes(0, 1))
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     assert len(header.pop("sha256")) == 64
@@ -62,11 +65,11 @@ def test_the_header_says_where_pairs_come_from(tmp_path: Path) -> None:
 def test_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="round 3 are not in"):
         Round(tmp_path, ABOUT)
-    file = write_share(tmp_path, made(places(1)), ABOUT, 0, 1)
+    file = write_share(tmp_path, made(places(1)), ABOUT, Processes(0, 1))
     with pytest.raises(SourceError, match="policy_version 40, and 41 is needed"):
         Round(tmp_path, replace(ABOUT, policy_version=41))
-    write_share(tmp_path, made(places(1)), ABOUT, 0, 2)
-    write_share(tmp_path, made(places(1)), ABOUT, 1, 2)
+    write_share(tmp_path, made(places(1)), ABOUT, Processes(0, 2))
+    write_share(tmp_path, made(places(1)), ABOUT, Processes(1, 2))
     with pytest.raises(SourceError, match="two producers"):
         Round(tmp_path, ABOUT)
     file.unlink()

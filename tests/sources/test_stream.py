@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffalign.data.sampler import Processes
 from diffalign.sources.base import SourceError
 from diffalign.sources.rounds import Place, Rollout, rounds_there
 from diffalign.types import PairBatch
@@ -106,7 +107,7 @@ def two_processes(folder: Path, steps: int, **settings: Any) -> list[list[PairBa
 
     def work(process: int) -> None:
         context = toy_context(
-            folder, process=process, processes=2, train_batch_size=1, wait=lambda: barrier.wait() and None
+            folder, processes=Processes(process, 2), train_batch_size=1, wait=lambda: barrier.wait() and None
         )
         out[process] = take(toy_source(context, **settings), steps)
 
@@ -198,7 +199,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_order_belongs_to_the_run(tmp_path: Path) -> None:
-    seeds = [values(take(toy_source(toy_context(tmp_path / str(s), seed=s)), 2)) for s in (0, 1)]
+    seeds = [values(take(toy_source(toy_context(tmp_path / str(s), run_seed=s)), 2)) for s in (0, 1)]
     assert seeds[0] != seeds[1]
 
 

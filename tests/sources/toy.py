@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.table.prompts import PromptTable
 from diffalign.engine.random import generator
 from diffalign.sources.base import Context
@@ -30,7 +31,9 @@ class HashEncoder:
 
 
 def toy_context(folder: Path, **changes: Any) -> Context:
-    """One process, two pairs a micro-batch, two micro-batches a step."""
+    """One process, two pairs a micro-batch, two micro-batches a step; fields of the spec may be among the changes."""
+    spec = {"run_seed": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    spec |= {f.name: changes.pop(f.name) for f in fields(LoaderSpec) if f.name in changes}
     context = Context(
         networks=SimpleNamespace(image_forwards=0),
         unet=None,
@@ -38,11 +41,7 @@ def toy_context(folder: Path, **changes: Any) -> Context:
         family=None,
         encoder=HashEncoder(),
         table=PromptTable(PROMPTS),
-        seed=3,
-        train_batch_size=2,
-        gradient_accumulation_steps=2,
-        process=0,
-        processes=1,
+        spec=LoaderSpec(**spec),
         wait=lambda: None,
         folder=folder,
         saved=list,
