@@ -8,10 +8,63 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffalign.config.health_section import can_roll_back
+from diffalign.config.sections import ADAM_ONLY, DataSection, ModelSection, TrainingSection
 from diffalign.errors import DiffalignError
 from diffalign.models.adapters.methods import known_methods
 from diffalign.objectives import OBJECTIVES
 from diffalign.objectives.base import OnSharedNoise
+
+
+def check_together(config: Any) -> None:
+    """Every check of a run's config. Raises DiffalignError for the first fault."""
+    check_training(config.training)
+    reference_batch_fits(config)
+    check_model(config.model)
+    if config.training.bf16_weights:
+        can_train_in_bf16(config)
+    check_data(config.data)
+    if config.data.cache_trajectories:
+        can_keep_trajectories(config)
+    if config.data.cache_reference_errors:
+        can_keep_errors(config)
+    check_users(config)
+    if config.tuning.reference is not None:
+        can_have_a_reference(config)
+    if config.source is not None:
+        usable_together(config)
+    can_roll_back(config.health, config.training, config.source)
+
+
+def check_training(training: TrainingSection) -> None:
+    """Raises DiffalignError for settings that the schedule or the optimiser does not have."""
+    if training.lr_scheduler == "constant" and training.lr_warmup_steps:
+        raise DiffalignError("training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup")
+    if training.optimizer == "adafactor":
+        idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
+        if idle:
+            raise DiffalignError(f"training.{', training.'.join(idle)}: adafactor has no such setting; remove it")
+
+
+def check_model(model: ModelSection) -> None:
+    """Raises DiffalignError for ways to compute a model that exclude each other."""
+    if model.compile and model.gradient_checkpointing == "selective":
+        raise DiffalignError(
+            "model.compile: a compiled block already recomputes its cheap activations; use "
+            "gradient_checkpointing none, or full"
+        )
+    if model.fused_kernels:
+        can_fuse_kernels(model)
+
+
+def check_data(data: DataSection) -> None:
+    """Raises DiffalignError for settings of a cache or of scores that are not there."""
+    if data.cache_variants > 1 and data.cache_dir is None:
+        raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops again")
+    if data.aggregate != "sum" and len(data.axes) < 2:
+        raise DiffalignError(f"data.aggregate: {data.aggregate} needs several axes in data.scores")
+    if data.relabel and data.scores is None:
+        raise DiffalignError("data.relabel needs data.scores, a file written by `diffalign data score`")
 
 
 def check_users(config: Any) -> None:
@@ -36,7 +89,7 @@ def check_users(config: Any) -> None:
         raise DiffalignError("validation.user: this is an id in data.users, which is not set; set data.users")
 
 
-def can_fuse_kernels(model: Any) -> None:
+def can_fuse_kernels(model: ModelSection) -> None:
     """Raises DiffalignError for fused kernels with an unsupported memory layout or with torch.compile."""
     if model.compile:
         raise DiffalignError("model.fused_kernels: model.compile fuses the same layers; set one of the two to false")

@@ -12,22 +12,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, InstanceOf, ValidationError, field_validator, model_validator
 
-from diffalign.config.compatibility import (
-    can_fuse_kernels,
-    can_have_a_reference,
-    can_keep_errors,
-    can_keep_trajectories,
-    can_train_in_bf16,
-    check_users,
-    reference_batch_fits,
-    usable_together,
-)
+from diffalign.config.compatibility import check_together
 from diffalign.config.data_sections import packaged_asset as packaged_asset
-from diffalign.config.health_section import HealthSection, can_roll_back
+from diffalign.config.health_section import HealthSection
 from diffalign.config.named_classes import parse_named, parse_tuning, plain_fields, plain_named
 from diffalign.config.overrides import describe_fault, override
 from diffalign.config.sections import (
-    ADAM_ONLY,
     OBJECTIVE_ONLY,
     STORED_BEFORE,
     DataSection,
@@ -78,42 +68,8 @@ class Config(Section):
         return None if node is None else parse_named(node, SOURCES, "source")
 
     @model_validator(mode="after")
-    def _whole(self) -> Config:
-        training = self.training
-        if training.lr_scheduler == "constant" and training.lr_warmup_steps:
-            raise DiffalignError(
-                "training.lr_warmup_steps: lr_scheduler constant has no warm-up; use constant_with_warmup"
-            )
-        reference_batch_fits(self)
-        if training.optimizer == "adafactor":
-            idle = [n for n in ADAM_ONLY if getattr(training, n) != TrainingSection.model_fields[n].default]
-            if idle:
-                raise DiffalignError(f"training.{', training.'.join(idle)}: adafactor has no such setting; remove it")
-        if self.model.compile and self.model.gradient_checkpointing == "selective":
-            raise DiffalignError(
-                "model.compile: a compiled block already recomputes its cheap activations; use "
-                "gradient_checkpointing none, or full"
-            )
-        if self.model.fused_kernels:
-            can_fuse_kernels(self.model)
-        if training.bf16_weights:
-            can_train_in_bf16(self)
-        if self.data.cache_variants > 1 and self.data.cache_dir is None:
-            raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops again")
-        if self.data.aggregate != "sum" and len(self.data.axes) < 2:
-            raise DiffalignError(f"data.aggregate: {self.data.aggregate} needs several axes in data.scores")
-        if self.data.relabel and self.data.scores is None:
-            raise DiffalignError("data.relabel needs data.scores, a file written by `diffalign data score`")
-        if self.data.cache_trajectories:
-            can_keep_trajectories(self)
-        if self.data.cache_reference_errors:
-            can_keep_errors(self)
-        check_users(self)
-        if self.tuning.reference is not None:
-            can_have_a_reference(self)
-        if self.source is not None:
-            usable_together(self)
-        can_roll_back(self.health, self.training, self.source)
+    def _compatible(self) -> Config:
+        check_together(self)
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -171,9 +171,11 @@ class TrainingSection(Section):
 class ValidationSection(Section):
     """Images generated during training."""
 
+    OLD_NAMES: ClassVar[dict[str, str]] = {"steps": "num_inference_steps"}  # 0.1.0
+
     prompts: tuple[Text, ...] = ()
     every: Count = 100  # optimiser steps
-    steps: Count = 25
+    num_inference_steps: Count = 25
     guidance_scale: Guidance = 5.0
     seed: Seed = 0
     user: Text | None = None  # an id in data.users: whom the images are for

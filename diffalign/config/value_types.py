@@ -6,14 +6,17 @@ date. Every number is finite and has bounds, here or where a field narrows them.
 
 from __future__ import annotations
 
+import logging
 import re
 import types
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from diffalign.errors import DiffalignError
 from diffalign.io.paths import expanded
+
+log = logging.getLogger(__name__)
 
 MOST = 10**9  # of anything that is counted: steps, pairs, images; far below what int64 and a disk hold
 LARGEST = 1e15  # of any other number: squares of it are finite in float32
@@ -93,9 +96,25 @@ PathText = Annotated[str, BeforeValidator(_path)]
 
 
 class Section(BaseModel):
-    """A read-only mapping of settings without unknown keys."""
+    """A read-only mapping of settings without unknown keys.
+
+    OLD_NAMES: former names of keys by which earlier versions know them, each with today's. A config may have either,
+    and a warning names today's.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    OLD_NAMES: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, node: Any) -> Any:
+        old = [name for name in cls.OLD_NAMES if isinstance(node, dict) and name in node]
+        for name in old:
+            new = cls.OLD_NAMES[name]
+            if new in node:
+                raise DiffalignError(f"{name} is the former name of {new}, and both are given; remove {name}")
+            log.warning("%s is now called %s; rename the key in the config", name, new)
+        return {cls.OLD_NAMES.get(key, key): value for key, value in node.items()} if old else node
 
 
 def strict(hint: Any, path: bool = False) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from diffalign.config.schema import ConfigError, load_config
+from diffalign.config.schema import Config, ConfigError, load_config
 
 OLD = Path(__file__).parents[1] / "golden/old_formats/configs"
 RESOLVED: dict[str, Any] = json.loads((OLD / "resolved.json").read_text())
@@ -35,7 +35,10 @@ def settings(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
             yield above + key, value
 
 
-def means_something(stored: dict[str, Any]) -> dict[str, Any]:
+RENAMED = {"validation.steps": "validation.num_inference_steps"}
+
+
+def of_its_method(stored: dict[str, Any]) -> dict[str, Any]:
     """The stored settings, without those of another tuning method, which are at their defaults."""
     tuning = stored.get("tuning", {})
     others = {k: v for m, own in OF_METHODS.items() if tuning and m != tuning["method"] for k, v in own.items()}
@@ -57,9 +60,9 @@ def old_with(tmp_path: Path, before: str, after: str) -> Path:
 def test_a_config_of_the_first_release_means_the_same(name: str) -> None:
     today = dict(settings(load_config(OLD / f"{name}.yaml").resolved()))
     written = (OLD / f"{name}.yaml").read_text()
-    for key, value in settings(means_something(RESOLVED[name])):
+    for key, value in settings(of_its_method(RESOLVED[name])):
         changed = key in CHANGED_DEFAULTS and f"{key.rpartition('.')[2]}:" not in written
-        assert today[key] == (CHANGED_DEFAULTS[key] if changed else value), key
+        assert today[RENAMED.get(key, key)] == (CHANGED_DEFAULTS[key] if changed else value), key
 
 
 def test_the_resolved_config_that_a_run_stored_means_the_same(tmp_path: Path) -> None:
@@ -68,8 +71,20 @@ def test_the_resolved_config_that_a_run_stored_means_the_same(tmp_path: Path) ->
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(stored))  # JSON is YAML
         today = dict(settings(load_config(path).resolved()))
-        meant = dict(settings(means_something(stored)))
-        assert {key: today[key] for key in meant} == meant, name
+        meant = dict(settings(of_its_method(stored)))
+        assert {key: today[RENAMED.get(key, key)] for key in meant} == meant, name
+
+
+def test_a_former_name_is_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = old_with(tmp_path, "seed: 0\n", "seed: 0\nvalidation: {prompts: [a cat], steps: 7}\n")
+    config = load_config(path)
+    assert isinstance(config, Config)
+    assert config.validation.num_inference_steps == 7
+    assert "steps is now called num_inference_steps; rename the key in the config" in caplog.text
+    assert "steps" not in config.resolved()["validation"]
+    with pytest.raises(ConfigError, match="validation: steps is the former name of num_inference_steps, and both are"):
+        load_config(path, ["validation.num_inference_steps=8"])
+    assert load_config(path, ["validation.steps=9"]).validation.num_inference_steps == 9  # type: ignore[union-attr]
 
 
 def test_both_values_of_the_former_defaults_can_be_written(tmp_path: Path) -> None:
@@ -101,4 +116,4 @@ def test_what_the_first_release_guessed_is_refused(tmp_path: Path, before: str, 
 
 def test_migration_names_what_changed() -> None:
     text = (Path(__file__).parents[2] / "MIGRATION.md").read_text()
-    assert [key for key in CHANGED_DEFAULTS if f"`{key}`" not in text] == []
+    assert [key for key in (*CHANGED_DEFAULTS, *RENAMED, *RENAMED.values()) if f"`{key}`" not in text] == []

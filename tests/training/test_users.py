@@ -139,7 +139,7 @@ def test_images_for_somebody(
                 "output_dir": str(tmp_path / user),
                 "training.max_train_steps": 3,
                 "training.learning_rate": 0.1,
-                "validation": {"prompts": ["a red circle"], "user": user, "steps": 2, "every": 3},
+                "validation": {"prompts": ["a red circle"], "user": user, "num_inference_steps": 2, "every": 3},
             },
         )
         run_training(config)

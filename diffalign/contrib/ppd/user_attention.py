@@ -64,14 +64,13 @@ class WithUser:
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        **others: Any,
     ) -> Tensor:
-        """`encoder_hidden_states` is the text, or (text, user tokens) as `_join_user` hands them to the UNet."""
+        """`encoder_hidden_states` is the text, or (text, user tokens) as `_join_user` gives them to the UNet."""
         if not isinstance(encoder_hidden_states, tuple):
-            return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return self.processor(attn, hidden_states, encoder_hidden_states, **others)
         text, tokens = encoder_hidden_states
-        out = self.processor(attn, hidden_states, text, attention_mask, temb)
+        out = self.processor(attn, hidden_states, text, **others)
         q, k, v = (
             x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for x in (attn.to_q(hidden_states), attn.to_k_user(tokens), attn.to_v_user(tokens))

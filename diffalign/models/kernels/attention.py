@@ -1,8 +1,8 @@
 """Which kernel computes attention in a UNet.
 
 `unet.set_attention_backend()` does nothing on SD and SDXL UNets (their processor calls SDPA directly), so the choice
-is made in an attention processor, around each SDPA call. That way gradient checkpointing's recomputation, which runs
-outside any context a training step could open, uses the same kernel as the forward did.
+is made in an attention processor, around each SDPA call. So the recomputation of gradient checkpointing, which runs
+outside any context that a training step could open, uses the kernel of the forward.
 
     auto        CUDA of compute capability 9 or 10: cuDNN, then flash, efficient, math; elsewhere PyTorch's own choice
                 (other CUDA: flash where it can; CPU: its flash kernel)
@@ -10,9 +10,9 @@ outside any context a training step could open, uses the same kernel as the forw
     flash       FlashAttention                      CUDA in half precision, CPU
     efficient   memory-efficient attention          CUDA
     xformers    xformers' memory-efficient kernels  CUDA, package xformers
-    math        plain matmuls and softmax           everywhere; slow, for checking
+    math        plain matmuls and softmax           everywhere; slow, for comparison
 
-All but xformers also take text for several images at once (`SharedText`): the two sides of a pair have one prompt.
+All but xformers also accept one row of text for several images (`SharedText`): the two sides of a pair have one prompt.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _CPU_BACKENDS = ("auto", "flash", "math")
 
 
 class SharedText:
-    """diffusers' SDPA processor, which may be given fewer rows of text than of images: "m tokens dim" for "k·m ...".
+    """diffusers' SDPA processor for fewer rows of text than of images: "m tokens dim" for "k·m ...".
 
-    Then row i of the images reads row i mod m of the text, whose keys and values are made once: what to_k and to_v of a
-    cross-attention cost, and keep for the backward, is divided by k.
+    Row i of the images reads row i mod m of the text. Keys and values of the text are computed once, which divides the
+    cost of to_k and to_v in a cross-attention, and the memory that their backward needs, by k.
     """
 
     shares_text = True
@@ -103,7 +103,7 @@ def is_plain(layer: Any) -> bool:
 
 
 class PinnedAttention:
-    """An SDPA processor with the kernels it may use fixed, in order of preference (about 16 µs a call)."""
+    """An SDPA processor that may use only the given kernels, in order of preference (about 16 µs a call)."""
 
     shares_text = True
 
@@ -112,18 +112,11 @@ class PinnedAttention:
         self.backend = backend
         self.kernels = kernels
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention as the processor computes it. Raises ModelError when no allowed kernel takes these inputs."""
         try:
             with sdpa_kernel(self.kernels, set_priority=True):
-                return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+                return self.processor(attn, hidden_states, *args, **kwargs)
         except RuntimeError as error:
             if "No available kernel" not in str(error) and "No viable backend" not in str(error):
                 raise
@@ -135,10 +128,10 @@ class PinnedAttention:
 
 
 def set_attention(unet: UNet, backend: str, device: torch.device | str) -> str:
-    """Choose the attention kernel of a UNet, LoRA layers or not; returns what was chosen, for the log.
+    """Sets the attention kernel of a UNet, with or without LoRA layers; returns the choice in words, for the log.
 
-    `device` is where the UNet will run, which need not be where it is now. Raises ModelError for a backend that is
-    unknown or cannot work there.
+    `device` is where the UNet will run; it may be elsewhere now. Raises ModelError for a backend that is unknown or
+    cannot work there.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
@@ -154,19 +147,22 @@ def set_attention(unet: UNet, backend: str, device: torch.device | str) -> str:
         processor, chosen = PinnedAttention(plain, "auto", _PREFER_CUDNN), "auto: cudnn first"
     else:
         processor, chosen = plain, "auto: PyTorch's choice"
-    unet.set_attn_processor(_signed(processor))
+    unet.set_attn_processor(_signed(processor, processor if backend == "xformers" else plain))
     return chosen
 
 
-def _signed(processor: Any) -> Any:
-    """The processor with its signature at hand: every call of a diffusers attention layer asks for it, and working it
-    out anew takes longer than a small layer's arithmetic. A call itself goes to the class and never sees this."""
+def _signed(processor: Any, like: Any) -> Any:
+    """The processor with the signature of `like` stored on it.
+
+    Every call of a diffusers attention layer asks for the signature, and computing it takes longer than a small layer's
+    arithmetic. The call itself goes to the class, past the attribute that is set here.
+    """
 
     def call(*args: Any) -> Tensor:
         return processor(*args)
 
     signed: Any = call
-    signed.__signature__ = inspect.signature(processor.__call__)
+    signed.__signature__ = inspect.signature(like.__call__)
     processor.__call__ = signed
     return processor
 
@@ -188,7 +184,7 @@ def _check(backend: str, device: torch.device) -> None:
 
 
 def _prefers_cudnn(device: torch.device) -> bool:
-    """Hopper and datacenter Blackwell, where cuDNN's attention is the fastest that PyTorch brings."""
+    """Hopper and datacenter Blackwell, where cuDNN's attention is the fastest of PyTorch's."""
     if device.type != "cuda" or not torch.backends.cudnn.is_available():
         return False
     return torch.cuda.get_device_capability(device)[0] in (9, 10)

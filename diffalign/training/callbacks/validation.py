@@ -48,7 +48,7 @@ def validate(run: Trainable, settings: ValidationSection, step: int) -> None:
             make_pipeline(run.base),
             settings.prompts,
             [settings.seed] * len(settings.prompts),  # the same at every step: grids show what training changed
-            Sampling(settings.steps, settings.guidance_scale, resolution=run.config.data.resolution),
+            Sampling(settings.num_inference_steps, settings.guidance_scale, resolution=run.config.data.resolution),
             autocast=run.networks.autocast_dtype,
         )
         folder = run.output_dir / "validation"

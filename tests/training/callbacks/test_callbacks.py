@@ -52,7 +52,7 @@ def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
         load_pairs(pairs_path(), resolution=16, max_pairs=4),
         TrainingArguments(output_dir=str(folder), **arguments),
         callbacks=callbacks,
-        validation={"prompts": ["a red circle on a blue background"], "every": 3, "steps": 1},
+        validation={"prompts": ["a red circle on a blue background"], "every": 3, "num_inference_steps": 1},
     )
 
 
