@@ -148,12 +148,12 @@ def named_paths(texts: Sequence[str], option: str) -> dict[str, list[str]]:
 
 
 def overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    """`--overwrite`, for commands whose files may be there already."""
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    """`--overwrite`, for commands whose files may exist already."""
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def writable(files: Sequence[tuple[str, Path | None]], overwrite: bool) -> None:
-    """Refuses, before anything is computed, output files (option, path) that are there or cannot be."""
+    """Raises ExistingFileError, before any work, for output files (option, path) that exist or cannot be written."""
     for option, file in files:
         if file is None:
             continue

@@ -1,6 +1,6 @@
 """Tuned weights as files of other programs: ComfyUI, A1111 and its forks, kohya's sd-scripts.
 
-what          what is exported: the tuned weights, and the base that they belong to
+tuned_run     the tuned weights that are exported, and the base that they belong to
 names         modules in the naming of the original releases
 layout        whole models in it, tensor by tensor
 kohya         a LoRA in kohya's layout

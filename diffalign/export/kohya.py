@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign.export.files import DTYPES, TensorEntry, check_out, write_entries
 from diffalign.export.names import ExportError, unet_module
-from diffalign.export.what import find_what
+from diffalign.export.tuned_run import find_tuned_run
 from diffalign.models.adapters.merge import lora_updates
 from diffalign.models.loading.base import Base, outline_base
 
@@ -39,22 +39,22 @@ def export_kohya(
 ) -> Path:
     """Write the LoRA at `run` to the file `out` in kohya's layout; returns `out`.
 
-    `base`: `find_what`. Only the base's configs are read, not its weights, unless it is a single file. `dtype` is fp32,
-    in which LoRA weights are trained and which loses nothing, fp16 or bf16. Raises ExportError, ModelError and, for
-    settings that this release cannot read, ConfigError; all are ValueErrors.
+    `base`: as in `find_tuned_run`. Only the base's configs are read, not its weights, unless it is a single file.
+    `dtype` is fp32, in which LoRA weights are trained and which loses nothing, fp16 or bf16. Raises ExportError,
+    ModelError and, for settings that this release cannot read, ConfigError; all are DiffalignErrors.
     """
     out = Path(out)
-    what = find_what(run, base)
-    if what.tuned.kind != "lora":
+    tuned_run = find_tuned_run(run, base)
+    if tuned_run.tuned.kind != "lora":
         raise ExportError(
-            f"{what.tuned.path} is a full UNet, which is no LoRA; export it with --to single-file, or train with "
+            f"{tuned_run.tuned.path} is a full UNet, which is no LoRA; export it with --to single-file, or train with "
             "tuning.method=lora"
         )
-    check_out(out, overwrite, [what.tuned.path])
-    outline = outline_base(what.base_spec())
+    check_out(out, overwrite, [tuned_run.tuned.path])
+    outline = outline_base(tuned_run.base_spec())
     modules = [
         (kohya_module(name, outline), down, up, scale * down.shape[0])
-        for name, down, up, scale in lora_updates(outline.unet, what.tuned.path)
+        for name, down, up, scale in lora_updates(outline.unet, tuned_run.tuned.path)
     ]
     entries = []
     for name, down, up, alpha in modules:
@@ -62,7 +62,9 @@ def export_kohya(
         entries.append(TensorEntry(f"{name}.alpha", (), partial(torch.tensor, alpha), torch.float32))
     ranks = {down.shape[0] for _, down, _, _ in modules}
     alphas = {alpha for _, _, _, alpha in modules}
-    write_entries(out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | what.provenance())
+    write_entries(
+        out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | tuned_run.provenance()
+    )
     return out
 
 

@@ -18,7 +18,7 @@ from diffalign.engine.schedule import NoiseSchedule
 from diffalign.export.files import DTYPES, check_out, write_entries
 from diffalign.export.layout import model_entries
 from diffalign.export.names import ExportError
-from diffalign.export.what import find_what
+from diffalign.export.tuned_run import find_tuned_run
 from diffalign.models.adapters.merge import lora_updates
 from diffalign.models.adapters.save_load import TunedWeights
 from diffalign.models.loading.base import Base, load_base
@@ -42,19 +42,19 @@ def export_single_file(
 ) -> Path:
     """Write the model tuned by `run` to the file `out` in the original layout of SD or SDXL; returns `out`.
 
-    `base`: `find_what`. A LoRA is merged in float64 and rounded once, to `dtype`: fp16, bf16 or fp32. In memory are
-    the base in float32 and one tensor. Raises ExportError, ModelError and, for settings that this release cannot read,
-    ConfigError; all are ValueErrors.
+    `base`: as in `find_tuned_run`. A LoRA is merged in float64 and rounded once, to `dtype`: fp16, bf16 or fp32. In
+    memory are the base in float32 and one tensor. Raises ExportError, ModelError and, for settings that this release
+    cannot read, ConfigError; all are DiffalignErrors.
     """
     out = Path(out)
-    what = find_what(run, base)
-    name = what.base.pretrained_model_name_or_path
-    check_out(out, overwrite, [what.tuned.path, Path(name)])
-    vae = what.base.pretrained_vae_model_name_or_path
-    loaded = load_base(what.base_spec(vae))
+    tuned_run = find_tuned_run(run, base)
+    name = tuned_run.base.pretrained_model_name_or_path
+    check_out(out, overwrite, [tuned_run.tuned.path, Path(name)])
+    vae = tuned_run.base.pretrained_vae_model_name_or_path
+    loaded = load_base(tuned_run.base_spec(vae))
     check_released(loaded)
-    entries = model_entries(loaded, tuned_weights(loaded.unet, what.tuned))
-    write_entries(out, entries, DTYPES[dtype], what.provenance())
+    entries = model_entries(loaded, tuned_weights(loaded.unet, tuned_run.tuned))
+    write_entries(out, entries, DTYPES[dtype], tuned_run.provenance())
     return out
 
 

@@ -19,7 +19,7 @@ _CONFIG = "config.yaml"  # the settings that a run, and each of its checkpoints,
 
 
 @dataclass(frozen=True)
-class What:
+class TunedRun:
     """Tuned weights and the settings that load their base."""
 
     tuned: TunedWeights
@@ -48,7 +48,7 @@ def _shown(place: str) -> str:
     return "/".join(path.absolute().parts[-2:]) if path.exists() else place
 
 
-def find_what(run: str | Path, base: str | None = None) -> What:
+def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
     """The tuned weights at `run`, as `find_tuned` takes them, and their base: `base`, or the one that the run names.
 
     A `base` stands for the run's own at another place: of the run's settings, VAE, prediction type and single-file
@@ -72,7 +72,7 @@ def find_what(run: str | Path, base: str | None = None) -> What:
             "state that resuming needs. Export the finished run, whose weights are the average; or the raw ones by "
             f"naming them: {tuned.path}"
         )
-    return What(tuned, _base(run, tuned, config, base), None if config is None else config.objective.name)
+    return TunedRun(tuned, _base(run, tuned, config, base), None if config is None else config.objective.name)
 
 
 def _config(run: str | Path) -> Config | PreferenceModelConfig | None:

@@ -13,7 +13,7 @@ from diffalign.config.schema import Config, parse_config, save_config
 from diffalign.contrib.ppd.user_attention import add_user_attention
 from diffalign.contrib.ppd.weights import save_user_attention
 from diffalign.export.names import ExportError
-from diffalign.export.what import find_what
+from diffalign.export.tuned_run import find_tuned_run
 from diffalign.models.adapters.lora import LORA_FILE
 from diffalign.models.loading.family import ModelError
 from tests.models.adapters.test_merge import write_full, write_lora
@@ -33,44 +33,44 @@ def test_the_base_is_the_runs_own_unless_another_place_is_named(
     settings = {"model.revision": "main", "model.variant": "fp16", "model.prediction_type": "v_prediction"}
     save_config(make_config(model.folder, settings), run / "config.yaml")
     for path in (run, run / LORA_FILE):
-        what = find_what(path)
+        what = find_tuned_run(path)
         assert (what.tuned.kind, what.tuned.path, what.objective) == ("lora", run / LORA_FILE, "dpo")
         assert what.base.pretrained_model_name_or_path == str(model.folder)
         assert what.base.revision == "main"
-    moved = find_what(run, "elsewhere").base
+    moved = find_tuned_run(run, "elsewhere").base
     assert (moved.pretrained_model_name_or_path, moved.revision, moved.variant) == ("elsewhere", None, None)
     assert moved.prediction_type == "v_prediction"  # a fact of the run, wherever its base lies
-    assert find_what(run).provenance() | {"diffalign.objective": "dpo"} == find_what(run).provenance()
+    assert find_tuned_run(run).provenance() | {"diffalign.objective": "dpo"} == find_tuned_run(run).provenance()
 
 
 def test_a_unet_folder_finds_the_settings_beside_it(model: Model, tmp_path: Path, make_config: MakeConfig) -> None:
     run = Path(write_full(model, tmp_path / "run", 1))
     save_config(make_config(model.folder), run / "config.yaml")
-    assert find_what(run) == find_what(run / "unet")
-    assert find_what(run).tuned.kind == "unet"
+    assert find_tuned_run(run) == find_tuned_run(run / "unet")
+    assert find_tuned_run(run).tuned.kind == "unet"
 
 
 def test_without_settings_a_merge_says_its_base_and_else_the_user_must(run: Path) -> None:
     with pytest.raises(ModelError, match=r"says which base .* give it with --base"):
-        find_what(run)
-    assert find_what(run, "the/base").base.pretrained_model_name_or_path == "the/base"
+        find_tuned_run(run)
+    assert find_tuned_run(run, "the/base").base.pretrained_model_name_or_path == "the/base"
     (run / "merge.json").write_text(json.dumps({"base": "merged/base", "parts": []}))
-    what = find_what(run)
+    what = find_tuned_run(run)
     assert (what.base.pretrained_model_name_or_path, what.objective) == ("merged/base", None)
-    assert find_what(run, "the/base").base.pretrained_model_name_or_path == "the/base"
+    assert find_tuned_run(run, "the/base").base.pretrained_model_name_or_path == "the/base"
 
 
 def test_an_average_is_exported_from_the_finished_run_and_raw_weights_by_their_name(
     model: Model, run: Path, make_config: MakeConfig
 ) -> None:
     save_config(make_config(model.folder, {"training.ema_decay": 0.99}), run / "config.yaml")
-    assert find_what(run).tuned.path == run / LORA_FILE
+    assert find_tuned_run(run).tuned.path == run / LORA_FILE
     torch.save({"step": 1}, run / "training_state.pt")  # now it is a checkpoint
     with pytest.raises(ExportError, match=rf"EMA: .*Export the finished run.*naming them: {run / LORA_FILE}"):
-        find_what(run)
-    assert find_what(run / LORA_FILE).tuned.path == run / LORA_FILE
+        find_tuned_run(run)
+    assert find_tuned_run(run / LORA_FILE).tuned.path == run / LORA_FILE
     save_config(make_config(model.folder), run / "config.yaml")
-    assert find_what(run).tuned.path == run / LORA_FILE  # a checkpoint without EMA
+    assert find_tuned_run(run).tuned.path == run / LORA_FILE  # a checkpoint without EMA
 
 
 def test_user_attention_and_judges_are_refused(model: Model, tmp_path: Path, make_config: MakeConfig) -> None:
@@ -78,15 +78,15 @@ def test_user_attention_and_judges_are_refused(model: Model, tmp_path: Path, mak
     add_user_attention(unet, dim=8, tokens=2)
     save_user_attention(unet, tmp_path)
     with pytest.raises(ExportError, match="is user attention, a layer that no other program has"):
-        find_what(tmp_path, str(model.folder))
+        find_tuned_run(tmp_path, str(model.folder))
     tree = make_config(model.folder).resolved()
     del tree["model"]["gradient_checkpointing"]  # a setting of runs with an objective
     judge = {key: tree[key] for key in ("model", "data", "output_dir")} | {"preference_model": {}}
     save_config(parse_config(judge), tmp_path / "config.yaml")
     with pytest.raises(ExportError, match="trained a preference model"):
-        find_what(tmp_path, str(model.folder))
+        find_tuned_run(tmp_path, str(model.folder))
 
 
 def test_where_there_is_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no tuned weights at"):
-        find_what(tmp_path / "none", "base")
+        find_tuned_run(tmp_path / "none", "base")
