@@ -70,7 +70,7 @@ class Comparison(NamedTuple):
     scores: Tensor  # float64 "member prompt", CPU: what was compared
 
 
-def compare(scores: Tensor, threshold: float) -> Comparison:
+def compare_candidates(scores: Tensor, threshold: float) -> Comparison:
     """Best and worst member of each pool of scores "member prompt", on the CPU.
 
     Enough: the probabilities that a Bradley-Terry model gives the two differ by more than the threshold, which is
@@ -90,7 +90,7 @@ class Branching:
     at: tuple[int, ...]  # indices of the branching steps
     num_candidates: int  # members of a pool
     eta: float  # share of DDPM's noise in every step
-    threshold: float  # see `compare`
+    threshold: float  # see `compare_candidates`
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ def branching_chain(s: NoiseSchedule, x: Tensor, calls: Calls, branching: Branch
     here, start = x[None], 0
 
     def verdict(end: int, judged: Tensor, t: int) -> Verdict:
-        return _verdict(path, levels[start:end], start, judged, compare(calls.judge(judged, t), branching.threshold), t)
+        return _verdict(
+            path, levels[start:end], start, judged, compare_candidates(calls.judge(judged, t), branching.threshold), t
+        )
 
     for i, (t, t_next) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
         answer = _answer(s, calls.predict, here, t, prompts)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from diffalign import NoiseSchedule
-from diffalign.sources.branching import Branching, Calls, Verdict, branching_chain, branchings, chain_levels, compare
+from diffalign.sources.branching import (
+    Branching,
+    Calls,
+    Verdict,
+    branching_chain,
+    branchings,
+    chain_levels,
+    compare_candidates,
+)
 from tests.toy import SDXL_CONFIG
 
 SHAPE = (4, 6, 6)
@@ -77,5 +85,5 @@ def test_a_chain_stays_on_its_device(rule: str, inner: int) -> None:
 
 
 def test_ties_are_not_valid() -> None:
-    valid = compare(torch.tensor([[1.0, 2.0], [1.0, 1.0]]), 0.0).valid
+    valid = compare_candidates(torch.tensor([[1.0, 2.0], [1.0, 1.0]]), 0.0).valid
     assert valid.tolist() == [False, True]

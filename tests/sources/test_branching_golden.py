@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine import ddim
-from diffalign.sources.branching import Branching, Calls, branching_chain, branchings, chain_levels, compare
+from diffalign.sources.branching import Branching, Calls, branching_chain, branchings, chain_levels, compare_candidates
 from tests.golden_spo import spo_case, spo_schedule
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -60,7 +60,7 @@ def test_pool_of_one_mean(name: str) -> None:
 
 def test_comparison_rule() -> None:
     case = spo_case("compare_threshold_0.3")
-    chosen, rejected, valid, _ = compare(case["inputs"]["scores"], case["params"]["threshold"])
+    chosen, rejected, valid, _ = compare_candidates(case["inputs"]["scores"], case["params"]["threshold"])
     assert torch.equal(valid, case["outputs"]["valid"])
     differ = slice(1, None)  # the first pool is all ties
     assert torch.equal(chosen[differ], case["outputs"]["indices"][0, differ])
