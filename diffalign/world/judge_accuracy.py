@@ -58,7 +58,9 @@ def held_out_pairs(n: int, seed: int = 0) -> HeldOut:
 
 
 @torch.no_grad()
-def half_made(base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float = GUIDANCE) -> list[Image.Image]:
+def intermediate_images(
+    base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float = GUIDANCE
+) -> list[Image.Image]:
     """Decoded x̂_0 at timestep t, first sides and then second sides; the noise depends on seed and t."""
     encoder = Encoder(base)
     networks = Networks(base.unet, family=base.family, schedule=base.schedule)
@@ -72,7 +74,7 @@ def half_made(base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float
         xt = base.schedule.add_noise(latents, noise, times)
         cond = _conditioning(encoder, pairs.captions[part] * 2)
         null = _conditioning(encoder, [""] * len(latents))
-        x0 = base.schedule.to_x0(guided(networks.policy, xt, times, cond, guidance, null), xt, times)
+        x0 = base.schedule.to_x0(guided(networks.policy, xt, times, cond, GUIDANCE, null), xt, times)
         assert base.vae is not None, "the encoder has encoded with it"
         for side, pictures in zip(made, decode_latents(base.vae, x0).chunk(2), strict=True):
             side.append(pictures)
@@ -86,7 +88,7 @@ def _conditioning(encoder: Encoder, prompts: Sequence[str]) -> Conditioning:
     return Conditioning(text.prompt_embeds, text.pooled, encoder.time_ids(geometry))
 
 
-def accuracy(judge: StepAwareScorer, pairs: HeldOut, pictures: Sequence[Image.Image], t: int) -> float:
+def accuracy_at(judge: StepAwareScorer, pairs: HeldOut, pictures: Sequence[Image.Image], t: int) -> float:
     """Share of pairs whose truly better side gets the higher score at timestep t."""
     scores = judge.score(pictures, pairs.captions * 2, torch.full((len(pictures),), t)).unflatten(0, (2, -1))
     return ((scores[0] > scores[1]) == pairs.first_is_better).float().mean().item()
@@ -108,8 +110,8 @@ def main() -> None:
     print(f"{len(pairs.captions)} pairs of held-out captions")
     print("   t  " + "  ".join(arguments.scorer))
     for t in arguments.timesteps:
-        pictures = half_made(base, pairs, t, arguments.seed)
-        row = [accuracy(judge, pairs, pictures, t) for judge in judges]
+        pictures = intermediate_images(base, pairs, t, arguments.seed)
+        row = [accuracy_at(judge, pairs, pictures, t) for judge in judges]
         print(
             f"{t:4d}  " + "  ".join(f"{a:{max(len(name), 4)}.3f}" for a, name in zip(row, arguments.scorer)), flush=True
         )

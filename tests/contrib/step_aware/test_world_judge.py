@@ -19,7 +19,7 @@ from diffalign.contrib.step_aware import world_judge as judge
 from diffalign.models.loading.base import Base, load_base
 from diffalign.rewards import as_step_aware, load_scorer
 from diffalign.world.captions import parse, splits
-from diffalign.world.judge_accuracy import HeldOut, accuracy, half_made, held_out_pairs
+from diffalign.world.judge_accuracy import HeldOut, accuracy_at, held_out_pairs, intermediate_images
 from diffalign.world.scorer import WorldReward
 
 PAIRS = 240
@@ -38,7 +38,7 @@ def pairs() -> HeldOut:
 
 @pytest.fixture(scope="module")
 def pictures_at(base: Base, pairs: HeldOut) -> Callable[[int], list[Image.Image]]:
-    return cache(lambda t: half_made(base, pairs, t))
+    return cache(lambda t: intermediate_images(base, pairs, t))
 
 
 def test_the_committed_files_are_small_and_half_precision() -> None:
@@ -57,18 +57,18 @@ def test_held_out_pairs_are_held_out_and_truly_labelled(pairs: HeldOut) -> None:
     assert 0.8 * PAIRS < len(pairs.captions) < PAIRS
 
 
-def test_half_made_images_are_clean_at_zero_and_say_little_at_the_end(pairs: HeldOut, pictures_at) -> None:
+def test_intermediate_images_are_clean_at_zero_and_say_little_at_the_end(pairs: HeldOut, pictures_at) -> None:
     oracle = as_step_aware(WorldReward())
     clean = pictures_at(0)
     pixels = torch.from_numpy(np.stack([np.asarray(p) for p in clean])).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert (pixels - pairs.pixels.flatten(0, 1)).abs().mean() < 0.03
-    assert accuracy(oracle, pairs, clean, 0) > 0.97
-    assert accuracy(oracle, pairs, pictures_at(999), 999) < 0.65
+    assert accuracy_at(oracle, pairs, clean, 0) > 0.97
+    assert accuracy_at(oracle, pairs, pictures_at(999), 999) < 0.65
 
 
 @pytest.mark.parametrize("t", [0, 500])
 def test_the_judge_is_as_good_as_documented(pairs: HeldOut, pictures_at, t: int) -> None:
-    judged = accuracy(as_step_aware(load_scorer("world-step-aware")), pairs, pictures_at(t), t)
+    judged = accuracy_at(as_step_aware(load_scorer("world-step-aware")), pairs, pictures_at(t), t)
     assert judged > documented(t) - MARGIN
 
 
