@@ -4,8 +4,8 @@
     python -m tests.models.aot 90:bf16 80:fp32
 
 One JSON line for each kernel, dtype and architecture, at the tiles that SDXL's shapes give: registers and bytes of
-local memory (spills) of a thread, and the widest loads and stores of global memory in bits. Needs triton, and
-TRITON_INTERPRET unset.
+local memory (spills) of a thread, and for kernels over tiles of the image the widest loads and stores of global memory
+in bits. Needs triton, and TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
         yield kernel, types(kernel, constants), constants, triton_geglu.WARPS
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, local bytes, and widest global accesses of a compiled kernel, by the tools that come with triton."""
+def resources(cubin: bytes, accesses: bool) -> dict[str, int]:
+    """Registers and local bytes (which every spill takes) of a compiled kernel, by the tools that come with triton.
+
+    With `accesses`, also its spilling instructions and widest global accesses, which need half a second of disassembly.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -72,8 +75,11 @@ def resources(cubin: bytes) -> dict[str, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         used = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        found = {key: int(re.findall(rf"\b{key}:(\d+)", used)[-1]) for key in ("REG", "STACK", "LOCAL")}
+        taken = {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
+        if not accesses:
+            return taken
         code = subprocess.run([disassembler, "-c", path], capture_output=True, text=True, check=True).stdout
-    found = {key: int(re.findall(rf"\b{key}:(\d+)", used)[-1]) for key in ("REG", "STACK", "LOCAL")}
 
     def widest(name: str) -> int:
         return max(
@@ -81,13 +87,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         )
 
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return {
-        "registers": found["REG"],
-        "local_bytes": found["STACK"] + found["LOCAL"],
-        "spills": spills,
-        "load_bits": widest("LDG"),
-        "store_bits": widest("STG"),
-    }
+    return {**taken, "spills": spills, "load_bits": widest("LDG"), "store_bits": widest("STG")}
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
                 target = GPUTarget("cuda", architecture, 32)
                 compiled = triton.compile(source, target=target, options={"num_warps": warps})
                 found = {"kernel": kernel.__name__, "dtype": dtype, "sm": architecture, "warps": warps, **constants}
-                print(json.dumps({**found, **resources(compiled.asm["cubin"])}), flush=True)
+                print(json.dumps({**found, **resources(compiled.asm["cubin"], "WIDTH" not in constants)}), flush=True)
 
 
 if __name__ == "__main__":
