@@ -58,9 +58,7 @@ def held_out_pairs(n: int, seed: int = 0) -> HeldOut:
 
 
 @torch.no_grad()
-def intermediate_images(
-    base: Base, pairs: HeldOut, t: int, seed: int = 0, guidance: float = GUIDANCE
-) -> list[Image.Image]:
+def intermediate_images(base: Base, pairs: HeldOut, t: int, seed: int = 0) -> list[Image.Image]:
     """Decoded x̂_0 at timestep t, first sides and then second sides; the noise depends on seed and t."""
     encoder = Encoder(base)
     networks = Networks(base.unet, family=base.family, schedule=base.schedule)
