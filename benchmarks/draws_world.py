@@ -34,7 +34,7 @@ def described(setting: str) -> dict[str, Any]:
 
 
 def cached(trained: dict[str, Any], out: Path) -> dict[str, Any]:
-    """A line's config with its encode cache, and the reference's errors where draws repeat."""
+    """A line's config with its latent cache, and the reference's errors where draws repeat."""
     data = trained["data"]
     folder = out / "cache" / str(data["max_pairs"] or "all")
     kept = data["draws_per_pair"] is not None

@@ -28,7 +28,10 @@ WORDS = {
     r"mend(?:ed|s)?": "correct",
     r"kept (?:draws|errors|trajectories|points)": "repeated draws, cached errors, precomputed trajectories",
 }
-SEARCHED = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "diffalign/**/*.py", "examples/*.py"]
+SEARCHED = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "assets/**/*.md", "training_configs/**/*.yaml"),
+    *("diffalign/**/*.py", "examples/*.py"),
+]
 CODE = re.compile(r"`[^`\n]*`")
 
 

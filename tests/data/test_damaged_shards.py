@@ -189,6 +189,6 @@ def test_a_cache_of_before_there_were_hashes_is_read_with_a_warning(
         assert all(torch.equal(a, b) for a, b in zip(old.moments(index, 0), new.moments(index, 0), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(old.text(index), new.text(index), strict=True))
     (folder / SHARD).write_bytes(b"")
-    encode(pairs, folder)  # what shows in header and size is mended here as well
+    encode(pairs, folder)  # what shows in header and size is repaired here as well
     assert "moments-00001.safetensors is damaged and is made again: it has no readable header" in caplog.text
     assert "sha256" in json.loads((folder / SHARD).read_bytes()[8:].split(b"}}")[0] + b"}}")["__metadata__"]

@@ -29,7 +29,7 @@ from tests.toy import ToyModels, single, toy_batch, toy_models
 
 
 def as_released(**settings: Any) -> InversionDPO:
-    """With the release's settings but for its form, unless told otherwise."""
+    """With the release's settings but for its form, unless changed."""
     release = {"steps": 80, "guidance": 2.0, "weighting": "inverse_alpha", "substeps": 1}
     return InversionDPO(**(release | settings))
 
