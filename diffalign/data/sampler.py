@@ -104,12 +104,13 @@ class CurriculumOrder:
         return pool[int(self._drawn[1][place])], draw
 
 
-def positions_for(step: int, batch: int, accumulation: int, process: int, processes: int) -> Tensor:
-    """Positions that one process draws at an optimiser step: int64 [accumulation batch].
+def positions_for(step: int, batch: int, accumulation: int, processes: Processes = ALONE) -> Tensor:
+    """Positions that this process draws at an optimiser step: int64 [accumulation batch].
 
     All processes together take consecutive positions, micro-batch by micro-batch.
     """
-    if not 0 <= process < processes:
-        raise DiffalignError(f"process {process} of {processes}: processes are counted from 0")
-    line = torch.arange(batch * accumulation * processes) + step * batch * accumulation * processes
-    return line.view(accumulation, processes, batch)[:, process]
+    process, count = processes.process_index, processes.num_processes
+    if not 0 <= process < count:
+        raise DiffalignError(f"process {process} of {count}: processes are counted from 0")
+    line = torch.arange(batch * accumulation * count) + step * batch * accumulation * count
+    return line.view(accumulation, count, batch)[:, process]

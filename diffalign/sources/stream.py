@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class RoundPairs:
             line = self._begin()
             while self._used < line.steps:
                 positions = positions_for(
-                    self._used, spec.train_batch_size, spec.gradient_accumulation_steps, *astuple(spec.processes)
+                    self._used, spec.train_batch_size, spec.gradient_accumulation_steps, spec.processes
                 ).tolist()
                 for micro, part in enumerate(positions):
                     if micro == len(positions) - 1:  # the state is that of the step that this batch completes

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from diffalign.data.sampler import CurriculumOrder, PairOrder, positions_for
+from diffalign.data.sampler import CurriculumOrder, PairOrder, Processes, positions_for
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
@@ -48,7 +48,7 @@ def test_a_step_takes_the_same_positions_for_any_split(batch: int, accumulation:
     """Global batch 8 * 4; each split of it over processes and micro-batches covers the same window."""
     batch_here = batch * 4 // processes
     for step in (0, 1, 17):
-        shares = [positions_for(step, batch_here, accumulation, p, processes) for p in range(processes)]
+        shares = [positions_for(step, batch_here, accumulation, Processes(p, processes)) for p in range(processes)]
         assert all(share.shape == (accumulation, batch_here) for share in shares)
         together = torch.cat([share.flatten() for share in shares]).sort().values
         assert together.tolist() == list(range(step * 32, (step + 1) * 32))
@@ -58,7 +58,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least one pair, got n=0"):
         PairOrder(0, 0)
     with pytest.raises(ValueError, match="process 2 of 2"):
-        positions_for(0, 1, 1, 2, 2)
+        positions_for(0, 1, 1, Processes(2, 2))
 
 
 def gaps(n: int) -> list[float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffalign.contrib.step_aware.loss import TIE, prompt_weights, relabel
 from diffalign.data.loader.offline_pairs import OfflinePairs
-from diffalign.data.sampler import PairOrder, positions_for
+from diffalign.data.sampler import PairOrder, Processes, positions_for
 from diffalign.data.table.pairs import PairTable
 from diffalign.engine.measure import guided
 from diffalign.models.loading.decoder import decode_latents
@@ -94,7 +94,7 @@ class StepWeights:
         first = step * self.pairs
         planned = torch.tensor([self.order(first + i)[0] for i in range(self.pairs)])
         weights = prompt_weights(self.counts[planned])
-        return weights[positions_for(step, batch, accumulation, process, processes) - first].float()
+        return weights[positions_for(step, batch, accumulation, Processes(process, processes)) - first].float()
 
 
 class WeightedPairs(OfflinePairs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -149,7 +149,7 @@ class _Positions:
         spec = self.spec
         for step in count(self.first_step):
             yield from positions_for(
-                step, spec.train_batch_size, spec.gradient_accumulation_steps, *astuple(spec.processes)
+                step, spec.train_batch_size, spec.gradient_accumulation_steps, spec.processes
             ).tolist()
 
 
