@@ -38,10 +38,10 @@ _Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 class Config(Section):
-    """A whole run."""
+    """The settings of a run."""
 
     output_dir: PathText
-    overwrite_output_dir: Switch = False  # false: a folder that holds a run is resumed or refused, never lost
+    overwrite_output_dir: Switch = False  # false: a folder with a run is resumed or refused, never lost
     seed: Seed = 0
     model: ModelSection
     tuning: InstanceOf[TuningMethod] = LoRA()  # what is trained, and what it is compared with
@@ -83,7 +83,7 @@ class Config(Section):
 
 
 class PreferenceModelConfig(Section):
-    """A whole run that trains a preference model instead of the base."""
+    """The settings of a run that trains a preference model instead of the base."""
 
     output_dir: PathText
     overwrite_output_dir: Switch = False

@@ -64,7 +64,7 @@ class ModelSection(Section):
     variant: Text | None = None  # e.g. fp16
     single_file_config: PathText | None = None  # folder with the configs of a single-file checkpoint, for work offline
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
-    # training alone, for bases that their releases trained otherwise than they are sampled; null: as the base says
+    # training alone, for bases whose release trained and sampled differently; null: the base's own
     rescale_betas_zero_snr: Switch | None = None  # SDXL-Turbo in Diffusion-DPO's release: true
     force_zeros_for_empty_prompt: Switch | None = None  # SDXL's null prompt; Diffusion-DPO's release encodes "": false
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
@@ -108,11 +108,11 @@ class DataSection(Section):
     proportion_empty_prompts: Fraction = 0.0
     verify: Literal["none", "header", "full"] = "header"
     cache_dir: PathText | None = None  # encode once, train without VAE and text encoders
-    cache_variants: Count = 1  # crops/flips of each pair kept in the cache
+    cache_variants: Count = 1  # crops/flips of each pair in the cache
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of moments and embeddings in the cache
-    cache_trajectories: Switch = False  # keep the reference's inversions in the cache, for objectives that look at them
+    cache_trajectories: Switch = False  # cache the reference's inversions, for objectives that use them
     draws_per_pair: Count | None = None  # a pair's visits repeat after so many: latent, t, noise; null: never
-    cache_reference_errors: Switch = False  # ask the reference once for each draw and keep its errors in the cache
+    cache_reference_errors: Switch = False  # evaluate the reference once for each draw and cache its errors
     dataloader_num_workers: Workers = 0
     curriculum: CurriculumSection | None = None  # null: every pair from the start
 
@@ -187,7 +187,7 @@ class PreferenceModelSection(Section):
     _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
 
     pretrained_model_name_or_path: PathText = "yuvalkirstain/PickScore_v1"  # the CLIP it starts from: folder or Hub id
-    tokenizer: PathText = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder holds none
+    tokenizer: PathText = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder has none
     guidance_scale: Guidance = 5.0  # of the base's predictions (the SPO release's)
     relabel_with: Text | None = None  # a scorer whose verdict on the clean images replaces the labels
     relabel_gap: Fraction = 0.1  # difference of probabilities within which that verdict is a tie

@@ -16,7 +16,7 @@ from diffalign.errors import DiffalignError
 
 MOST_NODES = 20_000  # of a config, aliases counted at each use
 DEEPEST = 32  # sections in sections
-DIGITS = 400  # of a whole number; Python reads no more than 4300
+DIGITS = 400  # of an integer; Python reads no more than 4300
 MERGE = "tag:yaml.org,2002:merge"
 
 

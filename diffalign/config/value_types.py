@@ -18,7 +18,7 @@ from diffalign.io.paths import expanded
 
 log = logging.getLogger(__name__)
 
-MOST = 10**9  # of anything that is counted: steps, pairs, images; far below what int64 and a disk hold
+MOST = 10**9  # of anything that is counted: steps, pairs, images; far below the limits of int64 and of disks
 LARGEST = 1e15  # of any other number: squares of it are finite in float32
 LAST_SEED = 2**63 - 1  # torch's generators take 64 bits, its tensors 63
 

@@ -1,6 +1,6 @@
 """GEGLU as one function: h · gelu(g) with the exact erf, where the projection's output is (h, g) side by side.
 
-Kept for the backward is the projection's output alone; gelu(g), which torch keeps for the product, is made again.
+Only the projection's output is stored for the backward; gelu(g), which torch stores for the product, is recomputed.
 Computed in float32 and rounded once, where torch rounds gelu(g) before the product.
 
 Without CUDA or Triton, and for float64, torch's own functions run. (GEGLU by tanh, as other kernel libraries have

@@ -1,6 +1,6 @@
 """diffusers' resnet blocks, transformers' first norm, last norm and GEGLU with forwards that call the fused functions.
 
-`fuse` swaps a layer's class, as `lora_linear.py` does: what is not the plain kind keeps diffusers' own forward.
+`fuse` swaps a layer's class, as `fast_lora.py` does; a layer that is not of the plain kind has diffusers' own forward.
 
 Imports diffusers; the package imports this module only when `model.fused_kernels` is set.
 """

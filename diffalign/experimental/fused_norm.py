@@ -1,13 +1,13 @@
-"""GroupNorm and SiLU as one function, for channels-last activations: less memory moved and less kept than by torch.
+"""GroupNorm and SiLU as one function, for channels-last activations: moves and stores less memory than torch.
 
     out = silu(γ (x - mean) / √(var + ε) + β)        mean and variance over a group of one image
 
-Kept for the backward are x as it came, and mean and rstd of each group; the normalised values and SiLU's derivative are
-made again. Under autocast torch's own group_norm casts x to float32 and keeps that, keeps its float32 answer for SiLU,
-and the convolution then casts SiLU's. Here the sums are float32 as well, and the answer is rounded once, to the dtype
-in which the next layer computes: the very rounding that its cast would have made.
+Stored for the backward are the input x, and mean and rstd of each group; the normalised values and SiLU's derivative
+are recomputed. Under autocast torch's own group_norm casts x to float32 and stores that, stores its float32 output for
+SiLU, and the convolution then casts SiLU's. Here the sums are float32 as well, and the output is rounded once, to the
+dtype in which the next layer computes, exactly as its cast would round.
 
-Without CUDA or Triton, and for what the kernels do not take (float64, NCHW), torch's own functions run.
+Without CUDA or Triton, and for inputs that the kernels do not support (float64, NCHW), torch's own functions run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def group_norm_silu_eager(
 
 
 class _GroupNormSiLU(torch.autograd.Function):
-    """The kernels of triton_norm.py. On `meta` nothing is launched: what is kept can be counted without a GPU."""
+    """The kernels of triton_norm.py. On `meta` nothing is launched: the stored bytes can be counted without a GPU."""
 
     @staticmethod
     def forward(

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS = 64  # of a tile: 128 bytes of bfloat16, and a divisor of all of SDXL's channels
-FORWARD_VALUES, BACKWARD_VALUES = 32, 16  # of a tensor in a thread's registers; the backward holds two tensors
+FORWARD_VALUES, BACKWARD_VALUES = 32, 16  # of a tensor in a thread's registers; the backward has two tensors there
 GROUP_VALUES, GROUP_WARPS = 1024, 4  # of tiles and channels that a group's kernel puts together at once
 
 

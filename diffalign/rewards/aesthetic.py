@@ -1,4 +1,4 @@
-"""LAION aesthetic predictor v2: five linear layers on unit CLIP-L image embeddings; no look at the prompt.
+"""LAION aesthetic predictor v2: five linear layers on unit CLIP-L image embeddings; the prompt is not used.
 
 Head: github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE), 927,969
 parameters, no activation between the layers. Scores follow the 1 to 10 scale of its raters. A preference run

@@ -91,7 +91,7 @@ def tie_of(scorer: Any) -> float:
 
 
 def span_of(scorer: Any) -> tuple[float, float] | None:
-    """Where a scorer (or its class) says that its scores of ordinary images lie; None where it says nothing.
+    """The range of a scorer's scores of ordinary images, as it or its class declares it; None without a declaration.
 
     Raises ScorerError unless it is two finite numbers, the lower first.
     """
@@ -108,7 +108,7 @@ def span_of(scorer: Any) -> tuple[float, float] | None:
 
 
 def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:
-    """Lets each scorer that says so refuse prompts before images are made of them; raises what it raises."""
+    """Lets each scorer with `check_prompts` refuse prompts before images are generated; raises what it raises."""
     for scorer in scorers:
         check = getattr(scorer, "check_prompts", None)
         if check is not None:
@@ -131,6 +131,6 @@ def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
         i = broken[0]
         raise ScorerError(
             f"scorer '{name}' gave {float(scores[i])} for {prompts[i]!r} ({len(broken)} of {len(scores)} scores are "
-            "not finite); are its weights, or the latents behind the picture, finite?"
+            "not finite); are its weights, and the latents of the image, finite?"
         )
     return scores

@@ -78,7 +78,7 @@ class Clip:
 def load_clip(path: str, tokenizer: str, device: str) -> Clip:
     """CLIPModel weights (safetensors only) from a folder or Hub id.
 
-    The tokenizer is taken from `path` when that is a folder that holds one, else from `tokenizer`.
+    The tokenizer is taken from `path` when that is a folder with one, else from `tokenizer`.
     """
     from transformers import CLIPModel
 
@@ -103,7 +103,7 @@ def load_tokenizer(path: str, default: str) -> Any:
 
 
 def hub_file(path: str, filename: str) -> Path:
-    """The weight file at `path` (a file, or a folder that holds `filename`), or from the Hub id `path`."""
+    """The weight file at `path` (a file, or a folder with `filename`), or from the Hub id `path`."""
     local = Path(path)
     if local.is_file():
         return local
@@ -123,7 +123,7 @@ def load_state(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint, or holds code
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint, or contains code
         reason = " ".join(str(error).split())[:200]
         raise ScorerError(
             f"{file} cannot be read as weights ({type(error).__name__}: {reason}); download it again, or give a "
@@ -131,12 +131,12 @@ def load_state(file: Path) -> dict[str, Tensor]:
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ScorerError(f"{file} holds no state dict (names and tensors); download it again")
+        raise ScorerError(f"{file} has no state dict (names and tensors); download it again")
     return state
 
 
 def load_or_explain(source: str, load: Callable[[], T], filename: str = "") -> T:
-    """What `load` returns; a missing file becomes a ScorerError that says what to download, and to where."""
+    """What `load` returns; a missing file becomes a ScorerError that names what to download, and where to put it."""
     try:
         return load()
     except (OSError, ValueError) as error:

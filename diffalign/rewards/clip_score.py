@@ -1,7 +1,7 @@
-"""CLIP score: 100 · cos(image, prompt), how well an image shows what the prompt says.
+"""CLIP score: 100 · cos(image, prompt), how well an image shows its prompt.
 
 A measure of faithfulness rather than of taste: use it as `faithfulness` beside a preference scorer.
-Differs from arXiv 2104.08718 (2.5 · max(cos, 0)): the factor is 100, and negative cosines are kept so that
+Differs from arXiv 2104.08718 (2.5 · max(cos, 0)): the factor is 100, and negative cosines are not clipped, so that
 differences stay meaningful.
 """
 

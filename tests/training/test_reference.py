@@ -93,7 +93,7 @@ def test_the_reference_answers_as_the_tuned_weights_do(
 ) -> None:
     config = make_config(tiny_sdxl, {"tuning.method": method, "tuning.reference": soups[f"{method}-soup"]})
     run = build(config, make_accelerator(config))
-    assert run.reference_kind == {"lora": "held", "full": "copy"}[method]
+    assert run.reference_kind == {"lora": "other_lora", "full": "copy"}[method]
     assert f"of {soups[f'{method}-soup']}" in describe_run(run)
     batch = next(run.source.batches(0))
     point = (batch.latents[0], torch.tensor([17, 801]), batch.cond.map(lambda x: x[0]))

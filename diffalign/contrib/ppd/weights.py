@@ -78,7 +78,7 @@ def save_user_attention(unet: UNet, directory: str | Path) -> Path:
 
 
 def holds_user_attention(file: Path) -> bool:
-    """Whether a .safetensors file says of itself that it is user attention."""
+    """Whether the header of a .safetensors file has the mark of user attention."""
     return _METADATA_KEY in check_weights(file).metadata
 
 

@@ -23,7 +23,7 @@ from diffalign.models.adapters.save_load import check_tuned, find_tuned
 from diffalign.models.kernels.checkpointing import store_for_autocast
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.policy.reference import FrozenCopy, HeldLora, LoraOff, Reference
+from diffalign.models.policy.reference import FrozenCopy, LoraOff, OtherLora, Reference
 
 log = logging.getLogger(__name__)
 PATH = {"path": True}  # of a field: a path, in which a leading ~ is the home folder
@@ -85,7 +85,7 @@ class LoRA(TuningMethod):
 
     def make_reference(self, unet: UNet, autocast_dtype: torch.dtype | None) -> Reference:
         """The same network without its adapter, or with the weights of `reference` in it."""
-        return LoraOff(unet) if self.reference is None else HeldLora(unet, adapter_weights(unet, self.reference))
+        return LoraOff(unet) if self.reference is None else OtherLora(unet, adapter_weights(unet, self.reference))
 
     def describe(self, unet: UNet) -> str:
         """Rank and alpha in force, also where they came with `resume_lora`."""

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 class LoraLinear(Linear):
     """A peft LoRA layer with another forward; `fuse` makes them out of peft's.
 
-    in_place: add the update to the base's answer where that lies. Selective checkpointing keeps that answer as it was.
+    in_place: add the update to the base layer's output in place. Selective checkpointing stores that output unchanged.
     """
 
     in_place: bool = True

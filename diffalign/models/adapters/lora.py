@@ -132,10 +132,10 @@ def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, fam
 
 
 def load_lora(unet: UNet, path: str | Path) -> None:
-    """Load a LoRA (`read_lora`: a file or a folder with one) to look at or to train on, exactly: float32, its alpha.
+    """Load a LoRA (`read_lora`: a file or a folder with one) exactly, in float32 and with its alpha.
 
     A UNet without an adapter gets the file's; one that has an adapter must have the same shape of it.
-    Raises ModelError when the file holds no UNet LoRA, holds more than that, or does not fit.
+    Raises ModelError when the file has no UNet LoRA, has more than that, or does not fit.
     """
     lora = read_lora(path, unet).unet_only()
     if lora_layers(unet):
@@ -182,7 +182,7 @@ def _check_same(unet: UNet, lora: LoraFile) -> None:
 
 
 def _inject(unet: UNet, config: Any) -> None:
-    """Add the adapter, freeze everything else, and hold its weights in float32 whatever the base is in."""
+    """Add the adapter in float32, whatever the dtype of the base, and freeze everything else."""
     unet.requires_grad_(False)
     unet.add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(unet):

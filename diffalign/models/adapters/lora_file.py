@@ -5,7 +5,7 @@
     base_model.model.MODULE.lora_A.weight   peft; rank and alpha are in the adapter_config.json beside it
     lora_unet_MODULE.lora_down.weight       kohya's sd-scripts
 
-A module without an alpha has alpha = rank, as in diffusers and sd-scripts. A file is used whole or refused by name:
+A module without an alpha has alpha = rank, as in diffusers and sd-scripts. A file is used completely or refused:
 libraries only warn of tensors that match no layer, and apply the rest. Refused everywhere alike: DoRA, LoHa, LoKr and
 other LyCORIS kinds, biases, and adapters whose training changed the base (PiSSA, OLoRA).
 """
@@ -40,7 +40,7 @@ _PEFT_PREFIX = "base_model.model."
 _TEXT = ("text_encoder.", "text_encoder_2.")
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # a saved adapter's name may stand before the weight
-# kinds that are no plain LoRA: a piece of a tensor's name -> what it says
+# kinds that are no plain LoRA: a part of a tensor's name -> the kind
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -72,7 +72,7 @@ class LoraFile:
         return {name: len(self.state[f"{name}.lora_A.weight"]) for name in self.alphas}
 
     def unet_only(self) -> LoraFile:
-        """This file. Raises ModelError where it holds more than a UNet's LoRA, or none."""
+        """This file. Raises ModelError where it has more than a UNet's LoRA, or none."""
         if self.text or not self.state:
             parts = sorted({name.split(".")[0] for name in self.text})
             raise ModelError(
@@ -85,7 +85,7 @@ class LoraFile:
         return self
 
     def for_text(self, component: str, encoder: TextModel) -> LoraFile:
-        """The part for one text encoder, e.g. "text_encoder_2". Raises ModelError unless it fits whole.
+        """The part for one text encoder, e.g. "text_encoder_2". Raises ModelError unless all of it fits.
 
         diffusers' own loader is not asked: where alphas differ it gives every layer the most frequent one.
         """
@@ -123,7 +123,7 @@ def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: 
 
 
 def lora_file(path: str | Path) -> Path:
-    """The LoRA file at `path`, which may be the folder that holds it."""
+    """The LoRA file at `path`, which may be the folder that contains it."""
     path = Path(path)
     found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()] if path.is_dir() else [path]
     if not found or not found[0].is_file():
@@ -132,7 +132,7 @@ def lora_file(path: str | Path) -> Path:
 
 
 def read_lora(path: str | Path, unet: UNet) -> LoraFile:
-    """The LoRA at `path`, which fits this UNet whole. Raises ModelError naming file, tensors and remedy."""
+    """The LoRA at `path`, all of which fits this UNet. Raises ModelError naming file, tensors and remedy."""
     file = lora_file(path)
     metadata = _metadata(file, check_weights(file).metadata)
     weights = load_file(file)
@@ -333,15 +333,15 @@ def _alphas(
         return {name: given.get(name, float(rank)) for name, rank in ranks.items()}
     alphas = {}
     for name, rank in ranks.items():
-        said: Any
+        recorded: Any
         alpha: Any
-        said, alpha = (
+        recorded, alpha = (
             (metadata.get(pattern) or {}).get(get_pattern_key(list(metadata.get(pattern) or {}), name), value)
             for pattern, value in (("rank_pattern", metadata.get("r")), ("alpha_pattern", metadata.get("lora_alpha")))
         )
-        if said != rank or not _is_number(alpha):
+        if recorded != rank or not _is_number(alpha):
             raise ModelError(
-                f"{file}: peft's config has rank {said!r} and alpha {alpha!r} for {name}, whose tensors "
+                f"{file}: peft's config has rank {recorded!r} and alpha {alpha!r} for {name}, whose tensors "
                 f"have rank {rank}: weights and config are not from the same adapter; save it again"
             )
         alphas[name] = float(alpha) * (math.sqrt(rank) if metadata.get("use_rslora") else 1.0)

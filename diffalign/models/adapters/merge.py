@@ -5,7 +5,7 @@
     Σ w = 1                an average: model soup (arXiv 2203.05482), the soup reference of SALSA (arXiv 2411.01798)
     one part, w > 1        extrapolation past a tuned model: ExPO, w = 1 + α (arXiv 2404.16792)
     A = 1 + w, B = −w      momentum: on from an earlier checkpoint B through a later one A
-    POSITIVE = a, NPO = 1  Diffusion-NPO's negative network in front of a tuned positive one; see `negative.py`
+    POSITIVE = a, NPO = 1  Diffusion-NPO's negative network for a tuned positive one, `contrib/negative_guidance.py`
 
 LoRA files give a LoRA file, exactly: ranks are concatenated, [A_1; A_2] and [w_1 s_1 B_1, w_2 s_2 B_2] with s = alpha /
 rank, since averaging the A and the B would not average their products. Its rank is the sum of the ranks. With a full
@@ -59,8 +59,8 @@ def check_factors(parts: Parts) -> None:
 def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     """Write base + Σ w (tuned − base) into `output_dir`, loadable wherever tuned weights are; returns file or folder.
 
-    A `merge.json` beside it says what it was made of. `base` is used up where the result is a full UNet.
-    Raises ModelError for weights that are not finite or do not fit the base, and for a folder that holds a model.
+    A `merge.json` beside it lists the parts. `base` is overwritten where the result is a full UNet.
+    Raises ModelError for weights that are not finite or do not fit the base, and for a folder that has a model.
     """
     folder = Path(output_dir)
     check_factors(parts)

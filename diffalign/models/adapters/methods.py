@@ -1,7 +1,7 @@
 """What a tuning method is, and the methods by the name that `tuning.method` has in a config.
 
 A method is a frozen dataclass whose fields are its settings, the keys of a config's section `tuning`. It makes a base's
-UNet trainable and says what the policy is compared with. Its `layout` says how the weights are stored.
+UNet trainable and makes the reference that the policy is compared with. Its `layout` defines how weights are stored.
 
 Methods and layouts are imported when a config or a file needs them. Your own is named `package.module:Class`, or by an
 entry point in the group `diffalign.tuning_methods`.
@@ -77,7 +77,7 @@ class WeightLayout:
         return False
 
     def save(self, unet: UNet, folder: Path, family: Family) -> Path:
-        """Writes the tuned weights into `folder` and returns the file or folder that holds them."""
+        """Writes the tuned weights into `folder` and returns the file or folder with them."""
         raise NotImplementedError
 
     def load(self, unet: UNet, path: Path) -> None:

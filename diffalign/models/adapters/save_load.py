@@ -85,7 +85,7 @@ def find_tuned(path: str | Path) -> TunedWeights:
 
 
 def _refuse_damaged(weights: Path) -> None:
-    """Raises ModelError where the manifest of the run that wrote the weights says that their content was another."""
+    """Raises ModelError where the weights differ from the manifest of the run that wrote them."""
     folder = weights.parent
     content = read_manifest(folder) if (folder / MANIFEST).is_file() else "there is none"
     if isinstance(content, str):

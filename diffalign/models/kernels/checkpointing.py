@@ -1,5 +1,6 @@
-"""Spending less memory without changing a number: gradient checkpointing, frozen weights in the autocast dtype; and
-how weights lie in memory: at which addresses, in which format.
+"""Less memory for the same numbers: gradient checkpointing, and frozen weights in the autocast dtype.
+
+Also the place of weights in memory: their addresses and their format.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from diffalign.models.loading.modules import UNet
 Checkpointing = Literal["none", "selective", "full"]
 ALIGNMENT = 64  # bytes; of all that torch allocates on a CPU
 
-# What is dear to compute. Attention by plain matmuls (`attention: math`) keeps its scores, as it does without this.
+# Expensive operators. Attention by plain matmuls (`attention: math`) stores its scores, as it does without this.
 _KEPT = {
     getattr(torch.ops.aten, name)
     for name in (
@@ -39,18 +40,18 @@ _AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def set_checkpointing(unet: UNet, which: Checkpointing) -> None:
-    """Which activations of each resnet and transformer block are kept for the backward pass, and which are made again.
+    """Which activations of each resnet and transformer block are stored for the backward, and which are recomputed.
 
-        none        all are kept
-        selective   the outputs of matmuls, convolutions and attention are kept; norms, activations, sums and products
-                    are made again, which costs next to no arithmetic
-        full        only a block's inputs are kept; a step costs one more forward
+        none        all are stored
+        selective   the outputs of matmuls, convolutions and attention are stored; norms, activations, sums and products
+                    are recomputed, which costs almost no arithmetic
+        full        only a block's inputs are stored; a step costs one more forward
 
     Loss and gradient stay the same.
     """
     layer: Any
     for layer in unet.modules():
-        if hasattr(type(layer), "in_place"):  # a LoRA layer: no kept output may be written to
+        if hasattr(type(layer), "in_place"):  # a LoRA layer: a stored output must not be written to
             layer.in_place = which != "selective"
     if which == "none":
         unet.disable_gradient_checkpointing()

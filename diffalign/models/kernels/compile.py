@@ -1,11 +1,11 @@
 """torch.compile, block by block.
 
-A UNet repeats a few kinds of blocks, so compiling each kind once gives most of what compiling the whole would, in a
+A UNet repeats a few kinds of blocks, so compiling each kind once gives most of the gain of compiling the UNet, in a
 fraction of the time. Blocks are compiled in place (`Module.compile`): names of modules and weights, hooks, LoRA layers
-and DDP see nothing of it, and checkpoints have the same keys.
+and DDP are unaffected, and checkpoints have the same keys.
 
-One graph is made for each kind of block, input shape, grad mode and state of LoRA's switch: policy and reference have
-their own, and going from one to the other compiles nothing.
+There is one graph for each kind of block, input shape, grad mode and state of the LoRA switch: policy and reference
+have their own, and a change from one to the other compiles nothing.
 """
 
 from __future__ import annotations

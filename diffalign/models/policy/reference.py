@@ -1,7 +1,7 @@
 """What the policy is compared with. The kinds of the core:
 
     lora_off   the policy's own network with its LoRA layers switched off: no second UNet in memory
-    held       the policy's own network with other LoRA weights put in: a soup, or any tuned weights
+    other_lora the policy's own network with other LoRA weights in its adapter, such as those of a soup
     copy       a frozen copy, made before training starts
     former     a snapshot of an earlier policy, which a source chooses (`snapshot_reference.py`)
 
@@ -76,10 +76,10 @@ class LoraOff:
                 switch["_disable_adapters"] = False
 
 
-class HeldLora:
-    """The policy's own network with other weights in its adapter: those at the start, or what `hold` is given."""
+class OtherLora:
+    """The policy's own network with other weights in its adapter: those at the start, or those given to `use`."""
 
-    kind = "held"
+    kind = "other_lora"
     description = "the policy with other LoRA weights"
 
     def __init__(self, unet: UNet, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -87,20 +87,20 @@ class HeldLora:
         self._unet = unet
         self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
         if not self._own:
-            raise ModelError("reference held: this UNet has no LoRA layers for other weights; use reference copy")
-        self.hold({name: p.detach().clone() for name, p in self._own.items()} if weights is None else weights)
+            raise ModelError("reference other_lora: this UNet has no LoRA layers for other weights; use reference copy")
+        self.use({name: p.detach().clone() for name, p in self._own.items()} if weights is None else weights)
 
-    def hold(self, weights: Mapping[str, Tensor]) -> None:
-        """From now on answers with these, moved to where the adapter's own weights are."""
-        self._held = {name: weights[name].to(p.device, p.dtype) for name, p in self._own.items()}
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """From now on predicts with these weights, moved to the device and dtype of the adapter's own."""
+        self._other = {name: weights[name].to(p.device, p.dtype) for name, p in self._own.items()}
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
-        """The held weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
+        """The other weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
         own = {name: p.data for name, p in self._own.items()}
         try:
             for name, p in self._own.items():
-                p.data = self._held[name]
+                p.data = self._other[name]
             yield self._unet
         finally:
             for name, p in self._own.items():
@@ -114,13 +114,13 @@ class FrozenCopy:
     description = "frozen copy"
 
     def __init__(self, unet: UNet, autocast_dtype: torch.dtype | None = None) -> None:
-        """With `autocast_dtype` the copy keeps its matmul and conv weights in it: half the memory, the same bits."""
+        """With `autocast_dtype` the copy stores its matmul and conv weights in it: half the memory, the same bits."""
         self.module = copy.deepcopy(unet).requires_grad_(False).eval()
         for parameter in self.module.parameters():
             parameter.grad = None
         if autocast_dtype is not None:
             store_for_autocast(self.module, autocast_dtype)
-        # Nothing of it is ever trained: it is called without grad. But torch's matmul looks at whether a weight
+        # The copy is never trained: it is called without grad. But torch's matmul checks whether a weight
         # requires grad to choose between kernels that round differently, so the flags must be the policy's.
         for own, trained in zip(self.module.parameters(), unet.parameters(), strict=True):
             own.requires_grad_(trained.requires_grad)

@@ -25,7 +25,7 @@ from diffalign.io.weight_files import check_weights
 from diffalign.models.adapters.lora import adapter_weights, lora_layers, save_lora
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.policy.reference import FrozenCopy, HeldLora
+from diffalign.models.policy.reference import FrozenCopy, OtherLora
 
 DELTA_FILE = "delta.safetensors"
 HASHES = "hashes.json"  # size and SHA-256 of each file
@@ -62,7 +62,7 @@ class FormerLora:
     def __init__(self, unet: UNet, family: Family) -> None:
         self._unet, self._family = unet, family
         self._start = {name: p.detach().clone() for name, p in unet.named_parameters() if ".lora_" in name}
-        self._reference = HeldLora(unet, self._start)
+        self._reference = OtherLora(unet, self._start)
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
@@ -78,12 +78,12 @@ class FormerLora:
     def load(self, folder: Path | None) -> None:
         """Loads a saved adapter. Raises ModelError if its folder is missing or damaged."""
         if folder is None:
-            self._reference.hold(self._start)
+            self._reference.use(self._start)
             return
         if not folder.is_dir():
             raise _gone(folder)
         _check(folder)
-        self._reference.hold(adapter_weights(self._unet, folder))
+        self._reference.use(adapter_weights(self._unet, folder))
 
 
 class FormerCopy:

@@ -1,6 +1,6 @@
 """AdamW on bfloat16 weights with moments of 8 bits: 2.03 bytes of state for a weight in place of 8.
 
-A moment is kept in blocks of 256 numbers: the block's largest magnitude in float32, and for each number the code of
+A moment is stored in blocks of 256 numbers: the block's largest magnitude in float32, and for each number the code of
 x / largest in a table of 256 values that lie denser towards 0. With i = 0..6 decades and k = 0..n_i - 1 in each, the
 values are the centres of n_i equal parts of [0.1, 1], in the decade's size, and 0 and 1:
 
@@ -15,8 +15,10 @@ bitsandbytes and torchao. Steps are made as there: decode, AdamW in float32, enc
 - What is not 0 is never stored as 0, but at least as the smallest value, 3e-7 of the block's largest. As 0 it leaves a
   first moment divided by epsilon, which is an update thousands of times too large.
 
-As in `stochastic.py` every random bit is a function of (seed, step, place of the weight). Tensors of fewer than 4096
-numbers keep float32 moments. A parameter is updated in pieces of 2^22 numbers, which bounds the temporary memory.
+As in `stochastic_rounding.py` every random bit is a function of (seed, step, place of the weight). Tensors of fewer
+than 4096 numbers have float32 moments. A parameter is updated in pieces of 2^22 numbers, which bounds the temporary
+memory. It is here beside torchao's AdamW8bit because its weights are nearer to AdamW's and its bits repeat
+(`benchmarks/results/eight_bit.md`).
 Left out: a fused kernel; bitsandbytes' percentile clipping and its stable embedding.
 """
 
@@ -31,7 +33,7 @@ from torch import Tensor
 from diffalign.training.optim.stochastic_rounding import StochasticAdamW, adamw_
 
 BLOCK = 256  # numbers that share a scale
-SMALL = 4096  # parameters with fewer numbers keep float32 moments, as in bitsandbytes and torchao
+SMALL = 4096  # parameters with fewer numbers have float32 moments, as in bitsandbytes and torchao
 PIECE = 1 << 22  # numbers of a parameter that are updated at once, a multiple of BLOCK
 
 
@@ -109,7 +111,7 @@ class EightBitAdamW(StochasticAdamW):
             here, scales = slice(start, start + PIECE), slice(start // BLOCK, (start + PIECE) // BLOCK)
             m = decode(state["exp_avg"][here], state["exp_avg_scale"][scales], True)
             v = decode(state["exp_avg_sq"][here], state["exp_avg_sq_scale"][scales], False)
-            adamw_(weights[here], gradients[here], m, v, state["step"], group, generator)
+            adamw_(weights[here], gradients[here], (m, v), state["step"], group, generator)
             state["exp_avg"][here], state["exp_avg_scale"][scales] = encode(m, True)
             state["exp_avg_sq"][here], state["exp_avg_sq_scale"][scales] = encode(v, False, generator)
         if not p.is_contiguous():  # channels last: codes are in the order of the indices all the same

@@ -27,7 +27,7 @@ def make_optimizer(
 
     adamw             torch's, fused where the parameters' device has it
     adamw_8bit        torchao's AdamW with 8-bit state (extra `8bit`, CUDA)
-    adamw_bf16        AdamW with stochastic rounding, for weights that are bfloat16 (`stochastic.py`, seeded by `seed`)
+    adamw_bf16        AdamW with stochastic rounding, for weights that are bfloat16 (`stochastic_rounding.py`, seeded)
     adamw_8bit_bf16   the same with moments of 8 bits (`eight_bit.py`)
     adafactor         without scaled parameters or relative steps, as Diffusion-DPO's SDXL launcher uses it
 
@@ -87,8 +87,8 @@ def set_rates(optimizer: torch.optim.Optimizer, scheduler: Any, peaks: list[floa
 def resume_schedule(run: Any, state: dict[str, Any]) -> None:
     """Optimiser and schedule as a checkpoint has them; a run of another length goes on along its own schedule.
 
-    The schedule says the rate of every step of a run of `max_train_steps`. After a change of that, the rate that was
-    saved for the next step is the old schedule's: it is replaced by the new one's, and the log says so.
+    The schedule determines the rate of every step of a run of `max_train_steps`. After a change of that number, the
+    checkpoint's rate of the next step is the old schedule's: the new one's replaces it, with a warning in the log.
     """
     training = run.config.training
     run.optimizer.load_state_dict(state["optimizer"])

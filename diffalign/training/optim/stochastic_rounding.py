@@ -22,20 +22,25 @@ _LOW_BITS = 0xFFFF  # of a float32's 32 bits, what bfloat16 does not have
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A float32 tensor as bfloat16; each value goes to one of its two neighbours, and is kept in the mean."""
+    """A float32 tensor as bfloat16; each value becomes one of its two neighbours, whose mean is the value."""
     noise = torch.randint(_LOW_BITS + 1, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     bits = (x.view(torch.int32) + noise) & ~_LOW_BITS
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
 
 
 def adamw_(
-    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict[str, Any], generator: torch.Generator
+    p: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: int,
+    group: dict[str, Any],
+    generator: torch.Generator,
 ) -> None:
-    """AdamW's update number `step`, from 1, of p and of its float32 moments m and v, all in place.
+    """AdamW's update number `step`, from 1, of p and of its first and second moment in float32, all in place.
 
     group: lr, betas, eps and weight_decay. generator: rounds where p is bfloat16.
     """
-    (beta1, beta2), g = group["betas"], grad.float()
+    (m, v), (beta1, beta2), g = moments, group["betas"], grad.float()
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     scale = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
@@ -83,10 +88,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         state["step"] += 1
         generator = self._generator(p.device, state["step"], place)
-        adamw_(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group, generator)
+        adamw_(p, grad, (state["exp_avg"], state["exp_avg_sq"]), state["step"], group, generator)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but a state keeps its own dtype: torch's would make it that of the weights."""
+        """As torch's, but each state has the dtype it was saved in; torch would cast it to that of the weights."""
         super().load_state_dict(state_dict)
         ordered = [p for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():
