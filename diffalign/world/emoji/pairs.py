@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,30 +39,39 @@ DIM = 8  # of users' embeddings
 Labels = Literal["true", "shuffled", "flipped"]
 
 
-def make_pairs(
-    *, n: int, seed: int, source: Source = "renders", taste: str | None = "glossy", labels: Labels = "true"
-) -> list[Pair]:
-    """`n` pairs; the same arguments make the same pairs, and n pairs are the first n of more.
+@dataclass(frozen=True)
+class PairRecipe:
+    """Which pairs are made: the same recipe makes the same pairs, and n pairs are the first n of more.
 
-    `taste` is a style, or "none" for R alone; None labels each pair by one of three users, drawn at random. The renders
-    are the same images whatever the taste. Controls: `shuffled` labels are dealt out again at random, `flipped` ones
-    are all wrong. Raises DiffalignError for a number, source, taste or kind of labels that there is not.
+    Raises DiffalignError for a number, source, taste or kind of labels that there is not.
     """
-    if n < 1:
-        raise DiffalignError(f"n is {n}; make at least one pair")
-    for name, value, known in (
-        ("source", source, ("renders", "samples")),
-        ("taste", taste, (*TASTES, None)),
-        ("labels", labels, ("true", "shuffled", "flipped")),
-    ):
-        if value not in known:
-            raise DiffalignError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
-    blocks = (_block(seed, k, source, taste) for k in range(-(-n // BLOCK)))
-    pairs = [pair for block in blocks for pair in block][:n]
-    if labels == "shuffled":
-        order = np.random.default_rng([seed, 2**32 - 1]).permutation(n)
+
+    n: int
+    seed: int
+    source: Source = "renders"
+    taste: str | None = "glossy"  # a style; "none": R alone; None: each pair is labelled by one of three users
+    labels: Labels = "true"  # controls: shuffled labels are dealt out again at random, flipped ones are all wrong
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise DiffalignError(f"n is {self.n}; make at least one pair")
+        for name, value, known in (
+            ("source", self.source, ("renders", "samples")),
+            ("taste", self.taste, (*TASTES, None)),
+            ("labels", self.labels, ("true", "shuffled", "flipped")),
+        ):
+            if value not in known:
+                raise DiffalignError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+
+
+def make_pairs(recipe: PairRecipe) -> list[Pair]:
+    """The pairs of a recipe. Pairs of renders show the same images whatever the taste and the labels."""
+    blocks = (_block(recipe, k) for k in range(-(-recipe.n // BLOCK)))
+    pairs = [pair for block in blocks for pair in block][: recipe.n]
+    if recipe.labels == "shuffled":
+        order = np.random.default_rng([recipe.seed, 2**32 - 1]).permutation(recipe.n)
         return [replace(p, first_is_better=pairs[k].first_is_better) for p, k in zip(pairs, order)]
-    if labels == "flipped":
+    if recipe.labels == "flipped":
         return [replace(p, first_is_better=not p.first_is_better) for p in pairs]
     return pairs
 
@@ -74,33 +83,24 @@ def users() -> dict[str, list[float]]:
     return {style: [round(float(x), 6) for x in vector] for style, vector in zip(STYLES, vectors)}
 
 
-def write_pairs(
-    path: str | Path,
-    *,
-    n: int,
-    seed: int,
-    source: Source = "renders",
-    taste: str | None = "glossy",
-    labels: Labels = "true",
-    layout: Layout = "parquet",
-    overwrite: bool = False,
-) -> Path:
-    """Writes pairs (see `make_pairs`) to `path` and returns it; layouts are those of `diffalign.world.pairs`.
+def write_pairs(path: str | Path, recipe: PairRecipe, *, layout: Layout = "parquet", overwrite: bool = False) -> Path:
+    """Writes the pairs of a recipe to `path` and returns it; layouts are those of `diffalign.world.pairs`.
 
-    With users (`taste` None, parquet only) their embeddings are written beside the file, as NAME.users.json. Raises
-    ExistingFileError for a target that is there, and DiffalignError as `make_pairs` does.
+    With users (taste None, parquet only) their embeddings are written beside the file, as NAME.users.json. Raises
+    ExistingFileError for a target that is there.
     """
     path = Path(path)
-    check_target(path, layout, overwrite=overwrite, users=taste is None)
-    write_layout(path, make_pairs(n=n, seed=seed, source=source, taste=taste, labels=labels), layout)
-    if taste is None:
+    check_target(path, layout, overwrite=overwrite, users=recipe.taste is None)
+    write_layout(path, make_pairs(recipe), layout)
+    if recipe.taste is None:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(vector)}" for name, vector in users().items())
         path.with_suffix(".users.json").write_text("{\n" + lines + "\n}\n")
     return path
 
 
-def _block(seed: int, index: int, source: Source, taste: str | None) -> Iterator[Pair]:
+def _block(recipe: PairRecipe, index: int) -> Iterator[Pair]:
     """One block of pairs with true labels."""
+    seed, source, taste = recipe.seed, recipe.source, recipe.taste
     rng = np.random.default_rng([seed, index])
     known = combinations("train")
     styles = np.where(rng.random(BLOCK) < NAMED_STYLE, rng.integers(0, len(STYLES), BLOCK), -1)
@@ -179,8 +179,8 @@ def main() -> None:
     parser.add_argument("--labels", choices=("true", "shuffled", "flipped"), default="true", help="controls")
     parser.add_argument("--layout", choices=("parquet", "folder"), default="parquet")
     a = parser.parse_args()
-    taste = None if a.users else a.taste
-    path = write_pairs(a.out, n=a.n, seed=a.seed, source=a.source, taste=taste, labels=a.labels, layout=a.layout)
+    recipe = PairRecipe(a.n, a.seed, a.source, None if a.users else a.taste, a.labels)
+    path = write_pairs(a.out, recipe, layout=a.layout)
     print(f"{a.n} pairs of {a.source} written to {path}")
 
 

@@ -15,13 +15,13 @@ from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.rewards import load_scorer
 from diffalign.world.emoji import pairs_path
 from diffalign.world.emoji.captions import STYLES, combinations, parse
-from diffalign.world.emoji.pairs import make_pairs, users, write_pairs
+from diffalign.world.emoji.pairs import PairRecipe, make_pairs, users, write_pairs
 
 
 def test_committed_pairs_are_what_their_command_writes() -> None:
     """Pixels, not file bytes: PNG and parquet writers differ between versions."""
     rows = pq.read_table(pairs_path()).to_pylist()
-    for row, pair in zip(rows[:64], make_pairs(n=64, seed=0)):
+    for row, pair in zip(rows[:64], make_pairs(PairRecipe(n=64, seed=0))):
         assert row["caption"] == pair.caption
         assert (row["label_0"] == 1.0) == pair.first_is_better
         for side in (0, 1):
@@ -41,7 +41,7 @@ def test_committed_labels_follow_reward_and_taste() -> None:
 
 
 def test_tastes_disagree_about_the_same_images() -> None:
-    by_taste = {taste: make_pairs(n=128, seed=3, taste=taste) for taste in ("none", *STYLES)}
+    by_taste = {taste: make_pairs(PairRecipe(n=128, seed=3, taste=taste)) for taste in ("none", *STYLES)}
     shown = {taste: sorted(p.pictures[k].tobytes() for p in pairs for k in (0, 1)) for taste, pairs in by_taste.items()}
     assert shown["none"] == shown["flat"] == shown["glossy"]
 
@@ -53,7 +53,7 @@ def test_tastes_disagree_about_the_same_images() -> None:
 
 
 def test_users_prefer_by_their_style(tmp_path: Path) -> None:
-    path = write_pairs(tmp_path / "tastes.parquet", n=40, seed=0, taste=None)
+    path = write_pairs(tmp_path / "tastes.parquet", PairRecipe(n=40, seed=0, taste=None))
     rows = pq.read_table(path).to_pylist()
     assert {row["user"] for row in rows} == set(STYLES)
     written = json.loads((tmp_path / "tastes.users.json").read_text())
@@ -62,7 +62,9 @@ def test_users_prefer_by_their_style(tmp_path: Path) -> None:
 
 
 def test_controls_have_the_same_images_and_other_labels() -> None:
-    true, shuffled, flipped = (make_pairs(n=128, seed=0, labels=kind) for kind in ("true", "shuffled", "flipped"))
+    true, shuffled, flipped = (
+        make_pairs(PairRecipe(n=128, seed=0, labels=kind)) for kind in ("true", "shuffled", "flipped")
+    )
     for a, b, c in zip(true, shuffled, flipped):
         assert a.pictures[0].tobytes() == b.pictures[0].tobytes() == c.pictures[0].tobytes()
         assert a.first_is_better is not c.first_is_better
@@ -72,18 +74,18 @@ def test_controls_have_the_same_images_and_other_labels() -> None:
 
 
 def test_the_first_pairs_do_not_depend_on_their_number() -> None:
-    few, more = make_pairs(n=4, seed=2), make_pairs(n=130, seed=2)
+    few, more = make_pairs(PairRecipe(n=4, seed=2)), make_pairs(PairRecipe(n=130, seed=2))
     assert [p.caption for p in few] == [p.caption for p in more[:4]]
     assert all(np.array_equal(a.pictures[1], b.pictures[1]) for a, b in zip(few, more))
 
 
 def test_what_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DiffalignError, match="taste is 'bold'; it must be one of 'none', 'classic'"):
-        make_pairs(n=1, seed=0, taste="bold")
+        make_pairs(PairRecipe(n=1, seed=0, taste="bold"))
     with pytest.raises(DiffalignError, match="n is 0"):
-        make_pairs(n=0, seed=0)
-    path = write_pairs(tmp_path / "a.parquet", n=1, seed=0)
+        make_pairs(PairRecipe(n=0, seed=0))
+    path = write_pairs(tmp_path / "a.parquet", PairRecipe(n=1, seed=0))
     with pytest.raises(ExistingFileError, match="overwrite"):
-        write_pairs(path, n=1, seed=0)
+        write_pairs(path, PairRecipe(n=1, seed=0))
     with pytest.raises(DiffalignError, match="no place for users"):
-        write_pairs(tmp_path / "folder", n=1, seed=0, taste=None, layout="folder")
+        write_pairs(tmp_path / "folder", PairRecipe(n=1, seed=0, taste=None), layout="folder")
