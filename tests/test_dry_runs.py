@@ -11,7 +11,7 @@ import pytest
 
 from diffalign.cli.main import main
 from diffalign.config.schema import PreferenceModelConfig, load_config
-from tests.test_training_configs import CONFIGS, PACKAGED
+from tests.test_training_configs import CONFIGS, EMBEDDED, PACKAGED
 
 ROOT = Path(__file__).parent.parent
 WORLD = ROOT / "assets" / "world"
@@ -23,7 +23,7 @@ def replaced(name: str, folder: Path, request: pytest.FixtureRequest) -> list[st
     config = load_config(CONFIGS[name])
     source = None if isinstance(config, PreferenceModelConfig) else config.source
     changes = [f"output_dir={folder}", "data.max_pairs=40"]
-    if name.startswith("world/"):
+    if name.startswith(EMBEDDED):
         return changes
     base = request.getfixturevalue("tiny_sd" if name.startswith("sd15/") else "tiny_sdxl")
     prompts = source is not None and source.data == "prompts"
@@ -58,4 +58,4 @@ def test_builds_and_takes_a_step(
 
 
 def test_none_is_left_out() -> None:
-    assert len(CONFIGS) == PACKAGED == 51
+    assert len(CONFIGS) == PACKAGED == 52
