@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from diffalign.io.loaded_weights import NAMED, is_finite, named
 from diffalign.io.weight_files import check_weights
+from diffalign.models.adapters.lora_names import PART, converted_names, is_alpha, module_of_alpha, text_peft_name
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import TextModel, UNet
 
@@ -36,10 +37,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON in the file's header
 _PEFT_CONFIG = "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
-_TEXT = ("text_encoder.", "text_encoder_2.")
-_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_PART = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # a saved adapter's name may stand before the weight
 # kinds that are no plain LoRA: a part of a tensor's name -> the kind
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -93,10 +90,10 @@ class LoraFile:
 
         def own(names: Mapping[str, Any]) -> dict[str, Any]:
             mine = {k.removeprefix(f"{component}."): v for k, v in names.items() if k.startswith(f"{component}.")}
-            return {_peft_name(k.removeprefix("text_model.") if flat else k): v for k, v in mine.items()}
+            return {text_peft_name(k.removeprefix("text_model.") if flat else k): v for k, v in mine.items()}
 
         state, metadata = own(self.text), own(self.metadata)
-        alphas = {_module_of(name): value for name, value in own(self.text_alphas).items()}
+        alphas = {module_of_alpha(name): value for name, value in own(self.text_alphas).items()}
         _check_fit(self.file, state, len(state), encoder)
         return LoraFile(self.file, state, _alphas(self.file, state, alphas, metadata), {}, {}, metadata)
 
@@ -137,7 +134,7 @@ def read_lora(path: str | Path, unet: UNet) -> LoraFile:
     metadata = _metadata(file, check_weights(file).metadata)
     weights = load_file(file)
     _check_kind(file, weights, metadata)
-    state, text, alphas, text_alphas = _converted(file, weights, unet)
+    state, text, alphas, text_alphas = converted_names(file, weights, unet)
     _check_finite(file, {**state, **text})
     _check_fit(file, state, len(state) + len(text), unet)
     found = LoraFile(file, state, _alphas(file, state, alphas, metadata), text, text_alphas, metadata)
@@ -197,83 +194,12 @@ def _other_kind(file: Path, kind: str, why: str) -> ModelError:
     )
 
 
-def _converted(
-    file: Path, weights: dict[str, Tensor], unet: UNet
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], dict[str, float]]:
-    """The UNet's tensors by "module.lora_A.weight", the text encoders', and the alphas of both.
-
-    Alphas of the UNet are by module; what is of text encoders has the names that diffusers takes.
-    """
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    names = list(weights)
-    given: dict[str, Any] = {name: weights[name] for name in names if name.endswith(".alpha")}
-    if all(name.startswith(_KOHYA) for name in names):
-        try:
-            converted, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(weights), unet_config=unet.config)
-        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
-            raise ModelError(
-                f"{file} has kohya's key names, and diffusers cannot convert it "
-                f"({' '.join(str(error).split())[:300]}): "
-                "some of its tensors are missing, or it is for another kind of model"
-            ) from error
-        given = dict(alphas or {})
-    else:
-        converted = {name: value for name, value in weights.items() if name not in given}
-    plain: dict[str, Tensor] = {}
-    bare = {_bare(name): value for name, value in converted.items()}
-    text = {name: value for name, value in bare.items() if name.startswith(_TEXT)}
-    own = {name: value for name, value in bare.items() if name not in text}
-    for name, value in convert_unet_state_dict_to_peft(own).items():
-        part = _PART.fullmatch(name)
-        plain[name if part is None else f"{part[1]}.lora_{part[2]}.weight"] = value
-    if len(plain) + len(text) < len(converted):
-        raise ModelError(
-            f"{file} contains some layers twice, e.g. as two adapters in one file: write one file per adapter"
-        )
-    alphas = {_bare(name): value for name, value in given.items()}
-    for name, value in alphas.items():
-        if not _is_number(value):
-            raise ModelError(f"{file}: {name} is {value!r:.60}; an alpha is one finite number above 0")
-    text_alphas = {name: float(value) for name, value in alphas.items() if name.startswith(_TEXT)}
-    own_alphas = {name: float(value) for name, value in alphas.items() if name not in text_alphas}
-    modules = {_module_of(name): value for name, value in convert_unet_state_dict_to_peft(own_alphas).items()}
-    return plain, text, modules, text_alphas
-
-
-def _peft_name(name: str) -> str:
-    """A text encoder's tensor in peft's names, from diffusers' (.lora_linear_layer.down; older: to_q_lora.down)."""
-    name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", name)
-    for theirs, ours in ((".down.", ".lora_A."), (".up.", ".lora_B.")):
-        name = name.replace(f".lora_linear_layer{theirs}", ours).replace(f".lora{theirs}", ours)
-    return name
-
-
-def _module_of(alpha: str) -> str:
-    """The module that an alpha is of: kohya's are keyed by a weight of it once they are converted."""
-    return re.sub(r"(\.lora_[AB](\.weight)?)?\.alpha$", "", alpha)
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX).removeprefix("unet.")
-
-
 def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
     except re.error:
         return False
     return True
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return False
-    try:
-        return math.isfinite(float(value)) and float(value) > 0
-    except (TypeError, ValueError):
-        return False
 
 
 def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
@@ -290,7 +216,7 @@ def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, network: nn.
     modules = dict(network.named_modules())
     homeless, misshapen = [], []
     for name, value in state.items():
-        part = _PART.fullmatch(name)
+        part = PART.fullmatch(name)
         layer = modules.get(part[1]) if part else None
         weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
         if part is None or not isinstance(weight, Tensor) or weight.ndim not in (2, 4):
@@ -339,7 +265,7 @@ def _alphas(
             (metadata.get(pattern) or {}).get(get_pattern_key(list(metadata.get(pattern) or {}), name), value)
             for pattern, value in (("rank_pattern", metadata.get("r")), ("alpha_pattern", metadata.get("lora_alpha")))
         )
-        if recorded != rank or not _is_number(alpha):
+        if recorded != rank or not is_alpha(alpha):
             raise ModelError(
                 f"{file}: peft's config has rank {recorded!r} and alpha {alpha!r} for {name}, whose tensors "
                 f"have rank {rank}: weights and config are not from the same adapter; save it again"
