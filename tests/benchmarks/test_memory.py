@@ -122,9 +122,9 @@ def test_a_preset_fits_its_card_with_room_and_says_so(name: str) -> None:
     assert row["room"] == pytest.approx(1 - row["sum"] / (card * GIB))
     assert row["room"] > 0.15
     said = header(PRESETS[name])["Hardware"]
-    assert f"one GPU with {card} GB; counted {row['sum'] / 1e9:.1f} GB" in said
+    assert f"one GPU with {card} GB. Counted {row['sum'] / 1e9:.1f} GB" in said
     assert f"{row['room']:.0%}".replace("%", " %") in said
-    assert "not yet measured on a card" in said
+    assert "Not measured on a card" in said
     shown = next(line for line in (ROOT / "docs/training.md").read_text().splitlines() if f"`{name}`" in line)
     assert f"| {row['sum'] / 1e9:.1f} |" in shown
     assert "not yet measured" in shown
