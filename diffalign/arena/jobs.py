@@ -2,7 +2,7 @@
 
 FOLDER/config.yaml …        the run, as `diffalign train` leaves it
 FOLDER/log.txt              what it printed
-FOLDER/images/            its images, as `diffalign generate` leaves them
+FOLDER/pictures/            its images, as `diffalign generate` leaves them
 FOLDER/job.json             written last: the config it was made with, seconds, forwards; or why it failed
 
 A finished job is not done again; one with another config is done anew.

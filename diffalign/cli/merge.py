@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> None:
     print(f"{written}: the base plus {' '.join(args.parts)} of what tuning changed (weights sum to {total:g})")
     print_next(
         ["generate", args.base, "--tuned", str(written), "--prompts", "prompts.txt", "--out", "images"],
-        *export_commands(str(written)),
+        *export_commands(str(written), args.base),
     )

@@ -17,9 +17,14 @@ def print_next(*commands: Sequence[str]) -> None:
         print(f"  {shlex.join(['diffalign', *words])}")
 
 
-def export_commands(tuned: str) -> list[list[str]]:
-    """How tuned weights become a file for other programs; nothing for user attention, which no other program has."""
+def export_commands(tuned: str, base: str) -> list[list[str]]:
+    """How tuned weights become a file for other programs; nothing for user attention, which no other program has.
+
+    base: of the weights, which the command needs where no run or merge is recorded beside them.
+    """
+    from diffalign.export.tuned_run import recorded_base
     from diffalign.models.adapters.save_load import find_tuned
 
     to = {"lora": "kohya", "unet": "single-file"}.get(find_tuned(tuned).kind)
-    return [["export", tuned, "--to", to, "--out", "tuned.safetensors"]] if to else []
+    of = [] if recorded_base(tuned) is not None else ["--base", base]
+    return [["export", tuned, *of, "--to", to, "--out", "tuned.safetensors"]] if to else []

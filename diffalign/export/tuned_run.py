@@ -75,6 +75,15 @@ def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
     return TunedRun(tuned, _base(run, tuned, config, base), None if config is None else config.objective.name)
 
 
+def recorded_base(run: str | Path) -> str | None:
+    """The base that the run or merge at `run` names; None where neither is recorded beside the weights."""
+    config = _config(run)
+    if config is not None:
+        return config.model.pretrained_model_name_or_path
+    merged = find_tuned(run).path.parent / MERGE_FILE
+    return str(json.loads(merged.read_text())["base"]) if merged.is_file() else None
+
+
 def _config(run: str | Path) -> Config | PreferenceModelConfig | None:
     path = Path(run)
     for folder in (path, path.parent) if path.is_file() or (path / "config.json").is_file() else (path,):
@@ -88,12 +97,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _base(run: str | Path, tuned: TunedWeights, config: Config | None, base: str | None) -> ModelSection:
-    merged = tuned.path.parent / MERGE_FILE
     if config is not None:
         moved = {} if base is None else {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
         return config.model.model_copy(update=moved)
-    if base is None and merged.is_file():
-        base = json.loads(merged.read_text())["base"]
+    base = base or recorded_base(run)
     if base is None:
         raise ModelError(
             f"nothing at {run} says which base the weights were tuned from (no {_CONFIG} or {MERGE_FILE} beside "

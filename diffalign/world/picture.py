@@ -1,6 +1,6 @@
 """An image of the world: renders above, samples of the committed base below, captions beside them.
 
-python -m diffalign.world.image --out assets/world/samples.png
+python -m diffalign.world.picture --out assets/world/samples.png
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from diffalign.cli.main import main
+from diffalign.cli.next_steps import export_commands
 from diffalign.config.schema import Config, save_config
 from diffalign.models.adapters.save_load import load_pipeline
 from tests.cli.test_main import BASE, fails
@@ -42,6 +43,10 @@ def test_a_run_is_exported_as_a_lora_and_as_a_model(
     expected = picture(load_pipeline(str(tiny_sdxl), tuned=str(run)))
     beside = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     beside.load_lora_weights(str(tmp_path), weight_name=lora.name)
+    assert export_commands(str(run), "b")[0][1:3] == [str(run), "--to"]  # the run names its base
+    (alone := tmp_path / "alone").mkdir()  # beside no config.yaml
+    alone = lora.rename(alone / lora.name)
+    assert export_commands(str(alone), "b")[0][1:4] == [str(alone), "--base", "b"]
     np.testing.assert_allclose(picture(beside), expected, rtol=0, atol=1e-5)
     merged = StableDiffusionXLPipeline.from_single_file(str(model), config=str(tiny_sdxl), add_watermarker=False)
     np.testing.assert_allclose(picture(merged), expected, rtol=0, atol=1e-4)

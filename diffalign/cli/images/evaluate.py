@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     print(result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
     runs = [str(one.path) for some in models.values() for one in some if one.path is not None]
-    print_next(*(export_commands(runs[0]) if runs else ()))
+    print_next(*(export_commands(runs[0], args.base) if runs else ()))
 
 
 def _models(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.options import config_arguments
+
+if TYPE_CHECKING:
+    from diffalign.config.schema import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +27,21 @@ def run(args: argparse.Namespace) -> None:
     run_training(config)
     if isinstance(config, Config) and os.environ.get("RANK", "0") == "0":
         base, out = str(config.model.pretrained_model_name_or_path), config.output_dir
-        sampling = ["--prompts", "prompts.txt", "--seeds", "0-3"]
+        sampling = [*sampled_as(config), "--prompts", "prompts.txt", "--seeds", "0-3"]
         tuned = ["--tuned", f"{config.objective.name}={out}"]
         print_next(
             ["generate", base, "--tuned", out, *sampling, "--out", f"{out}/images"],
             ["evaluate", base, *tuned, *sampling, "--scorer", "pickscore", "--out", f"{out}/evaluation"],
         )
+
+
+def sampled_as(config: Config) -> list[str]:
+    """The options of `generate` and `evaluate` without which they would not sample from the model that was trained."""
+    model, options = config.model, []
+    if model.pretrained_vae_model_name_or_path is not None:
+        options += ["--vae", str(model.pretrained_vae_model_name_or_path)]
+    if model.prediction_type is not None:
+        options += ["--prediction-type", model.prediction_type]
+    if config.tuning.needs_users:
+        options += ["--users", str(config.data.users or "users.json"), "--user", str(config.validation.user or "ID")]
+    return options

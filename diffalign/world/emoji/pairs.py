@@ -5,7 +5,8 @@
 Captions are of training combinations only; three of four leave the style open. The better image has the higher reward
 R (`reward`), or R plus the probability of the style that a taste is for; `users` labels each pair by one of three
 people, one for each style. Sources:
-    renders   two renders of one caption with independent looks; in 15 % of them one attribute is not the caption's
+    renders   two renders of one caption with independent looks; in 15 % of them one attribute is not the caption's,
+              and what is shown may then be a combination of another split
     samples   the best and the worst of four images that the base makes of one caption
 Which side is shown first is drawn at random, so nothing but the label tells the chosen one.
 """

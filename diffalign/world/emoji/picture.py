@@ -1,6 +1,6 @@
 """An image sheet of a base of the emoji world, one row a caption.
 
-python -m diffalign.world.emoji.image --out assets/emoji/samples.png
+python -m diffalign.world.emoji.picture --out assets/emoji/samples.png
 """
 
 from __future__ import annotations
