@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -134,6 +135,25 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(report.json(), indent=2) + "\n", encoding="utf-8")
     if report.usable:
+        _print_use(args)
+
+
+def _print_use(args: argparse.Namespace) -> None:
+    """What comes next: `init`, or the keys of a config where options say how the pairs are read (init has none)."""
+    from diffalign.config.strict_yaml import quoted
+
+    columns = ", ".join(f"{quoted(part)}: {quoted(column)}" for part, column in _columns(args.columns).items())
+    keys = {
+        "format": args.format != "auto" and quoted(args.format),
+        "split": args.split != "train" and quoted(args.split),
+        "columns": columns and f"{{{columns}}}",
+        "scores": args.scores and f"[{', '.join(map(quoted, args.scores))}]",
+        "aggregate": args.aggregate != "sum" and args.aggregate,
+    }
+    words = [f"data.{key}={value}" for key, value in keys.items() if value]
+    if words:
+        print(f"in a config: {shlex.join([f'data.path={quoted(args.path)}', *words])}")
+    else:
         print_next(["init", "my.yaml", "--pairs", args.path])
 
 

@@ -118,6 +118,11 @@ def dump_yaml(tree: Any) -> str:
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+def quoted(text: str) -> str:
+    """A string as one line of YAML in double quotes, which `parse_yaml` reads as the same string."""
+    return str(yaml.safe_dump(text, default_style='"', allow_unicode=True, width=10**9)).strip()
+
+
 class _Values:
     """The values of the nodes of one document."""
 

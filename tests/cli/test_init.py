@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import shlex
 from pathlib import Path
 
@@ -122,6 +124,135 @@ def test_the_family_is_read_from_the_folder_or_the_name() -> None:
     assert family_by_name(str(base_path())) == "sdxl"
     assert family_by_name("stabilityai/stable-diffusion-xl-base-1.0") == "sdxl"
     assert family_by_name("stable-diffusion-v1-5/stable-diffusion-v1-5") == "sd"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("me/sdxl-tuned", "sdxl"),
+        ("me/model_XL", "sdxl"),
+        ("juggernautXL_v9.safetensors", "sdxl"),
+        ("ponyDiffusionV6.safetensors", "sdxl"),
+        ("me/flexlora-v1-5", "sd"),
+        ("xl-lab/stable-diffusion-2-1", "sd"),
+        ("me/flexlora", None),
+        ("me/xl-v1-5", None),
+    ],
+)
+def test_words_of_a_name_tell_the_family_unless_they_disagree(name: str, family: str | None) -> None:
+    if family is None:
+        with pytest.raises(DiffalignError, match="give --family"):
+            family_by_name(name)
+    else:
+        assert family_by_name(name) == family
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "is a JSON object, got list"),
+        ("{}", "_class_name is None"),
+        ('{"_class_name": "FluxPipeline"}', "_class_name is 'FluxPipeline'; the supported pipelines are Stable"),
+        ('{"_class_name": "StableDiffusion3Pipeline"}', "_class_name is 'StableDiffusion3Pipeline'"),
+        ('{"_class_name": ["StableDiffusionXLPipeline"]}', "_class_name is "),
+    ],
+)
+def test_a_folder_of_another_kind_is_refused(
+    index: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sdxl/model_index.json"
+    file.parent.mkdir()
+    file.write_text(index)
+    rest = ["--pairs", str(pairs_path()), "--card", "24", "--goal", "lora"]
+    error = fails(capsys, "init", str(tmp_path / "x.yaml"), "--base", str(file.parent), *rest)
+    assert said in error
+    assert str(file) in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("StableDiffusionPipeline", "sd"),
+        ("StableDiffusionImg2ImgPipeline", "sd"),
+        ("StableDiffusionXLPipeline", "sdxl"),
+        ("StableDiffusionXLImg2ImgPipeline", "sdxl"),
+    ],
+)
+def test_the_class_of_a_pipeline_tells_its_family(kind: str, family: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    assert family_by_name(str(tmp_path)) == family
+
+
+@pytest.mark.parametrize("name", ["\U0001f600 é", "a\u2028b", 'it\'s "so" #1', "${HOME}: x", "~", "a b " * 30 + "c"])
+def test_any_path_comes_back_from_the_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    pairs = f"./{name}"
+    main(["init", f"{name}.yaml" if name != "~" else "./~.yaml", *ANSWERS, "--pairs", pairs, "--goal", "lora"])
+    config = load_config(tmp_path / f"{name}.yaml")
+    assert isinstance(config, Config)
+    assert config.data.path == pairs
+    assert config.output_dir == f"runs/{name}"
+
+
+def test_an_invalid_config_is_never_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = config_text({"base": "a/b", "pairs": "a/b", "card": "cpu", "goal": "lora"}, "sd", "x") + "wrong: 1\n"
+    monkeypatch.setattr("diffalign.cli.training.init.config_text", lambda *_: broken)
+    file = tmp_path / "x.yaml"
+    assert f"{file}: 1 error(s)" in fails(capsys, "init", str(file), *ANSWERS, "--goal", "lora")
+    assert list(tmp_path.iterdir()) == []
+    file.write_text("mine")
+    fails(capsys, "init", str(file), *ANSWERS, "--goal", "lora", "--overwrite")
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_home_folder_is_expanded_in_typed_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "my-xl.safetensors").touch()
+    typed = iter(["~/my-xl.safetensors", "a\x07b", "~/pairs"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    main(["init", str(tmp_path / "x.yaml"), "--card", "24", "--goal", "lora"])
+    assert "cannot have the character '\\x07'" in capsys.readouterr().out
+    config = load_config(tmp_path / "x.yaml")
+    assert config.model.pretrained_model_name_or_path == str(tmp_path / "my-xl.safetensors")
+    assert config.data.path == str(tmp_path / "pairs")
+
+
+def test_the_base_must_exist_when_its_family_is_given_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, rest = tmp_path / "x.yaml", ["--pairs", str(pairs_path()), "--card", "cpu", "--goal", "lora"]
+    said = fails(capsys, "init", str(file), "--base", "no/such/folder", "--family", "sdxl", *rest)
+    assert "--base no/such/folder does not exist" in said
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(2, 2), (64, 8), (None, 1)])
+def test_no_more_workers_than_cores(cores: int | None, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    text = config_text({"base": "a/b", "pairs": "a/b", "card": "24", "goal": "lora"}, "sd", "x")
+    assert f"dataloader_num_workers: {workers}\n" in text
+
+
+def test_data_check_names_init_only_where_it_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = tmp_path / "my pairs.parquet"
+    main(["data", "world", str(pairs), "--pairs", "4"])
+    capsys.readouterr()
+    main(["data", "check", str(pairs), "--max-pairs", "3"])
+    assert next_commands(capsys.readouterr().out) == [["init", "my.yaml", "--pairs", str(pairs)]]
+    main(["data", "check", str(pairs), "--columns", "prompt=caption", "--format", "pickapic"])
+    printed = capsys.readouterr().out
+    assert next_commands(printed) == []
+    (keys,) = [line for line in printed.splitlines() if line.startswith("in a config: ")]
+    main(["init", str(tmp_path / "x.yaml"), *ANSWERS, "--goal", "lora"])
+    data = load_config(tmp_path / "x.yaml", shlex.split(keys.removeprefix("in a config: "))).data
+    assert (data.path, data.columns, data.format) == (str(pairs), {"prompt": "caption"}, "pickapic")
 
 
 def test_next_commands_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:

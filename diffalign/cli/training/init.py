@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign.cli.common import overwrite_argument, path, path_text, writable
 from diffalign.cli.next_steps import print_next
-from diffalign.errors import DiffalignError, MissingFileError
+from diffalign.errors import DiffalignError, MissingFileError, printable
+from diffalign.io.files import written_whole
 from diffalign.io.hub import is_hub_id
+from diffalign.io.paths import expanded
 
 GOALS = {
     "lora": "a LoRA by Diffusion-DPO: the least memory, a small file for ComfyUI and A1111",
@@ -60,6 +64,17 @@ _FITS = {
 }
 _ON_CPU = Fit(4, 1, "none")
 
+# Words that tell the family in the last part of a name; XL is a word of its own, or ends one (juggernautXL).
+_NAMES = {
+    "sdxl": re.compile(r"(?i:(?<![a-z])(sd)?xl(?![a-z])|pony|illustrious|noobai)|(?<=[a-z])XL(?![A-Za-z])"),
+    "sd": re.compile(r"(?i:v1-[45](?!\d)|sd15|sd-1|sd1\.|stable-diffusion-2|v2-1(?!\d))"),
+}
+# Class of a pipeline's model_index.json; StableDiffusion3Pipeline and later ones are other models.
+_PIPELINES = {
+    "sdxl": re.compile(r"StableDiffusionXL\w*Pipeline"),
+    "sd": re.compile(r"StableDiffusion(?!XL|\d)\w*Pipeline"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file to write, and the four answers."""
@@ -75,17 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Asks for what was not given, writes the config, and prints what comes next."""
-    from diffalign.config.schema import load_config
+    """Asks for what was not given, writes the config once it is known to be valid, and prints what comes next."""
+    from diffalign.config.schema import packaged_asset, parse_config
+    from diffalign.config.strict_yaml import parse_yaml
 
     writable([("config:", args.config)], args.overwrite)
     answers = {name: getattr(args, name) or _ask(name) for name in QUESTIONS}
-    if not Path(answers["pairs"]).exists() and not is_hub_id(answers["pairs"]):
-        raise MissingFileError(f"--pairs {answers['pairs']} does not exist, and is no Hub id; check the path")
-    family = args.family or family_by_name(answers["base"])
-    text = config_text(answers, family, args.config.stem)
-    args.config.write_text(text, encoding="utf-8")
-    load_config(args.config)
+    base = str(packaged_asset(answers["base"]))
+    for name, place in (("base", base), ("pairs", answers["pairs"])):
+        if not Path(place).exists() and not is_hub_id(place):
+            raise MissingFileError(f"--{name} {place} does not exist, and is no Hub id; check the path")
+    text = config_text(answers, args.family or family_by_name(base), args.config.stem)
+    parse_config(parse_yaml(text, str(args.config)), str(args.config))
+    with written_whole(args.config, what="the config") as partial:
+        partial.write_text(text, encoding="utf-8")
     print(f"{args.config}: {GOALS[answers['goal']].partition(':')[0]}; docs/training.md explains every setting")
     print_next(
         ["data", "check", answers["pairs"], "--sample", "pairs.png"],
@@ -106,25 +124,51 @@ def _ask(name: str) -> str:
             answer = input(f"{QUESTIONS[name]}: ").strip()
         except EOFError:
             raise DiffalignError(f"the input ended before --{name} was answered; answer it, or give --{name}") from None
-        if answer and (known is None or answer in known):
+        if known is not None and answer in known:
             return answer
+        if known is None and answer:
+            try:
+                return expanded(answer)
+            except DiffalignError as error:
+                print(f"  {printable(str(error))}")
+                continue
         print(f"  give one of {', '.join(known)}" if known else "  give a path or a Hub id")
 
 
 def family_by_name(base: str) -> str:
-    """sd or sdxl: by the configs of a folder, else by the name. Raises DiffalignError where neither tells."""
-    folder = Path(base)
-    if (folder / "model_index.json").is_file():
-        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
-        return "sdxl" if "XL" in str(kind) else "sd"
-    if not folder.exists() and not is_hub_id(base):
-        raise MissingFileError(f"--base {base} does not exist, and is no Hub id; check the path")
-    name = base.lower()
-    if any(word in name for word in ("xl", "pony", "illustrious", "noobai")):
-        return "sdxl"
-    if any(word in name for word in ("v1-4", "v1-5", "sd15", "sd-1", "sd1.", "stable-diffusion-2", "v2-1")):
-        return "sd"
-    raise DiffalignError(f"the name {base} does not tell whether it is an SD or an SDXL model; give --family sd|sdxl")
+    """sd or sdxl: by the model_index.json of a folder, else by the last part of the name.
+
+    Raises DiffalignError for a pipeline of another kind, and where the name tells neither or both.
+    """
+    index = Path(base) / "model_index.json"
+    if index.is_file():
+        return _family_of_pipeline(index)
+    found = [family for family, words in _NAMES.items() if words.search(Path(base).name)]
+    if len(found) != 1:
+        fault = (
+            "has words of both SD and SDXL models" if found else "does not tell whether it is an SD or an SDXL model"
+        )
+        raise DiffalignError(f"the name {base} {fault}; give --family sd|sdxl")
+    return found[0]
+
+
+def _family_of_pipeline(file: Path) -> str:
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DiffalignError(f"{file} is not valid JSON ({error}); download the model again") from None
+    if not isinstance(index, dict):
+        raise DiffalignError(
+            f"{file}: the index of a pipeline is a JSON object, got {type(index).__name__}; download the model again"
+        )
+    kind = index.get("_class_name")
+    for family, pattern in _PIPELINES.items():
+        if pattern.fullmatch(str(kind)):
+            return family
+    raise DiffalignError(
+        f"{file}: _class_name is {kind!r}; the supported pipelines are StableDiffusionPipeline and "
+        "StableDiffusionXLPipeline and their variants (not StableDiffusion3). Give another base"
+    )
 
 
 def fit_for(family: str, card: str, goal: str) -> Fit:
@@ -146,6 +190,8 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
 
     Raises DiffalignError as `fit_for` does.
     """
+    from diffalign.config.strict_yaml import quoted
+
     card, goal = answers["card"], answers["goal"]
     fit, gpu, full = fit_for(family, card, goal), card != "cpu", goal == "full"
     objective = {"noisy-labels": ["name: cdpo", "beta: 5000", "label_smoothing: 0.1"], "winners": ["name: sft"]}.get(
@@ -157,11 +203,11 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
         "# Written by `diffalign init`. Every setting can be overridden on the command line: key.sub=value.",
         "# `diffalign check` builds the run, takes one small step and prints the plan.",
         "",
-        f"output_dir: {json.dumps(f'runs/{name}')}",
+        f"output_dir: {quoted(f'runs/{name}')}",
         "seed: 0",
         "",
         "model:",
-        f"  pretrained_model_name_or_path: {json.dumps(answers['base'])}",
+        f"  pretrained_model_name_or_path: {quoted(answers['base'])}",
         f"  gradient_checkpointing: {fit.checkpointing}  # full needs the least memory, none the least time",
         "",
         "tuning:",
@@ -171,13 +217,13 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
         *(f"  {line}" for line in objective),
         "",
         "data:",
-        f"  path: {json.dumps(answers['pairs'])}",
+        f"  path: {quoted(answers['pairs'])}",
         "  # resolution: pixels; without it the base's own",
         "  center_crop: true",
         "  proportion_empty_prompts: 0.2  # of the visits train without a prompt, as guidance needs",
-        *([f"  cache_dir: {json.dumps(f'cache/{name}')}  # images and prompts are encoded once"] if gpu else []),
+        *([f"  cache_dir: {quoted(f'cache/{name}')}  # images and prompts are encoded once"] if gpu else []),
         *(["  draws_per_pair: 8", "  cache_reference_errors: true"] if fit.precomputed_reference else []),
-        f"  dataloader_num_workers: {8 if gpu else 0}",
+        f"  dataloader_num_workers: {min(8, os.cpu_count() or 1) if gpu else 0}",
         "",
         "training:",
         "  max_train_steps: 1000",
@@ -188,7 +234,7 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
         "  lr_scheduler: constant_with_warmup",
         "  lr_warmup_steps: 100",
         f"  optimizer: {fit.optimizer}",
-        f"  mixed_precision: {'bf16' if gpu else json.dumps('no')}",
+        f"  mixed_precision: {'bf16' if gpu else quoted('no')}",
         "  checkpointing_steps: 250",
         "  checkpoints_total_limit: 2",
         "  report_to: tensorboard",
