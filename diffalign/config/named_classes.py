@@ -16,7 +16,7 @@ from diffalign.config.overrides import describe_fault
 from diffalign.config.value_types import Section, strict
 from diffalign.errors import DiffalignError
 from diffalign.io.plugins import name_of, nearest, resolve
-from diffalign.models.adapters.methods import METHODS, TuningMethod, find_method, known_methods
+from diffalign.models.adapters.methods import TuningMethod, find_method, known_methods
 
 BOUNDS = ("ge", "gt", "le", "lt")
 _NEEDED = {
@@ -52,7 +52,7 @@ def parse_tuning(node: Any) -> TuningMethod:
     method. Raises DiffalignError.
     """
     if isinstance(node, TuningMethod):
-        name_of(type(node), METHODS)  # a saved config must find it again
+        find_method(node.method)  # a saved config must find it again, and its layout is known from here on
         return _make(type(node), _values(node), node.method)  # an object from Python is checked like a file
     if not isinstance(node, dict):
         raise DiffalignError(f"this is a section, got {node!r}; write its settings below it, or remove it")

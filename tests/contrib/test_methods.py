@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffalign import Trainer, TrainingArguments, load_pairs
 from diffalign.config.schema import Config, ConfigError, load_config, parse_config
 from diffalign.config.strict_yaml import read_yaml
+from diffalign.errors import DiffalignError
+from diffalign.io import plugins
 from diffalign.models.adapters import methods
 from diffalign.models.adapters.core_methods import FullFineTuning, LoRA
-from diffalign.models.adapters.methods import METHODS, Start, TuningMethod, WeightLayout, known_methods
+from diffalign.models.adapters.methods import (
+    METHODS,
+    Start,
+    TuningMethod,
+    WeightLayout,
+    find_method,
+    known_methods,
+)
 from diffalign.models.adapters.save_load import find_tuned, load_pipeline, load_tuned
 from diffalign.models.loading.family import ModelError
 from diffalign.models.policy.reference import FrozenCopy
 from diffalign.training.run import run_training
+from diffalign.world import base_path, pairs_path
 from tests.models.conftest import Model
 from tests.training.test_run import metrics
 
@@ -74,6 +87,7 @@ class Norms(TuningMethod):
 def no_other_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test asks for is unknown to the next."""
     monkeypatch.setattr(methods, "_used", {})
+    monkeypatch.setattr(methods, "_skipped", set())
 
 
 OWN = {"method": "tests.contrib.test_methods:Norms", "share": 0.5}
@@ -107,6 +121,42 @@ def test_a_method_of_ones_own_trains_resumes_and_loads(make_config: MakeConfig, 
     assert (found.kind, found.path.name) == ("norms", "norms.safetensors")
     unet = load_pipeline(str(tiny_sd), tuned=str(tmp_path / "run")).unet
     assert all(torch.equal(unet.get_parameter(name), value) for name, value in whole.items())
+
+
+def test_a_method_given_as_an_object_is_saved_in_its_own_layout(tmp_path: Path) -> None:
+    Trainer(
+        base_path(),
+        "dpo",
+        load_pairs(pairs_path(), resolution=16, max_pairs=4),
+        TrainingArguments(output_dir=str(tmp_path), max_train_steps=1, train_batch_size=2, report_to="none"),
+        tuning=Norms(0.5),
+    ).train()
+    assert (tmp_path / "norms.safetensors").is_file()
+    assert not (tmp_path / "unet").exists()
+    assert find_tuned(tmp_path).kind == "norms"
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("nowhere.at_all:Method", "there is no module 'nowhere'"),
+        ("tests.contrib.test_methods:Nroms", "has no 'Nroms'"),
+        ("tests.contrib.test_methods:NormsFile", "is not a dataclass that inherits from"),
+    ],
+)
+def test_an_entry_point_that_fails_is_an_error_only_where_it_is_asked_for(
+    place: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = "diffalign.tuning_methods"
+    entries = [EntryPoint("broken", place, group), EntryPoint("norms", "tests.contrib.test_methods:Norms", group)]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    with caplog.at_level(logging.WARNING, "diffalign"):
+        assert set(known_methods()) == {*METHODS, "norms"}
+        assert known_methods()["norms"] is Norms
+    (warning,) = caplog.messages  # of two calls
+    assert re.search(f"tuning method 'broken' is left out: .*{reason}", warning)
+    with pytest.raises(DiffalignError, match=f"tuning method 'broken'.*{reason}"):
+        find_method("broken")
 
 
 @pytest.mark.parametrize(

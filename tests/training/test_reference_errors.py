@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def test_losses_and_weights_are_those_of_the_same_draws_without_it(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     forwards: list[Networks],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Four pairs in batches of two, two draws: five epochs, with prompts dropped now and then.
 
@@ -75,6 +77,8 @@ def test_losses_and_weights_are_those_of_the_same_draws_without_it(
     close(losses(tmp_path / "kept"), losses(tmp_path / "asked"))
     assert losses(tmp_path / "again") == losses(tmp_path / "kept")  # the numbers of one file
     assert same(weights(tmp_path / "again"), weights(tmp_path / "kept"))
+    planned = re.findall(r"reference: (.+)", capsys.readouterr().out)
+    assert planned == 3 * [{"full": "frozen copy", "lora": "the policy with LoRA off"}[method]]
     # ten steps; then two batches for each of two draws; then none at all
     assert [networks.reference_forwards for networks in forwards] == [10, 4, 0]
     assert (forwards[1]._reference is None) == (forwards[0]._reference is not None) is True

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.models.adapters.lora import add_lora, save_lora
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
+from diffalign.training import build
 from diffalign.training.run import run_training
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167536\n"
@@ -58,3 +59,13 @@ def test_a_full_reference_of_another_model(make_config, tiny_sd: Path, tiny_sdxl
     with pytest.raises(ModelError, match=r"unet does not fit this base.*Use the base it was tuned from"):
         run_training(config)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_missing_reference_is_refused_before_the_base_is_loaded(
+    make_config, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(build, "load_base", lambda spec: pytest.fail("the base was loaded"))
+    config = make_config(tiny_sd, {"tuning.method": method, "tuning.reference": str(tmp_path / "nowhere")})
+    with pytest.raises(ModelError, match=r"no tuned weights at .*nowhere.*no such path"):
+        run_training(config)

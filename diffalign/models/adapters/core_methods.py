@@ -102,6 +102,11 @@ class FullFineTuning(TuningMethod):
 
     reference: str | None = field(default=None, metadata=PATH)  # tuned weights; the policy starts there
 
+    def check(self) -> None:
+        """Raises ModelError for a reference that is missing, damaged or ambiguous."""
+        if self.reference is not None:
+            find_tuned(self.reference)
+
     def check_base(self, unet: UNet) -> None:
         """Raises ModelError for a reference that does not fit the UNet."""
         if self.reference is not None:

@@ -9,6 +9,7 @@ entry point in the group `diffalign.tuning_methods`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,8 @@ from diffalign.models.loading.modules import UNet
 
 if TYPE_CHECKING:
     from diffalign.models.policy.reference import Reference
+
+log = logging.getLogger(__name__)
 
 METHODS = {
     "lora": "diffalign.models.adapters.core_methods:LoRA",
@@ -129,24 +132,43 @@ class TuningMethod:
 
 
 _used: dict[str, type[TuningMethod]] = {}  # those that were asked for by package.module:Class
+_skipped: set[str] = set()  # entry points that cannot be used, each logged once
 
 
 def find_method(name: str) -> type[TuningMethod]:
     """The class of the method called `name`. Raises DiffalignError for an unknown one, or one that is no method."""
-    found = resolve(name, METHODS, WHAT)
-    if not (isinstance(found, type) and issubclass(found, TuningMethod) and is_dataclass(found)):
-        raise DiffalignError(
-            f"{WHAT} {name!r} is not a dataclass that inherits from {TuningMethod.__module__}.TuningMethod; "
-            "make it one, its fields are its settings"
-        )
+    found = _resolved(name)
     if name not in METHODS:
         _used[name] = found
     return found
 
 
 def known_methods() -> dict[str, type[TuningMethod]]:
-    """All methods by name: ours, those of entry points, and those that this process was asked for."""
-    return {name: resolve(name, METHODS, WHAT) for name in known_names(METHODS, WHAT)} | _used
+    """All methods by name: ours, those of entry points, and those that this process was asked for.
+
+    An entry point that cannot be used is left out with a warning: it is no fault of a run that does not name it.
+    """
+    known = {}
+    for name in known_names(METHODS, WHAT):
+        try:
+            known[name] = _resolved(name)
+        except Exception as error:  # of whatever kind: another package's module is imported here
+            if name in METHODS:
+                raise
+            if name not in _skipped:
+                log.warning("%s %r is left out: %s (%s)", WHAT, name, error, type(error).__name__)
+            _skipped.add(name)
+    return known | _used
+
+
+def _resolved(name: str) -> type[TuningMethod]:
+    found = resolve(name, METHODS, WHAT)
+    if not (isinstance(found, type) and issubclass(found, TuningMethod) and is_dataclass(found)):
+        raise DiffalignError(
+            f"{WHAT} {name!r} is not a dataclass that inherits from {TuningMethod.__module__}.TuningMethod; "
+            "make it one, its fields are its settings"
+        )
+    return found
 
 
 def known_layouts() -> list[WeightLayout]:

@@ -52,6 +52,7 @@ class Networks:
         if autocast_dtype is not None:
             leave_casts_to_autocast(unet)
         self._reference = reference
+        self.compares_with = "none" if reference is None else reference.description  # the plan's word for it
         self._takes_users = layout_on(unet).needs_user
         self.shares_text = shares_text(unet)  # keys and values of a prompt that both sides have are made once
         self._memory_format = memory_format(unet)
@@ -75,13 +76,11 @@ class Networks:
         with torch.no_grad(), self._reference.active() as module:
             return self._predict(module, xt, t, cond)
 
-    @property
-    def compares_with(self) -> str:
-        """What the reference is, in a few words; "none" without one."""
-        return "none" if self._reference is None else self._reference.description
-
     def forget_reference(self) -> None:
-        """Give up a reference that will not be asked any more, with the memory it takes."""
+        """Give up a reference that will not be asked any more, with the memory it takes.
+
+        `compares_with` stays: the run compares with it all the same.
+        """
         self._reference = None
 
     def _predict(self, module: nn.Module, xt: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
