@@ -141,11 +141,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), later: Sequence
     return parse_config(tree, where=str(path))
 
 
-def parse_config(tree: dict[str, Any], where: str = "config") -> AnyConfig:
-    """A checked config from nested dictionaries. Raises ConfigError naming every fault at once."""
+def parse_config(tree: dict[str, Any], where: str = "config", *, recorded: bool = False) -> AnyConfig:
+    """A checked config from nested dictionaries. Raises ConfigError naming every fault at once.
+
+    recorded: a run wrote it, so no warning asks for today's names of its keys.
+    """
     kind = PreferenceModelConfig if "preference_model" in tree else Config
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, context={"recorded": recorded})
     except ValidationError as e:
         lines = [f"  {describe_fault(fault, kind)}" for fault in e.errors()]
         raise ConfigError(f"{where}: {len(lines)} error(s)\n" + "\n".join(lines)) from None

@@ -171,6 +171,7 @@ class TrainingSection(Section):
 class ValidationSection(Section):
     """Images generated during training."""
 
+    KEY: ClassVar[str] = "validation"
     OLD_NAMES: ClassVar[dict[str, str]] = {"steps": "num_inference_steps"}  # 0.1.0
 
     prompts: tuple[Text, ...] = ()

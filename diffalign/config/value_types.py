@@ -11,7 +11,7 @@ import re
 import types
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from diffalign.errors import DiffalignError
 from diffalign.io.paths import expanded
@@ -99,21 +99,23 @@ class Section(BaseModel):
     """A read-only mapping of settings without unknown keys.
 
     OLD_NAMES: former names of keys by which earlier versions know them, each with today's. A config may have either,
-    and a warning names today's.
+    and a warning names today's with the section's own key, KEY; a config that a run recorded is read without it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    KEY: ClassVar[str] = ""
     OLD_NAMES: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _rename(cls, node: Any) -> Any:
+    def _rename(cls, node: Any, info: ValidationInfo) -> Any:
         old = [name for name in cls.OLD_NAMES if isinstance(node, dict) and name in node]
         for name in old:
             new = cls.OLD_NAMES[name]
             if new in node:
                 raise DiffalignError(f"{name} is the former name of {new}, and both are given; remove {name}")
-            log.warning("%s is now called %s; rename the key in the config", name, new)
+            if not (info.context or {}).get("recorded"):
+                log.warning("%s.%s is now called %s.%s; rename the key in the config", cls.KEY, name, cls.KEY, new)
         return {cls.OLD_NAMES.get(key, key): value for key, value in node.items()} if old else node
 
 

@@ -25,7 +25,7 @@ def train(run: Trainable, start: int = 0, callbacks: Sequence[Callback] = ()) ->
             stack.callback(callback.close)
         state.call("on_train_begin")
         batches = run.source.batches(state.step)
-        state.should_stop = state.step == steps
+        state.should_stop |= state.step == steps  # a callback may have set it
         while not state.should_stop:
             run.step(batches, state.meter)
             state.meter.add(run.source.take_metrics())

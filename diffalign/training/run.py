@@ -198,7 +198,7 @@ def _same_settings(recorded: Path, now: dict[str, Any]) -> None:
 def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
     """Recorded settings, with defaults for those that an older version did not have."""
     try:
-        return parse_config(recorded).resolved()
+        return parse_config(recorded, recorded=True).resolved()
     except DiffalignError:
         return recorded
 

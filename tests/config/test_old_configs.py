@@ -80,7 +80,7 @@ def test_a_former_name_is_read_with_a_warning(tmp_path: Path, caplog: pytest.Log
     config = load_config(path)
     assert isinstance(config, Config)
     assert config.validation.num_inference_steps == 7
-    assert "steps is now called num_inference_steps; rename the key in the config" in caplog.text
+    assert "validation.steps is now called validation.num_inference_steps; rename the key in the config" in caplog.text
     assert "steps" not in config.resolved()["validation"]
     with pytest.raises(ConfigError, match="validation: steps is the former name of num_inference_steps, and both are"):
         load_config(path, ["validation.num_inference_steps=8"])

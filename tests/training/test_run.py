@@ -215,6 +215,18 @@ def test_a_folder_with_a_run_is_not_lost(make_config: MakeConfig, tiny_sd: Path)
     assert not list(Path(config.output_dir).glob("checkpoint-*"))
 
 
+def test_a_resumed_run_of_the_first_release_is_not_asked_to_rename_its_record(
+    make_config: MakeConfig, tiny_sd: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_training(config := make_config(tiny_sd, {"training.checkpointing_steps": 2}))
+    recorded = Path(config.output_dir) / "config.yaml"
+    written = recorded.read_text()
+    assert written.count(" num_inference_steps:") == 1
+    recorded.write_text(written.replace(" num_inference_steps:", " steps:"))
+    run_training(make_config(tiny_sd, {"training.checkpointing_steps": 2, "training.resume_from_checkpoint": "latest"}))
+    assert "is now called" not in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig, tiny_sd: Path) -> None:
     with pytest.raises(TrainingError, match="loss is nan at step"):
         run_training(make_config(tiny_sd, {"training.learning_rate": 100.0, "tuning.method": "full"}))

@@ -29,14 +29,15 @@ class ProgressBar(Callback):
         self.bar.n = state.step
 
     def on_step_end(self, state: TrainingState) -> None:
-        """Moves by one."""
-        self.bar.update()
+        """Moves to the step, unless its log has moved there."""
+        self.bar.update(state.step - self.bar.n)
 
     def on_log(self, state: TrainingState) -> None:
         """Shows what there is: fp16 may have skipped all steps since the last log, which leaves no learning rate."""
         there = {short: state.metrics[name] for name, short in SHOWN.items() if name in state.metrics}
         if not there.get("skipped"):
             there.pop("skipped", None)
+        self.bar.n = state.step  # a log comes before this callback's own `on_step_end`
         self.bar.set_postfix({short: format(value, FORMATS[short]) for short, value in there.items()})
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from diffalign import Callback, DiffalignError, Trainer, TrainingArguments, TrainingState, load_pairs
+from diffalign.io.progress import Progress
 from diffalign.training.trainable import TrainingError
 from diffalign.world import base_path, pairs_path
 
@@ -98,6 +99,35 @@ def test_a_callback_may_end_the_run(event: str, tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [2]
     assert (tmp_path / LORA).is_file()
     assert [p.name for p in (tmp_path / "validation").iterdir()] == ["step-000002.png"]
+
+
+def test_a_callback_may_end_the_run_before_its_first_step(tmp_path: Path) -> None:
+    class Never(Callback):
+        def on_train_begin(self, state: TrainingState) -> None:
+            state.should_stop = True
+
+    recorder = Recorder()
+    assert trainer(tmp_path, Never(), recorder).train() == {}
+    assert recorder.events == [("begin", 0), ("end", 0), ("close",)]
+
+
+@pytest.mark.parametrize(("every", "logged"), [(10, [3]), (2, [2, 3]), (3, [3])])
+def test_the_step_of_a_checkpoint_that_ends_the_run_is_logged(every: int, logged: list[int], tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_checkpoint(self, state: TrainingState, folder: Path) -> None:
+            state.should_stop = True
+
+    last = trainer(tmp_path, Enough(), checkpointing_steps=3, logging_steps=every).train()
+    assert [line["step"] for line in lines(tmp_path)] == logged
+    assert last == {name: value for name, value in lines(tmp_path)[-1].items() if name != "step"}
+    assert (tmp_path / LORA).is_file()
+
+
+def test_the_bar_shows_the_step_that_its_log_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(Progress, "display", lambda self, *_: drawn.append((self.n, "loss=" in str(self))))
+    trainer(tmp_path).train()
+    assert [n for n, loss in drawn if loss] == [2, 4]
 
 
 def test_a_callback_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
