@@ -23,11 +23,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 
-from diffalign.config.schema import Config, parse_config
+from diffalign.config.schema import parse_config
 from diffalign.config.strict_yaml import ConfigError
 from diffalign.evaluation.generate import generate
 from diffalign.evaluation.manifest import GeneratedImage
@@ -140,7 +140,7 @@ def _do(job: Job) -> None:
     with (job.folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log), _logging_to(log):
         try:
             if job.config is not None:
-                run_training(cast("Config", parse_config(placed(job.config, job.folder), where=str(job.folder))))
+                run_training(parse_config(placed(job.config, job.folder), where=str(job.folder)))
             seconds = time.process_time() - begun
             _generate(job)
         except TrainingError as error:

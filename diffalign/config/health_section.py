@@ -29,7 +29,7 @@ class HealthSection(Section):
 
 
 def can_roll_back(health: HealthSection, training: Any, source: Any) -> None:
-    """Raises ValueError where a run could not return to a checkpoint that the rules have checked."""
+    """Raises DiffalignError where a run could not return to a checkpoint that the rules have checked."""
     if health.action != "roll_back":
         return
     if training.checkpointing_steps is None or training.checkpointing_steps % training.logging_steps:

@@ -105,9 +105,17 @@ def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
 def build_run(
     config: AnyConfig, accelerator: Accelerator, table: Table | None = None, base: Base | None = None
 ) -> Trainable:
-    """Every part of a run of either kind. The core imports what trains a preference model only here, by its name."""
+    """Every part of a run of either kind. The core imports what trains a preference model only here, by its name.
+
+    Raises DiffalignError for an open base with the config of a preference model, and what building a run raises.
+    """
     if isinstance(config, Config):
         return build(config, accelerator, table, base)
+    if base is not None:
+        raise DiffalignError(
+            f"base: a preference model is trained on the base that its config names, "
+            f"{config.model.pretrained_model_name_or_path}, and {base.source!r} was given as an object; leave base out"
+        )
     build_preference_run: Callable[..., Trainable] = pkgutil.resolve_name(PREFERENCE_RUN)
     return build_preference_run(config, accelerator, open_table(config, accelerator) if table is None else table)
 

@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from diffalign.evaluation.scoring import Scoring
     from diffalign.rewards import Scorer
 
-GIVEN_MODEL = "an open pipeline"  # in place of a path where the model was given as an object
-GIVEN_DATA = "an open data set"
+GIVEN_DATA = "an open data set"  # in place of a path where the data were given as an object
 
 
 class TrainingArguments(TrainingSection):

@@ -23,7 +23,7 @@ from diffalign.experimental.kernels import kernels_by
 from diffalign.models.adapters.lora import add_lora, fuse_lora
 from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import LoraOff, make_reference
+from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.training.build import prepare_policy
 from diffalign.training.build_source import _kernels
 from diffalign.training.inspect.activation_memory import SavedForBackward
@@ -106,7 +106,7 @@ def test_a_frozen_copy_is_the_policy_to_the_bit(models: dict[str, Model]) -> Non
         unet,
         family=base.family,
         schedule=base.schedule,
-        reference=make_reference("copy", unet, torch.bfloat16),
+        reference=FrozenCopy(unet, torch.bfloat16),
         autocast_dtype=torch.bfloat16,
         device=DEVICE,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.engine.measure import Models, measure, measure_and_backward
 from diffalign.models.loading.base import load_base
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import make_reference
+from diffalign.models.policy.reference import FrozenCopy
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.types import Conditioning, Evidence, PairBatch, Probe, Transitions
 from tests.objectives.test_inversion_objectives import OBJECTIVES, Retold, Spy, as_released
@@ -147,7 +147,7 @@ def test_eighty_points_of_a_unet_take_the_memory_of_eight(tiny_sd: Path) -> None
     """Full tuning of a small SD-structured UNet, guided: 160 forwards with grad, one point's activations."""
     base = load_base(str(tiny_sd), vae_and_text=False)
     unet = base.unet.requires_grad_(True)
-    models = Networks(unet, family=base.family, schedule=base.schedule, reference=make_reference("copy", unet))
+    models = Networks(unet, family=base.family, schedule=base.schedule, reference=FrozenCopy(unet))
     g = torch.Generator().manual_seed(0)
     dim = unet.config.cross_attention_dim
     text, null = (Conditioning(torch.randn(1, 1, 4, dim, generator=g).expand(2, -1, -1, -1)) for _ in range(2))

@@ -18,7 +18,7 @@ from diffalign.errors import DiffalignError
 from diffalign.models.adapters.lora import add_lora
 from diffalign.models.loading.base import load_base
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import make_reference
+from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.objectives.base import Objective
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.inpo import InPO, ascent_to
@@ -273,7 +273,7 @@ def test_real_networks_start_at_log_2_and_move(tiny_sdxl: Path, name: str, tunin
         add_lora(unet, rank=2, alpha=4)
     else:
         unet.requires_grad_(True)
-    reference = make_reference("lora_off" if tuning == "lora" else "copy", unet, None)
+    reference = (LoraOff if tuning == "lora" else FrozenCopy)(unet)
     networks = Networks(unet, family=base.family, schedule=base.schedule, reference=reference)
     config, g = unet.config, torch.Generator().manual_seed(0)
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

@@ -23,7 +23,7 @@ from diffalign.engine.random import pair_key
 from diffalign.models.adapters.lora import add_lora
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import make_reference
+from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.objectives import OBJECTIVES, DiffusionDPO
 from diffalign.objectives.base import shared_noise
 from diffalign.training import build as setup
@@ -231,7 +231,7 @@ def check_two_passes(base: Base, device: str) -> None:
         base.unet,
         family=base.family,
         schedule=base.schedule,
-        reference=make_reference("copy", base.unet),
+        reference=FrozenCopy(base.unet),
         device=device,
     )
     batches = [random_batch(base, 2, 8, seed=s).to(device) for s in range(3)]
@@ -290,7 +290,7 @@ def trained_networks(base: Base, method: str, device: str) -> Networks:
     else:
         base.unet.requires_grad_(True)
     base.unet.to(device)
-    reference = make_reference("lora_off" if method == "lora" else "copy", base.unet)
+    reference = (LoraOff if method == "lora" else FrozenCopy)(base.unet)
     return Networks(base.unet, family=base.family, schedule=base.schedule, reference=reference, device=device)
 
 

@@ -140,7 +140,7 @@ def build_preference_run(config: PreferenceModelConfig, accelerator: Accelerator
 
 
 def _needs_x0(base: Base) -> None:
-    """Raises ValueError for a base whose prediction says nothing of x̂_0 at the last timestep."""
+    """Raises DiffalignError for a base whose prediction says nothing of x̂_0 at the last timestep."""
     schedule = base.schedule
     if schedule.prediction_type == "epsilon" and float(schedule.alphas_cumprod[-1]) == 0.0:
         raise DiffalignError(

@@ -68,9 +68,8 @@ class Networks:
         """The reference's raw prediction "n c h w", float32, without grad. Raises ModelError without a reference."""
         if self._reference is None:
             raise ModelError(
-                "these networks have no reference, and the objective needs one; build them with "
-                "make_reference('copy', unet) for full fine-tuning or make_reference('lora_off', unet) "
-                "for LoRA"
+                "these networks have no reference, and the objective needs one; give Networks a reference: "
+                "LoraOff(unet) for LoRA, FrozenCopy(unet) for full fine-tuning"
             )
         self.reference_forwards += 1
         with torch.no_grad(), self._reference.active() as module:

@@ -129,19 +129,3 @@ class FrozenCopy:
     def active(self) -> Iterator[UNet]:
         """The copy."""
         yield self.module
-
-
-def make_reference(kind: str, unet: UNet, autocast_dtype: torch.dtype | None = None) -> Reference | None:
-    """The reference lora_off or copy of an unwrapped policy before training; None for kind "none"."""
-    if kind == "none":
-        return None
-    if kind == "lora_off":
-        return LoraOff(unet)
-    if kind == "copy":
-        if lora_layers(unet):
-            raise ModelError(
-                "reference copy: this UNet has LoRA layers, so a copy would waste memory for a second "
-                "UNet; use reference lora_off"
-            )
-        return FrozenCopy(unet, autocast_dtype)
-    raise ModelError(f"reference = {kind!r}; allowed: lora_off, copy, none")

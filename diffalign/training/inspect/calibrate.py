@@ -76,8 +76,8 @@ def calibratable(config: Config) -> Scale:
         )
     if not config.tuning.starts_at_reference:
         raise CalibrationError(
-            "tuning.resume_lora: the policy starts from other weights than its reference, so no logit is 0; calibrate "
-            "without it"
+            f"tuning: with {config.tuning!r} the policy starts from other weights than its reference, so no logit is "
+            "0; calibrate with settings that start it at the reference, such as lora without resume_lora"
         )
     if config.training.mixed_precision == "fp16":
         raise CalibrationError(

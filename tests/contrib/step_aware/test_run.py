@@ -24,7 +24,8 @@ from diffalign.contrib.step_aware.batch import decoded_predictions
 from diffalign.contrib.step_aware.build import PreferenceRun, _as_sampled, _needs_x0
 from diffalign.contrib.step_aware.loss import preference_loss
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.errors import Interrupted
+from diffalign.errors import DiffalignError, Interrupted
+from diffalign.models.loading.base import load_base
 from diffalign.rewards import ScorerError, load_scorer
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.checkpoints.final_weights import is_finished
@@ -275,6 +276,11 @@ def test_a_checkpoint_of_an_earlier_version_is_read(make: Make, tmp_path: Path) 
     (old / "manifest.json").unlink()
     run_training(make({**parts, "training.resume_from_checkpoint": "checkpoint-2"}))
     assert all(torch.equal(weights(tmp_path / "parts")[name], value) for name, value in whole.items())
+
+
+def test_an_open_base_is_refused(make: Make, tiny_sd: Path) -> None:
+    with pytest.raises(DiffalignError, match=r"base: .* was given as an object; leave base out"):
+        run_training(make(), base=load_base(str(tiny_sd)))
 
 
 def test_what_is_missing_is_named_before_anything_is_trained(make: Make, tmp_path: Path) -> None:

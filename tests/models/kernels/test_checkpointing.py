@@ -7,7 +7,7 @@ from diffalign.models.adapters.lora import add_lora
 from diffalign.models.kernels.checkpointing import ALIGNMENT, place, set_checkpointing, store_for_autocast
 from diffalign.models.loading.base import load_base
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import make_reference
+from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.training.inspect.activation_memory import SavedForBackward
 from tests.models.conftest import Model, move_lora
 
@@ -18,7 +18,7 @@ def step(model: Model, unet, kind: str, dtype) -> tuple[torch.Tensor, list[torch
         unet,
         family=model.base.family,
         schedule=model.base.schedule,
-        reference=make_reference(kind, model.unet() if kind == "copy" else unet, dtype),
+        reference=LoraOff(unet) if kind == "lora_off" else FrozenCopy(model.unet(), dtype),
         autocast_dtype=dtype,
     )
     unet.zero_grad()

@@ -12,7 +12,7 @@ from diffalign.models.kernels.attention import set_attention
 from diffalign.models.kernels.checkpointing import set_checkpointing, store_for_autocast
 from diffalign.models.loading.base import Base
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import make_reference
+from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from tests.gpu_models import sdxl_base, sdxl_point
 from tests.models.conftest import move_lora
 
@@ -31,7 +31,7 @@ def networks(base: Base, unet, kind: str) -> Networks:
         unet,
         family=base.family,
         schedule=base.schedule,
-        reference=make_reference(kind, unet, BF16),
+        reference=LoraOff(unet) if kind == "lora_off" else FrozenCopy(unet, BF16),
         autocast_dtype=BF16,
         device="cuda",
     )
