@@ -53,8 +53,8 @@ def test_builds_and_takes_a_step(
     main(["check", str(CONFIGS[name]), *replaced(name, tmp_path / "out", request)])
     said = capsys.readouterr().out
     assert "dry run" in said
-    assert "gradient norm" in said or "past fp16's range" in said
-    assert not (tmp_path / "out").exists()  # a look leaves nothing behind
+    assert "gradient norm" in said or "beyond fp16's range" in said
+    assert not (tmp_path / "out").exists()  # a dry run leaves nothing behind
 
 
 def test_none_is_left_out() -> None:

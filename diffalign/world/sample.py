@@ -21,7 +21,7 @@ def sample_pixels(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """Images uint8 "n 16 16 3", one per prompt and seed; the start noise depends on the seed alone."""
+    """Images uint8 "n h w 3", one per prompt and seed; the start noise depends on the seed alone."""
     pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), BATCH):

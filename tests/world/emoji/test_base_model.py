@@ -16,7 +16,7 @@ from diffalign.world.emoji import asset, base_model, base_path, reward
 from diffalign.world.emoji.base_model import Phase
 from diffalign.world.emoji.captions import parse, prompts, vocabulary
 from diffalign.world.emoji.vae import fitted_vae, to_latents, training_pixels
-from diffalign.world.sample import paired, sample
+from diffalign.world.sample import sample_pixels, with_seeds
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_its_autoencoder_is_what_the_fit_gives(pipe: StableDiffusionXLPipeline) 
 
 
 def test_its_images_are_recognised(pipe: StableDiffusionXLPipeline) -> None:
-    texts, seeds = paired(prompts("heldout"), 1)
-    reading = reward.read(sample(pipe, texts, seeds))
+    texts, seeds = with_seeds(prompts("heldout"), 1)
+    reading = reward.read(sample_pixels(pipe, texts, seeds))
     recorded = json.loads((base_path() / "RECIPE.json").read_text())["heldout, 24 combinations x 8 seeds"]
     assert recorded["thing"] >= 0.9
     wanted = [parse(t) for t in texts]
