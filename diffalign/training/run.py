@@ -71,15 +71,27 @@ def run_training(
     accelerator = make_accelerator(config)
     config = with_precision(config, accelerator.device)
     with own_folder(config, accelerator):
-        opened = open_table(config, accelerator) if table is None else prepared(config, table)
-        if accelerator.is_main_process:
-            report_rows(opened, config.data.path)
-        run = build_run(config, accelerator, opened, base)
-        start = resume(run)
-        begin(run, start)
-        values = train(run, start, run_callbacks(run, callbacks))
-        if accelerator.is_main_process:
-            print(run.usage())
+        return _trained(config, accelerator, callbacks, base, table)
+
+
+def _trained(
+    config: AnyConfig,
+    accelerator: Accelerator,
+    callbacks: Sequence[Callback],
+    base: Base | None,
+    table: PairTable | None,
+) -> dict[str, float]:
+    """A function of its own, so that the wrapped network is freed before its group of processes ends: a network that
+    outlives its group can wait for the other processes without end."""
+    opened = open_table(config, accelerator) if table is None else prepared(config, table)
+    if accelerator.is_main_process:
+        report_rows(opened, config.data.path)
+    run = build_run(config, accelerator, opened, base)
+    start = resume(run)
+    begin(run, start)
+    values = train(run, start, run_callbacks(run, callbacks))
+    if accelerator.is_main_process:
+        print(run.usage())
     return values
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
+import diffalign.training.run as run_module
 from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.run import run_training
 from diffalign.training.settle import settled
-from diffalign.training.trainable import TrainingError
+from diffalign.training.trainable import Trainable, TrainingError
 from tests.tolerance import PICTURE, assert_same_picture
 
 MakeConfig = Callable[..., Config]
@@ -242,3 +246,25 @@ def test_a_tracker_that_is_not_there_is_named(make_config: MakeConfig, tiny_sd: 
         pytest.skip("wandb is installed")
     with pytest.raises(ImportError, match="pip install wandb"):
         run_training(make_config(tiny_sd, {"training.report_to": "wandb"}))
+
+
+def test_the_network_is_freed_before_its_processes_part(
+    make_config: MakeConfig, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that outlives its group of processes can wait for the others without end."""
+    started: list[weakref.ref[Trainable]] = []
+    alive: list[bool] = []
+    train, end = run_module.train, Accelerator.end_training
+
+    def watched(run: Trainable, *args: Any) -> dict[str, float]:
+        started.append(weakref.ref(run))
+        return train(run, *args)
+
+    def ended(self: Accelerator) -> None:
+        alive.extend(each() is not None for each in started)
+        end(self)
+
+    monkeypatch.setattr(run_module, "train", watched)
+    monkeypatch.setattr(Accelerator, "end_training", ended)
+    run_training(make_config(tiny_sdxl, {"training.max_train_steps": 1}))
+    assert alive == [False]
