@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import pkgutil
 import platform
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,8 +83,7 @@ def _trained(
     base: Base | None,
     table: PairTable | None,
 ) -> dict[str, float]:
-    """A function of its own, so that the wrapped network is freed before its group of processes ends: a network that
-    outlives its group can wait for the other processes without end."""
+    """Its own function: the wrapped network is freed before its group of processes ends (`free_frames`)."""
     opened = open_table(config, accelerator) if table is None else prepared(config, table)
     if accelerator.is_main_process:
         report_rows(opened, config.data.path)
@@ -111,7 +112,25 @@ def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
             claim(config)
 
         on_main(accelerator, take)
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if accelerator.num_processes > 1:
+                free_frames(error)
+            raise
+
+
+def free_frames(error: BaseException) -> None:
+    """Frees what the frames of a caught error still refer to, the wrapped network among it.
+
+    PyTorch's gloo group waits for its threads when the last reference to it goes, and those wait for Python's lock: a
+    network that is freed after `destroy_process_group` can stop its process for good.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.collect()
 
 
 def build_run(

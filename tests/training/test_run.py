@@ -251,7 +251,6 @@ def test_a_tracker_that_is_not_there_is_named(make_config: MakeConfig, tiny_sd: 
 def test_the_network_is_freed_before_its_processes_part(
     make_config: MakeConfig, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that outlives its group of processes can wait for the others without end."""
     started: list[weakref.ref[Trainable]] = []
     alive: list[bool] = []
     train, end = run_module.train, Accelerator.end_training
@@ -268,3 +267,26 @@ def test_the_network_is_freed_before_its_processes_part(
     monkeypatch.setattr(Accelerator, "end_training", ended)
     run_training(make_config(tiny_sdxl, {"training.max_train_steps": 1}))
     assert alive == [False]
+
+
+def test_an_error_does_not_keep_the_network() -> None:
+    class Network:
+        pass
+
+    made: list[weakref.ref[Network]] = []
+
+    def fails() -> None:
+        network = Network()
+        made.append(weakref.ref(network))
+        try:
+            raise ValueError("first")
+        except ValueError as first:
+            raise RuntimeError("second") from first
+
+    try:
+        fails()
+    except RuntimeError as error:
+        caught = error
+    assert made[0]() is not None  # its frames are those of the error
+    run_module.free_frames(caught)
+    assert made[0]() is None
