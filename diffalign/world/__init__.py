@@ -30,13 +30,24 @@ def judge_path() -> Path:
 
 
 def _asset(name: str) -> Path:
+    remedy = (
+        "write it with `python -m diffalign.world.base_model --out ...` (base) "
+        "or `python -m diffalign.world.pairs --out ...` (pairs)"
+    )
+    return committed(f"world/{name}", f"the embedded world's {name!r}", remedy)
+
+
+def committed(path: str, what: str, remedy: str) -> Path:
+    """A file or folder below `assets/`, of a checkout or of an installed wheel.
+
+    Raises MissingFileError, which calls it `what` and says how it is written, `remedy`.
+    """
     package = Path(__file__).resolve().parents[1]
-    places = (package.parent / "assets" / "world" / name, package / "_assets" / "world" / name)
+    places = (package.parent / "assets" / path, package / "_assets" / path)
     for place in places:
         if place.exists():
             return place
     raise MissingFileError(
-        f"the embedded world's {name!r} is neither at {places[0]} (a checkout) nor at {places[1]} (an installed "
-        "wheel); reinstall diffalign, or write it with `python -m diffalign.world.base_model --out ...` (base) "
-        "or `python -m diffalign.world.pairs --out ...` (pairs)"
+        f"{what} is neither at {places[0]} (a checkout) nor at {places[1]} (an installed wheel); reinstall diffalign, "
+        f"or {remedy}"
     )

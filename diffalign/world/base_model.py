@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -110,14 +111,21 @@ def pipeline(seed: int) -> StableDiffusionXLPipeline:
     """An untrained pipeline of the world, random weights from `seed`."""
     torch.manual_seed(seed)
     words = tokenizer()
+    encoders = text_encoders(words, TEXT_DIM)
+    unet = sdxl_unet(TEXT_DIM, sample_size=SIZE // 2, channels=12, widths=(48, 64))
+    return assembled(pixel_unshuffle_vae(), words, encoders, unet)
+
+
+def text_encoders(words: CLIPTokenizer, dim: int) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two text encoders, of two layers and width `dim`, with random weights that are not going to be trained."""
     config = CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=TEXT_DIM,
-        intermediate_size=2 * TEXT_DIM,
+        hidden_size=dim,
+        intermediate_size=2 * dim,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        projection_dim=TEXT_DIM,
+        max_position_embeddings=words.model_max_length,
+        projection_dim=dim,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
@@ -128,24 +136,39 @@ def pipeline(seed: int) -> StableDiffusionXLPipeline:
             torch.nn.init.normal_(weight, std=1.0 if "token" in name else 0.5)
         if "text_projection" in name:
             torch.nn.init.orthogonal_(weight)
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        in_channels=12,
-        out_channels=12,
-        block_out_channels=(48, 64),
+    return encoders
+
+
+def sdxl_unet(text_dim: int, *, sample_size: int, channels: int, widths: tuple[int, ...]) -> UNet2DConditionModel:
+    """A UNet of SDXL's structure: no attention at the highest resolution, cross-attention below it."""
+    attending = len(widths) - 1
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
+        up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"),
         norm_num_groups=16,
-        cross_attention_dim=2 * TEXT_DIM,
+        cross_attention_dim=2 * text_dim,
         attention_head_dim=4,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=8 * len(TIME_IDS) + TEXT_DIM,
+        projection_class_embeddings_input_dim=8 * len(TIME_IDS) + text_dim,
     )
+
+
+def assembled(
+    vae: Any,
+    words: CLIPTokenizer,
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+    unet: UNet2DConditionModel,
+) -> StableDiffusionXLPipeline:
+    """The parts as an SDXL pipeline with SDXL's noise schedule and zeros as null prompt."""
     return StableDiffusionXLPipeline(
-        vae=pixel_unshuffle_vae(),
+        vae=vae,
         text_encoder=encoders[0].eval(),
         text_encoder_2=encoders[1].eval(),
         tokenizer=words,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from diffalign.errors import DiffalignError
 from diffalign.world import oracle
 from diffalign.world.captions import Combination, parse
 from diffalign.world.render import SIZE
+
+T = TypeVar("T")
 
 
 class OfCaptions:
@@ -82,18 +85,25 @@ def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[
     ValueError when there are not as many prompts as images, when an image is not 16x16, or when a prompt is no
     caption of the world.
     """
+    wanted = wanted_of(images, prompts, parse)
+    return oracle.read(pixels(images, SIZE, "embedded")), wanted
+
+
+def wanted_of(images: Sequence[Image.Image], prompts: Sequence[str], parse: Callable[[str], T]) -> list[T]:
+    """What the prompts of some images ask for. Raises DiffalignError unless there are as many prompts as images."""
     if len(images) != len(prompts):
         raise DiffalignError(f"{len(images)} images but {len(prompts)} prompts; give one prompt per image")
-    wanted = [parse(prompt) for prompt in prompts]
+    return [parse(prompt) for prompt in prompts]
+
+
+def pixels(images: Sequence[Image.Image], size: int, world: str) -> Tensor:
+    """The images as uint8 "n h w 3". Raises DiffalignError for one that is not `size` pixels wide and high."""
     for i, image in enumerate(images):
-        if image.size != (SIZE, SIZE):
+        if image.size != (size, size):
             raise DiffalignError(
-                f"image {i} is {image.size[0]}x{image.size[1]}; images of the embedded world are {SIZE}x{SIZE}. "
-                f"Generate with resolution {SIZE}; do not resize"
+                f"image {i} is {image.size[0]}x{image.size[1]}; images of the {world} world are {size}x{size}. "
+                f"Generate with resolution {size}; do not resize"
             )
-    pixels = (
-        np.stack([np.asarray(image.convert("RGB")) for image in images])
-        if images
-        else np.empty((0, SIZE, SIZE, 3), np.uint8)
-    )
-    return oracle.read(torch.from_numpy(pixels)), wanted
+    if not images:
+        return torch.empty(0, size, size, 3, dtype=torch.uint8)
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))

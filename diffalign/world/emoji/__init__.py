@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffalign.errors import MissingFileError
+from diffalign.world import committed
 
 __all__ = ["asset", "base_path", "pairs_path"]
 
@@ -25,12 +25,5 @@ def pairs_path() -> Path:
 
 def asset(name: str) -> Path:
     """Path of a committed file or folder of this world. Raises MissingFileError when it is not there."""
-    package = Path(__file__).resolve().parents[2]
-    places = (package.parent / "assets" / "emoji" / name, package / "_assets" / "emoji" / name)
-    for place in places:
-        if place.exists():
-            return place
-    raise MissingFileError(
-        f"the emoji world's {name!r} is neither at {places[0]} (a checkout) nor at {places[1]} (an installed wheel); "
-        "reinstall diffalign, or write it again: assets/README.md has the command of each file"
-    )
+    remedy = "write it again: assets/README.md has the command of each file"
+    return committed(f"emoji/{name}", f"the emoji world's {name!r}", remedy)

@@ -20,11 +20,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from diffalign.world.base_model import scheduler, word_tokenizer
+from diffalign.world.base_model import assembled, embed, sdxl_unet, text_encoders, word_tokenizer
 from diffalign.world.emoji import reward
 from diffalign.world.emoji.captions import (
     BACKGROUNDS,
@@ -101,58 +101,8 @@ def pipeline(seed: int) -> StableDiffusionXLPipeline:
     words = tokenizer()
     vae = fitted_vae()
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=TEXT_DIM,
-        intermediate_size=2 * TEXT_DIM,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        projection_dim=TEXT_DIM,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    encoders = (CLIPTextModel(config), CLIPTextModelWithProjection(config))
-    for name, weight in (item for e in encoders for item in e.named_parameters()):
-        if "embedding" in name:  # CLIP's start (std 0.02) is for encoders that will be trained
-            torch.nn.init.normal_(weight, std=1.0 if "token" in name else 0.5)
-        if "text_projection" in name:
-            torch.nn.init.orthogonal_(weight)
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        block_out_channels=WIDTHS,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=16,
-        cross_attention_dim=2 * TEXT_DIM,
-        attention_head_dim=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=8 * len(TIME_IDS) + TEXT_DIM,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=encoders[0].eval(),
-        text_encoder_2=encoders[1].eval(),
-        tokenizer=words,
-        tokenizer_2=words,
-        unet=unet.eval(),
-        scheduler=scheduler(),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-
-
-@torch.no_grad()
-def embed(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings [n tokens dim] and pooled embeddings [n dim] of the texts, the empty text included."""
-    embeds, _, pooled, _ = pipe.encode_prompt(texts, device="cpu", do_classifier_free_guidance=False)
-    return embeds, pooled
+    encoders = text_encoders(words, TEXT_DIM)
+    return assembled(vae, words, encoders, sdxl_unet(TEXT_DIM, sample_size=SIZE // 4, channels=CHANNELS, widths=WIDTHS))
 
 
 class _Batches:

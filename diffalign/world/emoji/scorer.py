@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
 from diffalign.world.emoji import reward
 from diffalign.world.emoji.captions import STYLES, Combination, parse
 from diffalign.world.emoji.render import SIZE
+from diffalign.world.scorer import pixels, wanted_of
 
 
 class _OfCaptions:
@@ -88,16 +86,5 @@ def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[
     Raises DiffalignError when there are not as many prompts as images, when an image is not 64x64, or when a prompt is
     no caption of the emoji world.
     """
-    if len(images) != len(prompts):
-        raise DiffalignError(f"{len(images)} images but {len(prompts)} prompts; give one prompt per image")
-    wanted = [parse(prompt) for prompt in prompts]
-    for i, image in enumerate(images):
-        if image.size != (SIZE, SIZE):
-            raise DiffalignError(
-                f"image {i} is {image.size[0]}x{image.size[1]}; images of the emoji world are {SIZE}x{SIZE}. "
-                f"Generate with resolution {SIZE}; do not resize"
-            )
-    if not images:
-        return reward.read(torch.empty(0, SIZE, SIZE, 3, dtype=torch.uint8)), wanted
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return reward.read(torch.from_numpy(pixels)), wanted
+    wanted = wanted_of(images, prompts, parse)
+    return reward.read(pixels(images, SIZE, "emoji")), wanted
