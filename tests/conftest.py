@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from diffalign.config.schema import Config, parse_config
+from tests.browser import browse, browser, missing  # noqa: F401  (fixtures)
 from tests.invariants.pool import Pool
 
 if not torch.cuda.is_available():
@@ -61,14 +62,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shuffles if asked to, and skips what needs CUDA where there is none."""
+    """Shuffles if asked to, and skips what needs CUDA or a browser where there is none."""
     shuffle(items)
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    why = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device", "browser": missing()}
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for reason in (reason for marker, reason in why.items() if reason and marker in item.keywords):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ LEVELS = [
     "objectives",
     "models data rewards",
     "experimental sources world",
-    "config evaluation",
+    "config evaluation pages",
     "training export",
     "arena",
     "cli contrib",  # contrib is above all that it uses, and beside cli, so that nothing in the package imports it
@@ -49,7 +49,7 @@ ONLY_IN = {
     "accelerate": {"training", "contrib", "cli/main.py"},
     "datasets": {"data"},
     "pyarrow": {"data", "world"},
-    "PIL": {"data", "rewards", "evaluation", "world", "contrib", "cli/demo.py", "arena"},
+    "PIL": {"data", "rewards", "evaluation", "pages", "world", "contrib", "cli/demo.py", "arena"},
     "matplotlib": {"arena/plots.py"},
     "pydantic": {"config"},
     "yaml": {"config", "training", "arena/page.py"},
