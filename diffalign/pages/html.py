@@ -21,7 +21,7 @@ from PIL import Image
 from diffalign.errors import DiffalignError
 
 _ASSETS = Path(__file__).parent / "assets"
-_LANGUAGE = "en"
+SMALL = 128  # pixels: images up to this side are stored without loss and enlarged as squares
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ImageCoding:
     """How an image is stored in a page.
 
     side: the longer side is shrunk to this many pixels; None: never. Smaller images stay as they are.
-    quality: of JPEG and WebP, 1 to 100; WebP of 100 is lossless, as PNG always is.
+    quality: of JPEG and WebP, 1 to 100. WebP of 100 has no loss, and so has WebP of an image that `is_small`.
     """
 
     format: Literal["webp", "jpeg", "png"] = "webp"
@@ -80,7 +80,7 @@ def html_page(
     ]
     return "\n".join(
         [
-            f'<!doctype html>\n<html lang="{_LANGUAGE}">\n<head>\n<meta charset="utf-8">',
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="referrer" content="no-referrer">',
@@ -107,14 +107,19 @@ def escape(text: object) -> str:
 
 def image_uri(image: Image.Image, coding: ImageCoding = ImageCoding()) -> str:
     """An image as a data URI, without the metadata of its file."""
+    lossless = coding.format == "webp" and (coding.quality == 100 or is_small(image))
     image = image.convert("RGB")
     if coding.side is not None and max(image.size) > coding.side:
         image.thumbnail((coding.side, coding.side), Image.Resampling.LANCZOS)
     image.info = {}
     stream = io.BytesIO()
-    lossless = coding.format == "webp" and coding.quality == 100
     image.save(stream, format=coding.format.upper(), quality=coding.quality, optimize=True, lossless=lossless)
     return f"data:image/{coding.format};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def is_small(image: Image.Image) -> bool:
+    """Whether an image has so few pixels that each of them is seen."""
+    return max(image.size) <= SMALL
 
 
 def _sha256(script: str) -> str:
