@@ -20,12 +20,12 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "init my.yaml --base BASE --pairs my/pairs --card 24 --goal lora",
         ),
         "demo": ("demo", "tune the embedded world's model and measure the gain", "demo"),
-        "list": ("list", "list the packaged objectives, sources, configs and scorers", "list objectives"),
+        "list": ("list", "list objectives, sources, configs, scorers and prompt sets", "list objectives"),
     },
     "data": {
         "data": (
             "data",
-            "check or score pairs, or write the embedded world's pairs",
+            "check or score pairs, write the embedded world's pairs or a prompt set",
             "data check my/pairs --sample pairs.png",
         ),
         "label": (

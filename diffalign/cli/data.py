@@ -1,4 +1,4 @@
-"""`diffalign data check | score | world`: check pairs, score them, and write the embedded world's pairs."""
+"""`diffalign data check | score | world | prompts`: check and score pairs; write the world's pairs, a prompt set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three actions and their options."""
+    """The actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
     _pairs_arguments(sub)
@@ -73,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--shuffle-labels", action="store_true", help=("random labels: a control that must gain nothing"))
     overwrite_argument(sub)
+    sub = actions.add_parser("prompts", help="write a named prompt set to a file")
+    sub.add_argument("set", help="a name of `diffalign list prompts`, or a part, e.g. hpdv2:photo")
+    sub.add_argument("--out", type=path, required=True, metavar="JSONL", help="file for --prompts")
+    overwrite_argument(sub)
 
 
 def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
@@ -100,10 +104,27 @@ def _score_pairs(args: argparse.Namespace) -> None:
     print(f"in a config: data.scores={args.out}   (data.relabel=true lets the scores decide which image is chosen)")
 
 
+def _write_prompts(args: argparse.Namespace) -> None:
+    from diffalign.data.prompt_sets.fetch import as_listing, set_prompts, text_hash
+    from diffalign.data.prompt_sets.known import SETS, named
+
+    if args.out.suffix != ".jsonl":
+        raise DiffalignError(f"--out {args.out}: prompts are written as .jsonl; name the file {args.out.stem}.jsonl")
+    if (found := named(args.set)) is None:
+        raise DiffalignError(f"no prompt set is called {args.set!r}; known: {', '.join(SETS)}")
+    writable([("--out", args.out)], args.overwrite)
+    prompts = set_prompts(*found)
+    args.out.write_text(as_listing(prompts), encoding="utf-8")
+    print(f"{args.out}: {len(prompts)} prompts, SHA-256 of the text {text_hash(prompts)}")
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs one of the actions."""
     if args.action == "score":
         _score_pairs(args)
+        return
+    if args.action == "prompts":
+        _write_prompts(args)
         return
     if args.action == "world":
         from diffalign.world.pairs import PairRecipe, write_pairs

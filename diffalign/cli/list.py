@@ -1,4 +1,4 @@
-"""`diffalign list`: what comes with the package, each objective with its paper, file, configs and citation."""
+"""`diffalign list`: what comes with the package, objectives and prompt sets with their origin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffalign.errors import DiffalignError
 
-WHAT = ("objectives", "sources", "configs", "scorers")
+WHAT = ("objectives", "sources", "configs", "scorers", "prompts")
 CITED = re.compile(r", (?:arXiv (?P<arxiv>\d{4}\.\d{5})|(?P<url>https://\S+))")
 
 
@@ -53,6 +53,28 @@ def run(args: argparse.Namespace) -> None:
     if args.what in (None, "scorers"):
         print("scorers")
         print("  " + ", ".join(scorer_names()))
+    if args.what in (None, "prompts"):
+        print("prompts")
+        _print_prompt_sets()
+
+
+def _print_prompt_sets() -> None:
+    """Each named set: number of prompts, origin, licence, and what its text is checked by."""
+    from diffalign.data.prompt_sets.fetch import stored_at
+    from diffalign.data.prompt_sets.known import SETS
+
+    for name, known in SETS.items():
+        parts = f"; parts {', '.join(f'{name}:{part}' for part in known.part_rows)}" if known.part_rows else ""
+        here = "packaged" if known.packaged else "fetched" if stored_at(known).is_file() else "not fetched yet"
+        text = "in the package" if known.packaged else f"SHA-256 {known.sha256}" if known.sha256 else "not verified"
+        lines = (
+            f"{known.about}{parts}",
+            f"prompts   {known.rows} ({here})",
+            f"origin    {known.origin}",
+            f"licence   {known.licence}",
+            f"text      {text}",
+        )
+        print(f"  {name}\n" + "\n".join(f"      {line}" for line in lines))
 
 
 def objective_entries() -> list[ObjectiveEntry]:

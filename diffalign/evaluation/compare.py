@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffalign.data.prompt_sets.fetch import which_set
 from diffalign.data.table.prompts import unique
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.guards import Look, look, mean_distance, pixel_features
@@ -60,10 +61,12 @@ def compare(
         measured = [_measure(_in_order(name, run, base), judges.every) for run in runs]
         rows += [row for number, run in enumerate(measured) for row in run.rows(name, number)]
         models.append(_against_base(name, measured, of_base, judges))
+    prompts = unique(image.prompt for image in base)
     result = Result(
         models=models,
         base_look=Look(*of_base.look.tolist()),
-        prompts=unique(image.prompt for image in base),
+        prompts=prompts,
+        prompt_set=which_set(prompts),
         seeds=list(dict.fromkeys(image.seed for image in base)),
         faithfulness=judges.faithfulness.name if judges.faithfulness else None,
         settings=dict(settings or {}),

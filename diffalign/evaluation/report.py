@@ -50,6 +50,7 @@ class Result:
     models: list[ModelResult]
     base_look: Look
     prompts: list[str]
+    prompt_set: dict[str, Any]  # their number and hash, and the named set that they are of (`which_set`)
     seeds: list[int]
     faithfulness: str | None  # name of the scorer used for it
     settings: dict[str, Any]  # by model name: how its images were made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_compare_prints_the_table_and_writes_it(
     assert {file.name for file in out.iterdir()} == {"result.json", "table.txt", "scores.jsonl", "grid.png"}
     assert (out / "table.txt").read_text().strip() in said
     assert len((out / "scores.jsonl").read_text().splitlines()) == 18
+    text = "".join(f"{prompt}\n" for prompt in PROMPTS)
+    assert json.loads((out / "result.json").read_text())["prompt_set"] == {
+        "count": 3,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "set": None,
+        "verified": False,
+    }
 
 
 def test_the_grid_shows_one_seed_in_a_row(

@@ -34,7 +34,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompts, seeds, how images are sampled, for whom, and the output folder."""
     parser.add_argument(
-        "--prompts", required=True, help=(".txt (one per line), .jsonl, .csv, .parquet, or one prompt itself")
+        "--prompts",
+        required=True,
+        help="a set by name (`diffalign list prompts`), a .txt (one per line), .jsonl, .csv, .parquet, or one prompt",
     )
     parser.add_argument("--limit", type=count, help="use only this many prompts, from the start")
     parser.add_argument("--seeds", type=seeds, default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Prompts from a file or from the command line, and as the table of a run that makes its own images."""
+"""Prompts from a file, a named set or the command line, and as the table of a run that makes its own images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from diffalign.data.cells import read_prompt
 from diffalign.data.formats.columns import Columns
 from diffalign.data.formats.parquet import ParquetColumns
 from diffalign.data.formats.text_files import lines_of, odd, open_listing, read_text
+from diffalign.data.prompt_sets.fetch import set_prompts
+from diffalign.data.prompt_sets.known import named
 from diffalign.data.row import DataError, ImageError, Problem
 from diffalign.io.paths import expanded
 
@@ -62,15 +64,19 @@ class PromptTable:
 
 
 def open_prompts(path: str, *, limit: int | None = None) -> PromptTable:
-    """The prompts of a file as a table. Raises PromptError, also for a path that is no such file."""
-    if Path(path).suffix.lower() not in FORMATS:
-        raise PromptError(f"{path}: prompts are read from a file that ends in {', '.join(FORMATS)}")
+    """The prompts of a file or of a named set as a table. Raises PromptError, also for a path that is no such file."""
+    if named(path) is None and Path(path).suffix.lower() not in FORMATS:
+        raise PromptError(
+            f"{path}: prompts are read from a file that ends in {', '.join(FORMATS)}, or from a set of "
+            "`diffalign list prompts`"
+        )
     return PromptTable(read_prompts(path, limit=limit))
 
 
 def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
-    """The prompts in a .txt (one per line), .jsonl, .csv or .parquet file, or `source` itself as one prompt.
+    """The prompts in a .txt (one per line), .jsonl, .csv or .parquet file, of a named set, or `source` as one prompt.
 
+    A set is named as in `diffalign list prompts`, a part of one as `hpdv2:photo`; it is fetched once where needed.
     Tables need a column `prompt` or `caption`. Blank lines of a .txt file separate nothing and are skipped; an
     empty cell of a table is an error that names the row or line. Repeated prompts are used once, in
     order of first appearance: an image depends on (prompt, seed) only, so a repeat adds no data.
@@ -78,6 +84,8 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     """
     if limit is not None and limit < 1:
         raise PromptError(f"limit={limit}: must be at least 1; leave it out to use all prompts")
+    if (found := named(source)) is not None:
+        return set_prompts(*found)[:limit]
     if not _may_be_path(source):
         return unique([_text(source)])[:limit]
     path = Path(expanded(source))
