@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -20,6 +21,7 @@ from torch import Tensor
 from diffalign.export.names import ExportError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}  # metadata keys, and what stands before the digits
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -49,6 +51,7 @@ def check_out(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
 def write_entries(out: Path, entries: Sequence[TensorEntry], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Write the entries to `out`, in `dtype` unless they have their own, each let go before the next is made.
 
+    The keys of `HASHES` in `metadata` get the SHA-256 of the tensors' bytes as they lie in the file.
     Raises ExportError for values that are not finite in that dtype and for two tensors of one name; then, as after
     any other error, `out` is as it was.
     """
@@ -60,26 +63,32 @@ def write_entries(out: Path, entries: Sequence[TensorEntry], dtype: torch.dtype,
     placed = sorted(((e, e.dtype or dtype) for e in entries), key=lambda pair: -pair[1].itemsize)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    digest = hashlib.sha256()
     try:
         with open(partial, "wb") as file:
-            header = json.dumps(_header(placed, metadata), ensure_ascii=False).encode()
-            header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8, as the format's own writer has it
-            file.write(len(header).to_bytes(8, "little"))
-            file.write(header)
+            file.write(_header(placed, metadata, digest.hexdigest()))
             for entry, own in placed:
-                file.write(_bytes(entry, own))
+                content = _bytes(entry, own)
+                digest.update(content)
+                file.write(content)
+            file.seek(0)
+            file.write(_header(placed, metadata, digest.hexdigest()))  # as long as the first
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _header(placed: Sequence[tuple[TensorEntry, torch.dtype]], metadata: Mapping[str, str]) -> dict[str, object]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+def _header(placed: Sequence[tuple[TensorEntry, torch.dtype]], metadata: Mapping[str, str], digest: str) -> bytes:
+    """The header with its length before it, padded so that the tensors start at a multiple of 8."""
+    hashes = {name: f"{before}{digest}" for name, before in HASHES.items() if name in metadata}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata, **hashes}}
     end = 0
     for entry, dtype in placed:
         start, end = end, end + prod(entry.shape) * dtype.itemsize
         header[entry.name] = {"dtype": _CODES[dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
-    return header
+    content = json.dumps(header, ensure_ascii=False).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
 
 
 def _bytes(entry: TensorEntry, dtype: torch.dtype) -> memoryview:

@@ -5,10 +5,14 @@
     lora_unet_<module, dots as underscores>.alpha               a number; the update is (alpha / rank) · B A
 
 sd-scripts trains SDXL on the original UNet and SD on diffusers', so modules have the names of the one or the other.
+sd-scripts itself applies a LoRA only inside the UNet's blocks. ComfyUI, A1111 and diffusers also patch the first and
+last convolution and the embeddings.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,22 +20,16 @@ import torch
 from torch import Tensor
 
 from diffalign.export.files import DTYPES, TensorEntry, check_out, write_entries
+from diffalign.export.metadata import LoraModule, kohya_metadata
 from diffalign.export.names import ExportError, unet_module
-from diffalign.export.tuned_run import find_tuned_run
+from diffalign.export.tuned_run import TunedRun, find_tuned_run
+from diffalign.io.loaded_weights import named
 from diffalign.models.adapters.merge import lora_updates
 from diffalign.models.loading.base import Base, outline_base
 
-_SAI = "https://github.com/Stability-AI/generative-models"
-# family, cross-attention width, predicts v -> sd-scripts' name of the base, modelspec's architecture and implementation
-_RELEASED = {
-    ("sdxl", 2048, False): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _SAI),
-    ("sdxl", 2048, True): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _SAI),
-    ("sd", 768, False): ("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
-    ("sd", 768, True): ("sd_v1_v", "stable-diffusion-v1/lora", "diffusers"),
-    ("sd", 1024, False): ("sd_v2", "stable-diffusion-v2-512/lora", "diffusers"),
-    ("sd", 1024, True): ("sd_v2_v", "stable-diffusion-v2-768-v/lora", "diffusers"),
-}
-_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
+log = logging.getLogger(__name__)
+
+_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 def export_kohya(
@@ -47,25 +45,34 @@ def export_kohya(
     tuned_run = find_tuned_run(run, base)
     if tuned_run.tuned.kind != "lora":
         raise ExportError(
-            f"{tuned_run.tuned.path} is a full UNet, which is no LoRA; export it with --to single-file, or train with "
-            "tuning.method=lora"
+            f"{tuned_run.tuned.path} is a full UNet, which is no LoRA: approximate it by one (--extract-rank 64 or "
+            "--extract-energy 0.9), export it with --to single-file, or train with tuning.method=lora"
         )
     check_out(out, overwrite, [tuned_run.tuned.path])
     outline = outline_base(tuned_run.base_spec())
     modules = [
-        (kohya_module(name, outline), down, up, scale * down.shape[0])
+        LoraModule(name, down, up, scale * len(down))
         for name, down, up, scale in lora_updates(outline.unet, tuned_run.tuned.path)
     ]
-    entries = []
-    for name, down, up, alpha in modules:
-        entries += [_entry(f"{name}.lora_down.weight", down), _entry(f"{name}.lora_up.weight", up)]
-        entries.append(TensorEntry(f"{name}.alpha", (), partial(torch.tensor, alpha), torch.float32))
-    ranks = {down.shape[0] for _, down, _, _ in modules}
-    alphas = {alpha for _, _, _, alpha in modules}
-    write_entries(
-        out, entries, DTYPES[dtype], kohya_metadata(outline, ranks, alphas, out.stem) | tuned_run.provenance()
-    )
+    write_kohya(out, modules, outline, tuned_run, dtype)
     return out
+
+
+def write_kohya(out: Path, modules: Sequence[LoraModule], base: Base, run: TunedRun, dtype: str) -> None:
+    """Write modules of the base's UNet in kohya's layout. Logs which of them sd-scripts would not apply."""
+    entries = []
+    for module in modules:
+        name = kohya_module(module.name, base)
+        entries += [_entry(f"{name}.lora_down.weight", module.down), _entry(f"{name}.lora_up.weight", module.up)]
+        entries.append(TensorEntry(f"{name}.alpha", (), partial(torch.tensor, module.alpha), torch.float32))
+    metadata = kohya_metadata(base, run, modules, out.stem) | run.provenance()
+    write_entries(out, entries, DTYPES[dtype], metadata)
+    if outside := not_in_sd_scripts(module.name for module in modules):
+        log.warning(
+            "%s: sd-scripts applies a LoRA only inside the UNet's blocks and would ignore %d of its %d modules (%s). "
+            "ComfyUI, A1111 and diffusers apply them",
+            *(out, len(outside), len(modules), named(outside)),
+        )
 
 
 def kohya_module(name: str, base: Base) -> str:
@@ -74,29 +81,9 @@ def kohya_module(name: str, base: Base) -> str:
     return f"lora_unet_{original.replace('.', '_')}"
 
 
-def kohya_metadata(base: Base, ranks: set[int], alphas: set[float], title: str) -> dict[str, str]:
-    """What sd-scripts writes of a network, as far as it is known here; `Dynamic` where modules differ, as in its own.
-
-    The base's version and the modelspec block are for bases of a released architecture only: A1111 sorts LoRA files
-    by them. A field that would be a guess (of data, hashes, thumbnails) is left out.
-    """
-    known = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": f"{min(ranks)}" if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic",
-        "ss_output_name": title,
-    }
-    v = base.schedule.prediction_type == "v_prediction"
-    released = _RELEASED.get((base.family.name, base.unet.config.cross_attention_dim, v))
-    if released is None:
-        return known
-    version, architecture, implementation = released
-    known |= {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
-    known |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
-    known |= {"modelspec.implementation": implementation, "modelspec.title": title}
-    if base.schedule.prediction_type in _PREDICTION:
-        known["modelspec.prediction_type"] = _PREDICTION[base.schedule.prediction_type]
-    return known
+def not_in_sd_scripts(names: Iterable[str]) -> list[str]:
+    """Of a UNet's modules those that sd-scripts' LoRA network does not have: outside the blocks."""
+    return [name for name in names if not name.startswith(_BLOCKS)]
 
 
 def _entry(name: str, value: Tensor) -> TensorEntry:

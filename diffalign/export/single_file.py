@@ -7,6 +7,7 @@ wrong.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.export.files import DTYPES, check_out, write_entries
 from diffalign.export.layout import model_entries
+from diffalign.export.metadata import model_spec
 from diffalign.export.names import ExportError
 from diffalign.export.tuned_run import find_tuned_run
 from diffalign.models.adapters.merge import lora_updates
@@ -24,6 +26,8 @@ from diffalign.models.adapters.save_load import TunedWeights
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.modules import UNet
 from diffalign.models.loading.stored import stored_unet
+
+log = logging.getLogger(__name__)
 
 _SCALING = {"sd": 0.18215, "sdxl": 0.13025}  # latents are multiplied by it; a constant in every reader
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -54,8 +58,26 @@ def export_single_file(
     loaded = load_base(tuned_run.base_spec(vae))
     check_released(loaded)
     entries = model_entries(loaded, tuned_weights(loaded.unet, tuned_run.tuned))
-    write_entries(out, entries, DTYPES[dtype], tuned_run.provenance())
+    metadata = model_spec(loaded, tuned_run, out.stem, adapter=False) | tuned_run.provenance()
+    write_entries(out, entries, DTYPES[dtype], metadata)
+    for setting in unread_in_comfyui(loaded):
+        log.warning(
+            "%s: ComfyUI does not read from this file that the model %s; set it with its node ModelSamplingDiscrete",
+            *(out, setting),
+        )
     return out
+
+
+def unread_in_comfyui(base: Base) -> list[str]:
+    """What ComfyUI's loader does not see: it reads `v_pred` of SDXL alone, and `ztsnr` only beside it.
+
+    It tells SD2's two predictions apart by the weights themselves.
+    """
+    v = base.schedule.prediction_type == "v_prediction"
+    terminal = bool(base.scheduler_config.get("rescale_betas_zero_snr"))
+    sdxl, sd2 = base.family.name == "sdxl", base.unet.config.cross_attention_dim == 1024
+    found = ["predicts v (v_prediction)"] if v and not sdxl and not sd2 else []
+    return found + (["has zero terminal SNR (zsnr)"] if terminal and not (sdxl and v) else [])
 
 
 def check_released(base: Base) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from diffalign import __version__
 from diffalign.config.schema import Config, PreferenceModelConfig, load_config
 from diffalign.config.sections import ModelSection
 from diffalign.export.names import ExportError
+from diffalign.io.manifest import read_manifest
 from diffalign.models.adapters.merge import MERGE_FILE
 from diffalign.models.adapters.save_load import TunedWeights, find_tuned
 from diffalign.models.loading.family import ModelError
@@ -24,7 +26,29 @@ class TunedRun:
 
     tuned: TunedWeights
     base: ModelSection
-    objective: str | None  # None where no config.yaml says what was trained
+    config: Config | None  # None where no config.yaml says what was trained
+
+    @property
+    def objective(self) -> str | None:
+        """The objective's name; None where no run is recorded."""
+        return None if self.config is None else self.config.objective.name
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps that the run took to these weights; None where nothing records them."""
+        content = read_manifest(self.folder)
+        return None if self.config is None or isinstance(content, str) else content.get("step")
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights, the settings and the rest of the run are."""
+        return self.tuned.path.parent
+
+    @property
+    def finished(self) -> datetime:
+        """When the weights were written."""
+        files = [self.tuned.path] if self.tuned.path.is_file() else [*self.tuned.path.glob("*.safetensors")]
+        return datetime.fromtimestamp(int(max(file.stat().st_mtime for file in files)), UTC)
 
     def base_spec(self, vae: str | None = None) -> ModelSpec:
         """What `load_base` and `outline_base` take, with another VAE if given in place of the model's own."""
@@ -36,16 +60,19 @@ class TunedRun:
         """Where the weights came from, for a file's metadata: keys of our own."""
         facts = {
             "diffalign.version": __version__,
-            "diffalign.tuned": _shown(str(self.tuned.path)),
-            "diffalign.base": _shown(self.base.pretrained_model_name_or_path),
+            "diffalign.tuned": f"{shown(str(self.folder))}/{self.tuned.path.name}",
+            "diffalign.base": shown(self.base.pretrained_model_name_or_path),
         }
         return facts | ({"diffalign.objective": self.objective} if self.objective else {})
 
 
-def _shown(place: str) -> str:
-    """A Hub id as it is; of a place on this machine its last two names, which say nothing of whose it is."""
+def shown(place: str) -> str:
+    """A Hub id as it is; of a place on this machine its last name, which says nothing of whose it is."""
     path = Path(place)
-    return "/".join(path.absolute().parts[-2:]) if path.exists() else place
+    if path.is_absolute() or path.exists() or place.startswith("."):
+        path = path.absolute()
+        return "" if path == Path.home() else path.name
+    return place
 
 
 def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
@@ -72,7 +99,7 @@ def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
             "state that resuming needs. Export the finished run, whose weights are the average; or the raw ones by "
             f"naming them: {tuned.path}"
         )
-    return TunedRun(tuned, _base(run, tuned, config, base), None if config is None else config.objective.name)
+    return TunedRun(tuned, _base(run, tuned, config, base), config)
 
 
 def recorded_base(run: str | Path) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.export.kohya import export_kohya, kohya_metadata, kohya_module
+from diffalign.export.kohya import export_kohya, kohya_module, not_in_sd_scripts
+from diffalign.export.metadata import LoraModule, kohya_metadata, model_spec
 from diffalign.export.names import ExportError
+from diffalign.export.tuned_run import find_tuned_run
 from diffalign.models.adapters.lora import LORA_FILE, load_lora
 from diffalign.models.adapters.merge import merge_tuned
 from diffalign.models.adapters.save_load import load_pipeline
@@ -112,13 +117,17 @@ def test_metadata_says_what_is_known_and_no_more(model: Model, tmp_path: Path) -
     assert said["ss_network_module"] == "networks.lora"
     assert (said["ss_network_dim"], said["ss_network_alpha"], said["ss_output_name"]) == ("4", "10", "mine")
     assert said["diffalign.tuned"] == f"{Path(run).name}/{LORA_FILE}"  # and nothing of whose machine it was
-    assert said["diffalign.base"] == "/".join(model.folder.parts[-2:])
+    assert said["diffalign.base"] == said["ss_sd_model_name"] == model.folder.name
+    content = file.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert (said.pop("sshs_model_hash"), said.pop("modelspec.hash_sha256")) == (digest, f"0x{digest}")
     assert not [key for key in said if key.startswith("modelspec.") or key == "ss_base_model_version"]  # no release
 
 
 @pytest.mark.parametrize(
     ("structure", "prediction", "version", "v2", "architecture"),
     [
+        ("sdxl", "v_prediction", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
         ("sdxl", "epsilon", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
         ("sd15", "epsilon", "sd_v1", "False", "stable-diffusion-v1/lora"),
         ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
@@ -126,16 +135,55 @@ def test_metadata_says_what_is_known_and_no_more(model: Model, tmp_path: Path) -
     ],
 )
 def test_a_base_of_a_released_architecture_is_named_as_kohya_names_it(
-    models, structure: str, prediction: str, version: str, v2: str, architecture: str
+    models, tmp_path: Path, structure: str, prediction: str, version: str, v2: str, architecture: str
 ) -> None:
-    tiny = models["sdxl" if structure == "sdxl" else "sd"].base
+    model = models["sdxl" if structure == "sdxl" else "sd"]
+    run = find_tuned_run(write_lora(model, tmp_path / "run", seed=1, rank=4, alpha=4), "stabilityai/a-base")
+    tiny = model.base
     schedule = NoiseSchedule.from_config({**tiny.scheduler_config, "prediction_type": prediction})
     base = Base(tiny.family, outline(structure), schedule, tiny.scheduler_config, None, None, structure)
-    said = kohya_metadata(base, {8}, {4.0}, "mine")
+    conv = [LoraModule("conv", torch.zeros(8, 3, size, size), torch.zeros(5, 8, 1, 1), 4.0) for size in (1, 3)]
+    said = kohya_metadata(base, run, conv, "mine")
+    assert (said["ss_sd_model_name"], said["ss_network_dim"]) == ("stabilityai/a-base", "8")
+    assert json.loads(said["ss_network_args"]) == {"conv_dim": "8", "conv_alpha": "4"}
+    assert said["modelspec.resolution"] == "64x64"
+    assert datetime.fromisoformat(said["modelspec.date"]).timestamp() == float(said["ss_training_finished_at"])
+    whole = model_spec(base, run, "mine", adapter=False)
+    assert whole["modelspec.architecture"] == architecture.removesuffix("/lora")
+    assert whole["modelspec.implementation"].startswith("https")
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, v2)
     assert said["modelspec.architecture"] == architecture
     assert (said["modelspec.implementation"] == "diffusers") == (structure != "sdxl")
     assert said["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
+
+
+@pytest.mark.parametrize("structure", UNETS)
+def test_modules_that_sd_scripts_ignores_are_those_outside_its_classes(structure: str) -> None:
+    """sd-scripts gives a LoRA to the linear and convolutional layers inside these classes of a diffusers UNet."""
+    unet = outline(structure)
+    classes = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
+    inside = [name for name, m in unet.named_modules() if type(m).__name__ in classes]
+    layers = [name for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    ignored = not_in_sd_scripts(layers)
+    assert ignored == [name for name in layers if not any(name.startswith(f"{place}.") for place in inside)]
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= set(ignored)
+    assert ("add_embedding.linear_2" in ignored) is (structure == "sdxl")
+
+
+def test_modules_that_sd_scripts_ignores_are_named_and_diffusers_applies_them(
+    models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models["sdxl"]
+    targets = ("to_q", "conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2")
+    run = write_lora(model, tmp_path / "run", seed=1, rank=2, alpha=2, targets=targets)
+    file = export_kohya(run, tmp_path / "mine.safetensors", base=str(model.folder))
+    assert "ignore 4 of its" in caplog.text
+    assert "(add_embedding.linear_2, conv_in, conv_out and 1 more)" in caplog.text
+    assert "lora_unet_label_emb_0_2.alpha" in load_file(file)
+    pipeline = PIPELINES["sdxl"].from_pretrained(model.folder)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    expected = picture(load_pipeline(str(model.folder), tuned=run))
+    np.testing.assert_allclose(picture(pipeline), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -151,7 +199,7 @@ def test_half_precision_rounds_the_weights_once(model: Model, tmp_path: Path, dt
 
 def test_what_is_no_lora_of_a_unet_is_refused(model: Model, models, tmp_path: Path) -> None:
     out, args = tmp_path / "mine.safetensors", {"base": str(model.folder)}
-    with pytest.raises(ExportError, match="full UNet, which is no LoRA; export it with --to single-file"):
+    with pytest.raises(ExportError, match=r"full UNet, which is no LoRA: .*--extract-rank 64.*--to single-file"):
         export_kohya(write_full(model, tmp_path / "full", 1), out, **args)
     run = write_lora(model, tmp_path / "run", seed=1, rank=4, alpha=10)
     other = models["sd" if model.folder.name == "sdxl" else "sdxl"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.export.names import ExportError
-from diffalign.export.single_file import export_single_file
+from diffalign.export.single_file import export_single_file, unread_in_comfyui
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
@@ -132,11 +135,31 @@ def test_v_prediction_and_zero_snr_are_marked(models, folder: Path, tmp_path: Pa
     edit(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     file = export_single_file(run, tmp_path / "tuned.safetensors", base=str(folder))
     assert {"v_pred", "ztsnr"} <= load_file(file).keys()
+    assert unread_in_comfyui(load_base(str(folder))) == []  # of SDXL it reads both
     again = load_base(ModelSpec(str(file), single_file_config=str(models["sdxl"].folder)))  # whose configs say neither
     assert again.schedule.prediction_type == "v_prediction"
     assert again.schedule.alphas_cumprod[-1] == 0
     plain = export_single_file(run, tmp_path / "plain.safetensors", base=str(models["sdxl"].folder))
     assert not {"v_pred", "ztsnr"} & load_file(plain).keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "prediction", "terminal", "unread"),
+    [
+        ("sd", 768, "v_prediction", True, ["predicts v (v_prediction)", "has zero terminal SNR (zsnr)"]),
+        ("sd", 768, "epsilon", False, []),
+        ("sd", 1024, "v_prediction", False, []),
+        ("sdxl", 2048, "epsilon", True, ["has zero terminal SNR (zsnr)"]),
+    ],
+)
+def test_what_comfyui_does_not_read_is_named(
+    models, family: str, width: int, prediction: str, terminal: bool, unread: list[str]
+) -> None:
+    base = copy.copy(models[family].base)
+    base.unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width))
+    base.scheduler_config = base.scheduler_config | {"rescale_betas_zero_snr": terminal}
+    base.schedule = NoiseSchedule.from_config({**base.scheduler_config, "prediction_type": prediction})
+    assert unread_in_comfyui(base) == unread
 
 
 @pytest.mark.parametrize(
@@ -180,4 +203,4 @@ def test_the_file_says_where_it_came_from(model: Model, tmp_path: Path) -> None:
     with safe_open(export_single_file(run, tmp_path / "a.safetensors", base=str(model.folder)), "pt") as opened:
         said = opened.metadata()
     assert said["diffalign.tuned"] == f"{Path(run).name}/unet"
-    assert said["diffalign.base"] == "/".join(model.folder.parts[-2:])
+    assert said["diffalign.base"] == model.folder.name

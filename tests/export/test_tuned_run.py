@@ -13,7 +13,7 @@ from diffalign.config.schema import Config, parse_config, save_config
 from diffalign.contrib.ppd.user_attention import add_user_attention
 from diffalign.contrib.ppd.weights import save_user_attention
 from diffalign.export.names import ExportError
-from diffalign.export.tuned_run import find_tuned_run
+from diffalign.export.tuned_run import find_tuned_run, shown
 from diffalign.models.adapters.lora import LORA_FILE
 from diffalign.models.loading.family import ModelError
 from tests.models.adapters.test_merge import write_full, write_lora
@@ -90,3 +90,12 @@ def test_user_attention_and_judges_are_refused(model: Model, tmp_path: Path, mak
 def test_where_there_is_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no tuned weights at"):
         find_tuned_run(tmp_path / "none", "base")
+
+
+def test_no_file_says_whose_machine_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "alice"
+    (home / "base").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    assert [shown(str(home / "base")), shown(str(home)), shown(f"{home}/gone")] == ["base", "", "gone"]
+    monkeypatch.chdir(home)
+    assert [shown("base"), shown("../alice/base"), shown("org/name"), shown(".")] == ["base", "base", "org/name", ""]
