@@ -45,7 +45,7 @@ class LoraModule:
 
 
 def kohya_metadata(base: Base, run: TunedRun, modules: Sequence[LoraModule], title: str) -> dict[str, str]:
-    """What sd-scripts writes of a network, as far as it is known; `Dynamic` where modules differ, as in its own files."""
+    """What sd-scripts writes of a network, as far as it is known; `Dynamic` where modules differ."""
     spatial = [module for module in modules if module.down.ndim == 4 and module.down.shape[2] > 1]
     network = {"conv_dim": _one(m.rank for m in spatial), "conv_alpha": _one(m.alpha for m in spatial)}
     found = {
