@@ -19,6 +19,7 @@ from diffalign.evaluation.report import BASE, ModelResult, Result, check_name, v
 from diffalign.evaluation.scoring import Judges, Scoring, load_judges, score_images
 from diffalign.evaluation.stats import Paired, paired, ratio
 from diffalign.rewards import Scorer, tie_of
+from diffalign.rewards.base import group_of
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,13 @@ def _against_base(name: str, runs: Sequence[_Measured], base: _Measured, judges:
     prompts = [image.prompt for image in base.images] * len(runs)
     number = np.repeat(np.arange(len(runs)), len(base.images)).tolist()
 
-    def gain(judge: Scorer) -> Paired:
+    def gain(judge: Scorer, group: str | None = None) -> Paired:
         scores = np.concatenate([run.scores[judge.name] for run in runs])
+        of_base = np.tile(base.scores[judge.name], len(runs))
         tie = tie_of(judge) if judges.tie is None else judges.tie
-        return paired(np.tile(base.scores[judge.name], len(runs)), scores, prompts, runs=number, tie=tie)
+        chosen = [i for i, prompt in enumerate(prompts) if group in (None, group_of(judge, prompt))]
+        some, own_runs = [prompts[i] for i in chosen], [number[i] for i in chosen]
+        return paired(of_base[chosen], scores[chosen], some, runs=own_runs, tie=tie)
 
     return ModelResult(
         name=name,
@@ -93,6 +97,11 @@ def _against_base(name: str, runs: Sequence[_Measured], base: _Measured, judges:
             for judge in judges.scorers
         },
         faithfulness=gain(judges.faithfulness) if judges.faithfulness else None,
+        groups={
+            judge.name: {group: gain(judge, group) for group in found}
+            for judge in judges.every
+            if (found := unique(group_of(judge, prompt) for prompt in prompts)) != [""]
+        },
         diversity=ratio([run.distances for run in runs], base.distances) if base.distances.any() else None,
         look=Look(*np.mean([run.look for run in runs], 0).tolist()),
     )

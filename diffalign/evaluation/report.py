@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from diffalign.errors import DiffalignError
@@ -39,6 +40,7 @@ class ModelResult:
     scores: dict[str, Paired]  # by scorer name
     run_gains: dict[str, list[float]]  # by scorer name: each training run's own mean gain
     faithfulness: Paired | None  # the faithfulness scorer, tuned against base
+    groups: dict[str, dict[str, Paired]]  # by scorer and group of prompts, for scorers that make groups
     diversity: Estimate | None  # spread between seeds over the base's; None with one seed
     look: Look
 
@@ -65,8 +67,24 @@ class Result:
         Path(file).write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> str:
-        """One block per scorer, one line per model."""
-        return "\n\n".join(self._block(name) for name in self.models[0].scores)
+        """One block per scorer, one line per model; and one block per scorer that groups prompts."""
+        blocks = [self._block(name) for name in self.models[0].scores]
+        return "\n\n".join(blocks + [self._groups_block(name) for name in self.models[0].groups])
+
+    def _groups_block(self, scorer: str) -> str:
+        """A scorer by groups of prompts; the last line is the mean over groups, whatever their sizes."""
+        groups = list(self.models[0].groups[scorer])
+        rows = [["group", "prompts", BASE, *(f"{model.name} (change)" for model in self.models)]]
+        for group in groups:
+            found = [model.groups[scorer][group] for model in self.models]
+            cells = [f"{one.tuned:.3f} ({_interval(one.gain, 3, sign=True)})" for one in found]
+            rows.append([group, str(found[0].prompts), f"{found[0].base:.3f}", *cells])
+        of_models = [[model.groups[scorer][group] for group in groups] for model in self.models]
+        bases = [mean(one.base for one in some) for some in of_models]
+        tuned = [mean(one.tuned for one in some) for some in of_models]
+        means = [f"{own:.3f} ({own - base:+z.3f})" for own, base in zip(tuned, bases, strict=True)]
+        rows.append(["mean of groups", "", f"{bases[0]:.3f}", *means])
+        return "\n".join([f"{scorer} by group of prompts: mean scores", *_aligned(rows)])
 
     def _block(self, scorer: str) -> str:
         first = self.models[0].scores[scorer]

@@ -2,6 +2,7 @@
 
 load_scorer("world")                                  a built-in scorer
 load_scorer("pickscore=/models/PickScore_v1")         the same, weights from a folder or another Hub id
+load_scorer("geneval=/models/detr")                   faithfulness by an object detector of yours
 load_scorer("step-aware=runs/judge")                  a preference model that `diffalign train` wrote
 load_scorer("my_package.judges:Sharpness")            your own class (`device` is passed if it takes one)
 """
@@ -45,6 +46,7 @@ _SCORERS = {
     "hpsv2.1": "diffalign.rewards.hpsv21:HPSv21",
     "clip": "diffalign.rewards.clip_score:ClipScore",
     "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
+    "geneval": "diffalign.rewards.geneval.scorer:GenEval",
     "step-aware": "diffalign.contrib.step_aware.scorer:StepAware",
 }
 

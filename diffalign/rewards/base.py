@@ -9,6 +9,7 @@ A scorer may also have
                      in configs are compared with it and refused where they must be another unit's
     embed_images     images -> unit vectors "n d": lets the diversity guard measure in feature space
     check_prompts    prompts -> None: raises for one that it cannot judge by, before any image is made
+    group_of         prompt -> str: reports also count each group of prompts by itself
 """
 
 from __future__ import annotations
@@ -105,6 +106,12 @@ def span_of(scorer: Any) -> tuple[float, float] | None:
     if not -math.inf < low < high < math.inf:
         raise ScorerError(f"{scorer!r} has span = {span!r}; give two finite numbers, the lower first, or None")
     return low, high
+
+
+def group_of(scorer: Any, prompt: str) -> str:
+    """The group that a prompt belongs to by this scorer; "" where it makes no groups."""
+    group = getattr(scorer, "group_of", None)
+    return "" if group is None else str(group(prompt))
 
 
 def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:

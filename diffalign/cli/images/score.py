@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from diffalign.cli.common import overwrite_argument, path, writable
 from diffalign.cli.images.options import FOLDER_HELP, load_scorers, scorer_arguments
+
+if TYPE_CHECKING:
+    from diffalign.rewards import Scorer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,4 +35,20 @@ def run(args: argparse.Namespace) -> None:
             mean = sum(values) / len(values)
             spread = f"{min(values):.4f} to {max(values):.4f}"
             print(f"{folder}: {judge.name} {mean:.4f} on average of {len(rows)} images ({spread})")
+            _print_groups(judge, rows)
         print(f"{folder / SCORES}: the score of every image")
+
+
+def _print_groups(judge: Scorer, rows: list[dict[str, object]]) -> None:
+    """The mean of each group of prompts, and the mean over groups, for a scorer that makes groups."""
+    from diffalign.rewards.base import group_of
+
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(group_of(judge, str(row["prompt"])), []).append(cast("float", row[judge.name]))
+    if list(groups) == [""]:
+        return
+    means = {name: sum(values) / len(values) for name, values in groups.items()}
+    for name, value in means.items():
+        print(f"  {name:<14} {value:.4f} of {len(groups[name])} images")
+    print(f"  mean of groups {sum(means.values()) / len(means):.4f}")
