@@ -56,7 +56,7 @@ ONLY_IN = {
     "yaml": {"config", "training", "arena/page.py"},
 }
 # The registries of the core that name what contrib adds: guidance, tuning methods, scorers, what a run trains.
-NAMES_CONTRIB = {"evaluation/generate.py", "models/adapters/methods.py", "rewards/__init__.py", "training/run.py"}
+NAMES_CONTRIB = {"evaluation/generate.py", "models/adapters/methods.py", "rewards/table.py", "training/run.py"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "open-clip-torch": "open_clip"}
 
 

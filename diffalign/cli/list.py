@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints what was asked for, or all of it."""
     from diffalign.config.schema import packaged_configs
-    from diffalign.rewards import scorer_names
+    from diffalign.rewards import declared_tie
+    from diffalign.rewards.table import SCORERS
     from diffalign.sources import SOURCES
 
     if args.what in (None, "objectives"):
@@ -51,8 +52,10 @@ def run(args: argparse.Namespace) -> None:
         for path, purpose in packaged_configs():
             print(f"  {path}\n      {purpose}")
     if args.what in (None, "scorers"):
-        print("scorers")
-        print("  " + ", ".join(scorer_names()))
+        print("scorers (higher is better; differences below the tie threshold count as equal)")
+        for name, scorer in SCORERS.items():
+            print(f"  {name}\n      score     {scorer.score}; tie {declared_tie(name):g}")
+            print(f"      needs     {scorer.needs}\n      licence   {scorer.licence}")
     if args.what in (None, "prompts"):
         print("prompts")
         _print_prompt_sets()

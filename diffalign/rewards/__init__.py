@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, as_step_aware, span_of, tie_of
+from diffalign.rewards.table import SCORERS
 
 __all__ = [
     "DEFAULT_TIE",
@@ -23,37 +24,17 @@ __all__ = [
     "StepAwareScorer",
     "as_step_aware",
     "declared_span",
+    "declared_tie",
     "load_scorer",
     "scorer_names",
     "span_of",
     "tie_of",
 ]
 
-_SCORERS = {
-    "world": "diffalign.world.scorer:WorldReward",
-    "world-size": "diffalign.world.scorer:WorldSize",
-    "world-bold": "diffalign.world.scorer:WorldBold",
-    "world-quiet": "diffalign.world.scorer:WorldQuiet",
-    "world-accuracy": "diffalign.world.scorer:WorldAccuracy",
-    "world-step-aware": "diffalign.contrib.step_aware.scorer:world_step_aware",
-    "emoji": "diffalign.world.emoji.scorer:EmojiReward",
-    "emoji-size": "diffalign.world.emoji.scorer:EmojiSize",
-    "emoji-accuracy": "diffalign.world.emoji.scorer:EmojiAccuracy",
-    "emoji-classic": "diffalign.world.emoji.scorer:EmojiClassic",
-    "emoji-flat": "diffalign.world.emoji.scorer:EmojiFlat",
-    "emoji-glossy": "diffalign.world.emoji.scorer:EmojiGlossy",
-    "pickscore": "diffalign.rewards.pickscore:PickScore",
-    "hpsv2.1": "diffalign.rewards.hpsv21:HPSv21",
-    "clip": "diffalign.rewards.clip_score:ClipScore",
-    "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
-    "geneval": "diffalign.rewards.geneval.scorer:GenEval",
-    "step-aware": "diffalign.contrib.step_aware.scorer:StepAware",
-}
-
 
 def scorer_names() -> list[str]:
     """The built-in names that `load_scorer` knows."""
-    return list(_SCORERS)
+    return list(SCORERS)
 
 
 def load_scorer(name: str, device: str = "cpu") -> Scorer:
@@ -71,6 +52,11 @@ def load_scorer(name: str, device: str = "cpu") -> Scorer:
     return scorer
 
 
+def declared_tie(name: str) -> float:
+    """`tie_of` the scorer called `name`, without loading its weights. Raises ScorerError as `load_scorer` does."""
+    return tie_of(_factory(name))
+
+
 def declared_span(name: str) -> tuple[float, float] | None:
     """`span_of` the scorer called `name`, without loading its weights. Raises ScorerError as `load_scorer` does."""
     return span_of(_factory(name))
@@ -79,7 +65,7 @@ def declared_span(name: str) -> tuple[float, float] | None:
 def _factory(name: str) -> Callable[..., object]:
     """What makes the scorer of that name."""
     key = name.partition("=")[0]
-    target = _SCORERS.get(key, key)
+    target = SCORERS[key].target if key in SCORERS else key
     module, _, attribute = target.partition(":")
     if not attribute:
         raise ScorerError(_unknown(key))
@@ -101,9 +87,9 @@ def _takes_device(factory: Callable[..., object]) -> bool:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, _SCORERS, n=1)
+    near = difflib.get_close_matches(name, SCORERS, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return (
-        f"no scorer is called '{name}'{hint} Known: {', '.join(_SCORERS)}. "
+        f"no scorer is called '{name}'{hint} Known: {', '.join(SCORERS)}. "
         "A scorer of your own is named package.module:Class."
     )

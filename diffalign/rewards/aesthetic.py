@@ -32,7 +32,7 @@ class Aesthetic:
         self.clip = load_clip(clip, clip, device)
         self.embed_images = self.clip.embed_images
         file = hub_file(path, HEAD_FILE)
-        self.head = aesthetic_head(load_state(file), str(file))
+        self.head = linear_head(load_state(file), str(file), "the aesthetic head")
 
     @torch.no_grad()
     def score(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
@@ -41,13 +41,16 @@ class Aesthetic:
         return self.head(self.clip.embed_images(images)).squeeze(-1)
 
 
-def aesthetic_head(state: dict[str, Tensor], where: str) -> nn.Sequential:
-    """The head from a published state dict, whose layers are numbered with the dropouts of training between."""
+def linear_head(state: dict[str, Tensor], where: str, what: str) -> nn.Sequential:
+    """The head from a published state dict, whose layers are numbered with the dropouts of training between.
+
+    Raises ScorerError for another structure; `where` and `what` name the file and the head in it.
+    """
     weights = [state[key] for key in sorted(state) if key.endswith(".weight")]  # layers.0, .2, .4, .6, .7
     biases = [state[key] for key in sorted(state) if key.endswith(".bias")]
-    if tuple(len(weight) for weight in weights) != WIDTHS:
+    if tuple(len(weight) for weight in weights) != WIDTHS or len(biases) != len(weights):
         found = {key: tuple(value.shape) for key, value in state.items()}
-        raise ScorerError(f"{where} is not the aesthetic head: expected five linear layers {WIDTHS}, found {found}")
+        raise ScorerError(f"{where} is not {what}: expected five linear layers {WIDTHS}, found {found}")
     layers = []
     for weight, bias in zip(weights, biases, strict=True):
         layer = nn.Linear(weight.shape[1], weight.shape[0])

@@ -102,13 +102,14 @@ def load_tokenizer(path: str, default: str) -> Any:
     return load_or_explain(source, lambda: CLIPTokenizer.from_pretrained(source))
 
 
-def hub_file(path: str, filename: str) -> Path:
-    """The weight file at `path` (a file, or a folder with `filename`), or from the Hub id `path`."""
+def hub_file(path: str, filename: str, other: str = "") -> Path:
+    """The weight file at `path` (a file, or a folder with `filename` or `other`), or from the Hub id `path`."""
     local = Path(path)
     if local.is_file():
         return local
-    if (local / filename).is_file():
-        return local / filename
+    for name in filter(None, (filename, other)):
+        if (local / name).is_file():
+            return local / name
     from huggingface_hub import hf_hub_download
 
     return Path(load_or_explain(path, lambda: hf_hub_download(path, filename), filename))

@@ -1,7 +1,8 @@
 """Images to CLIP pixels, with PIL and torch only.
 
-`crop` is the published CLIP preparation (shortest side to `size`, bicubic, centre crop); `pad` is HPSv2's
-(longest side to `size`, bicubic, black bars). Both resize through PIL, whose filter is anti-aliased.
+`crop` is the published CLIP preparation (shortest side to `size`, bicubic, centre crop); `centre_crop` is the same by
+torchvision; `pad` is HPSv2's (longest side to `size`, bicubic, black bars). All resize through PIL, whose filter is
+anti-aliased.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ def crop(image: Image.Image, size: int) -> Image.Image:
     short = min(width, height)
     width, height = size * width // short, size * height // short
     left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """`crop` as torchvision has it: where the centre is half a pixel off, half to even is the side that is cut."""
+    width, height = image.size
+    short = min(width, height)
+    width, height = size * width // short, size * height // short
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 

@@ -11,6 +11,8 @@ import yaml
 from diffalign.cli.list import cited, objective_entries
 from diffalign.cli.main import main
 from diffalign.objectives import OBJECTIVES
+from diffalign.rewards import declared_tie
+from diffalign.rewards.table import SCORERS
 
 ROOT = Path(__file__).parent.parent.parent
 ENTRIES = {entry.name: entry for entry in objective_entries()}
@@ -44,6 +46,23 @@ def test_all_four_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
             assert part in printed
     assert "world/spin.yaml" in printed  # SPIN is a setting of seppo
     assert "pickscore" not in printed
+
+
+def test_every_scorer_is_printed_and_documented_with_its_tie(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", "scorers"])
+    printed = capsys.readouterr().out
+    documented = {
+        name: row.split("|")[4].strip()
+        for row in (ROOT / "docs/scorers.md").read_text().partition("## Weights")[0].splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1])
+    }
+    assert set(documented) == set(SCORERS)
+    for name, entry in SCORERS.items():
+        lines = printed.partition(f"  {name}\n")[2].splitlines()
+        assert lines[0].strip() == f"score     {entry.score}; tie {declared_tie(name):g}"
+        assert (lines[1].split(maxsplit=1)[1], lines[2].split(maxsplit=1)[1]) == (entry.needs, entry.licence)
+        assert float(documented[name]) == declared_tie(name)
 
 
 def test_a_paper_that_cites_nothing_is_named() -> None:
