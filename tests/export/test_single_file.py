@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.export.extract import Extraction, extract_lora
+from diffalign.export.kohya import export_kohya
 from diffalign.export.names import ExportError
 from diffalign.export.single_file import export_single_file, unread_in_comfyui
 from diffalign.models.adapters.save_load import load_pipeline
@@ -77,8 +79,13 @@ def test_a_lora_is_merged_in_float64_and_rounded_once(model: Model, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sdxl", "xl_base"), ("sd", "v1"), ("sd2", None)])
-def test_a_model_of_the_released_depth_comes_back_whole(tmp_path: Path, family: str, kind: str | None) -> None:
-    """As many levels, blocks and layers as the released model has; only the channels are few."""
+def test_every_export_of_a_model_of_the_released_depth_makes_the_same_picture(
+    tmp_path: Path, family: str, kind: str | None
+) -> None:
+    """As many levels, blocks and layers as the released model has; only the channels are few.
+
+    {single file, kohya LoRA, extracted LoRA}: each read back by diffusers.
+    """
     model = make_model(make_deep(tmp_path / "base", family))
     run = write_full(model, tmp_path / "run", 1)
     file = export_single_file(run, tmp_path / "tuned.safetensors", base=str(model.folder), dtype="fp32")
@@ -97,6 +104,17 @@ def test_a_model_of_the_released_depth_comes_back_whole(tmp_path: Path, family: 
     assert attention == [(1, 1)] * 8  # of encoder and decoder: 1x1 convolutions in the released files
     prefixes = {"sdxl": "conditioner.embedders.1.model", "sd": "cond_stage_model.transformer"}
     assert any(key.startswith(prefixes.get(family, "cond_stage_model.model")) for key in state)
+    targets = ("to_k", "proj_in", "conv2", "conv_shortcut", "downsamplers.0.conv", "time_embedding.linear_2")
+    lora = write_lora(model, tmp_path / "lora", seed=2, rank=3, alpha=4, targets=targets)
+    extract_lora(lora, tmp_path / "cut.safetensors", Extraction(energy=1.0), base=str(model.folder))
+    kohya = export_kohya(lora, tmp_path / "kohya.safetensors", base=str(model.folder))
+    expected = picture(load_pipeline(str(model.folder), tuned=lora))
+    pipeline = load_pipeline(str(model.folder))
+    assert np.abs(expected - picture(pipeline)).max() > 1e-2
+    for file in (kohya, tmp_path / "cut.safetensors"):
+        pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
+        assert_same_picture(picture(pipeline), expected)
+        pipeline.unload_lora_weights()
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
