@@ -70,6 +70,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "compare images/base dpo=images/dpo --scorer pickscore",
         ),
         "score": ("images.score", "score existing images", "score images --scorer pickscore"),
+        "published": (
+            "images.published",
+            "evaluate released checkpoints, our figures beside their papers'",
+            "published sdxl --only DPO SPO --dry-run",
+        ),
         "arena": ("arena", "run every objective on the embedded world, write the leaderboard", "arena --quick"),
     },
     "take away": {

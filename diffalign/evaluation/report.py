@@ -84,7 +84,7 @@ class Result:
         tuned = [mean(one.tuned for one in some) for some in of_models]
         means = [f"{own:.3f} ({own - base:+z.3f})" for own, base in zip(tuned, bases, strict=True)]
         rows.append(["mean of groups", "", f"{bases[0]:.3f}", *means])
-        return "\n".join([f"{scorer} by group of prompts: mean scores", *_aligned(rows)])
+        return "\n".join([f"{scorer} by group of prompts: mean scores", *aligned(rows)])
 
     def _block(self, scorer: str) -> str:
         first = self.models[0].scores[scorer]
@@ -109,7 +109,7 @@ class Result:
                 row.append(f"{model.faithfulness.tuned:.3f} ({_interval(model.faithfulness.gain, 3, sign=True)})")
             row += [_interval(model.diversity, 2) if model.diversity else "-", str(score.runs)]
             rows.append(row)
-        return "\n".join([head, *_aligned(rows)])
+        return "\n".join([head, *aligned(rows)])
 
 
 def versions() -> dict[str, str]:
@@ -130,7 +130,8 @@ def _interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
     return f"{estimate.value:{style}} [{estimate.low:{style}}, {estimate.high:{style}}]"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """The rows of a table as lines, every column as wide as its widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.common import (
     count,
@@ -31,11 +31,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
-def sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Prompts, seeds, how images are sampled, for whom, and the output folder."""
+def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
+    """Prompts, seeds, how images are sampled, for whom, and the output folder.
+
+    defaults: by name of the option, of a command with a protocol of its own; prompts and out are otherwise required.
+    """
+    defaults = defaults or {}
     parser.add_argument(
         "--prompts",
-        required=True,
+        required="prompts" not in defaults,
         help="a set by name (`diffalign list prompts`), a .txt (one per line), .jsonl, .csv, .parquet, or one prompt",
     )
     parser.add_argument("--limit", type=count, help="use only this many prompts, from the start")
@@ -61,7 +65,8 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID[=WEIGHT]",
         help="the user to generate for, with weights that were tuned for users; several users are averaged",
     )
-    parser.add_argument("--out", type=path, required=True, help="output folder")
+    parser.add_argument("--out", type=path, required="out" not in defaults, help="output folder")
+    parser.set_defaults(**defaults)
 
 
 def given_sampling(args: argparse.Namespace) -> Sampling:

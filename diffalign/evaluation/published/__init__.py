@@ -1,0 +1,1 @@
+"""Released checkpoints, what their papers report, and our figures beside those."""
