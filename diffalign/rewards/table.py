@@ -63,6 +63,12 @@ SCORERS = {
         "standard deviations of the training reward, about -2.5 to 2",
         "THUDM/ImageReward (ImageReward.pt), tokenizer of google-bert/bert-base-uncased",
     ),
+    "mps": ScorerEntry(
+        "diffalign.rewards.released.mps:MPS",
+        "exp(scale) * cos in logits",
+        f"RE-N-Y/mpsv1 (or MPS_overall_checkpoint.pth, converted), tokenizer of {_CLIP_H}",
+        "MIT*",
+    ),
     "clip": ScorerEntry(
         "diffalign.rewards.clip_score:ClipScore",
         "100 * cos, about 15 to 35",
