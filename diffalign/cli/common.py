@@ -76,6 +76,7 @@ pixels = whole(8, 16384, multiple=8)
 steps = whole(1, 10_000)
 guidance = number(0, 1000)
 tie = number(0, 1e6)
+strength = number(-10, 10)
 path_text = argument(expanded)
 path = argument(lambda text: Path(expanded(text)))
 

@@ -72,7 +72,7 @@ def _generate_missing(
     )
     place: dict[str, Any] = {"torch_dtype": sampling.torch_dtype, "device": sampling.device}
     weights = None if tuned.path is None else str(tuned.path)
-    pipe = load_pipeline(spec, tuned=weights, user=tuned.user, **place)
+    pipe = load_pipeline(spec, tuned=weights, user=tuned.user, strength=tuned.strength, **place)
     guidance = None if tuned.negative is None else _guidance(recipe.model, str(tuned.negative), **place)
     batch = sampling.batch_size or default_batch(sampling.resolution or default_resolution(pipe))
     made = {}

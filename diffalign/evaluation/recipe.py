@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,11 +29,21 @@ class Tuned:
     negative: the same for the unconditional branch of guidance, which otherwise has the weights of the other branch
         (Diffusion-NPO, arXiv 2505.11245); needs a guidance_scale above 1.
     user: the embedding of the user for whom images are generated, with weights that were tuned for users only.
+    strength: the weights of `path` are base + strength · (tuned − base), for a LoRA the factor of its update.
+
+    Raises DiffalignError for a strength without a path, or one that is not finite.
     """
 
     path: str | Path | None = None
     negative: str | Path | None = None
     user: Sequence[float] | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise DiffalignError(f"the strength is {self.strength}; give a finite number (1: as tuned)")
+        if self.strength != 1 and self.path is None:
+            raise DiffalignError(f"a strength of {self.strength:g} was given without tuned weights; name the weights")
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,14 @@ class ImageRecipe:
             "fingerprint": {name: weights_fingerprint(path) for name, path in weights.items() if path},
             **self.sampling.recorded(),
             "user": None if self.tuned.user is None else _user_hash(self.tuned.user),
+            "strength": None if self.tuned.strength == 1 else self.tuned.strength,
         }
 
     @property
     def tag(self) -> str:
         """8 hex digits of the settings; paths do not count, the weights found there do."""
-        known = {k: v for k, v in self.settings.items() if k not in PATHS and (k, v) != ("user", None)}
+        given = {k: v for k, v in self.settings.items() if (k, v) not in (("user", None), ("strength", None))}
+        known = {k: v for k, v in given.items() if k not in PATHS}
         return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffalign.io.loaded_weights import is_finite
 from diffalign.models.adapters.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
@@ -51,6 +52,10 @@ class UNetFolder(WeightLayout):
         """In place and in the UNet's dtype."""
         load_full(unet, path)
 
+    def apply_at(self, pipeline: Any, path: Path, strength: float) -> None:
+        """The weights between base and tuned, or beyond, computed in float64."""
+        load_full(pipeline.unet, path, strength)
+
 
 class LoraWeights(WeightLayout):
     """A LoRA: diffusers' file with the adapter's metadata."""
@@ -87,12 +92,22 @@ class LoraWeights(WeightLayout):
         """Onto the UNet and, where the file says so, the text encoders."""
         apply_lora(pipeline, read_lora(path, pipeline.unet))
 
+    def apply_at(self, pipeline: Any, path: Path, strength: float) -> None:
+        """The factor of every layer's update, as diffusers' `set_adapters` has it, text encoders included."""
+        self.apply(pipeline, path)
+        tuned: list[Any] = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        for layer in (layer for part in tuned for layer in lora_layers(part)):
+            layer.scale_layer(strength)
+
 
 UNET, LORA = UNetFolder(), LoraWeights()
 
 
-def load_full(unet: UNet, folder: Path) -> None:
-    """Puts the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it."""
+def load_full(unet: UNet, folder: Path, strength: float = 1.0) -> None:
+    """Puts the UNet in a diffusers folder onto a base's, in place and in its dtype. Raises ModelError if unlike it.
+
+    With another strength than 1 the result is own + strength · (folder's − own).
+    """
     read = stored_unet(folder, unet)
     with torch.no_grad():
         for name, own in unet.state_dict().items():
@@ -102,7 +117,7 @@ def load_full(unet: UNet, folder: Path) -> None:
                     f"the tuned UNet in {folder} has NaN or infinite values in {name}: the training that "
                     "wrote it had diverged; use an earlier checkpoint"
                 )
-            own.copy_(value)
+            own.copy_(value if strength == 1 else own.double().lerp(value.to(own.device).double(), strength))
 
 
 def apply_lora(pipeline: Any, lora: LoraFile) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, ModelError
 from diffalign.io.plugins import known_names, name_of, resolve
 from diffalign.io.weight_files import check_weights
 from diffalign.models.loading.family import Family
@@ -90,6 +90,10 @@ class WeightLayout:
     def apply(self, pipeline: Any, path: Path, user: Any = None) -> None:
         """Puts weights onto a diffusers pipeline, in place; `user` is an embedding where the layout needs one."""
         self.load(pipeline.unet, path)
+
+    def apply_at(self, pipeline: Any, path: Path, strength: float) -> None:
+        """`apply`, but base + strength · (tuned − base). Raises ModelError where the layout has no such sum."""
+        raise ModelError(f"{path} is {self.label}, and its strength cannot be changed; leave the strength at 1")
 
 
 class TuningMethod:

@@ -126,11 +126,13 @@ def load_tuned(unet: UNet, path: str | Path) -> TunedWeights:
     return tuned
 
 
-def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] | None = None) -> TunedWeights:
+def apply_tuned(
+    pipeline: Any, path: str | Path, user: Tensor | Sequence[float] | None = None, *, strength: float = 1.0
+) -> TunedWeights:
     """Put tuned weights onto a diffusers pipeline, in place. LoRA files may have text encoder parts here.
 
     `user` is the embedding of whom images are for: required by weights that need a user, and refused by others.
-    Raises ModelError.
+    `strength`: the weights are base + strength · (tuned − base). Raises ModelError.
     """
     tuned = find_tuned(path)
     if tuned.layout.needs_user and user is None:
@@ -140,7 +142,10 @@ def apply_tuned(pipeline: Any, path: str | Path, user: Tensor | Sequence[float] 
         )
     if user is not None and not tuned.layout.needs_user:
         raise ModelError(f"a user was given, and {tuned.path} is {tuned.layout.label}, without users; remove the user")
-    tuned.layout.apply(pipeline, tuned.path, user)
+    if strength == 1:
+        tuned.layout.apply(pipeline, tuned.path, user)
+    else:
+        tuned.layout.apply_at(pipeline, tuned.path, strength)
     return tuned
 
 
@@ -151,15 +156,17 @@ def load_pipeline(
     torch_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     user: Tensor | Sequence[float] | None = None,
+    strength: float = 1.0,
 ) -> Any:
     """The family's diffusers pipeline, with tuned weights if given, ready to generate; no safety checker.
 
-    Loads like `load_base`, so whatever trains also generates. `user` as in `apply_tuned`. Raises ModelError.
+    Loads like `load_base`, so whatever trains also generates. `user` and `strength` as in `apply_tuned`. Raises
+    ModelError.
     """
     base = load_base(model, torch_dtype=torch_dtype)
     pipeline = make_pipeline(base)
     if tuned is not None:
-        apply_tuned(pipeline, tuned, user)
+        apply_tuned(pipeline, tuned, user, strength=strength)
     elif user is not None:
         raise ModelError(
             "a user was given without tuned weights: a base does not support users; name the tuned weights"
