@@ -26,8 +26,10 @@ from diffalign.config.value_types import (
     Text,
     Workers,
 )
+from diffalign.data.prompt_sets.known import named
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.score_aggregation import Aggregate, Axis
+from diffalign.errors import DiffalignError
 from diffalign.models.spec import ModelSpec
 
 # Settings that only a run with an objective has.
@@ -180,6 +182,17 @@ class ValidationSection(Section):
     guidance_scale: Guidance = 5.0
     seed: Seed = 0
     user: Text | None = None  # an id in data.users: whom the images are for
+
+    @field_validator("prompts")
+    @classmethod
+    def _texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in value:
+            if (found := named(prompt)) is not None:
+                raise DiffalignError(
+                    f"{prompt!r} is a set of {found[0].rows} prompts; write the prompts themselves, "
+                    f"e.g. some of `diffalign data prompts {prompt} --out prompts.jsonl`"
+                )
+        return value
 
 
 class PreferenceModelSection(Section):

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffalign.cli.main import main
+from diffalign.config.schema import load_config
 from diffalign.data.prompt_sets import fetch
 from diffalign.data.prompt_sets.known import SETS, STYLES, Packaged, PromptSet, PromptSetError, named
 from diffalign.data.table.prompts import open_prompts, read_prompts
@@ -164,6 +165,13 @@ def test_a_source_takes_a_set() -> None:
     assert len(open_prompts("world-heldout", limit=5)) == 5
     with pytest.raises(ValueError, match="diffalign list prompts"):
         open_prompts("nothing")
+
+
+def test_validation_takes_prompts_themselves() -> None:
+    config = ROOT / "training_configs/world/dpo.yaml"
+    assert load_config(config, ["validation.prompts=[a dog]"]).validation.prompts == ("a dog",)
+    with pytest.raises(ValueError, match="'geneval' is a set of 553 prompts; write the prompts themselves"):
+        load_config(config, ["validation.prompts=[geneval]"])
 
 
 def test_what_is_recorded(hub: list[dict[str, object]], tmp_path: Path) -> None:

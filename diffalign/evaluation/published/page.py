@@ -28,10 +28,16 @@ def list_page(known: Catalogue) -> str:
 
 def _weights(known: Catalogue) -> str:
     rows = [
-        [each.name, known.bases[each.base].title, f"`{each.repository}`", LAYOUTS[each.layout], each.paper, each.note]
+        [
+            each.name,
+            known.bases[each.base].title,
+            f"[{each.repository}](https://huggingface.co/{each.repository})",
+            LAYOUTS[each.layout],
+            "; ".join(part for part in (each.paper, each.note) if part),
+        ]
         for each in known.weights
     ]
-    return markdown_table(["name", "base", "Hub id", "layout", "of", "note"], rows)
+    return markdown_table(["name", "base", "Hub id", "layout", "of"], rows)
 
 
 def _figures(table: PublishedTable, base: str) -> str:
