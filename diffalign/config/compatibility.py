@@ -33,6 +33,7 @@ def check_together(config: Any) -> None:
         can_have_a_reference(config)
     if config.source is not None:
         usable_together(config)
+    can_hold_out(config)
     can_roll_back(config.health, config.training, config.source)
 
 
@@ -87,6 +88,49 @@ def check_users(config: Any) -> None:
         )
     if validation.user is not None and users is None:
         raise DiffalignError("validation.user: this is an id in data.users, which is not set; set data.users")
+
+
+def can_hold_out(config: Any) -> None:
+    """Raises DiffalignError for held-out pairs that a run cannot measure, and for settings that need them."""
+    validation, objective, source = config.validation, config.objective, config.source
+    if validation.pairs is None:
+        if validation.stops_or_loads:
+            stops = validation.early_stopping_patience is not None
+            name = "early_stopping_patience" if stops else "load_best_model_at_end"
+            raise DiffalignError(f"validation.{name} needs held-out pairs: set validation.pairs, e.g. to 0.1")
+        return
+    if validation.pairs_every % config.training.logging_steps:
+        raise DiffalignError(
+            f"validation.pairs_every: {validation.pairs_every} is not a multiple of training.logging_steps "
+            f"({config.training.logging_steps}); held-out pairs are measured at steps that are logged"
+        )
+    if objective.compares == "steps":
+        raise DiffalignError(
+            f"validation.pairs: {objective.name} compares steps of the sampler, which stored pairs do not have; "
+            "remove it, and use validation.prompts"
+        )
+    if validation.metric_for_best_model == "accuracy" and objective.compares == "chosen images":
+        raise DiffalignError(
+            f"validation.metric_for_best_model: {objective.name} does not compare the images of a pair; use loss"
+        )
+    if source is not None and source.own_reference:
+        raise DiffalignError(
+            f"validation.pairs: source {source.name} compares the policy with its own snapshots, so numbers of "
+            "different steps have different references; remove it, and use validation.prompts"
+        )
+    if isinstance(validation.pairs, str):
+        if config.data.scores is not None:
+            raise DiffalignError(
+                "validation.pairs: data.scores belong to the pairs of data.path; give a share of these, e.g. 0.1"
+            )
+        return
+    if source is not None:
+        raise DiffalignError(
+            f"validation.pairs: source {source.name} generates its pairs, so none can be held out; give the path of "
+            "labelled pairs"
+        )
+    if idle := [name for name in ("pairs_split", "max_pairs") if getattr(validation, name) is not None]:
+        raise DiffalignError(f"validation.{idle[0]}: a share is of the pairs of data.path; remove it")
 
 
 def can_fuse_kernels(model: ModelSection) -> None:

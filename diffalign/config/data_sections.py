@@ -64,3 +64,14 @@ def packaged_asset(path: Any) -> Any:
             if (found := folder / path.removeprefix("assets/")).exists():
                 return str(found)
     return path
+
+
+def share_or_path(node: Any) -> Any:
+    """`validation.pairs` as given. Raises DiffalignError for what is neither a share of the pairs nor a path."""
+    if isinstance(node, str):
+        return packaged_asset(node)
+    if node is None or (isinstance(node, float) and 0 < node < 1):
+        return node
+    raise DiffalignError(
+        "give a share of the training pairs, a number between 0 and 1 such as 0.1, or the path of other pairs"
+    )

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from diffalign.config.data_sections import CurriculumSection, Scores, axes_of, checked_scores, packaged_asset
+from diffalign.config.data_sections import (
+    CurriculumSection,
+    Scores,
+    axes_of,
+    checked_scores,
+    packaged_asset,
+    share_or_path,
+)
 from diffalign.config.value_types import (
     Count,
     CountOrNone,
@@ -171,17 +178,35 @@ class TrainingSection(Section):
 
 
 class ValidationSection(Section):
-    """Images generated during training."""
+    """What is measured during training: images of some prompts, and pairs that are not trained on."""
 
     KEY: ClassVar[str] = "validation"
     OLD_NAMES: ClassVar[dict[str, str]] = {"steps": "num_inference_steps"}  # 0.1.0
+
+    _pairs = field_validator("pairs", mode="before")(share_or_path)
 
     prompts: tuple[Text, ...] = ()
     every: Count = 100  # optimiser steps
     num_inference_steps: Count = 25
     guidance_scale: Guidance = 5.0
-    seed: Seed = 0
+    seed: Seed = 0  # of the images' noise
     user: Text | None = None  # an id in data.users: whom the images are for
+    pairs: Share | PathText | None = None  # held-out pairs: a share of the training pairs, by prompt, or other pairs
+    pairs_seed: Seed = 0  # of the prompts that are held out, and of the points of their pairs
+    pairs_every: Count = 100  # optimiser steps, a multiple of training.logging_steps
+    pairs_split: Text | None = None  # of the other pairs; null: data.split
+    max_pairs: Count | None = None  # of the other pairs
+    points_per_pair: Annotated[Count, Field(multiple_of=4)] = 4  # (t, noise), the same at every measurement
+    pairs_batch_size: Count | None = None  # pairs in a forward; null: training.train_batch_size
+    early_stopping_patience: Count | None = None  # measurements without improvement; null: the run does not stop early
+    early_stopping_threshold: NotNegative = 0.0  # a smaller change of the metric is no improvement
+    load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
+    metric_for_best_model: Literal["loss", "accuracy"] = "loss"  # of the held-out pairs
+
+    @property
+    def stops_or_loads(self) -> bool:
+        """Whether a measurement of held-out pairs decides when the run ends or which weights are final."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
 
     @field_validator("prompts")
     @classmethod

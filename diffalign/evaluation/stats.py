@@ -130,6 +130,24 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, *, bootstrap: Bootstrap 
     return _resampled(top, np.broadcast_to(bottom, top.shape), bootstrap)
 
 
+def clustered_mean(values: ArrayLike, prompts: Sequence[str], *, bootstrap: Bootstrap = DEFAULT) -> Estimate:
+    """Mean of values [n] with an interval that resamples whole prompts; all NaN where a value is not finite."""
+    values = np.asarray(values, float)
+    if not np.isfinite(values).all():
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    by_cell = _by_cell(prompts, [0] * len(prompts))
+    return _resampled(by_cell(values), by_cell(np.ones(len(values))), bootstrap)
+
+
+def clustered_rate(values: ArrayLike, prompts: Sequence[str], *, level: float = 0.95) -> Estimate:
+    """Mean of values [n] in [0, 1], shares of successes, with the score interval of `paired`'s win rate."""
+    values = np.asarray(values, float)
+    if not np.isfinite(values).all():
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    by_cell = _by_cell(prompts, [0] * len(prompts))
+    return _rate(by_cell(values), by_cell(np.ones(len(values))), float((values == 0.5).mean()), level)
+
+
 def _by_cell(prompts: Sequence[str], runs: Sequence[int]) -> Callable[[Floats], Floats]:
     """A function that adds up values [image] by [run, prompt]. Raises DiffalignError where a run lacks a prompt."""
     _, p = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)

@@ -11,7 +11,7 @@ refuses a margin or a mask with negative values if the objective does not declar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -161,9 +161,16 @@ def shared_noise(
     )
 
 
-def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
+def shared_points(objective: Objective) -> SharedNoise | None:
+    """The settings of an objective's points where it draws t and ε itself; None where it has its own `probe`."""
+    own = type(objective).probe is not OnSharedNoise.probe
+    return None if own else cast("OnSharedNoise", objective).points
+
+
+def ask(objective: Objective, batch: PairBatch, models: Models, points: SharedNoise | None = None) -> Probe:
     """The objective's probe of a batch, with the pairs' terms (weight, margin, mask) and precomputed reference errors.
 
+    points: in place of the objective's own.
     Raises DiffalignError for margins that the objective does not support, and for masks of another size than the
     latents.
     """
@@ -172,7 +179,7 @@ def ask(objective: Objective, batch: PairBatch, models: Models) -> Probe:
     if batch.terms.mask is not None:
         _require_size(batch.terms.mask, (batch.pairs, *batch.latents.shape[-2:]))
     with torch.no_grad():
-        probe = objective.probe(batch, models)
+        probe = objective.probe(batch, models) if points is None else points(batch, models.schedule)
     return replace(probe, terms=batch.terms, reference=batch.reference)
 
 

@@ -32,6 +32,7 @@ from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, m
 from diffalign.objectives.base import require_terms
 from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
+from diffalign.training.heldout.build import build_points
 from diffalign.training.open_data import open_table
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.settle import settled
@@ -86,7 +87,11 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     objective.check_schedule(base.schedule)
 
     encoder = Encoder(base, device)
-    build_source = source_builder(config, accelerator, table, encoder, _resolution(config.data, base))
+    resolution = _resolution(config.data, base)
+    build_source = source_builder(config, accelerator, table, encoder, resolution)
+    heldout = None
+    if table.heldout is not None:
+        heldout = build_points(config, accelerator, table.heldout, encoder, resolution)
     unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
     place(unet, device)
     reference = make_run_reference(config, unet, base.family)
@@ -104,6 +109,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         autocast_dtype=AUTOCAST[training.mixed_precision],
         device=device,
     )
+    if heldout is not None and config.data.cache_reference_errors:
+        heldout.ask_reference(objective, networks)  # building the source frees the reference
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
     optimizer = make_optimizer(parameters, training, lr, config.seed)
@@ -123,6 +130,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         reference_kind="none" if reference is None else reference.kind,
         lr=lr,
         table=table,
+        heldout=heldout,
         identity=identity,
     )
 

@@ -73,7 +73,7 @@ def source_builder(
         positions = steps * effective_batch(config.training, accelerator.num_processes)
         spec = replace(spec, order=curriculum(pairs, config.seed, data.curriculum.chunks, positions))
     make = partial(OfflinePairs, pairs, spec=spec, time_ids=encoder.time_ids)
-    content = _content(data, config.seed, accelerator, pairs, encoder, resolution)
+    content = open_content(data, config.seed, accelerator, pairs, encoder, resolution)
     if not (data.cache_trajectories or data.cache_reference_errors):
         return lambda networks, unet, former: make(content)
     return _with_results(
@@ -195,7 +195,7 @@ def curriculum(table: PairTable, seed: int, chunks: int, positions: int) -> Curr
     return CurriculumOrder(gaps, seed, chunks, positions)
 
 
-def _content(
+def open_content(
     data: DataSection, run_seed: int, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
 ) -> Online | PairCache:
     """The images themselves, or the latent cache, which is filled as far as it is not yet."""

@@ -23,7 +23,7 @@ def train(run: Trainable, start: int = 0, callbacks: Sequence[Callback] = ()) ->
     with ExitStack() as stack:
         for callback in callbacks:
             stack.callback(callback.close)
-        state.call("on_train_begin")
+        state.begin()
         batches = run.source.batches(state.step)
         state.should_stop |= state.step == steps  # a callback may have set it
         while not state.should_stop:
@@ -35,8 +35,9 @@ def train(run: Trainable, start: int = 0, callbacks: Sequence[Callback] = ()) ->
             if state.return_to is not None:
                 run.accelerator.wait_for_everyone()
                 state = TrainingState(run, callbacks, restore(run, state.return_to), metrics=state.metrics)
-                state.call("on_train_begin")
+                state.begin()
                 batches = run.source.batches(state.step)
-        save_final(run, state.step)
+        state.call("on_stop")
+        save_final(run, state.step if state.weights_of is None else state.weights_of)
         state.call("on_train_end")
     return state.metrics

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
 
 from accelerate import Accelerator
 
 from diffalign.config.schema import AnyConfig, Config, PreferenceModelConfig
+from diffalign.data.heldout import overlap, prompt_key, split_by_prompt
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 def open_table(config: AnyConfig, accelerator: Accelerator | None = None) -> Table:
     """The usable pairs of the run's data, or the prompts of a source that generates its images; needs no model.
 
-    Ties are usable where a preference model is trained.
+    Ties are usable where a preference model is trained. `.heldout` are the pairs that the run measures, if any.
     Of several processes the first reads the files and sends its table to the others. Raises DataError in all of them.
     """
     return _open_table(config) if accelerator is None else on_main(accelerator, lambda: _open_table(config))
@@ -33,28 +35,28 @@ def open_table(config: AnyConfig, accelerator: Accelerator | None = None) -> Tab
 
 def _open_table(config: AnyConfig) -> Table:
     data, source = config.data, config.source if isinstance(config, Config) else None
-    if source is not None and isinstance(config, Config):
-        check_units(config.objective, source, [], None)
-    if source is not None and source.data == "prompts":
-        return open_prompts(data.path, limit=data.max_pairs)
-    if source is not None:
-        winners = open_winners(data.path, data.spec)
-        if isinstance(winners, PairTable):
-            no_terms(winners, f"source {source.name} generates its pairs")
-        return winners
-    table = open_pairs(data.path, replace(data.spec, keep_ties=isinstance(config, PreferenceModelConfig)))
-    table.require_usable()
-    return prepared(config, table)
+    if source is None or not isinstance(config, Config):
+        table = open_pairs(data.path, replace(data.spec, keep_ties=isinstance(config, PreferenceModelConfig)))
+        table.require_usable()
+        return prepared(config, table)
+    check_units(config.objective, source, [], None)
+    found: Table
+    if source.data == "prompts":
+        found = open_prompts(data.path, limit=data.max_pairs)
+    else:
+        found = open_winners(data.path, data.spec)
+        if isinstance(found, PairTable):
+            no_terms(found, f"source {source.name} generates its pairs")
+    found.heldout = open_heldout(config)
+    return found
 
 
 def prepared(config: AnyConfig, table: PairTable) -> PairTable:
-    """Pairs with the scores and users of a run's `data` section, and the hash of their images. Raises DataError."""
-    data = config.data
-    if config.training.train_batch_size > len(table):
-        raise DataError(
-            f"training.train_batch_size: {config.training.train_batch_size} pairs, and {data.path} has {len(table)} "
-            f"usable ones (data.max_pairs: {data.max_pairs}); set it to {len(table)} or less, or give more pairs"
-        )
+    """The pairs that a run trains on, with scores and users of its `data` section; the held-out ones are `.heldout`.
+
+    A table whose `.heldout` is set has its held-out pairs already. Raises DataError.
+    """
+    data, heldout = config.data, table.heldout
     if data.cache_reference_errors and "mask" in table.terms:
         raise DataError(
             "data.cache_reference_errors: errors under a mask depend on the mask and are not cached; remove one of them"
@@ -63,6 +65,57 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
         use_axes(table, data.axes, data.aggregate, relabel=data.relabel)
     if isinstance(config, Config):
         check_units(config.objective, config.source, data.axes, table)
+    if isinstance(config, Config) and config.validation.pairs is not None:
+        share = config.validation.pairs
+        if isinstance(share, float):
+            train, rest = split_by_prompt(table.prompts, share, config.validation.pairs_seed)
+            table, heldout = table.part(train), table.part(rest)
+        else:
+            table, heldout = copy(table), open_heldout(config) if heldout is None else heldout
+        assert heldout is not None, "validation.pairs is a path"
+        _report_heldout(table, heldout)
+        table.heldout = heldout
+    if config.training.train_batch_size > len(table):
+        raise DataError(
+            f"training.train_batch_size: {config.training.train_batch_size} pairs, and {data.path} has {len(table)} "
+            f"usable ones (data.max_pairs: {data.max_pairs}); set it to {len(table)} or less, or give more pairs"
+        )
+    for each in (table,) if heldout is None else (table, heldout):
+        _use_users(config, each)
+        if data.cache_dir is not None:
+            _ = each.identity  # may read every image once: done here, before other processes get the table
+    return table
+
+
+def open_heldout(config: Config) -> PairTable | None:
+    """The pairs of `validation.pairs` where that is a path, read as those of `data.path` are. Raises DataError."""
+    validation, data = config.validation, config.data
+    if not isinstance(validation.pairs, str):
+        return None
+    spec = replace(data.spec, split=validation.pairs_split or data.split, max_pairs=validation.max_pairs)
+    try:
+        table = open_pairs(validation.pairs, spec)
+        table.require_usable()
+    except DataError as error:
+        raise DataError(f"validation.pairs: {error}") from error
+    return table
+
+
+def _report_heldout(train: PairTable, heldout: PairTable) -> None:
+    """Logs how many pairs are held out. Raises DataError for held-out pairs that are trained on."""
+    shared, prompts = overlap(train, heldout), len(set(map(prompt_key, heldout.prompts)))
+    log.info("%d pairs of %d prompts are held out; %d are trained on", len(heldout), prompts, len(train))
+    if shared:
+        log.warning(
+            "validation.pairs: %d of %d held-out pairs have a prompt that is trained on; numbers for new prompts may "
+            "be lower",
+            *(shared, len(heldout)),
+        )
+
+
+def _use_users(config: AnyConfig, table: PairTable) -> None:
+    """Gives pairs their users' embeddings where the tuning method needs them. Raises DataError."""
+    data = config.data
     if isinstance(config, Config) and config.tuning.needs_users:
         users = None if data.users is None else open_users(data.users)
         use_users(table, users, where=f"data.users: {data.users}")
@@ -71,9 +124,6 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
     elif table.layout.user_embed is not None:
         needing = " or ".join(name for name, method in known_methods().items() if method.needs_users)
         log.info("the pairs have users (%s); only tuning.method: %s uses them", table.layout.user_embed, needing)
-    if data.cache_dir is not None:
-        _ = table.identity  # may read every image once: done here, before other processes get the table
-    return table
 
 
 def no_terms(table: PairTable, why: str) -> None:

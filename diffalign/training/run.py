@@ -39,12 +39,14 @@ from diffalign.training.callbacks.validation import Validation
 from diffalign.training.checkpoints.checkpoint import find_checkpoint
 from diffalign.training.checkpoints.final_weights import clear_output, has_final_weights
 from diffalign.training.checkpoints.run_state import resume
+from diffalign.training.heldout.callback import HeldOut
+from diffalign.training.heldout.stopping import EarlyStopping
 from diffalign.training.loop import train
 from diffalign.training.open_data import open_table, prepared
 from diffalign.training.processes import make_accelerator, on_main
 from diffalign.training.remedies import with_remedies
 from diffalign.training.settle import with_precision
-from diffalign.training.trainable import Trainable
+from diffalign.training.trainable import Run, Trainable
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +160,11 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
     if isinstance(config, Config):
         health, validation = config.health, config.validation
     limit = training.max_unet_forwards
+    points = run.heldout if isinstance(run, Run) else None
     return [
+        *([HeldOut(run, points)] if isinstance(run, Run) and points is not None else []),
         Health(run, health),
+        *([EarlyStopping(run, validation)] if validation.stops_or_loads else []),
         *([] if limit is None else [SpendingLimit(limit)]),
         *callbacks,
         Stopping(run.accelerator),
@@ -282,7 +287,16 @@ def _commit() -> dict[str, Any]:
 _FREE = {
     "output_dir",
     "overwrite_output_dir",
-    "validation",
+    "validation.prompts",
+    "validation.every",
+    "validation.num_inference_steps",
+    "validation.guidance_scale",
+    "validation.seed",
+    "validation.user",
+    "validation.pairs_every",
+    "validation.pairs_batch_size",
+    "validation.early_stopping_patience",
+    "validation.early_stopping_threshold",
     "health",
     "data.dataloader_num_workers",
     "model.gradient_checkpointing",

@@ -25,6 +25,7 @@ from diffalign.models.policy.networks import Networks
 from diffalign.objectives import Objective
 from diffalign.sources import Source
 from diffalign.training.checkpoints.identity import Identity
+from diffalign.training.heldout.measure import FixedPoints
 from diffalign.training.metrics import Meter
 from diffalign.training.optim.optimizers import effective_batch
 from diffalign.training.step import optimizer_step
@@ -56,6 +57,9 @@ class Trainable(ABC):
     ema: Any | None = None  # diffusers' EMAModel
     lr: float  # in force, after scale_lr
     identity: Identity = field(default_factory=dict)  # hashes of data and base, for the checkpoints
+    callback_states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the callbacks, from the checkpoint that the run was restored from; by name."""
+    restored_from: Path | None = None  # that checkpoint
 
     @property
     @abstractmethod
@@ -132,6 +136,7 @@ class Run(Trainable):
     unet: UNet  # the policy, unwrapped
     objective: Objective
     reference_kind: str  # `Reference.kind`, or "none"
+    heldout: FixedPoints | None = None  # pairs that are measured and not trained on
 
     @property
     def label(self) -> str:

@@ -18,6 +18,7 @@ Every setting has the name it has in a config, and `Trainer.config` is that conf
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,8 @@ class Trainer:
     source: settings of a source that makes its pairs while training (`diffalign.sources`); None: the pairs given.
     resolution: pixels; None: as given to `load_pairs`, else the model family's own.
     model_settings, validation, health: fields of the config's sections of these names.
+    eval_dataset: pairs that are measured and not trained on (docs/heldout.md); as train_dataset. `validation` has the
+        settings, and `validation={"pairs": 0.1}` takes a share of train_dataset instead.
     callbacks: called between steps, with the step and its metrics (`training/callbacks/base.py`).
 
     Raises ConfigError with every fault at once, before anything is loaded.
@@ -119,6 +122,7 @@ class Trainer:
         model_settings: Mapping[str, Any] | None = None,
         validation: Mapping[str, Any] | None = None,
         health: Mapping[str, Any] | None = None,
+        eval_dataset: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base: Base | None = None
@@ -126,6 +130,7 @@ class Trainer:
             self.base = base_of_pipeline(model)
         self.table: PairTable | None = None
         data = self._data(train_dataset, made_while_training=source is not None)
+        validation = self._with_heldout(validation or {}, eval_dataset)
         if resolution is not None:
             data = settings_of(
                 DataSection, {**data.model_dump(exclude_unset=True), "resolution": resolution}, "Trainer"
@@ -142,7 +147,7 @@ class Trainer:
             "source": source,
             "data": data,
             "training": TrainingSection(**args.model_dump(exclude=own, exclude_unset=True)),
-            "validation": settings_of(ValidationSection, validation or {}, "validation"),
+            "validation": settings_of(ValidationSection, validation, "validation"),
             "health": settings_of(HealthSection, health or {}, "health"),
         }
         config = parse_config(tree, "Trainer")
@@ -164,6 +169,23 @@ class Trainer:
         self.table = pairs.table
         return pairs.section
 
+    def _with_heldout(self, validation: Mapping[str, Any], given: Any) -> Mapping[str, Any]:
+        """The settings of `validation` with held-out pairs; those that were given as an object go with the table."""
+        self.heldout: PairTable | None = None
+        if given is None:
+            return validation
+        if validation.get("pairs") is not None:
+            raise ConfigError("Trainer: eval_dataset and validation.pairs are both given; remove one of them")
+        if isinstance(given, str | Path):
+            return {**validation, "pairs": str(given)}
+        if self.table is None:
+            raise ConfigError(
+                "Trainer: eval_dataset is an object and train_dataset is not; give both by path, or load both with "
+                "load_pairs"
+            )
+        self.heldout = (given if isinstance(given, Pairs) else load_pairs(given)).table
+        return {**validation, "pairs": GIVEN_DATA}
+
     @property
     def output_dir(self) -> Path:
         """Where the run writes."""
@@ -172,7 +194,10 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Runs to the end, from the configured checkpoint if there is one; returns the last logged metrics."""
         callbacks = [*self.callbacks, _Remember(self)]
-        return run_training(self.config, table=self.table, base=self.base, callbacks=callbacks)
+        table = copy(self.table)
+        if table is not None:
+            table.heldout = self.heldout
+        return run_training(self.config, table=table, base=self.base, callbacks=callbacks)
 
     def generate(
         self,

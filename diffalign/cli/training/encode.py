@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.models.loading.encoder import Encoder
     from diffalign.training.build import load_run_base
     from diffalign.training.build_source import encode_run, processes_of
+    from diffalign.training.heldout.build import encoded_as
     from diffalign.training.open_data import open_table
     from diffalign.training.processes import make_state
     from diffalign.training.remedies import with_remedies
@@ -42,7 +43,11 @@ def run(args: argparse.Namespace) -> None:
         encoder = Encoder(base, state.device)
         resolution = config.data.resolution or base.family.default_resolution
         encode_run(config.data, config.seed, table, encoder, resolution, processes_of(state))
+        if (heldout := table.heldout) is not None:
+            data = encoded_as(config.data, heldout)
+            encode_run(data, config.validation.pairs_seed, heldout, encoder, resolution, processes_of(state))
         state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{config.data.cache_dir} holds {len(table)} pairs at {resolution} pixels")
+        measured = "" if table.heldout is None else f" and {len(table.heldout)} held-out ones"
+        print(f"{config.data.cache_dir} holds {len(table)} pairs{measured} at {resolution} pixels")
         print_next(["train", str(args.config), *args.overrides])

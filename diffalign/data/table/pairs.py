@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ class PairTable:
         self.columns, self.layout, self.invert_preference = columns, layout, invert_preference
         self.format, self.storage, self.total_rows = layout.format, columns.storage, len(columns)
         self._users: tuple[Tensor, array[int]] | None = None  # embeddings [user dim], and each pair's row of them
+        self.heldout: PairTable | None = None  # pairs that a run on this table measures and does not train on
         self._take(index)
 
     def _take(self, index: Index) -> None:
@@ -112,7 +114,16 @@ class PairTable:
     def leave_out(self, kind: str, reasons: Mapping[int, str]) -> None:
         """Take pairs out of the table, by index with the reason for each, which goes to `problems`."""
         self.problems += [Problem(self.where(index), kind, reasons[index]) for index in sorted(reasons)]
-        places = [index for index in range(len(self)) if index not in reasons]
+        self._keep([index for index in range(len(self)) if index not in reasons])
+
+    def part(self, places: Sequence[int]) -> PairTable:
+        """A table of some of the pairs, in the order of `places`; the stored rows are shared."""
+        found = copy.copy(self)
+        found._keep(places)
+        return found
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Leaves only these pairs in the table."""
         by_file, found = set(self.index.by_file), self.index.select(places)
         for place, index in enumerate(places):
             if index in by_file:

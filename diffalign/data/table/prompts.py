@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diffalign.data.cells import read_prompt
 from diffalign.data.formats.columns import Columns
@@ -19,6 +19,9 @@ from diffalign.data.prompt_sets.fetch import set_prompts
 from diffalign.data.prompt_sets.known import named
 from diffalign.data.row import DataError, ImageError, Problem
 from diffalign.io.paths import expanded
+
+if TYPE_CHECKING:
+    from diffalign.data.table.pairs import PairTable
 
 COLUMNS = ("prompt", "caption")
 LONGEST_NAME = 255  # bytes that file systems allow; a longer text can only be a prompt
@@ -37,6 +40,7 @@ class Table(Protocol):
     prompts: list[str]
     problems: list[Problem]
     total_rows: int
+    heldout: PairTable | None  # pairs that a run on this table measures and does not train on
 
     def __len__(self) -> int: ...
 
@@ -53,6 +57,7 @@ class PromptTable:
         self.ids = [hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest() for prompt in self.prompts]
         self.problems: list[Problem] = []
         self.total_rows = len(self.prompts)
+        self.heldout: PairTable | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -16,6 +16,7 @@ from diffalign.data.formats.pickapic import PROMPT
 from diffalign.data.row import BAD_ROW, DUPLICATE, DataError, ImageError, ImageRef, Problem, check_size
 from diffalign.data.spec import AS_FOUND, DataSpec, Verify
 from diffalign.data.table.open import SeveralFormatsError, find_layout, open_columns, open_pairs
+from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.io.progress import Progress
 
@@ -42,6 +43,7 @@ class WinnerTable:
     def __init__(self, columns: Columns, parts: Mapping[str, str], verify: Verify, limit: int | None) -> None:
         self.columns, self.image = columns, parts["image"]
         self.total_rows = len(columns)
+        self.heldout: PairTable | None = None
         self.problems: list[Problem] = []
         self.ids: list[str] = []
         self.prompts: list[str] = []

@@ -15,6 +15,7 @@ Every process calls every callback in the order of the list; what only one proce
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,14 @@ class TrainingState:
     metrics: dict[str, float] = field(default_factory=dict)  # means of the last log
     meter: Meter = field(default_factory=Meter)  # sums since the last log
     return_to: Path | None = None  # an earlier checkpoint to continue from
+    weights_of: int | None = None  # the step whose weights are the final ones; None: the last
+
+    def begin(self) -> None:
+        """Gives the callbacks their states from the checkpoint that the run was restored from, if any, and starts."""
+        if self.run.restored_from is not None:
+            for name, callback in named(self.callbacks):
+                callback.load_state(self.run.callback_states.get(name, {}), self.run.restored_from)
+        self.call("on_train_begin")
 
     def call(self, event: str, *details: Any) -> None:
         """Calls the method `event` of each callback in turn; those after one that sets `return_to` are left out."""
@@ -61,11 +70,38 @@ class Callback:
     def on_checkpoint(self, state: TrainingState, folder: Path) -> None:
         """Called once a checkpoint is written to `folder`."""
 
+    def on_stop(self, state: TrainingState) -> None:
+        """Called after the last step, before the final weights are written."""
+
     def on_train_end(self, state: TrainingState) -> None:
         """Called once the final weights are written."""
 
     def close(self) -> None:
         """Called when the run ends, also by an error."""
+
+    def save_state(self, folder: Path) -> dict[str, Any]:
+        """What this callback needs to continue, as plain values for a checkpoint; files may go into its folder.
+
+        Only the main process calls it.
+        """
+        return {}
+
+    def load_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Called in every process before `on_train_begin` with what `save_state` gave, after resuming from `folder`.
+
+        Empty where the checkpoint has none.
+        """
+
+
+def named(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
+    """Callbacks with names that are the same in a resumed run: the class, and a number from the second of it on."""
+    found: list[tuple[str, Callback]] = []
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        name = f"{type(callback).__module__}.{type(callback).__qualname__}"
+        seen[name] += 1
+        found.append((name if seen[name] == 1 else f"{name}#{seen[name]}", callback))
+    return found
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:

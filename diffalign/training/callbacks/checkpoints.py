@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from diffalign.training.callbacks.base import Callback, TrainingState
+from pathlib import Path
+from typing import Any
+
+from diffalign.training.callbacks.base import Callback, TrainingState, named
 from diffalign.training.checkpoints.run_state import save_run
 
 
@@ -17,4 +20,10 @@ class Checkpoints(Callback):
         """Writes one where it is due."""
         if state.should_save or (self.every is not None and state.step % self.every == 0):
             state.should_save = False
-            state.call("on_checkpoint", save_run(state.run, state.step))
+            state.call("on_checkpoint", save_run(state.run, state.step, lambda folder: _states(state, folder)))
+
+
+def _states(state: TrainingState, folder: Path) -> dict[str, dict[str, Any]]:
+    """What each callback needs to continue, by its name; nothing of those that need nothing."""
+    found = {name: callback.save_state(folder) for name, callback in named(state.callbacks)}
+    return {name: values for name, values in found.items() if values}

@@ -113,8 +113,7 @@ class Health(Callback):
     def _record(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         if self.run.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+            add_event(self.path, event)
 
     def _begin(self, start: int) -> None:
         """Reads the run's own files as they were at `start`; the same in every process."""
@@ -138,6 +137,12 @@ class Health(Callback):
             factor = self.settings.lr_factor**self.roll_backs
             groups = len(self.run.optimizer.param_groups)
             set_rates(self.run.optimizer, self.run.lr_scheduler, [self.run.lr * factor] * groups)
+
+
+def add_event(path: Path, event: Mapping[str, Any]) -> None:
+    """Appends an event of a run to its file."""
+    with path.open("a") as file:
+        file.write(json.dumps(event) + "\n")
 
 
 def _before(events: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:

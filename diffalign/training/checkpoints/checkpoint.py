@@ -4,6 +4,7 @@
     output_dir/checkpoint-N/config.yaml                                  the settings, resolved
     output_dir/checkpoint-N/training_state.pt                            optimiser, lr schedule, scaler, EMA, step
     output_dir/checkpoint-N/source.json                                  the state of a source that generates its pairs
+    output_dir/checkpoint-N/best/                                        the best weights so far, by held-out pairs
     output_dir/checkpoint-N/manifest.json                                sizes and hashes of all of these
 
 The order of the data and every draw follow from (seed, step), so neither needs saving. A checkpoint is written to a
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 SOURCE_FILE = "source.json"
+BEST = "best"  # folder of the best weights by held-out pairs, in a run's folder and in each checkpoint
 NO_ROOM = "the checkpoints there are intact. Free some space, or name an output_dir on another disk, and resume"
 _logged: set[tuple[Path, str]] = set()  # damage that was logged already
 _checked: dict[Path, tuple[object, str | None]] = {}  # sizes and times of a checkpoint's files, and its damage

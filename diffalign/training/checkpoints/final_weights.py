@@ -16,7 +16,7 @@ from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, 
 from diffalign.io.manifest import MANIFEST
 from diffalign.models.adapters.methods import known_layouts
 from diffalign.training.build_source import SOURCE_FOLDER
-from diffalign.training.checkpoints.checkpoint import NO_ROOM, CheckpointError, checkpoints, remove_partial
+from diffalign.training.checkpoints.checkpoint import BEST, NO_ROOM, CheckpointError, checkpoints, remove_partial
 from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE
 
 PREFERENCE_MODEL = "preference_model"  # the folder that a run which trains one writes
@@ -81,7 +81,7 @@ def clear_output(output_dir: Path) -> None:
         shutil.rmtree(old)
     for name in weight_names():
         remove(output_dir / name)
-    for name in ("logs", "validation", SOURCE_FOLDER):
+    for name in ("logs", "validation", BEST, SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (MANIFEST, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)

@@ -30,6 +30,8 @@ def run_identity(config: AnyConfig, table: Table, base: Base) -> Identity:
     for place, encoder in enumerate(base.text.models if base.text is not None else ()):
         model[f"text encoder {place + 1}"] = outline(encoder)
     identity = {"data": data_identity(table, contents=_has_cache(config)), "base": model}
+    if table.heldout is not None:
+        identity["heldout"] = data_identity(table.heldout, contents=_has_cache(config))
     if isinstance(config, Config) and config.tuning.reference is not None:
         identity["reference"] = {"weights": outline_files(find_tuned(config.tuning.reference).path)}
     return identity
@@ -62,9 +64,10 @@ def _compare(config: AnyConfig, folder: Path, identity: Identity) -> None:
 
 
 def _line(config: AnyConfig, section: str, name: str, was: str, now: str) -> str:
-    if section == "data":
+    if section in ("data", "heldout"):
         numbers = f": {was} then, {now} now" if name == "pairs" else " changed"
-        return f"data.path {config.data.path}: {WORDS[name]}{numbers}"
+        path = f"data.path {config.data.path}" if section == "data" else "validation.pairs"
+        return f"{path}: {WORDS[name]}{numbers}"
     if section == "reference":
         return f"tuning.reference {getattr(config, 'tuning').reference}: other weights"  # noqa: B009
     what = "another noise schedule" if name == "noise schedule" else f"another {name}"

@@ -6,8 +6,9 @@ The main process writes and the others wait. Nothing is written while a trained 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +32,27 @@ from diffalign.training.trainable import Trainable, TrainingError
 
 log = logging.getLogger(__name__)
 
+CallbackStates = Callable[[Path], dict[str, dict[str, Any]]]
 
-def save_run(run: Trainable, step: int) -> Path:
-    """Writes checkpoint-`step` and returns its folder. Raises TrainingError for weights that are not finite."""
+
+def _no_states(folder: Path) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def save_run(run: Trainable, step: int, callback_states: CallbackStates = _no_states) -> Path:
+    """Writes checkpoint-`step` and returns its folder. Raises TrainingError for weights that are not finite.
+
+    callback_states: writes the callbacks' files into a folder and returns their states by name.
+    """
     ensure_finite(run.parameters, run.output_dir, step)
     training, forwards = run.config.training, run.unet_forwards()
+
+    states: dict[str, dict[str, Any]] = {}
 
     def save_weights(folder: Path) -> None:
         run.save_weights(folder)
         save_config(run.config, folder / "config.yaml")
+        states.update(callback_states(folder))
 
     if run.accelerator.is_main_process:
         state = {
@@ -50,6 +63,7 @@ def save_run(run: Trainable, step: int) -> Path:
             "pairs_per_step": run.pairs_per_step,
             "unet_forwards": forwards,
             "max_train_steps": training.max_train_steps,
+            "callbacks": states,  # filled while the weights are written
         }
         content = Checkpoint(
             step, save_weights, state, run.source.state_dict(), run.identity, tensor_bytes(run.parameters)
@@ -113,6 +127,7 @@ def restore(run: Trainable, folder: Path) -> int:
         run.ema.load_state_dict(ema)
         run.ema.to(run.accelerator.device)
     run.source.load_state_dict(load_source_state(folder))
+    run.callback_states, run.restored_from = state.get("callbacks", {}), folder
     run.networks.image_forwards = state.get("unet_forwards", 0) if run.accelerator.is_main_process else 0
     log.info("resumed from %s", folder)
     if run.accelerator.is_main_process:

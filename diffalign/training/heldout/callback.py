@@ -1,0 +1,40 @@
+"""The callback that measures held-out pairs and adds their metrics to the log."""
+
+from __future__ import annotations
+
+import logging
+
+from accelerate.utils import gather_object
+
+from diffalign.data.row import DataError
+from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign.training.heldout.estimates import estimates
+from diffalign.training.heldout.measure import FixedPoints, PointValues
+from diffalign.training.processes import on_main
+from diffalign.training.trainable import Run
+
+log = logging.getLogger(__name__)
+
+
+class HeldOut(Callback):
+    """Measures every `validation.pairs_every` steps and at the last one, with the EMA weights if there are any."""
+
+    def __init__(self, run: Run, points: FixedPoints) -> None:
+        self.run, self.points = run, points
+        self.every = run.config.validation.pairs_every
+
+    def on_log(self, state: TrainingState) -> None:
+        """Adds `heldout/…` to the metrics of a step at which a measurement is due."""
+        if state.should_stop or state.step % self.every == 0:
+            state.metrics |= self.measure()
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of the policy as it is now, the same in all processes, each of which calls this."""
+        run = self.run
+        with run.averaged_weights():
+            own = self.points.values(run.objective, run.networks)
+        found: list[PointValues] = gather_object(own) if run.accelerator.num_processes > 1 else own
+        if not found:
+            raise DataError("validation.pairs: no held-out pair can be read; `diffalign data check` says why")
+        table, timesteps = self.points.source.table, run.networks.schedule.num_train_timesteps
+        return on_main(run.accelerator, lambda: estimates(found, table.prompts, timesteps))
