@@ -63,6 +63,12 @@ SCORERS = {
         "standard deviations of the training reward, about -2.5 to 2",
         "THUDM/ImageReward (ImageReward.pt), tokenizer of google-bert/bert-base-uncased",
     ),
+    "hpsv3": ScorerEntry(
+        "diffalign.rewards.released.hpsv3:HPSv3",
+        "mu in logits, about -5 to 15",
+        "MizzenAI/HPSv3 (17 GB), config and tokenizer of Qwen/Qwen2-VL-7B-Instruct, the wording in hpsv3==1.0.0",
+        "MIT*",
+    ),
     "mps": ScorerEntry(
         "diffalign.rewards.released.mps:MPS",
         "exp(scale) * cos in logits",
