@@ -59,7 +59,7 @@ def compare(
     of_base = _measure(base, judges.every)
     rows, models = of_base.rows(BASE, 0), []
     for name, runs in tuned.items():
-        measured = [_measure(_in_order(name, run, base), judges.every) for run in runs]
+        measured = [_measure(in_order(name, run, base), judges.every) for run in runs]
         rows += [row for number, run in enumerate(measured) for row in run.rows(name, number)]
         models.append(_against_base(name, measured, of_base, judges))
     prompts = unique(image.prompt for image in base)
@@ -107,7 +107,7 @@ def _against_base(name: str, runs: Sequence[_Measured], base: _Measured, judges:
     )
 
 
-def _in_order(name: str, run: Sequence[GeneratedImage], base: Sequence[GeneratedImage]) -> list[GeneratedImage]:
+def in_order(name: str, run: Sequence[GeneratedImage], base: Sequence[GeneratedImage]) -> list[GeneratedImage]:
     """The run's images in the base's order."""
     keys = [(image.prompt, image.seed) for image in base]
     found = {(image.prompt, image.seed): image for image in run}

@@ -60,7 +60,7 @@ class Result:
 
     def to_json(self) -> str:
         """Indented JSON; NaN (an interval that does not exist) becomes null."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, file: str | Path) -> None:
         """The JSON to a file."""
@@ -101,13 +101,13 @@ class Result:
             score = model.scores[scorer]
             row = [
                 model.name,
-                _interval(score.gain, digits, sign=True),
+                interval_text(score.gain, digits, sign=True),
                 f"{score.wins}/{score.ties}/{score.losses}",
-                _interval(score.win_rate, 3),
+                interval_text(score.win_rate, 3),
             ]
             if model.faithfulness:
-                row.append(f"{model.faithfulness.tuned:.3f} ({_interval(model.faithfulness.gain, 3, sign=True)})")
-            row += [_interval(model.diversity, 2) if model.diversity else "-", str(score.runs)]
+                row.append(f"{model.faithfulness.tuned:.3f} ({interval_text(model.faithfulness.gain, 3, sign=True)})")
+            row += [interval_text(model.diversity, 2) if model.diversity else "-", str(score.runs)]
             rows.append(row)
         return "\n".join([head, *aligned(rows)])
 
@@ -123,7 +123,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
+def interval_text(estimate: Estimate, digits: int, sign: bool = False) -> str:
+    """A value with its interval, as it stands in tables."""
     style = f"{'+' if sign else ''}z.{digits}f"  # z: zero has no minus
     if math.isnan(estimate.low):
         return f"{estimate.value:{style}} [no interval]"
@@ -136,11 +137,12 @@ def aligned(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: NaN and infinity become null."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

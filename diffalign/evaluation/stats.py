@@ -192,7 +192,7 @@ def _resampled(top: Floats, bottom: Floats, bootstrap: Bootstrap) -> Estimate:
     if prompts < 2:
         return Estimate(value, float("nan"), float("nan"))
     rng = np.random.default_rng(bootstrap.seed)
-    draws = [(w @ top.sum(0)) / (w @ bottom.sum(0)) for w in _prompt_weights(rng, prompts, bootstrap.resamples)]
+    draws = [(w @ top.sum(0)) / (w @ bottom.sum(0)) for w in prompt_weights(rng, prompts, bootstrap.resamples)]
     tail = (1 - bootstrap.level) / 2
     low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])
     total, freedom = _variance(top, bottom)
@@ -232,7 +232,7 @@ def wilson(rate: float, n: float, level: float = 0.95) -> Floats:
     return np.array([centre - half, centre + half]) / (1 + z2 / n)
 
 
-def _prompt_weights(rng: np.random.Generator, prompts: int, resamples: int) -> Iterator[Floats]:
+def prompt_weights(rng: np.random.Generator, prompts: int, resamples: int) -> Iterator[Floats]:
     """How often each prompt is drawn in each resample, in chunks "resample prompt"."""
     for start in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - start)
