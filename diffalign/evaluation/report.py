@@ -60,7 +60,7 @@ class Result:
 
     def to_json(self) -> str:
         """Indented JSON; NaN (an interval that does not exist) becomes null."""
-        return json.dumps(plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(without_nan(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, file: str | Path) -> None:
         """The JSON to a file."""
@@ -137,12 +137,12 @@ def aligned(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def plain(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """A value as JSON has it: NaN and infinity become null."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [without_nan(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

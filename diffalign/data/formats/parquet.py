@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import pyarrow.parquet as pq
 from diffalign.data.formats.arrow_values import plain
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import DataError, stand_in
+from diffalign.io.files import written_whole
 
 log = logging.getLogger(__name__)
 
 SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs about as much as decoding the pair
 _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
+PAIRS_PER_GROUP = 16  # rows of a row group that is written, which is what reading one row costs
 MEMORY_BYTES = 128 << 20  # of row groups in memory, in each process
 
 
@@ -198,3 +201,11 @@ def _metadata(file: Path) -> pq.FileMetaData:
             if (instead := stand_in(opened.read(64))) is not None:
                 raise DataError(f"{file}: {instead}") from error
         raise DataError(f"{file} is not a readable parquet file ({error}); download it again") from error
+
+
+def write_rows(file: Path, schema: Mapping[str, pa.DataType], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as a file, of which a few are in memory at a time; the file appears complete or not at all."""
+    names, rest = pa.schema(dict(schema)), iter(rows)
+    with written_whole(file) as partial, pq.ParquetWriter(partial, names) as writer:
+        while group := list(islice(rest, PAIRS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist([dict(row) for row in group], names))

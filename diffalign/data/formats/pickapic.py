@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diffalign.data.row import BAD_LABEL, NO_LABEL, TIE
@@ -60,6 +61,20 @@ def layout(found: Mapping[str, str]) -> Layout:
         user=found.get("user"),
         user_embed=found.get("user_embed"),
     )
+
+
+def write_pickapic(file: Path, rows: Iterable[Mapping[str, Any]], *, scored: bool = False) -> None:
+    """Writes rows of caption, jpg_0 and jpg_1 (encoded images), label_0, label_1, has_label, are_different, the images'
+    uids and, with `scored`, score_0 and score_1, as parquet. The file appears complete or not at all."""
+    import pyarrow as pa
+
+    from diffalign.data.formats.parquet import write_rows
+
+    columns = {"caption": pa.string(), "jpg_0": pa.binary(), "jpg_1": pa.binary()}
+    columns |= {"label_0": pa.float64(), "label_1": pa.float64(), "has_label": pa.bool_(), "are_different": pa.bool_()}
+    columns |= {"image_0_uid": pa.string(), "image_1_uid": pa.string()}
+    scores = {"score_0": pa.float64(), "score_1": pa.float64()} if scored else {}
+    write_rows(file, columns | scores, rows)
 
 
 def judge(label_0: Any, label_1: Any, has_label: Any = True) -> int | tuple[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "rejected_score": ("rejected_score", "score_rejected"),
     **USER,
 }
-PAIRS_PER_GROUP = 16  # rows of a parquet row group, which is what reading one row costs
 OPTIONAL = frozenset({"uid", "chosen_score", "rejected_score", *USER})
 
 
@@ -43,16 +40,8 @@ def write_preferences(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     A few rows are in memory at a time; the file appears complete or not at all.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from diffalign.data.formats.parquet import write_rows
 
     columns = {"prompt": pa.string(), "chosen": pa.binary(), "rejected": pa.binary()}
-    schema = pa.schema({**columns, "chosen_score": pa.float64(), "rejected_score": pa.float64()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial, rest = file.with_name(f".{file.name}.{uuid.uuid4().hex}"), iter(rows)
-    try:
-        with pq.ParquetWriter(partial, schema) as writer:
-            while group := list(islice(rest, PAIRS_PER_GROUP)):
-                writer.write_table(pa.Table.from_pylist([dict(row) for row in group], schema))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_rows(file, {**columns, "chosen_score": pa.float64(), "rejected_score": pa.float64()}, rows)

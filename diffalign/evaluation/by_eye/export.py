@@ -7,6 +7,7 @@ images are those of the source, byte for byte.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffalign.data.formats.pickapic import write_pickapic
 from diffalign.data.row import ImageRef
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError, ExistingFileError
-from diffalign.evaluation.by_eye.plan import Comparison, Material, digest
+from diffalign.evaluation.by_eye.plan import ImagePair, Material, digest
 from diffalign.evaluation.by_eye.votes import Event
 from diffalign.io.files import written_whole
 
@@ -31,8 +32,8 @@ class Written:
 
     pairs: int
     ties: int  # written with labels .5 and .5 (parquet), or left out (folder)
-    unjudged: int  # without a vote, or skipped
-    kept: int  # of the unjudged ones: written with their old label
+    unjudged: int  # comparisons without a vote, or skipped
+    kept: int  # pairs written with their old label
 
 
 def labels(votes: Mapping[str, Mapping[str, Event]], of: str = MAJORITY) -> dict[str, Label]:
@@ -61,24 +62,26 @@ def write_labelled(
     """
     label: dict[str, Label] = dict(found)
     before = {id: place for place, id in enumerate(old.ids)} if old is not None else {}
-    known = [each for each in material.plan.comparisons if each.id in label]
-    kept = []
+    every = material.plan.comparisons
+    unjudged = sum(each.id not in label for each in every)
     if keep and old is not None:
-        kept = [each for each in material.plan.comparisons if each.id not in label]
-        label |= {each.id: "tie" if old.tie(before[each.id]) else "first" for each in kept}
-    chosen = [each for each in material.plan.comparisons if each.id in label]
+        every = [ImagePair(id, prompt, ("chosen", "rejected")) for id, prompt in zip(old.ids, old.prompts, strict=True)]
+        label = {id: "tie" if old.tie(place) else "first" for id, place in before.items()} | label
+    chosen = [each for each in every if each.id in label]
     ties = sum(label[each.id] == "tie" for each in chosen)
     if len(chosen) == ties:
         raise DiffalignError(f"{out}: no pair has a preferred image ({len(chosen)} ties); judge some pairs first")
     scored = old is not None and old.layout.scores is not None
     if out.suffix == ".parquet":
-        write_pickapic(out, (_row(each, material, label, old if scored else None, before) for each in chosen), scored)
+        write_pickapic(
+            out, (_row(each, material, label, old if scored else None, before) for each in chosen), scored=scored
+        )
     else:
         _write_folder(out, [each for each in chosen if label[each.id] != "tie"], material, label)
-    return Written(len(chosen) - ties, ties, len(material.plan.comparisons) - len(known), len(kept))
+    return Written(len(chosen) - ties, ties, unjudged, len(chosen) - len(found))
 
 
-def check_out(out: Path) -> None:
+def check_pairs_out(out: Path) -> None:
     """Raises DiffalignError unless pairs can be written to a file or folder of this name, before anybody judges."""
     if out.suffix not in (".parquet", ""):
         raise DiffalignError(f"{out}: pairs are written to a .parquet file, or to a folder, whose name has no ending")
@@ -87,7 +90,7 @@ def check_out(out: Path) -> None:
 
 
 def _row(
-    each: Comparison, material: Material, label: Mapping[str, Label], old: PairTable | None, places: Mapping[str, int]
+    each: ImagePair, material: Material, label: Mapping[str, Label], old: PairTable | None, places: Mapping[str, int]
 ) -> dict[str, object]:
     """The columns of one pair."""
     swapped = digest("export", material.plan.seed, each.id)[0] & 1
@@ -107,17 +110,19 @@ def _row(
     return row
 
 
-def _write_folder(out: Path, pairs: list[Comparison], material: Material, label: Mapping[str, Label]) -> None:
+def _write_folder(out: Path, pairs: list[ImagePair], material: Material, label: Mapping[str, Label]) -> None:
     width = len(str(len(pairs)))
     with written_whole(out, what="the pairs") as partial:
         for side in ("chosen", "rejected"):
             (partial / side).mkdir(parents=True)
+        captions = {f"{number:0{width}}": each.prompt for number, each in enumerate(pairs)}
+        text = json.dumps(captions, ensure_ascii=False, indent=1)
+        (partial / "captions.json").write_text(text + "\n", encoding="utf-8")
         for number, each in enumerate(pairs):
             images, name = material.images(each.id), f"{number:0{width}}"
             for side, ref in zip(("chosen", "rejected"), images if label[each.id] == "first" else images[::-1]):
                 data = ref.read()
                 (partial / side / f"{name}{_ending(data, ref)}").write_bytes(data)
-            (partial / f"{name}.txt").write_text(each.prompt + "\n", encoding="utf-8")
 
 
 def _ending(data: bytes, ref: ImageRef) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign.evaluation.by_eye.agreement import Agreement, agreements
-from diffalign.evaluation.by_eye.plan import Kind, Plan, read_plan
+from diffalign.evaluation.by_eye.plan import Kind, VotePlan, read_plan
 from diffalign.evaluation.by_eye.votes import Event, read_votes
-from diffalign.evaluation.report import aligned, interval_text, plain
+from diffalign.evaluation.report import aligned, interval_text, without_nan
 from diffalign.evaluation.stats import Estimate, share
 
 POOLED = "all"  # in tables: the votes of all annotators together
@@ -23,7 +23,7 @@ VALUES = {"first": 0.0, "second": 1.0, "tie": 0.5}
 
 
 @dataclass(frozen=True)
-class Progress:
+class Judged:
     """How far an annotator came."""
 
     annotator: str
@@ -53,7 +53,7 @@ class Outcome:
     comparisons: int
     prompts: int
     identical: int
-    progress: list[Progress]
+    progress: list[Judged]
     agreement: list[Agreement]
     win_rates: list[WinRate]  # empty where nobody has begun, and for pairs that are labelled
 
@@ -71,7 +71,7 @@ class Outcome:
 
     def to_json(self) -> str:
         """Indented JSON; a number that does not exist is null."""
-        return json.dumps(plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(without_nan(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _progress(self) -> str:
         head = f"{self.comparisons} pairs of {self.prompts} prompts"
@@ -107,7 +107,7 @@ def read_outcome(folder: Path) -> Outcome:
     return outcome(read_plan(folder), read_votes(folder))
 
 
-def outcome(plan: Plan, votes: Mapping[str, Mapping[str, Event]]) -> Outcome:
+def outcome(plan: VotePlan, votes: Mapping[str, Mapping[str, Event]]) -> Outcome:
     """What the votes (by annotator and pair) on a plan say."""
     prompts = {each.id: each.prompt for each in plan.comparisons}
     return Outcome(
@@ -121,22 +121,26 @@ def outcome(plan: Plan, votes: Mapping[str, Mapping[str, Event]]) -> Outcome:
     )
 
 
-def _progress(name: str, votes: Mapping[str, Event], prompts: Mapping[str, str]) -> Progress:
+def _progress(name: str, votes: Mapping[str, Event], prompts: Mapping[str, str]) -> Judged:
     decided = [event for event in votes.values() if event.vote in ("first", "second")]
     left = [float((event.vote == "second") == bool(event.left)) for event in decided]
     bias = share(left, [prompts[event.pair] for event in decided]) if decided else None
-    return Progress(name, len(votes), sum(event.vote == "skip" for event in votes.values()), bias)
+    return Judged(name, len(votes), sum(event.vote == "skip" for event in votes.values()), bias)
 
 
-def _win_rates(plan: Plan, votes: Mapping[str, Mapping[str, Event]]) -> list[WinRate]:
+def _win_rates(plan: VotePlan, votes: Mapping[str, Mapping[str, Event]]) -> list[WinRate]:
     """Of each model: all votes together and, where there are several, each annotator's."""
     models = dict.fromkeys(each.names[1] for each in (*plan.comparisons, *plan.identical))
     groups: dict[str, list[str]] = {POOLED: list(votes)} if len(votes) > 1 else {}
     groups |= {name: [name] for name in votes}
-    return [_win_rate(plan, model, name, [votes[each] for each in some]) for model in models for name, some in groups.items()]
+    return [
+        _win_rate(plan, model, name, [votes[each] for each in some])
+        for model in models
+        for name, some in groups.items()
+    ]
 
 
-def _win_rate(plan: Plan, model: str, name: str, votes: list[Mapping[str, Event]]) -> WinRate:
+def _win_rate(plan: VotePlan, model: str, name: str, votes: list[Mapping[str, Event]]) -> WinRate:
     values, prompts, skipped = [], [], 0
     for some in votes:
         for each in plan.comparisons:

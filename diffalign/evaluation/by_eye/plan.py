@@ -23,7 +23,7 @@ Kind = Literal["label", "relabel", "blind"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ImagePair:
     """Two images of one prompt, a first and a second. `names` say whose they are; the page does not show them."""
 
     id: str
@@ -32,7 +32,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Plan:
+class VotePlan:
     """The comparisons of one folder of votes.
 
     `identical`: those whose images are equal to the byte. Nobody is asked; `blind` counts them as ties.
@@ -40,13 +40,13 @@ class Plan:
 
     kind: Kind
     seed: int
-    comparisons: Sequence[Comparison]
-    identical: Sequence[Comparison] = ()
+    comparisons: Sequence[ImagePair]
+    identical: Sequence[ImagePair] = ()
 
     def record(self) -> dict[str, Any]:
         """The plan as JSON has it."""
 
-        def rows(some: Sequence[Comparison]) -> list[dict[str, Any]]:
+        def rows(some: Sequence[ImagePair]) -> list[dict[str, Any]]:
             return [{"id": each.id, "prompt": each.prompt, "names": list(each.names)} for each in some]
 
         return {
@@ -62,7 +62,7 @@ class Plan:
 class Material:
     """A plan with its images, which are opened when they are shown."""
 
-    plan: Plan
+    plan: VotePlan
     images: Callable[[str], tuple[ImageRef, ImageRef]]  # the first and second image of a comparison, by its id
     notes: Sequence[str] = ()  # what is in no comparison, and why
 
@@ -71,7 +71,7 @@ class Material:
 class Shown:
     """A comparison at its place in an annotator's order."""
 
-    comparison: Comparison
+    comparison: ImagePair
     left: int  # which of its images stands on the left
 
 
@@ -80,14 +80,14 @@ def digest(*parts: str | int) -> bytes:
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
 
 
-def order_of(plan: Plan, annotator: str) -> list[Shown]:
+def order_of(plan: VotePlan, annotator: str) -> list[Shown]:
     """The comparisons in the order in which an annotator sees them."""
     keys = [digest("order", plan.seed, annotator, each.id) for each in plan.comparisons]
     found = sorted(zip(keys, plan.comparisons), key=lambda pair: pair[0])
     return [Shown(each, digest("side", plan.seed, annotator, each.id)[0] & 1) for _, each in found]
 
 
-def store_plan(folder: Path, plan: Plan) -> None:
+def store_plan(folder: Path, plan: VotePlan) -> None:
     """Writes the plan to a folder of votes, or checks that the one that is there is the same.
 
     Raises DiffalignError for another plan: votes on other images, or in another order, would be mixed.
@@ -103,15 +103,15 @@ def store_plan(folder: Path, plan: Plan) -> None:
         partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path) -> VotePlan:
     """The plan of a folder of votes. Raises MissingFileError without one, and DiffalignError."""
     record = _record(folder)
 
-    def some(field: str) -> list[Comparison]:
-        return [Comparison(row["id"], row["prompt"], (row["names"][0], row["names"][1])) for row in record[field]]
+    def some(field: str) -> list[ImagePair]:
+        return [ImagePair(row["id"], row["prompt"], (row["names"][0], row["names"][1])) for row in record[field]]
 
     try:
-        return Plan(record["kind"], record["seed"], some("comparisons"), some("identical"))
+        return VotePlan(record["kind"], record["seed"], some("comparisons"), some("identical"))
     except (KeyError, TypeError, IndexError) as error:
         raise DiffalignError(f"{folder / PLAN} is not a plan ({error!r:.80}); restore the file") from None
 

@@ -12,7 +12,7 @@ from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.by_eye.plan import Comparison, Kind, Material, Plan, digest
+from diffalign.evaluation.by_eye.plan import ImagePair, Kind, Material, VotePlan, digest
 from diffalign.evaluation.compare import in_order
 from diffalign.evaluation.manifest import GeneratedImage, read_image_manifest
 from diffalign.evaluation.report import BASE, check_name
@@ -51,7 +51,7 @@ def from_images(folders: Sequence[str | Path], selection: Selection = ALL) -> Ma
         for i, j in list(_rounds(len(contents)))[:count]:
             sides = by_content[contents[i]], by_content[contents[j]]
             id = digest("label", prompt, *sorted((contents[i], contents[j]))).hex()
-            comparisons.append(Comparison(id, prompt, (_name(sides[0]), _name(sides[1]))))
+            comparisons.append(ImagePair(id, prompt, (_name(sides[0]), _name(sides[1]))))
             images[id] = sides
     alone = sum(len(some) == 1 for some in by_prompt.values())
     if not comparisons:
@@ -83,7 +83,7 @@ def from_pairs(path: str, selection: Selection = ALL, without: Sequence[str] = (
             f"--without {' '.join(lost)}"
         )
     places = {id: index for index, id in enumerate(table.ids)}
-    comparisons = [Comparison(id, table.prompts[i], ("chosen", "rejected")) for id, i in places.items()]
+    comparisons = [ImagePair(id, table.prompts[i], ("chosen", "rejected")) for id, i in places.items()]
 
     def images(id: str) -> tuple[ImageRef, ImageRef]:
         pair = table[places[id]]
@@ -102,13 +102,13 @@ def from_models(base: str | Path, others: Mapping[str, str | Path], selection: S
         check_name(name)
     of_base = list(_hashed(read_image_manifest(base, complete=True)))
     images: Images = {}
-    comparisons: list[Comparison] = []
-    equal: list[Comparison] = []
+    comparisons: list[ImagePair] = []
+    equal: list[ImagePair] = []
     for name, folder in others.items():
         tuned = in_order(name, read_image_manifest(folder, complete=True), [image for image, _ in of_base])
         for (image, content), (other, found) in zip(of_base, _hashed(tuned), strict=True):
             id = digest("blind", name, image.prompt, image.seed, content, found).hex()
-            (equal if content == found else comparisons).append(Comparison(id, image.prompt, (BASE, name)))
+            (equal if content == found else comparisons).append(ImagePair(id, image.prompt, (BASE, name)))
             images[id] = _ref(image), _ref(other)
     if not comparisons:
         raise DiffalignError(f"every image of {', '.join(others)} equals the base's: there is nothing to compare")
@@ -118,11 +118,11 @@ def from_models(base: str | Path, others: Mapping[str, str | Path], selection: S
 
 def _material(
     kind: Kind,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[ImagePair],
     images: Callable[[str], tuple[ImageRef, ImageRef]],
     selection: Selection,
     notes: Mapping[str, int],
-    equal: Sequence[Comparison] = (),
+    equal: Sequence[ImagePair] = (),
 ) -> Material:
     """At most `limit` comparisons, equal ones among them, the same for every annotator."""
     seed, limit = selection.seed, selection.limit
@@ -131,7 +131,7 @@ def _material(
     shown, tied = ([each for each in some if each.id in chosen] for some in (comparisons, equal))
     counts = {**notes, "comparisons are left out by --limit": len(comparisons) + len(equal) - len(drawn)}
     return Material(
-        Plan(kind, seed, shown, tied), images, [f"{count} {what}" for what, count in counts.items() if count]
+        VotePlan(kind, seed, shown, tied), images, [f"{count} {what}" for what, count in counts.items() if count]
     )
 
 
