@@ -69,6 +69,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "compare existing image folders",
             "compare images/base dpo=images/dpo --scorer pickscore",
         ),
+        "votes": (
+            "images.votes",
+            "report votes by eye: progress, agreement of annotators, the table of a blind comparison",
+            "votes votes --reveal",
+        ),
         "score": ("images.score", "score existing images", "score images --scorer pickscore"),
         "published": (
             "images.published",

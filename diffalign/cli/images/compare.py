@@ -8,8 +8,12 @@ from __future__ import annotations
 import argparse
 
 from diffalign.cli.common import device_of, named_paths, overwrite_argument, path, writable
+from diffalign.cli.images import by_eye
 from diffalign.cli.images.options import FOLDER_HELP, judging_arguments, scorer_arguments
+from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
+
+SCORED = ("--scorer", "--device", "--faithfulness", "--tie", "--overwrite")  # options that votes do not have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,23 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help=("images of the same prompts and seeds; give NAME again for runs that differ in their training seed"),
     )
-    scorer_arguments(parser, "may be repeated")
+    scorer_arguments(parser, "may be repeated", unless="--blind")
     judging_arguments(parser)
     parser.add_argument("--out", type=path, help="folder for result.json, table.txt, scores.jsonl and grid.png")
     overwrite_argument(parser)
+    parser.add_argument("--blind", action="store_true", help="vote on a page in the browser; --out has the votes")
+    by_eye.by_eye_arguments(parser, "--blind")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table of `evaluate` for existing images."""
+    """Prints the table of `evaluate` for existing images, or that of votes."""
+    by_eye.only_with(args, "--blind", args.blind, SCORED if args.blind else by_eye.NEEDS_PAGE)
+    if args.blind:
+        _vote(args)
+        return
     from diffalign.evaluation.compare import compare
     from diffalign.evaluation.evaluate import RESULT_FILES, write_result
     from diffalign.evaluation.manifest import read_image_manifest
     from diffalign.evaluation.report import BASE
     from diffalign.evaluation.scoring import Scoring, load_judges
 
-    others = named_paths(args.others, "")
-    if BASE in others:
-        raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
+    if not args.scorer:
+        raise DiffalignError("give --scorer NAME, or vote with --blind")
+    others = _others(args)
     if args.out is not None:
         writable([("--out", args.out / file) for file in RESULT_FILES], args.overwrite)
     base = read_image_manifest(args.base, complete=True)
@@ -50,3 +60,34 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         write_result(args.out, result, rows, {BASE: base, **{name: some[0] for name, some in runs.items()}})
         print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png")
+
+
+def _others(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The folders of each name. Raises DiffalignError for the base's name."""
+    from diffalign.evaluation.report import BASE
+
+    others = named_paths(args.others, "")
+    if BASE in others:
+        raise DiffalignError(f"{BASE}=…: that is the first folder's name; give another")
+    return others
+
+
+def _vote(args: argparse.Namespace) -> None:
+    """Serves the page, and prints the table of all votes in the folder when everything is judged."""
+    from diffalign.evaluation.by_eye.outcome import read_outcome
+    from diffalign.evaluation.by_eye.sources import from_models
+
+    if args.out is None:
+        raise DiffalignError("--blind needs --out FOLDER, where the votes are stored")
+    others = _others(args)
+    for name, folders in others.items():
+        if len(folders) > 1:
+            raise DiffalignError(f"'{name}' has {len(folders)} folders; with --blind, give each a name of its own")
+    material = from_models(args.base, {name: folder for name, (folder,) in others.items()}, by_eye.selection(args))
+
+    def result() -> str:
+        found = read_outcome(args.out)
+        return found.text() + ("" if found.done else "\n\nthe table comes when everything is judged")
+
+    by_eye.judge(args, material, args.out, result)
+    print_next(["votes", str(args.out)])

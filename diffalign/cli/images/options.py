@@ -96,10 +96,15 @@ def given_user(args: argparse.Namespace) -> list[float] | None:
     return open_users(args.users).mixed(parse_mixture(args.user)).tolist() if args.users else None
 
 
-def scorer_arguments(parser: argparse.ArgumentParser, how_many: str) -> None:
-    """The scorers and their device."""
+def scorer_arguments(parser: argparse.ArgumentParser, how_many: str, unless: str = "") -> None:
+    """The scorers and their device. unless: the flag without which a scorer is needed; the command checks that."""
+    more = f"; not with {unless}" if unless else ""
     parser.add_argument(
-        "--scorer", type=scorer, action="append", required=True, help=f"`diffalign list scorers`; {how_many}"
+        "--scorer",
+        type=scorer,
+        action="append",
+        required=not unless,
+        help=f"`diffalign list scorers`; {how_many}{more}",
     )
     parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
 

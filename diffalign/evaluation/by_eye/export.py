@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,13 +16,14 @@ from typing import Literal
 from diffalign.data.formats.pickapic import write_pickapic
 from diffalign.data.row import ImageRef
 from diffalign.data.table.pairs import PairTable
-from diffalign.errors import DiffalignError, ExistingFileError
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.plan import ImagePair, Material, digest
 from diffalign.evaluation.by_eye.votes import Event
-from diffalign.io.files import written_whole
+from diffalign.io.files import hash_file, list_files, written_whole
 
 Label = Literal["first", "second", "tie"]
 MAJORITY = "majority"
+WRITTEN = "written.json"
 _ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 
 
@@ -34,6 +35,12 @@ class Written:
     ties: int  # written with labels .5 and .5 (parquet), or left out (folder)
     unjudged: int  # comparisons without a vote, or skipped
     kept: int  # pairs written with their old label
+    in_folder: bool  # which has no place for ties
+
+    def __str__(self) -> str:
+        ties = "left out (a folder has no place for them)" if self.in_folder else "written with the labels .5 and .5"
+        kept = f"; {self.kept} with their old label" if self.kept else ""
+        return f"{self.pairs} pairs, and {self.ties} ties {ties}; {self.unjudged} not judged{kept}"
 
 
 def labels(votes: Mapping[str, Mapping[str, Event]], of: str = MAJORITY) -> dict[str, Label]:
@@ -78,15 +85,32 @@ def write_labelled(
         )
     else:
         _write_folder(out, [each for each in chosen if label[each.id] != "tie"], material, label)
-    return Written(len(chosen) - ties, ties, unjudged, len(chosen) - len(found))
+    return Written(len(chosen) - ties, ties, unjudged, len(chosen) - len(found), out.suffix != ".parquet")
 
 
 def check_pairs_out(out: Path) -> None:
     """Raises DiffalignError unless pairs can be written to a file or folder of this name, before anybody judges."""
     if out.suffix not in (".parquet", ""):
         raise DiffalignError(f"{out}: pairs are written to a .parquet file, or to a folder, whose name has no ending")
-    if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExistingFileError(f"{out} is not an empty folder; name a new one")
+
+
+def remember(out: Path, votes: Path) -> None:
+    """Notes in the folder of votes what was written, so that the next session may replace it."""
+    (votes / WRITTEN).write_text(json.dumps({"path": str(out.resolve()), "content": _content(out)}) + "\n")
+
+
+def is_ours(out: Path, votes: Path) -> bool:
+    """Whether `out` is what these votes wrote last, and nobody has changed it since."""
+    try:
+        noted = json.loads((votes / WRITTEN).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(noted, dict) and noted == {"path": str(out.resolve()), "content": _content(out)}
+
+
+def _content(out: Path) -> object:
+    """A hash of a file, or of each file of a folder by its name."""
+    return hash_file(out) if out.is_file() else {name: facts["sha256"] for name, facts in list_files(out).items()}
 
 
 def _row(

@@ -4,8 +4,8 @@ Python's own `http.server`: seven addresses, one reader, answers of a few kiloby
 somebody can judge. What matters here is what is refused, and no web framework does that unasked:
 
 - every path begins with a random token; a request without it is answered with 404, whatever it asks for;
-- the host must be this machine's (a page elsewhere that resolves its name to 127.0.0.1 is refused), and the origin, where
-  a browser states one, the page's own;
+- the host must be this machine's (a page elsewhere that resolves its name to 127.0.0.1 is refused), and the origin,
+  where a browser states one, the page's own;
 - images are named by two numbers, so no path comes from outside; they are encoded anew.
 """
 
@@ -126,11 +126,14 @@ class PageHandler(BaseHTTPRequestHandler):
         except (OSError, DiffalignError) as error:  # a full disk, an image that has gone
             self._json(507, {"error": str(error)})
 
-    def _refused(self) -> None:
-        self.close_connection = True
-        self._answer(404)
-
-    do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refused
+    def parse_request(self) -> bool:
+        """False where nothing is to be done: of other methods nothing is known."""
+        if not super().parse_request():
+            return False
+        if self.command not in ("GET", "POST"):
+            self._refuse(404)
+            return False
+        return True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged: their paths contain the token."""
@@ -143,25 +146,29 @@ class PageHandler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         token, slash, rest = path[1:].partition("/")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()) or not slash:
-            self.close_connection = True  # what follows in the request is not read
-            self._answer(404)
-        elif len(hosts) != 1 or name.lower() not in _HOSTS or (origin is not None and origin != f"http://{hosts[0]}"):
-            self.close_connection = True
-            self._answer(403)
-        elif site not in (None, "same-origin", "none"):
-            self.close_connection = True
-            self._answer(403)
+            self._refuse(404)
+        elif (
+            len(hosts) != 1
+            or name.lower() not in _HOSTS
+            or site not in (None, "same-origin", "none")
+            or (origin is not None and origin != f"http://{hosts[0]}")
+        ):
+            self._refuse(403)
         else:
             return rest
         return None
+
+    def _refuse(self, status: int) -> None:
+        """The content of the request is not read, so the connection ends."""
+        self.close_connection = True
+        self._answer(status)
 
     def _request(self) -> dict[str, Any] | None:
         """The JSON object of a request; None where it was refused."""
         length = self.headers.get("Content-Length", "")
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip()
         if not re.fullmatch(r"\d{1,6}", length) or int(length) > _LONGEST or kind != "application/json":
-            self.close_connection = True
-            self._answer(400)
+            self._refuse(400)
             return None
         try:
             found = json.loads(self.rfile.read(int(length)))

@@ -51,6 +51,8 @@ async function show(next) {
   } else {
     const both = await pair(state.current.place);
     frames.forEach((frame, side) => frame.replaceChildren(both[side]));
+    const most = (size) => Math.max(...both.map((image) => image[size] || 1));
+    document.getElementById("pair").style.setProperty("--ratio", most("naturalWidth") / most("naturalHeight"));
     text("prompt", state.current.prompt);
     document.querySelectorAll(".side").forEach((side) => side.classList.remove("chosen"));
     main.dataset.view = "pair";
