@@ -31,7 +31,7 @@ LOOPBACK = "127.0.0.1"
 PORT = 8765  # tried first, so that the address stays the same from day to day
 _HOSTS = (LOOPBACK, "localhost", "[::1]")  # how a browser may name this machine, also through an SSH tunnel
 _LONGEST = 4096  # bytes of a request's content
-_IMAGE = re.compile(r"image/(\d{1,9})/([01])")
+_IMAGE = re.compile(r"image/([0-9]{1,9})/([01])")
 _ALWAYS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; object-src 'none'",
@@ -120,7 +120,7 @@ class PageHandler(BaseHTTPRequestHandler):
             else:
                 self._answer(404)
         except StaleError as error:
-            self._json(409, {"error": str(error), "state": session.state()})
+            self._json(200, {**session.state(), "stale": str(error)})  # no fault: another window was faster
         except RequestError as error:
             self._json(400, {"error": str(error)})
         except (OSError, DiffalignError) as error:  # a full disk, an image that has gone
@@ -167,7 +167,7 @@ class PageHandler(BaseHTTPRequestHandler):
         """The JSON object of a request; None where it was refused."""
         length = self.headers.get("Content-Length", "")
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip()
-        if not re.fullmatch(r"\d{1,6}", length) or int(length) > _LONGEST or kind != "application/json":
+        if not re.fullmatch(r"[0-9]{1,6}", length) or int(length) > _LONGEST or kind != "application/json":
             self._refuse(400)
             return None
         try:

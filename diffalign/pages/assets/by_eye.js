@@ -73,9 +73,10 @@ async function send(what, content) {
       });
       if (answer.status === 404 || answer.status === 403) throw new Error("The server was started again: open the address that it printed.");
       const found = await answer.json();
+      if (found.stale) text("notice", "Not counted: another window was faster.");
       if (answer.ok) return found;
-      text("notice", answer.status === 409 ? "This pair was judged in another window." : `Not stored: ${found.error}`);
-      return found.state ?? null;
+      text("notice", `Not stored: ${found.error}`);
+      return null;
     } catch (error) {
       const gone = !(error instanceof TypeError); // fetch raises TypeError where nobody answers
       text("notice", gone ? error.message : "The server does not answer. Trying again; nothing is lost.");
