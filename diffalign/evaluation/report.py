@@ -77,7 +77,7 @@ class Result:
         rows = [["group", "prompts", BASE, *(f"{model.name} (change)" for model in self.models)]]
         for group in groups:
             found = [model.groups[scorer][group] for model in self.models]
-            cells = [f"{one.tuned:.3f} ({_interval(one.gain, 3, sign=True)})" for one in found]
+            cells = [f"{one.tuned:.3f} ({interval_text(one.gain, 3, sign=True)})" for one in found]
             rows.append([group, str(found[0].prompts), f"{found[0].base:.3f}", *cells])
         of_models = [[model.groups[scorer][group] for group in groups] for model in self.models]
         bases = [mean(one.base for one in some) for some in of_models]
