@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign.evaluation.by_eye.votes import Event
-from diffalign.evaluation.stats import DEFAULT, Bootstrap, Estimate, prompt_weights, share, student_ratio
+from diffalign.evaluation.stats import DEFAULT, Bootstrap, Estimate, clustered_rate, prompt_weights, student_ratio
 
 CATEGORIES = ("first", "second", "tie")
 Floats = NDArray[np.float64]
@@ -66,7 +66,7 @@ def agreement(
         counts = one_hot.sum(1)
         terms = np.concatenate([counts, equal[:, None], np.ones((len(common), 1))], 1)  # all that Fleiss' formula sums
         kappa = _clustered(_fleiss_of_sums, terms, of_pairs, bootstrap)
-    return Agreement(tuple(votes), len(common), share(equal, of_pairs, level=bootstrap.level), kappa)
+    return Agreement(tuple(votes), len(common), clustered_rate(equal, of_pairs, level=bootstrap.level), kappa)
 
 
 def cohen_kappa(table: Floats) -> Floats:

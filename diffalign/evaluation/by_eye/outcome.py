@@ -16,7 +16,7 @@ from diffalign.evaluation.by_eye.agreement import Agreement, agreements
 from diffalign.evaluation.by_eye.plan import Kind, VotePlan, read_plan
 from diffalign.evaluation.by_eye.votes import Event, read_votes
 from diffalign.evaluation.report import aligned, interval_text, without_nan
-from diffalign.evaluation.stats import Estimate, share
+from diffalign.evaluation.stats import Estimate, clustered_rate
 
 POOLED = "all"  # in tables: the votes of all annotators together
 VALUES = {"first": 0.0, "second": 1.0, "tie": 0.5}
@@ -124,7 +124,7 @@ def outcome(plan: VotePlan, votes: Mapping[str, Mapping[str, Event]]) -> Outcome
 def _progress(name: str, votes: Mapping[str, Event], prompts: Mapping[str, str]) -> Judged:
     decided = [event for event in votes.values() if event.vote in ("first", "second")]
     left = [float((event.vote == "second") == bool(event.left)) for event in decided]
-    bias = share(left, [prompts[event.pair] for event in decided]) if decided else None
+    bias = clustered_rate(left, [prompts[event.pair] for event in decided]) if decided else None
     return Judged(name, len(votes), sum(event.vote == "skip" for event in votes.values()), bias)
 
 
@@ -154,5 +154,5 @@ def _win_rate(plan: VotePlan, model: str, name: str, votes: list[Mapping[str, Ev
         equal = [each.prompt for each in plan.identical if each.names[1] == model]
         values += [0.5] * len(equal)
         prompts += equal
-    rate = share(values, prompts) if values else Estimate(float("nan"), float("nan"), float("nan"))
+    rate = clustered_rate(values, prompts) if values else Estimate(float("nan"), float("nan"), float("nan"))
     return WinRate(model, name, values.count(1.0), values.count(0.5), values.count(0.0), skipped, rate)
