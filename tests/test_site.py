@@ -46,6 +46,12 @@ def test_every_page_is_there(site: Path) -> None:
     assert sorted(page for page in built if not (site / page / "index.html").is_file()) == []
 
 
+def test_no_markup_is_left_in_the_text(site: Path) -> None:
+    """Front matter and attribute lists only work on lines of their own; elsewhere readers would see them."""
+    marks = re.compile(r"<p>--- |\{ ?\.\w+ ?\}</p>")
+    assert [p.relative_to(site).as_posix() for p in site.rglob("*.html") if marks.search(p.read_text("utf-8"))] == []
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     import diffalign
 
