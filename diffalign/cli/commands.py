@@ -10,6 +10,9 @@ from importlib import import_module
 
 from diffalign import __version__
 from diffalign.cli.common import Parser
+from diffalign.cli.next_steps import typed
+
+WIDTH = 68  # of an example, which is indented by up to six
 
 # name: (module below diffalign.cli, what it is for, an example without the leading `diffalign`)
 GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
@@ -46,6 +49,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "training.calibrate",
             "measure which beta and learning rate fit a config's model and pairs",
             "calibrate my.yaml --json calibration.json",
+        ),
+        "report": (
+            "training.report",
+            "write the page of a run, finished or not, or of several side by side",
+            "report runs/dpo runs/ipo --out report.html",
         ),
         "diagnose": (
             "training.diagnose",
@@ -113,7 +121,7 @@ def make_parser(only: str | None = None) -> Parser:
         sub = parsers.add_parser(
             name,
             description=purpose,
-            epilog=f"example:\n  {_wrapped(example)}",
+            epilog=f"example:\n  {typed(example.split(), WIDTH)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if only in (None, name):
@@ -128,17 +136,5 @@ def _overview() -> str:
     lines = []
     for title, group in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {name:<10} {purpose}" for name, (_, purpose, _) in group.items())]
-        lines.append(f"    $ {_wrapped(next(iter(group.values()))[2])}")
+        lines.append(f"    $ {typed(next(iter(group.values()))[2].split(), WIDTH)}")
     return "\n".join(lines).lstrip()
-
-
-def _wrapped(example: str) -> str:
-    """An example as it is typed, in lines of at most 80 characters."""
-    lines = ["diffalign"]
-    for word in example.split():
-        if len(f"{lines[-1]} {word}") > 68:
-            lines[-1] += " \\"
-            lines.append(" " * 8 + word)
-        else:
-            lines[-1] += f" {word}"
-    return "\n".join(lines)

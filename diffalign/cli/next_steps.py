@@ -14,7 +14,19 @@ def print_next(*commands: Sequence[str]) -> None:
     if commands:
         write_styled("next:\n", "heading", sys.stdout)
     for words in commands:
-        print(f"  {shlex.join(['diffalign', *words])}")
+        print(f"  {typed(words)}")
+
+
+def typed(words: Sequence[str], width: int = 76) -> str:
+    """A command as it is typed, `words` behind `diffalign`; lines of at most `width` characters where words allow."""
+    lines = ["diffalign"]
+    for word in map(shlex.quote, words):
+        if len(f"{lines[-1]} {word}") > width:
+            lines[-1] += " \\"
+            lines.append(" " * 8 + word)
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def export_commands(tuned: str, base: str) -> list[list[str]]:

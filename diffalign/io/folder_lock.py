@@ -68,6 +68,21 @@ def folder_lock(folder: Path, what: str, name: str = LOCK_FILE) -> Iterator[None
                 file.parent.rmdir()  # only where nothing was written
 
 
+def folder_in_use(folder: Path) -> bool:
+    """Whether a process writes to the folder now, or may do so on another machine. Takes no lock, changes nothing."""
+    if folder.resolve() / LOCK_FILE in _owned:
+        return True
+    try:
+        opened = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        owner = _read(opened)
+    finally:
+        os.close(opened)
+    return not _ended(owner, flock=False)
+
+
 def _acquire(file: Path, what: str) -> int:
     """The open lock file, with this process as its owner."""
     while True:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,14 @@ from torch import Tensor
 from diffalign.types import CHOSEN, Evidence, Score
 
 METRICS_FILE = "metrics.jsonl"
+MARGINS_FILE = "margins.jsonl"  # how many pairs had which logit, at every log
+TIMING_FILE = "timing.jsonl"  # seconds, pairs and forwards at every log: apart, because no two runs take equal time
+RUN_PAGE = "run.html"  # made from these files
 HEALTH_FILE = "health.jsonl"  # what the health rules found, and what was done about it
 QUARTERS = 4
 DECIDED = 4.0  # |logit| beyond which σ is within 2 % of 0 or 1, and weighs pairs no longer
+MARGIN_WIDTH = 0.25  # of a histogram's bins of logits, which are centred at the multiples of it from −4 to 4
+MARGIN_BINS = 2 * round(DECIDED / MARGIN_WIDTH) + 1  # the first and the last one have what is beyond
 
 
 def observe(evidence: Evidence, score: Score, timesteps: int) -> dict[str, Tensor]:
@@ -55,6 +61,7 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._margins: Tensor | None = None
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds every entry of every tensor; nothing is read back from the device."""
@@ -62,6 +69,26 @@ class Meter:
             total = value.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + value.numel()
+
+    def add_margins(self, logit: Tensor | None) -> None:
+        """Counts each pair's logit in its bin (NaN in none); nothing where the objective has no logit.
+
+        Comparisons and integer sums: deterministic on every device, without waiting for it.
+        """
+        if logit is None:
+            return
+        last = MARGIN_BINS // 2
+        place = (logit.detach().flatten() / MARGIN_WIDTH).round().clamp(-last, last)
+        bins = torch.arange(-last, last + 1, device=place.device)
+        counts = (place[:, None] == bins).sum(0)
+        self._margins = counts if self._margins is None else self._margins + counts
+
+    def margins(self, gather: Callable[[object], list[list[int]]] | None = None) -> list[int]:
+        """The counts since the last call, over all processes where `gather` joins them; empty without any logit."""
+        own = [] if self._margins is None else [self._margins.tolist()]
+        self._margins = None
+        parts = own if gather is None else gather(own)
+        return [sum(counts) for counts in zip(*parts, strict=True)]
 
     def means(self, gather: Callable[[object], list[dict[str, tuple[float, int]]]] | None = None) -> dict[str, float]:
         """Means since the last call, over all processes where `gather` joins their sums; then starts anew."""
@@ -89,10 +116,10 @@ class JsonLines:
             path.write_text("".join(f"{line}\n" for line in lines))
         self._path = path
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line, with null for numbers that are not finite."""
         with self._path.open("a") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
 
 

@@ -33,6 +33,8 @@ from diffalign.training.callbacks.checkpoints import Checkpoints
 from diffalign.training.callbacks.metrics_log import MetricsLog
 from diffalign.training.callbacks.progress_bar import ProgressBar
 from diffalign.training.callbacks.recovery import Health
+from diffalign.training.callbacks.run_page import RunPage
+from diffalign.training.callbacks.run_records import RunRecords
 from diffalign.training.callbacks.signals import Stopping
 from diffalign.training.callbacks.spending import SpendingLimit
 from diffalign.training.callbacks.validation import Validation
@@ -169,9 +171,11 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
         *callbacks,
         Stopping(run.accelerator),
         MetricsLog(training.logging_steps),
+        RunRecords(),
         ProgressBar(),
         Checkpoints(training.checkpointing_steps),
         *([Validation(validation)] if validation.prompts else []),
+        RunPage(),
     ]
 
 

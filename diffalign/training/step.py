@@ -41,6 +41,7 @@ def optimizer_step(run: Run, batches: Iterator[PairBatch], meter: Meter) -> None
         evidence, score = measure_and_backward(
             networks, probe, run.objective.score, scale=share, backward=backward, no_sync=run.no_sync
         )
+        meter.add_margins(score.logit)
         return observe(evidence, score, networks.schedule.num_train_timesteps)
 
     accumulate_and_update(run, _probes(run, batches), micro_batch, meter)

@@ -29,7 +29,8 @@ def fails(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 
 
 def next_commands(printed: str) -> list[list[str]]:
-    return [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("  diffalign ")]
+    lines = printed.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("  diffalign ")]
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,8 @@ def test_two_processes_give_the_update_of_one(
         else:
             in_two(pool, config, tmp_path / "run.yaml")
         runs[processes] = (weights(config.output_dir), metrics(config.output_dir))
+        lines = (Path(config.output_dir) / "margins.jsonl").read_text().splitlines()
+        assert [sum(json.loads(line)["counts"]) for line in lines] == [8, 8]  # every pair of a step, once
     one, two = runs[1], runs[2]
     for name in one[0]:
         torch.testing.assert_close(two[0][name], one[0][name], rtol=0, atol=2e-6)

@@ -16,7 +16,7 @@ import pytest
 
 import diffalign.io.folder_lock as module
 from diffalign.errors import DiffalignError
-from diffalign.io.folder_lock import LOCK_FILE, FolderInUseError, folder_lock
+from diffalign.io.folder_lock import LOCK_FILE, FolderInUseError, folder_in_use, folder_lock
 
 HOLD = """
 import os, pathlib, sys, time
@@ -57,12 +57,14 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone(
     other: subprocess.Popen[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
+    assert folder_in_use(run)
     with pytest.raises(FolderInUseError) as refused, folder_lock(run, "x"):
         pass
     for part in (str(run), f"pid {other.pid}", f"kill {other.pid}", "Name another folder", LOCK_FILE):
         assert part in str(refused.value)
     os.kill(other.pid, signal.SIGKILL)  # its child lives on
     other.wait()
+    assert not folder_in_use(run)
     with caplog.at_level(logging.WARNING), folder_lock(run, "x"):
         assert json.loads((run / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert f"pid {other.pid}" in caplog.text
@@ -95,6 +97,7 @@ def test_the_folder_is_free_again_and_what_was_written_stays(tmp_path: Path) -> 
 )
 def test_an_owner_counts_as_gone_only_where_that_is_certain(owner: dict[str, Any], free: bool, tmp_path: Path) -> None:
     run = written(tmp_path, **owner)
+    assert folder_in_use(run) == (not free or owner == {"host": "another"})  # which only taking its lock could tell
     if free:
         with folder_lock(run, "x"):
             pass

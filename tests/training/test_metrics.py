@@ -68,3 +68,20 @@ def test_a_resumed_run_continues_its_file(tmp_path: Path) -> None:
         {"step": 2, "loss": 2.0},
         {"step": 3, "loss": 30.0},
     ]
+
+
+def test_margins_by_hand() -> None:
+    meter = Meter()
+    meter.add_margins(torch.tensor([0.0, 0.1, -0.13, 0.3, 4.1, -99.0, float("inf"), float("nan")]))
+    meter.add_margins(torch.tensor([[0.0], [4.0]]))
+    meter.add_margins(None)
+    counts = meter.margins()
+    assert {place - 16: n for place, n in enumerate(counts) if n} == {-16: 1, -1: 1, 0: 3, 1: 1, 16: 3}
+    assert meter.margins() == []
+
+
+def test_margins_over_processes_are_added() -> None:
+    meter = Meter()
+    meter.add_margins(torch.tensor([0.0]))
+    assert meter.margins(lambda own: [*own, [1] * 33])[15:18] == [1, 2, 1]
+    assert meter.margins(lambda own: [*own, [1] * 33]) == [1] * 33  # no pair with a logit here

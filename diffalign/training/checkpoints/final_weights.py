@@ -17,7 +17,7 @@ from diffalign.io.manifest import MANIFEST
 from diffalign.models.adapters.methods import known_layouts
 from diffalign.training.build_source import SOURCE_FOLDER
 from diffalign.training.checkpoints.checkpoint import BEST, NO_ROOM, CheckpointError, checkpoints, remove_partial
-from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE
+from diffalign.training.metrics import HEALTH_FILE, MARGINS_FILE, METRICS_FILE, RUN_PAGE, TIMING_FILE
 
 PREFERENCE_MODEL = "preference_model"  # the folder that a run which trains one writes
 
@@ -83,6 +83,7 @@ def clear_output(output_dir: Path) -> None:
         remove(output_dir / name)
     for name in ("logs", "validation", BEST, SOURCE_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in (MANIFEST, METRICS_FILE, HEALTH_FILE, "config.yaml", "run.json"):
+    records = (METRICS_FILE, MARGINS_FILE, TIMING_FILE, HEALTH_FILE)
+    for name in (MANIFEST, *records, RUN_PAGE, "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
     remove_partial(output_dir)
