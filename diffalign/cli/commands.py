@@ -82,6 +82,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "report votes by eye: progress, agreement of annotators, the table of a blind comparison",
             "votes votes --reveal",
         ),
+        "gallery": (
+            "images.gallery",
+            "write a page whose slider moves tuned models through strengths",
+            "gallery BASE --tuned dpo=runs/dpo --prompts prompts.txt --strengths 0,0.5,1,1.5 --out gallery",
+        ),
         "score": ("images.score", "score existing images", "score images --scorer pickscore"),
         "published": (
             "images.published",

@@ -102,6 +102,18 @@ def seeds(text: str) -> list[int]:
 
 
 @argument
+def strengths(text: str) -> list[float]:
+    """Ascending strengths of tuned weights, each once, from "0,0.5,1". Raises DiffalignError for anything else."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(-10 <= one <= 10 for one in found):
+        raise DiffalignError(f"{text[:60]!r}: give numbers from -10 to 10 such as 0,0.5,1,1.5")
+    return found
+
+
+@argument
 def device(text: str) -> str:
     """cpu, mps, cuda or cuda:N; `device_of` checks that it exists."""
     if not DEVICES.fullmatch(text):

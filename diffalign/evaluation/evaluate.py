@@ -9,6 +9,7 @@ out_dir/result.json, table.txt, grid.png
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -32,6 +33,15 @@ GRID_ROWS = 8  # prompts in the grid, at most
 Weights = str | Path | Tuned
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found and generated."""
+
+    result: Result
+    rows: list[dict[str, object]]  # of scores.jsonl
+    images: dict[str, list[list[GeneratedImage]]]  # by model, the base first: those of each run
+
+
 def evaluate(
     base: str,
     tuned: Mapping[str, Weights | Sequence[Weights]],
@@ -48,6 +58,20 @@ def evaluate(
     differ in their seed, reported as one line with runs resampled too. `scorers` are names for `load_scorer` or
     scorers; a `Scoring` also names the faithfulness scorer and the tie threshold. The other arguments are `generate`'s.
     """
+    return evaluation(base, tuned, prompts, seeds, scorers=scorers, out_dir=out_dir, sampling=sampling).result
+
+
+def evaluation(
+    base: str,
+    tuned: Mapping[str, Weights | Sequence[Weights]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    scorers: Sequence[str | Scorer] | Scoring,
+    out_dir: str | Path,
+    sampling: Sampling | None = None,
+) -> Evaluation:
+    """`evaluate`, with every score and image besides the result."""
     models = {name: [as_tuned(one) for one in _listed(some)] for name, some in tuned.items()}
     if not models or BASE in models:
         raise DiffalignError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")
@@ -74,7 +98,7 @@ def evaluate(
         runs = {name: images[name] for name in models}
         result, rows = compare(images[BASE][0], runs, judges, settings=settings)
         write_result(folder, result, rows, {name: some[0] for name, some in images.items()})
-    return result
+    return Evaluation(result, rows, images)
 
 
 def write_result(

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, is_small
+from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, shows_pixels
 
 CODING = ImageCoding(side=320)
 STYLE = """
@@ -51,7 +51,7 @@ def write_doubtful_page(
     """
     rows, pixels = [], True
     for pair in pairs:
-        pixels = pixels and is_small(pair.chosen) and is_small(pair.rejected)
+        pixels = pixels and shows_pixels(pair.chosen) and shows_pixels(pair.rejected)
         images = {side: image_uri(getattr(pair, side), coding) for side in ("chosen", "rejected")}
         rows.append(
             {"rank": pair.rank, "id": pair.id, "prompt": pair.prompt, "margin": pair.margin, "quarter": pair.quarter}

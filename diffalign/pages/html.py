@@ -21,7 +21,8 @@ from PIL import Image
 from diffalign.errors import DiffalignError
 
 _ASSETS = Path(__file__).parent / "assets"
-SMALL = 128  # pixels: images up to this side are stored without loss and enlarged as squares
+SMALL = 128  # pixels: images up to this side are stored without loss
+PIXELS = 48  # and up to this side they are enlarged to squares, not smoothed
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,13 @@ def image_uri(image: Image.Image, coding: ImageCoding = ImageCoding()) -> str:
 
 
 def is_small(image: Image.Image) -> bool:
-    """Whether an image has so few pixels that each of them is seen."""
+    """Whether an image has so few pixels that each of them counts."""
     return max(image.size) <= SMALL
+
+
+def shows_pixels(image: Image.Image) -> bool:
+    """Whether an image has so few pixels that a page shows them as squares."""
+    return max(image.size) <= PIXELS
 
 
 def _sha256(script: str) -> str:

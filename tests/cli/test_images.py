@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from diffalign.evaluation.grid import comparison_grid
 from tests.cli.test_main import fails
 
 JUDGE = "tests.sources.judges:Brightness"  # the mean of all pixels
+SECOND = [20, 30, 40, 50, 50, 60]  # of the better images, prompt by prompt
 PROMPTS = ("a red circle", "a blue square", "a small photo")
 
 
@@ -60,6 +62,26 @@ def test_compare_prints_the_table_and_writes_it(
         "set": None,
         "verified": False,
     }
+
+
+def test_compare_writes_a_page_of_every_run(
+    base: Path, better: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the base's order, whatever the order of the others' manifests."""
+    manifest, page = better / "manifest.jsonl", tmp_path / "page.html"
+    manifest.write_text("".join(reversed(manifest.read_text().splitlines(keepends=True))))
+    command = ["compare", str(base), f"dpo={better}", f"dpo={better}", "--scorer", JUDGE]
+    main([*command, "--page", str(page), "--page-title", "A & B"])
+    assert "images of at most 512 pixels" in capsys.readouterr().out
+    text = page.read_text()
+    found = re.search(r'id="comparison">(.*?)</script>', text)
+    assert found is not None
+    data = json.loads(found[1])
+    assert "<h1>A &amp; B</h1>" in text
+    assert data["columns"] == ["base", "dpo, run 1", "dpo, run 2"]
+    assert [row["scores"][0] for row in data["rows"]] == [[x, y, y] for x, y in zip(range(10, 70, 10), SECOND)]
+    assert "--overwrite" in fails(capsys, *command, "--page", str(page))
+    assert "give --page FILE.html" in fails(capsys, *command, "--page-note", "x")
 
 
 def test_the_grid_shows_one_seed_in_a_row(

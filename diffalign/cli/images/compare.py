@@ -10,10 +10,12 @@ import argparse
 from diffalign.cli.common import device_of, named_paths, overwrite_argument, path, writable
 from diffalign.cli.images import by_eye
 from diffalign.cli.images.options import FOLDER_HELP, judging_arguments, scorer_arguments
+from diffalign.cli.images.pages import PAGE_HELP, PAGE_OPTIONS, check_page, page_arguments, write_page
 from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 
-SCORED = ("--scorer", "--device", "--faithfulness", "--tie", "--overwrite")  # options that votes do not have
+# options that votes do not have
+SCORED = ("--scorer", "--device", "--faithfulness", "--tie", "--overwrite", "--page", *PAGE_OPTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     scorer_arguments(parser, "may be repeated", unless="--blind")
     judging_arguments(parser)
+    page_arguments(parser, PAGE_HELP)
     parser.add_argument("--out", type=path, help="folder for result.json, table.txt, scores.jsonl and grid.png")
     overwrite_argument(parser)
     parser.add_argument("--blind", action="store_true", help="vote on a page in the browser; --out has the votes")
@@ -50,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     others = _others(args)
     if args.out is not None:
         writable([("--out", args.out / file) for file in RESULT_FILES], args.overwrite)
+    check_page(args)
     base = read_image_manifest(args.base, complete=True)
     runs = {
         name: [read_image_manifest(folder, complete=True) for folder in folders] for name, folders in others.items()
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         write_result(args.out, result, rows, {BASE: base, **{name: some[0] for name, some in runs.items()}})
         print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png")
+    if args.page is not None:
+        write_page(args, result, rows, {BASE: [base], **runs})
 
 
 def _others(args: argparse.Namespace) -> dict[str, list[str]]:

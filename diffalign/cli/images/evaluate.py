@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffalign.cli.common import named_paths, path_text, scorer
 from diffalign.cli.images.options import given_sampling, given_user, judging_arguments, sampling_arguments
+from diffalign.cli.images.pages import PAGE_HELP, check_page, page_arguments, write_page
 from diffalign.cli.next_steps import export_commands, print_next
 from diffalign.errors import DiffalignError
 
@@ -39,12 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     judging_arguments(parser)
     sampling_arguments(parser)
+    page_arguments(parser, PAGE_HELP)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --page")
 
 
 def run(args: argparse.Namespace) -> None:
     """Generates the images, scores them and prints the table."""
     from diffalign.data.table.prompts import read_prompts
-    from diffalign.evaluation.evaluate import evaluate
+    from diffalign.evaluation.evaluate import evaluation
     from diffalign.evaluation.scoring import Scoring
 
     if not args.tuned and not args.negative_tuned:
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     models = _models(
         named_paths(args.tuned, "--tuned"), named_paths(args.negative_tuned, "--negative-tuned"), given_user(args)
     )
-    result = evaluate(
+    check_page(args)
+    found = evaluation(
         args.base,
         models,
         read_prompts(args.prompts, limit=args.limit),
@@ -61,8 +65,10 @@ def run(args: argparse.Namespace) -> None:
         out_dir=args.out,
         sampling=given_sampling(args),
     )
-    print(result.table())
+    print(found.result.table())
     print(f"{args.out}: result.json, table.txt, scores.jsonl, grid.png, images/")
+    if args.page is not None:
+        write_page(args, found.result, found.rows, found.images)
     runs = [str(one.path) for some in models.values() for one in some if one.path is not None]
     print_next(*(export_commands(runs[0], args.base) if runs else ()))
 

@@ -77,3 +77,27 @@ function walk(by) {
 
 // Whether a key belongs to a field in which text is written or a list is open.
 const writing = (event) => event.target.matches?.("input:not([type=range]), select, textarea") || event.ctrlKey || event.metaKey || event.altKey;
+
+// One picture over another: left of the line `under`, right of it `over`. A range input on top takes drags and keys.
+function wipe({ under, over, left, right, text, pixels }) {
+  const range = make("input", { type: "range", min: "0", max: "100", step: "5", value: "50", "aria-label": `${left} on the left, ${right} on the right` });
+  const above = picture(over, `${right}: ${text}`, pixels);
+  above.classList.add("over");
+  const box = make("div", { class: "wipe" }, picture(under, `${left}: ${text}`, pixels), above,
+    make("span", { class: "grip", "aria-hidden": "true" }, "↔"),
+    make("span", { class: "tag left" }, left), make("span", { class: "tag right" }, right), range);
+  const follow = (event) => { // a drag follows the pointer exactly, keys go in steps
+    const { left: start, width } = box.getBoundingClientRect();
+    box.style.setProperty("--at", `${Math.min(100, Math.max(0, 100 * (event.clientX - start) / width))}%`);
+  };
+  range.addEventListener("input", () => box.style.setProperty("--at", `${range.value}%`));
+  range.addEventListener("pointerdown", (event) => requestAnimationFrame(() => follow(event)));
+  range.addEventListener("pointermove", (event) => { if (event.buttons) requestAnimationFrame(() => follow(event)); });
+  return box;
+}
+
+function moveWipe(box, by) {
+  const range = box.querySelector("input");
+  range.value = String(Math.min(100, Math.max(0, Number(range.value) + by)));
+  range.dispatchEvent(new Event("input"));
+}
