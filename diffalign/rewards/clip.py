@@ -143,6 +143,7 @@ def torch_reason(error: Exception) -> str:
 
 def load_or_explain(source: str, load: Callable[[], T], filename: str = "") -> T:
     """What `load` returns; a missing file becomes a ScorerError that names what to download, and where to put it."""
+    _hide_loading_bars()
     try:
         return load()
     except (OSError, ValueError) as error:
@@ -153,3 +154,12 @@ def load_or_explain(source: str, load: Callable[[], T], filename: str = "") -> T
             f"downloaded. On a machine with a network run\n    hf download {source} {filename}\n"
             "which fills the Hub cache ($HF_HOME), or copy the folder here and name it: SCORER=/path/to/folder"
         ) from error
+
+
+def _hide_loading_bars() -> None:
+    """No bars for reading local files, as where models are loaded; downloads keep theirs."""
+    import transformers.utils.logging
+    from huggingface_hub.utils import enable_progress_bars
+
+    transformers.utils.logging.disable_progress_bar()  # switches the Hub's bars off as well
+    enable_progress_bars()

@@ -157,7 +157,8 @@ def test_a_release_that_cannot_be_fetched_names_the_command(capsys, monkeypatch)
         raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    said = fails(capsys, "published", "sdxl", "--only", "SPO", "--prompts", "world-heldout")
+    words = ("--prompts", "world-heldout", "--scorer", "world")
+    said = fails(capsys, "published", "sdxl", "--only", "SPO", *words)
     assert "hf download SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep" in said
     assert "--tuned SPO=PATH; --only leaves" in said
 
@@ -214,6 +215,8 @@ def test_the_plan_fetches_nothing(capsys: pytest.CaptureFixture[str], monkeypatc
     rows = SETS["pickapic-v1-validation"].rows
     assert f"3 models x {rows} prompts (pickapic-v1-validation) x 4 seed(s) = {3 * rows * 4} images" in said
     assert f"{3 * rows * 4 * 20 * 2} images through a UNet" in said
+    main(["published", "sdxl", "--dry-run", "--only", "DPO", "--tuned", "mine=runs/mine"])
+    assert "mine: runs/mine" in capsys.readouterr().out
     main(["published", "sd15", "--dry-run", "--prompts", "hpdv2:photo", "--limit", "10", "--guidance", "1"])
     assert "x 10 prompts (hpdv2:photo)" in capsys.readouterr().out
 
@@ -221,9 +224,11 @@ def test_the_plan_fetches_nothing(capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["published", "sd15", "--tuned", "mine=nowhere", "--scorer", "world", "--prompts", "a dog"], "nowhere"),
         (["published"], "name a base, sd15 or sdxl, or give --list"),
         (["published", "sd15", "--only", "MaPO"], "--only MaPO: no such release of SD1.5; known: DPO, KTO"),
     ],
 )
-def test_a_slip_is_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slip_is_named_before_anything_is_fetched(words: list[str], said: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     assert said in fails(capsys, *words)

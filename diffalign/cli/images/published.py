@@ -82,13 +82,12 @@ def _evaluate(args: argparse.Namespace, chosen: PublishedRun, known: Catalogue) 
     from diffalign.data.table.prompts import read_prompts
     from diffalign.evaluation.published.beside import as_table, verdicts
     from diffalign.evaluation.published.run import evaluate_published
-    from diffalign.evaluation.scoring import Scoring
 
     result, lines = evaluate_published(
         chosen,
         read_prompts(args.prompts, limit=args.limit),
         args.seeds,
-        scorers=Scoring(_scorers(args)),
+        scorers=_scorers(args),
         out_dir=args.out,
         sampling=given_sampling(args),
         known=known,

@@ -19,7 +19,9 @@ from diffalign.evaluation.published.catalogue import Catalogue, Release
 from diffalign.evaluation.published.weights import release_path
 from diffalign.evaluation.report import Result
 from diffalign.evaluation.sampling import Sampling
-from diffalign.evaluation.scoring import Scoring
+from diffalign.evaluation.scoring import load_judges
+from diffalign.models.adapters.save_load import find_tuned
+from diffalign.rewards import Scorer
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class PublishedRun:
                 f"--only {unknown[0]}: no such release of {known.bases[self.base].title}; known: {', '.join(releases)}"
             )
         left_out = [each.name for each in known.unreadable(self.base)]
-        names = self.only or [*(name for name in releases if name not in left_out), *own]
-        return {name: own.get(name) or releases[name] for name in dict.fromkeys(names)}
+        names = self.only or [name for name in releases if name not in left_out]
+        return {name: own.get(name) or releases[name] for name in dict.fromkeys([*names, *own])}
 
 
 def evaluate_published(
@@ -49,22 +51,31 @@ def evaluate_published(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    scorers: Scoring,
+    scorers: Sequence[str | Scorer],
     out_dir: Path,
     sampling: Sampling,
     known: Catalogue,
 ) -> tuple[Result, list[FigureLine]]:
     """Fetches what is missing, evaluates every chosen model beside its base, and writes both kinds of figures.
 
-    All weights are fetched, and their configs found to fit, before the first image. Raises DiffalignError as
-    `release_path` and `evaluate` do.
+    Scorers and local weights are checked before anything is fetched; all weights are fetched, and their configs found
+    to fit, before the first image. Raises DiffalignError as `release_path` and `evaluate` do.
     """
     base = known.bases[run.base]
+    judges = load_judges(scorers, sampling.device)
+    for path in (run.tuned or {}).values():
+        find_tuned(path)
     paths: dict[str, str | Path] = {
         name: each if isinstance(each, str) else release_path(each, base) for name, each in run.chosen(known).items()
     }
     result = evaluate(
-        run.model or base.model, paths, prompts, seeds, scorers=scorers, out_dir=out_dir, sampling=sampling
+        run.model or base.model,
+        paths,
+        prompts,
+        seeds,
+        scorers=judges.scorers,
+        out_dir=out_dir,
+        sampling=sampling,
     )
     lines = lines_beside(result, run.base, our_protocol(prompts, seeds, sampling), known)
     (out_dir / "published.json").write_text(json.dumps(as_json(lines), indent=2, ensure_ascii=False) + "\n", "utf-8")
