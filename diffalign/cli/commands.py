@@ -93,6 +93,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "evaluate released checkpoints, our figures beside their papers'",
             "published sdxl --only DPO SPO --dry-run",
         ),
+        "serve-scorer": (
+            "images.serve_scorer",
+            "serve a scorer to other processes and machines",
+            "serve-scorer pickscore --port 8765",
+        ),
         "arena": ("arena", "run every objective on the embedded world, write the leaderboard", "arena --quick"),
     },
     "take away": {

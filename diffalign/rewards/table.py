@@ -93,6 +93,12 @@ SCORERS = {
         "trl-lib/ddpo-aesthetic-predictor (aesthetic-model.pth), openai/clip-vit-large-patch14",
         "Apache-2.0*",
     ),
+    "remote": ScorerEntry(
+        "diffalign.rewards.remote.client:Remote",
+        "the server's unit and tie",
+        "remote=URL of a scorer that is served elsewhere, e.g. by `diffalign serve-scorer`",
+        "that of the scorer",
+    ),
     "step-aware": ScorerEntry(
         "diffalign.contrib.step_aware.scorer:StepAware",
         "exp(scale) * cos in logits, of any timestep",

@@ -1,0 +1,1 @@
+"""A scorer that runs in another process or on another machine, over HTTP."""
