@@ -106,6 +106,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "write tuned weights as files for ComfyUI, A1111 and kohya's scripts",
             "export runs/dpo --to kohya --out dpo.safetensors",
         ),
+        "card": (
+            "card",
+            "write the model card of a run, with its evaluation and licence",
+            "card runs/dpo --evaluation evaluation --license openrail++",
+        ),
         "merge": (
             "merge",
             "merge tuned weights: average, extrapolate, mix",

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         _export(args)
     what = {"kohya": "a LoRA in kohya's layout", "diffusers": "a LoRA in diffusers' layout"}.get(args.to, WHOLE)
     dtype = args.dtype or DTYPE[args.to]
-    print(f"{args.out}: {what}, {dtype}, {args.out.stat().st_size / 2**20:.1f} MiB")
+    card = args.out.with_suffix(".md")
+    print(f"{args.out}: {what}, {dtype}, {args.out.stat().st_size / 2**20:.1f} MiB; its card: {card.name}")
     if report is not None:
         print(report)
     if args.to == "diffusers":

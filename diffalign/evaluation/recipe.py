@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +85,14 @@ class ImageRecipe:
     @property
     def tag(self) -> str:
         """8 hex digits of the settings; paths do not count, the weights found there do."""
-        given = {k: v for k, v in self.settings.items() if (k, v) not in (("user", None), ("strength", None))}
-        known = {k: v for k, v in given.items() if k not in PATHS}
-        return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return tag_of(self.settings)
+
+
+def tag_of(settings: Mapping[str, Any]) -> str:
+    """The `tag` of a recipe with these settings, as a result or a manifest has them."""
+    given = {k: v for k, v in settings.items() if (k, v) not in (("user", None), ("strength", None))}
+    known = {k: v for k, v in given.items() if k not in PATHS}
+    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def as_tuned(tuned: str | Path | Tuned | None) -> Tuned:

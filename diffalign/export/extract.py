@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffalign.export.card.facts import Exported
+from diffalign.export.card.write import check_card, write_export_card
 from diffalign.export.files import DTYPES, check_out
 from diffalign.export.kohya import write_kohya
 from diffalign.export.metadata import LoraModule
@@ -126,12 +128,13 @@ def extract_lora(
 ) -> ExtractionReport:
     """Write a LoRA that approximates the full tune at `run` (or a LoRA of a higher rank) to the file `out`.
 
-    A `.extraction.json` beside it has the errors of all layers. `base`: as in `find_tuned_run`; it is loaded in
-    float32. Raises ExportError, also where nothing differs from the base, ModelError and ConfigError.
+    A `.extraction.json` beside it has the errors of all layers, a `.md` the card. `base`: as in `find_tuned_run`; it is
+    loaded in float32. Raises ExportError, also where nothing differs from the base, ModelError and ConfigError.
     """
     out = Path(out)
     tuned_run = find_tuned_run(run, base)
     check_out(out, overwrite, [tuned_run.tuned.path])
+    check_card(out.with_suffix(".md"), overwrite)
     loaded = load_base(tuned_run.base_spec(), vae_and_text=False)
     tuned = tuned_weights(loaded.unet, tuned_run.tuned)
     modules = [
@@ -147,6 +150,8 @@ def extract_lora(
         _write_diffusers(out, modules, loaded, how.dtype)
     report = measure_errors(loaded.unet, tuned, out)
     out.with_suffix(".extraction.json").write_text(report.to_json(), encoding="utf-8")
+    exported = Exported(out, how.layout, how.dtype, f"Extracted from a full tune: {report.summary()}")
+    write_export_card(tuned_run, exported, loaded.family.name, overwrite=overwrite)
     return report
 
 

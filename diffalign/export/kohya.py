@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffalign.export.card.facts import Exported
+from diffalign.export.card.write import check_card, write_export_card
 from diffalign.export.files import DTYPES, TensorEntry, check_out, write_entries
 from diffalign.export.metadata import LoraModule, kohya_metadata
 from diffalign.export.names import ExportError, unet_module
@@ -35,7 +37,7 @@ _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 def export_kohya(
     run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "fp32", overwrite: bool = False
 ) -> Path:
-    """Write the LoRA at `run` to the file `out` in kohya's layout; returns `out`.
+    """Write the LoRA at `run` to the file `out` in kohya's layout, and a card beside it; returns `out`.
 
     `base`: as in `find_tuned_run`. Only the base's configs are read, not its weights, unless it is a single file.
     `dtype` is fp32, in which LoRA weights are trained and which loses nothing, fp16 or bf16. Raises ExportError,
@@ -49,12 +51,14 @@ def export_kohya(
             "--extract-energy 0.9), export it with --to single-file, or train with tuning.method=lora"
         )
     check_out(out, overwrite, [tuned_run.tuned.path])
+    check_card(out.with_suffix(".md"), overwrite)
     outline = outline_base(tuned_run.base_spec())
     modules = [
         LoraModule(name, down, up, scale * len(down))
         for name, down, up, scale in lora_updates(outline.unet, tuned_run.tuned.path)
     ]
     write_kohya(out, modules, outline, tuned_run, dtype)
+    write_export_card(tuned_run, Exported(out, "kohya", dtype), outline.family.name, overwrite=overwrite)
     return out
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.export.card.facts import Exported
+from diffalign.export.card.write import check_card, write_export_card
 from diffalign.export.files import DTYPES, check_out, write_entries
 from diffalign.export.layout import model_entries
 from diffalign.export.metadata import model_spec
@@ -44,7 +46,7 @@ _RELEASED_VAE: dict[str, Any] = {
 def export_single_file(
     run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "fp16", overwrite: bool = False
 ) -> Path:
-    """Write the model tuned by `run` to the file `out` in the original layout of SD or SDXL; returns `out`.
+    """Write the model tuned by `run` to the file `out` in SD's or SDXL's original layout, and a card; returns `out`.
 
     `base`: as in `find_tuned_run`. A LoRA is merged in float64 and rounded once, to `dtype`: fp16, bf16 or fp32. In
     memory are the base in float32 and one tensor. Raises ExportError, ModelError and, for settings that this release
@@ -54,12 +56,14 @@ def export_single_file(
     tuned_run = find_tuned_run(run, base)
     name = tuned_run.base.pretrained_model_name_or_path
     check_out(out, overwrite, [tuned_run.tuned.path, Path(name)])
+    check_card(out.with_suffix(".md"), overwrite)
     vae = tuned_run.base.pretrained_vae_model_name_or_path
     loaded = load_base(tuned_run.base_spec(vae))
     check_released(loaded)
     entries = model_entries(loaded, tuned_weights(loaded.unet, tuned_run.tuned))
     metadata = model_spec(loaded, tuned_run, out.stem, adapter=False) | tuned_run.provenance()
     write_entries(out, entries, DTYPES[dtype], metadata)
+    write_export_card(tuned_run, Exported(out, "single-file", dtype), loaded.family.name, overwrite=overwrite)
     for setting in unread_in_comfyui(loaded):
         log.warning(
             "%s: ComfyUI does not read from this file that the model %s; set it with its node ModelSamplingDiscrete",

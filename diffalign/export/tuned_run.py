@@ -40,6 +40,14 @@ class TunedRun:
         return None if self.config is None or isinstance(content, str) else content.get("step")
 
     @property
+    def hashes(self) -> list[str]:
+        """The SHA-256 of each file of the weights, as the run's manifest has them; empty where there is none."""
+        content = read_manifest(self.folder)
+        files = {} if isinstance(content, str) else content.get("files", {})
+        mine = {name: facts for name, facts in files.items() if name.split("/")[0] == self.tuned.path.name}
+        return [facts["sha256"] for name, facts in sorted(mine.items()) if name.endswith(".safetensors")]
+
+    @property
     def folder(self) -> Path:
         """Where the weights, the settings and the rest of the run are."""
         return self.tuned.path.parent
@@ -82,10 +90,8 @@ def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
     config stay, revision and variant go. Raises ExportError for weights no other program can use, for a checkpoint's
     raw weights where the run keeps an average of them, and where nobody names the base.
     """
-    config = _config(run)
-    if isinstance(config, PreferenceModelConfig):
-        raise ExportError(f"{run} trained a preference model, a judge and not a generator: there is nothing to export")
-    tuned = find_tuned(run)
+    found = recorded_run(run, base)
+    tuned, config = found.tuned, found.config
     if tuned.layout.adds_layers:
         user = " Images for a user: diffalign generate --users FILE --user ID" if tuned.layout.needs_user else ""
         raise ExportError(
@@ -99,6 +105,15 @@ def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
             "state that resuming needs. Export the finished run, whose weights are the average; or the raw ones by "
             f"naming them: {tuned.path}"
         )
+    return found
+
+
+def recorded_run(run: str | Path, base: str | None = None) -> TunedRun:
+    """As `find_tuned_run`, of weights in any layout."""
+    config = _config(run)
+    if isinstance(config, PreferenceModelConfig):
+        raise ExportError(f"{run} trained a preference model, a judge and not a generator: there is nothing to export")
+    tuned = find_tuned(run)
     return TunedRun(tuned, _base(run, tuned, config, base), config)
 
 

@@ -25,6 +25,7 @@ from diffalign.config.strict_yaml import ConfigError, read_yaml
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.errors import DiffalignError
+from diffalign.export.card.facts import INPUTS, inputs_record
 from diffalign.io.folder_lock import folder_lock
 from diffalign.models.loading.base import Base
 from diffalign.training.build import build
@@ -97,7 +98,19 @@ def _trained(
     values = train(run, start, run_callbacks(run, callbacks))
     if accelerator.is_main_process:
         print(run.usage())
+        write_card(config)
     return values
+
+
+def write_card(config: AnyConfig) -> None:
+    """The model card beside the final weights. What stops it is logged: the weights are written, and count more."""
+    if isinstance(config, Config):
+        from diffalign.export.card.write import write_run_card
+
+        try:
+            write_run_card(config.output_dir)
+        except DiffalignError as error:
+            log.warning("no model card was written: %s", error)
 
 
 @contextlib.contextmanager
@@ -185,7 +198,10 @@ def begin(run: Trainable, start: int) -> None:
     if run.accelerator.is_main_process:
         if run.config.overwrite_output_dir and start == 0 and (run.output_dir / "run.json").is_file():
             clear_output(run.output_dir)
-        record(run.config, run.output_dir, run.accelerator)
+        inputs = inputs_record(
+            run.base.source, run.base.family.name, run.config.data.path, run.identity.get("data", {})
+        )
+        record(run.config, run.output_dir, run.accelerator, inputs)
         print(run.describe(start), flush=True)
     if run.config.training.report_to != "none":
         run.accelerator.init_trackers("logs")
@@ -251,8 +267,8 @@ def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded
 
 
-def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
-    """Writes config.yaml (resolved) and run.json (versions, commit, device, processes)."""
+def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator, inputs: dict[str, Any]) -> None:
+    """Writes config.yaml (resolved) and run.json (versions, commit, device, processes, what base and data were)."""
     output_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, output_dir / "config.yaml")
     facts = {
@@ -260,6 +276,7 @@ def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> Non
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "command": sys.argv,
+        INPUTS: inputs,
     }
     (output_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
 

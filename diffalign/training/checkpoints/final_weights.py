@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from diffalign.export.card.write import CARD, STRIP, is_ours
 from diffalign.io import manifest
 from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, take_place, temporary
 from diffalign.io.manifest import MANIFEST
@@ -73,7 +74,7 @@ def refuse_finished(output_dir: Path) -> None:
 
 
 def clear_output(output_dir: Path) -> None:
-    """Removes what an earlier run left in its folder: checkpoints, metrics, images and final weights.
+    """Removes what an earlier run left in its folder: checkpoints, metrics, images, final weights and an unedited card.
 
     Only for the folder of a run, which `training.run.claim` checks.
     """
@@ -86,4 +87,7 @@ def clear_output(output_dir: Path) -> None:
     records = (METRICS_FILE, MARGINS_FILE, TIMING_FILE, HEALTH_FILE)
     for name in (MANIFEST, *records, RUN_PAGE, "config.yaml", "run.json"):
         (output_dir / name).unlink(missing_ok=True)
+    if is_ours(output_dir / CARD):
+        for name in (CARD, STRIP):
+            (output_dir / name).unlink(missing_ok=True)
     remove_partial(output_dir)

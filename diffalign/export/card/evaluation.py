@@ -1,0 +1,137 @@
+"""An evaluation of the weights that a card is of: its table, and a strip of pictures before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from diffalign.errors import DiffalignError
+from diffalign.evaluation.grid import FONT, GAP, INK, PAPER, fit
+from diffalign.evaluation.manifest import GeneratedImage, read_image_manifest
+from diffalign.evaluation.recipe import tag_of, weights_fingerprint
+from diffalign.evaluation.report import BASE
+from diffalign.export.names import ExportError
+from diffalign.export.tuned_run import TunedRun
+
+RESULT = "result.json"
+STRIP = "before_after.jpg"
+SHOWN = 5  # prompts in the strip, at most
+CELL = 176  # pixels per side of an image in the strip, at most
+LABEL = 56  # width of the strip's first column
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder that `diffalign evaluate` wrote, and the model in it that has the card's weights."""
+
+    folder: Path
+    result: dict[str, Any]
+    model: str
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts."""
+        return list(self.result["prompts"])
+
+    def tags(self, model: str) -> list[str]:
+        """The hashes in the names of a model's image folders, one for each of its runs."""
+        return [tag_of(settings) for settings in self.result["settings"].get(model, [])]
+
+
+def read_evaluation(folder: Path, run: TunedRun) -> Evaluation:
+    """The evaluation in a folder. Raises ExportError where it is none, or measured other weights than the run's."""
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        settings = {model["name"]: result["settings"][model["name"]] for model in result["models"]}
+        measured = {name: [one["fingerprint"].get("tuned") for one in some] for name, some in settings.items()}
+        _ = result["prompts"], result["seeds"], result["versions"]
+    except FileNotFoundError:
+        raise ExportError(f"{folder} has no {RESULT}: name the folder that `diffalign evaluate --out` wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{folder / RESULT} is not the result of `diffalign evaluate` ({error!r})") from None
+    mine = weights_fingerprint(run.tuned.path)
+    model = next((name for name, found in measured.items() if mine in found), None)
+    if model is None:
+        raise ExportError(
+            f"{folder / RESULT} measured other weights ({', '.join(measured)}) than those at {run.tuned.path}: "
+            "evaluate these, or name the folder of their evaluation"
+        )
+    return Evaluation(folder, result, model)
+
+
+def find_evaluation(run: TunedRun) -> Evaluation | None:
+    """The evaluation of these weights in `evaluation/` of the run or beside the run, where `diffalign demo` puts it."""
+    for folder in (run.folder / "evaluation", run.folder.absolute().parent / "evaluation"):
+        if (folder / RESULT).is_file():
+            try:
+                return read_evaluation(folder, run)
+            except ExportError:
+                continue  # of other weights
+    return None
+
+
+def gains_table(evaluation: Evaluation) -> list[list[str]]:
+    """Header and rows: for each scorer and model its gain over the base with the interval, and how often it wins."""
+    head, rows = ["scorer", "model", "base", "gain", "win rate", "wins / ties / losses", "runs"], []
+    for model in sorted(evaluation.result["models"], key=lambda one: one["name"] != evaluation.model):
+        measured = dict(model["scores"])
+        if model.get("faithfulness"):
+            measured[f"{evaluation.result['faithfulness']} (faithfulness)"] = model["faithfulness"]
+        for scorer, score in measured.items():
+            head[3:5] = [f"{name} [{score['level'] * 100:.0f} % interval]" for name in ("gain", "win rate")]
+            cells = [f"{score['base']:.3f}", _interval(score["gain"], "+.3f"), _interval(score["win_rate"], ".2f")]
+            counts = f"{score['wins']} / {score['ties']} / {score['losses']}"
+            rows.append([scorer, model["name"], *cells, counts, str(score["runs"])])
+    return [head, *sorted(rows, key=lambda row: row[0])]
+
+
+def draw_strip(evaluation: Evaluation) -> tuple[Image.Image, list[str]] | None:
+    """The base's images above the tuned model's, same prompts and noise, and their prompts; None without images."""
+    before, after = (_images(evaluation, name) for name in (BASE, evaluation.model))
+    both = [key for key in before if key in after]
+    firsts = list({prompt: (prompt, seed) for prompt, seed in reversed(both)}.values())[::-1]
+    chosen = firsts[:: max(1, -(-len(firsts) // SHOWN))][:SHOWN]
+    if not chosen:
+        return None
+    rows = {"base": [before[key] for key in chosen], "tuned": [after[key] for key in chosen]}
+    cells = {name: [fit(one.open(), CELL) for one in images] for name, images in rows.items()}
+    return _drawn(cells), [prompt for prompt, _ in chosen]
+
+
+def _images(evaluation: Evaluation, model: str) -> Mapping[tuple[str, int], GeneratedImage]:
+    """A model's images (of its first run) by prompt and seed; empty where they were deleted."""
+    for tag in evaluation.tags(model):
+        try:
+            found = read_image_manifest(evaluation.folder / "images" / f"{model}-{tag}")
+        except DiffalignError:
+            continue
+        return {(image.prompt, image.seed): image for image in found}
+    return {}
+
+
+def _drawn(cells: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """Rows of images, each row with its name in front."""
+    side = max(max(image.size) for images in cells.values() for image in images)
+    count = max(len(images) for images in cells.values())
+    canvas = Image.new("RGB", (LABEL + count * (side + GAP), len(cells) * (side + GAP) - GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for row, (name, images) in enumerate(cells.items()):
+        top = row * (side + GAP)
+        draw.text((GAP, top + side // 2 - FONT), name, INK, ImageFont.load_default(FONT))
+        for column, image in enumerate(images):
+            canvas.paste(image, (LABEL + column * (side + GAP), top))
+    return canvas
+
+
+def _interval(estimate: Mapping[str, float | None], style: str) -> str:
+    value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "not measured"
+    if low is None or high is None:
+        return f"{value:{style}} [no interval]"
+    return f"{value:{style}} [{low:{style}}, {high:{style}}]"

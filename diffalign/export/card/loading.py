@@ -1,0 +1,68 @@
+"""The lines of Python that load the weights of a card and generate an image. A test executes them."""
+
+from __future__ import annotations
+
+import json
+
+from diffalign.export.card.facts import CardFacts, Source
+
+HERE = "here = {}  # this folder, or the repository's id on the Hub"
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+PROMPT = "a photo of a red fox in the snow"
+
+
+def diffusers_lines(facts: CardFacts, prompt: str | None, family: str | None) -> list[str]:
+    """For diffusers alone, without diffalign. `family` (sd, sdxl) is needed of single files only.
+
+    The names of a local base and of this folder are relative to the folder that has them.
+    """
+    model, imported = facts.run.base, {"DiffusionPipeline"}
+    single = facts.kind == "single-file" or facts.base.name.endswith(".safetensors")
+    loader = "DiffusionPipeline.from_pretrained"
+    if single:
+        imported = {PIPELINES[family or "sdxl"]}
+        loader = f"{PIPELINES[family or 'sdxl']}.from_single_file"
+    if facts.kind == "single-file":
+        assert facts.exported is not None
+        lines = [f"pipeline = {loader}({_text(facts.exported.file.name)})"]
+    else:
+        parts = [_text(facts.base.name)]
+        if not facts.base.on_hub:
+            lines = [f"base = {_text(facts.base.name)}  # the base's folder or file"]
+            parts = ["base"]
+        else:
+            lines = []
+        parts += [f"{key}={_text(value)}" for key in ("revision", "variant") if (value := getattr(model, key))]
+        folder = facts.run.folder.absolute().name if facts.exported is None else "."
+        lines.append(HERE.format(_text(folder)))
+        if facts.kind == "unet":
+            imported.add("UNet2DConditionModel")
+            lines.append(f"unet = UNet2DConditionModel.from_pretrained(here, subfolder={_text(facts.weights.name)})")
+            parts.append("unet=unet")
+        if model.pretrained_vae_model_name_or_path is not None:
+            imported.add("AutoencoderKL")
+            lines.append(f"vae = AutoencoderKL.from_pretrained({_text(_vae(facts))})")
+            parts.append("vae=vae")
+        lines.append(f"pipeline = {loader}({', '.join(parts)})")
+        if facts.kind == "lora":
+            lines.append(f"pipeline.load_lora_weights(here, weight_name={_text(facts.weights.name)})")
+    if model.prediction_type is not None:
+        lines.append(
+            "pipeline.scheduler = type(pipeline.scheduler).from_config("
+            f'pipeline.scheduler.config, prediction_type="{model.prediction_type}")'
+        )
+    lines.append(f"image = pipeline({_text(prompt or PROMPT)}, num_inference_steps=25, guidance_scale=5.0).images[0]")
+    return [f"from diffusers import {', '.join(sorted(imported))}", "", *lines, 'image.save("image.png")']
+
+
+def on_the_hub(card: str, folder: str, repo_id: str) -> str:
+    """A card whose lines load from the repository in place of the folder."""
+    return card.replace(HERE.format(_text(folder)), HERE.format(_text(repo_id)))
+
+
+def _vae(facts: CardFacts) -> str:
+    return Source.of(str(facts.run.base.pretrained_vae_model_name_or_path)).name
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)
