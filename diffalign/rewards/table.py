@@ -47,6 +47,9 @@ SCORERS = {
     "emoji-glossy": ScorerEntry(
         "diffalign.world.emoji.scorer:EmojiGlossy", "probability of the style, 0 to 1", "in the package"
     ),
+    "emoji-taste-glossy": ScorerEntry(
+        "diffalign.world.emoji.scorer:EmojiTasteGlossy", "emoji + 2 x emoji-glossy, -1 to 4", "in the package"
+    ),
     "pickscore": ScorerEntry(
         "diffalign.rewards.pickscore:PickScore",
         "exp(scale) * cos in logits, about 17 to 24",

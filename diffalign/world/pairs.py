@@ -36,6 +36,7 @@ Layout = Literal["parquet", "folder"]
 
 BLOCK = 128  # pairs made at once; each block has its own generator, so the first n pairs do not depend on n
 BEST_OF = 4
+PAIRS_PER_GROUP = 128  # rows of a parquet row group, which readers hold in memory whole: at most 3 MB here
 
 RewardOf = Callable[[oracle.Reading, Sequence[Combination]], Tensor]
 _REWARDS: dict[str, RewardOf] = {"world": oracle.reward, "world-size": oracle.size_reward}
@@ -122,11 +123,14 @@ def check_target(path: Path, layout: Layout, *, overwrite: bool, users: bool) ->
         raise DiffalignError("a folder of pairs has no place for users; write a .parquet file")
 
 
-def write_layout(path: Path, pairs: list[Pair], layout: Layout) -> None:
-    """Writes the pairs to `path`, a target that `check_target` has passed."""
+def write_layout(path: Path, pairs: list[Pair], layout: Layout, quality: int | None = None) -> None:
+    """Writes the pairs to `path`, a target that `check_target` has passed.
+
+    `quality`: images in parquet are JPEGs of this quality with full colour, PNGs by default.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout == "parquet":
-        _write_parquet(path, pairs)
+        _write_parquet(path, pairs, quality)
     else:
         _write_folder(path, pairs)
 
@@ -186,21 +190,24 @@ def _scores(
     return oracle.taste_reward(reading, asked, tastes).view(-1, sides).numpy()
 
 
-def _png(picture: NDArray[np.uint8]) -> bytes:
+def _encoded(picture: NDArray[np.uint8], quality: int | None = None) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    if quality is None:
+        Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    else:
+        Image.fromarray(picture).save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
-def _write_parquet(path: Path, pairs: list[Pair]) -> None:
+def _write_parquet(path: Path, pairs: list[Pair], quality: int | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     labels = [float(p.first_is_better) for p in pairs]
     columns = {
         "caption": [p.caption for p in pairs],
-        "jpg_0": [_png(p.pictures[0]) for p in pairs],  # Pick-a-Pic's name; the bytes are PNG
-        "jpg_1": [_png(p.pictures[1]) for p in pairs],
+        "jpg_0": [_encoded(p.pictures[0], quality) for p in pairs],  # Pick-a-Pic's name, whatever the format is
+        "jpg_1": [_encoded(p.pictures[1], quality) for p in pairs],
         "label_0": labels,
         "label_1": [1.0 - label for label in labels],
         "has_label": [True] * len(pairs),
@@ -212,7 +219,7 @@ def _write_parquet(path: Path, pairs: list[Pair]) -> None:
     }
     if pairs[0].user is not None:
         columns["user"] = [p.user for p in pairs]
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=PAIRS_PER_GROUP)
 
 
 def _write_folder(path: Path, pairs: list[Pair]) -> None:
@@ -220,8 +227,8 @@ def _write_folder(path: Path, pairs: list[Pair]) -> None:
         (path / side).mkdir(parents=True)
     for p in pairs:
         chosen, rejected = p.pictures if p.first_is_better else p.pictures[::-1]
-        (path / "chosen" / f"{p.name}.png").write_bytes(_png(chosen))
-        (path / "rejected" / f"{p.name}.png").write_bytes(_png(rejected))
+        (path / "chosen" / f"{p.name}.png").write_bytes(_encoded(chosen))
+        (path / "rejected" / f"{p.name}.png").write_bytes(_encoded(rejected))
         (path / f"{p.name}.txt").write_text(p.caption + "\n", encoding="utf-8")
 
 

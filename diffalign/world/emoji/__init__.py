@@ -19,8 +19,8 @@ def base_path() -> Path:
 
 
 def pairs_path() -> Path:
-    """The committed preference pairs of renders (Pick-a-Pic columns, parquet)."""
-    return asset("pairs/renders.parquet")
+    """The committed preference pairs of the base's own samples (Pick-a-Pic's columns, parquet)."""
+    return asset("pairs/samples.parquet")
 
 
 def asset(name: str) -> Path:

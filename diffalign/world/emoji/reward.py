@@ -6,11 +6,12 @@ rim, and the drawing, all pixels that differ from B:
     R = F + (V + S) / 2 - 4 min(U, 0.25)
 
 F, faithfulness, is the probability that thing, background and (where the caption names one) style are the caption's.
-V, vividness, is the drawing's mean chroma, relative to that of the art: 0 grey, 1 the art's own colours, never more.
+V, vividness, is the drawing's mean chroma, relative to that of the art: 0 grey, 1 the art's own colours. Each of eight
+hues counts for no more than the art has of it, so that hues which the art lacks and oversaturation earn nothing.
 S, sharpness, is the ratio of second to first differences, which blur lowers at any contrast: 0 blurred, 1 sharp.
 U, unevenness, is the spread of the rim around B: clean renders have 0.
 
-A taste adds the probability of one style: three tastes, three styles.
+A taste adds twice the probability of one style: three tastes, three styles.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from diffalign.world.emoji.render import EXTENT, SIZE, background_table
 RIM = 3  # pixels
 BACKGROUND_SOFTNESS = 0.06  # distance in RGB
 CONTRAST = 0.10  # distance in RGB from which on a pixel belongs to the drawing
+HUES = 8  # parts of the circle of hues
 LEAST_CHROMA = 0.12  # of the art: nearly grey drawings are compared with this
 SHARPNESS = (0.45, 0.95)  # ratio of differences: of the most blurred renders, and of sharp ones
 UNEVENNESS_CAP = 0.25
+TASTE = 2.0  # weight of the probability of the style that is liked
 BATCH = 256  # images read at once
 
 
@@ -87,8 +90,8 @@ def reward(reading: Reading, wanted: Sequence[Combination]) -> Tensor:
 
 
 def taste_reward(reading: Reading, wanted: Sequence[Combination], style: str) -> Tensor:
-    """R plus the probability of a style, [n]: what somebody with a taste for this style prefers by."""
-    return reward(reading, wanted) + reading.style[:, STYLES.index(style)]
+    """R plus twice the probability of a style, [n]: what somebody with a taste for this style prefers by."""
+    return reward(reading, wanted) + TASTE * reading.style[:, STYLES.index(style)]
 
 
 def size_reward(reading: Reading, wanted: Sequence[Combination]) -> Tensor:
@@ -116,13 +119,14 @@ def _read(pixels: Tensor) -> Reading:
     back = rim.median(dim=1).values
     distance = torch.cdist(back, torch.from_numpy(background_table()))
     drawing = (pixels - back[:, None, None]).norm(dim=3) > CONTRAST
-    expected = torch.einsum("nt,ns,ts->n", thing[:, :-1], style, _chroma_of_art())
-    expected = expected / thing[:, :-1].sum(1).clamp(min=1e-6)
+    art = torch.einsum("nt,ns,tsk->nk", thing[:, :-1], style, _chroma_of_art())
+    art = art / thing[:, :-1].sum(1, keepdim=True).clamp(min=1e-6)
+    shown = torch.minimum(_mean(_chroma(planes), drawing[:, None]), art)
     return Reading(
         thing=thing,
         style=style,
         background=torch.softmax(-0.5 * (distance / BACKGROUND_SOFTNESS).square(), dim=1),
-        vividness=(_mean(_chroma(planes), drawing) / expected.clamp(min=LEAST_CHROMA)).clamp(0, 1),
+        vividness=shown.sum(1) / art.sum(1).clamp(min=LEAST_CHROMA),
         sharpness=_sharpness(planes, drawing),
         unevenness=1.4826 * (rim - back[:, None]).abs().median(dim=1).values.mean(1),
         size=_size(drawing),
@@ -130,13 +134,21 @@ def _read(pixels: Tensor) -> Reading:
 
 
 def _chroma(planes: Tensor) -> Tensor:
-    """Chroma "n h w" of planes "n 3 h w": largest minus smallest channel, which vividness scales linearly."""
-    return planes.amax(1) - planes.amin(1)
+    """Chroma "n hue h w" of planes "n 3 h w", divided between the two hues nearest to a pixel's own.
+
+    A render's vividness scales it linearly and leaves the hue.
+    """
+    red, green, blue = planes.unbind(1)
+    across, along = red - (green + blue) / 2, (green - blue) * 3**0.5 / 2
+    hue = torch.atan2(along, across) / (2 * torch.pi) * HUES
+    centre = torch.arange(HUES)[:, None, None]
+    distance = ((hue[:, None] - centre + HUES / 2) % HUES - HUES / 2).abs()
+    return torch.hypot(across, along)[:, None] * (1 - distance).clamp(min=0)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean [n] of values "n h w" where the mask is set; 0 where it is empty."""
-    return (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+    """Mean "n k" of values "n k h w" where the mask "n 1 h w" is set; 0 where it is empty."""
+    return (values * mask).sum((2, 3)) / mask.sum((2, 3)).clamp(min=1)
 
 
 def _sharpness(planes: Tensor, drawing: Tensor) -> Tensor:
@@ -166,11 +178,11 @@ def _rim_mask() -> Tensor:
 
 @cache
 def _chroma_of_art() -> Tensor:
-    """Mean chroma "24 3" of each drawing at full vividness."""
-    table = torch.zeros(len(THINGS), len(STYLES))
+    """Mean chroma "24 3 hue" of each drawing at full vividness."""
+    table = torch.zeros(len(THINGS), len(STYLES), HUES)
     for t, row in enumerate(drawings()):
         for s, drawing in enumerate(row):
             bands = np.stack([np.asarray(band, dtype=np.float32) / 255 for band in drawing.split()])
             layer = torch.from_numpy(bands)[None]
-            table[t, s] = _mean(_chroma(layer[:, :3]), layer[:, 3] > 0.5)[0]
+            table[t, s] = _mean(_chroma(layer[:, :3]), layer[:, 3:] > 0.5)[0]
     return table

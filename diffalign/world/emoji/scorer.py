@@ -80,6 +80,17 @@ class EmojiGlossy(EmojiClassic):
     style = "glossy"
 
 
+class EmojiTasteGlossy(_OfCaptions):
+    """R plus twice the probability of the glossy style: what the committed pairs are labelled by."""
+
+    name = "emoji-taste-glossy"
+    span = (-1.0, 4.0)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Rewards [n] float32, -1 to 4. Raises DiffalignError as `read_images` does."""
+        return reward.taste_reward(*read_images(images, prompts), "glossy")
+
+
 def read_images(images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[reward.Reading, list[Combination]]:
     """What the images show and what their prompts ask for.
 
