@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from diffalign.config.value_types import Count, Decay, Fraction, Positive, Section
+from diffalign.config.value_types import Count, Decay, Fraction, NotNegative, Positive, Section
 from diffalign.errors import DiffalignError
 
 
@@ -24,6 +24,8 @@ class HealthSection(Section):
     dead_flips: Fraction = 0.02  # distance of flip_rate from 0 or 1
     valid_pairs: Fraction = 0.02  # share of valid pairs among those that a source makes
     clipped: Fraction = 0.95  # share of ratios outside the clip
+    overfitting: NotNegative = 0.0  # the held-out loss's interval must be above its best value by more than this
+    chance_after: Count = 5  # measurements of held-out pairs that may be no better than chance
     lr_factor: Decay = 0.5  # of the learning rate at each roll back
     max_roll_backs: Count = 2  # then the run stops
 

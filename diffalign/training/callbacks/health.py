@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from diffalign.training.callbacks.health_rules import ERROR_RATIO, RULES, Limits, Line
+from diffalign.training.callbacks.health_rules import AT_BEST, ERROR_RATIO, HELDOUT_LOSS, MEASURED, RULES, Limits, Line
 from diffalign.training.metrics import QUARTERS
 
 NOT_FINITE = "not_finite"
@@ -36,11 +36,13 @@ class Watch:
     lines: list[Line] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
     first_error: float | None = None  # the policy's mean in the first line with errors at all timesteps
+    measured: int = 0  # lines with a measurement of held-out pairs
+    best: Line | None = None  # the one with the lowest held-out loss
 
     def check(self, line: Line) -> list[Finding]:
         """Adds a line; returns what the rules find in it and those before, each once per episode."""
         finite = {name: x for name, x in line.items() if x is not None and math.isfinite(x)}
-        self.lines.append(finite | self._error_ratio(finite))
+        self.lines.append(finite | self._error_ratio(finite) | self._since_best(finite))
         if len(self.lines) > 2 * REMEMBERED:
             self.lines = [self.lines[0], *self.lines[-REMEMBERED:]]
         found = []
@@ -57,6 +59,16 @@ class Watch:
         """The step of the last line before a window that ends now."""
         earlier = self.lines[: -self.limits.health.window]
         return int(earlier[-1]["step"]) if earlier else 0
+
+    def _since_best(self, line: Line) -> dict[str, float]:
+        """Of a line with a measurement of held-out pairs: how many there were, and what the best one had."""
+        if HELDOUT_LOSS not in line:
+            return {}
+        self.measured += 1
+        if self.best is None or line[HELDOUT_LOSS] < self.best[HELDOUT_LOSS]:
+            self.best = line
+        kept = {"step", HELDOUT_LOSS, "loss", "rewards/accuracies"} & self.best.keys()
+        return {MEASURED: self.measured} | {f"{AT_BEST} {name}": self.best[name] for name in kept}
 
     def _error_ratio(self, line: Line) -> dict[str, float]:
         """How large the policy's error is beside the reference's, or beside its own first one; empty without errors.

@@ -17,6 +17,9 @@ Lines = Sequence[Line]
 
 ERROR_RATIO = "error ratio"  # added to each line: the policy's mean error over the reference's, or over its first one
 
+# added to lines with a measurement of held-out pairs: how many there were, and values of the best one before their name
+MEASURED, AT_BEST, HELDOUT_LOSS = "measurements", "at best", "heldout/loss"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -92,6 +95,41 @@ def _report_flips(line: Line) -> str:
     )
 
 
+def _overfits(line: Line, health: HealthSection) -> bool:
+    above = line["heldout/loss/low"] > line[f"{AT_BEST} {HELDOUT_LOSS}"] + health.overfitting
+    return above and line["loss"] < line[f"{AT_BEST} loss"]
+
+
+def _report_overfitting(line: Line) -> str:
+    then = {name: line.get(f"{AT_BEST} {name}", math.nan) for name in ("step", HELDOUT_LOSS, "rewards/accuracies")}
+    training = "the training loss falls"
+    if "rewards/accuracies" in line and line["rewards/accuracies"] > then["rewards/accuracies"]:
+        training = (
+            f"the training accuracy rises ({then['rewards/accuracies']:.0%}, now {line['rewards/accuracies']:.0%})"
+        )
+    return (
+        f"overfitting: {training} while the loss of the held-out pairs is above its best value, "
+        f"{then[HELDOUT_LOSS]:.4g} at step {then['step']:.0f} (now {line[HELDOUT_LOSS]:.4g}, 95 % interval from "
+        f"{line['heldout/loss/low']:.4g}). The run learns its own pairs by heart. Stop there "
+        "(validation.early_stopping_patience, validation.load_best_model_at_end), use more pairs, or lower "
+        "training.learning_rate"
+    )
+
+
+def _report_chance(line: Line) -> str:
+    accuracy, training = line["heldout/accuracy"], line.get("rewards/accuracies")
+    why = "labels may be shuffled, training.learning_rate too low, or the held-out pairs too few"
+    if training is not None and training > line.get("heldout/accuracy/high", 1.0):
+        why = f"the training pairs are at {training:.0%}, learned by heart: labels may be shuffled"
+    elif training is not None:
+        why = f"the training pairs are at {training:.0%}: labels may be shuffled, or training.learning_rate too low"
+    return (
+        f"chance: the held-out pairs are not predicted better than chance after {line[MEASURED]:.0f} measurements "
+        f"(accuracy {accuracy:.2f}, 95 % interval from {line['heldout/accuracy/low']:.2f}); {why}. Look at a sample of "
+        "the pairs (`diffalign data check --sample`); if the labels are right, try a higher rate or more pairs"
+    )
+
+
 def _report_drift(line: Line) -> str:
     whose = "the reference's" if any(name.startswith("error/reference") for name in line) else "its first ones"
     return (
@@ -151,6 +189,16 @@ RULES = {
         bad=every(lambda x, health: x["rollout/valid"] < health.valid_pairs),
         report="hardly any valid pair: {rollout/valid:.1%} of what is sampled. Lower the source's threshold, sample "
         "more images of a prompt, or try another scorer; it may no longer distinguish the images",
+    ),
+    # The training pairs are learned by heart: beyond the best measurement of the held-out pairs their loss rises.
+    "overfitting": Rule(
+        needs=("heldout/loss/low", "loss", f"{AT_BEST} loss"), bad=every(_overfits), report=_report_overfitting
+    ),
+    # Nothing that was learned holds for other pairs.
+    "chance": Rule(
+        needs=("heldout/accuracy", "heldout/accuracy/low", MEASURED),
+        bad=every(lambda x, health: x["heldout/accuracy/low"] <= 0.5 and x[MEASURED] >= health.chance_after),
+        report=_report_chance,
     ),
     # The log-ratios are outside the clip, where there is no gradient.
     "all_clipped": Rule(

@@ -67,6 +67,20 @@ SICK: dict[str, list[Line]] = {
     "drift": [{"step": 10.0 * (i + 1), **quarters(e, 0.2)} for i, e in enumerate((0.2, 0.4, 0.5, 0.6))],
     "dead_flips": series({"flip_rate": [0.5, 1.0, 1.0, 0.99]}),
     "no_valid_pairs": series({"rollout/valid": [0.5, 0.01, 0.0, 0.0]}),
+    "overfitting": series(
+        {
+            "heldout/loss": [0.6, 0.9, 0.9, 0.9],
+            "heldout/loss/low": [0.5, 0.7, 0.7, 0.7],
+            "loss": [0.6, 0.5, 0.4, 0.3],
+        }
+    ),
+    "chance": series(
+        {
+            "heldout/loss": [0.7] * 7,
+            "heldout/accuracy": [0.6, *[0.52] * 6],
+            "heldout/accuracy/low": [0.55, *[0.45] * 6],
+        }
+    ),
     "all_clipped": series({"clip_rate": [0.1, 0.97, 0.98, 0.99]}),
 }
 
@@ -103,6 +117,19 @@ def test_what_is_said_names_the_trouble_and_a_remedy(name: str) -> None:
     assert any(word in message for word in ("Try", "try", "lower", "Lower", "calibrate"))
     assert "{" not in message
     assert messages([]) == []
+
+
+def test_overfitting_and_chance_say_what_the_training_pairs_do() -> None:
+    rising = [{**line, "rewards/accuracies": 0.6 + line["step"] / 100} for line in SICK["overfitting"]]
+    assert "the training accuracy rises (70%, now 100%)" in messages(rising)[0]
+    assert "its best value, 0.6 at step 10 (now 0.9, 95 % interval from 0.7)" in messages(rising)[0]
+    worse = [{**line, "loss": 0.7} for line in SICK["overfitting"][1:]]  # training pairs get worse as well: not this
+    assert spoken([SICK["overfitting"][0], *worse]) == []
+    for accuracy, words in ((0.9, "are at 90%, learned by heart"), (0.5, "are at 50%: labels may be shuffled, or")):
+        lines = [{**line, "heldout/accuracy/high": 0.6, "rewards/accuracies": accuracy} for line in SICK["chance"]]
+        assert words in messages(lines)[0]
+    seldom = [{"step": 5.0, "loss": 0.5}, *SICK["chance"]]  # lines without a measurement do not count
+    assert spoken(seldom) == spoken(SICK["chance"])
 
 
 def test_only_values_that_are_there_are_judged() -> None:

@@ -1,0 +1,156 @@
+"""What held-out pairs are worth on the embedded world, where the true reward is known.
+
+    python benchmarks/heldout_world.py --out runs/heldout                 # every part, then the table
+    python benchmarks/heldout_world.py --out runs/heldout --part early
+    python benchmarks/heldout_world.py --out runs/heldout --table
+
+early     Diffusion-DPO on 128 pairs at three times the learning rate of training_configs/world/dpo.yaml, with 128 other
+          pairs of other prompts held out. A run ends by early stopping; then it is resumed without it to the full
+          length, and all checkpoints and the final weights of early stopping are compared with the base.
+shuffled  the packaged run on pairs whose labels were dealt out again at random, a share of them held out.
+flipped   a tenth of the labels is swapped; `diffalign data doubtful` ranks the pairs of a run on them.
+
+A finished part of a seed is a file in OUT and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from diffalign.arena.board import guards
+from diffalign.config.schema import load_config, packaged_config
+from diffalign.data.heldout import split_by_prompt
+from diffalign.evaluation.evaluate import evaluate
+from diffalign.evaluation.sampling import Sampling
+from diffalign.evaluation.scoring import Scoring
+from diffalign.io.manifest import read_manifest
+from diffalign.training.run import environment, run_training
+from diffalign.world import base_path, pairs_path
+from diffalign.world.captions import prompts
+from diffalign.world.pairs import PairRecipe, write_pairs
+
+PAIRS, STEPS, EVERY = 128, 400, 20  # of the part `early`
+PATIENCE = 3
+CHECKPOINTS = 40  # steps between them
+PICTURES = 6  # of each prompt and model
+FLIPPED = {"1024": 300, "4096": 600}  # pairs of the part `flipped` -> steps
+
+
+def run_config(out: Path, changes: Sequence[str]) -> None:
+    """Trains the packaged config of Diffusion-DPO with changes."""
+    changes = [f"output_dir={out}", "training.report_to=none", *changes]
+    run_training(load_config(packaged_config("world/dpo.yaml"), changes))
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run that have a measurement of held-out pairs."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "heldout/loss" in line]
+
+
+def early(out: Path, seed: int) -> dict[str, Any]:
+    """Early stopping on few pairs, and what it would have missed."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(pairs_path())
+    train, heldout = split_by_prompt(rows["caption"].to_pylist(), PAIRS / len(rows), seed=0)
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(rows.take(train[seed * PAIRS : (seed + 1) * PAIRS]), out / "train.parquet")
+    pq.write_table(rows.take(heldout), out / "heldout.parquet")
+    run, stopped = out / "run", out / "stopped"
+    shared = [
+        f"seed={seed}",
+        f"data.path={out / 'train.parquet'}",
+        f"training.max_train_steps={STEPS}",
+        "training.learning_rate=3e-5",
+        f"training.checkpointing_steps={CHECKPOINTS}",
+        "training.checkpoints_total_limit=null",
+        f"validation.pairs={out / 'heldout.parquet'}",
+        f"validation.pairs_every={EVERY}",
+        "validation.points_per_pair=8",
+        "validation.load_best_model_at_end=true",
+    ]
+    if not stopped.exists():
+        run_config(run, [*shared, "overwrite_output_dir=true", f"validation.early_stopping_patience={PATIENCE}"])
+        stopped.mkdir()
+        for name in ("unet", "metrics.jsonl", "health.jsonl", "manifest.json"):
+            (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, stopped / name)
+    run_config(run, [*shared, "training.resume_from_checkpoint=latest"])
+    best = read_manifest(stopped)
+    assert not isinstance(best, str)
+    names = {f"step{step}": run / f"checkpoint-{step}" for step in range(CHECKPOINTS, STEPS + 1, CHECKPOINTS)}
+    result = evaluate(
+        str(base_path()),
+        {"stopped": str(stopped / "unet"), **{name: str(path / "unet") for name, path in names.items()}},
+        prompts("heldout"),
+        range(PICTURES),
+        scorers=Scoring(("world",), faithfulness="world-accuracy"),
+        sampling=Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu"),
+        out_dir=out / "evaluation",
+    )
+    models = {}
+    for model in result.models:
+        gain, accuracy, diversity = model.scores["world"].gain, model.faithfulness, model.diversity
+        assert accuracy is not None
+        assert diversity is not None
+        models[model.name] = {
+            "gain": [gain.value, gain.low, gain.high],
+            "accuracy": accuracy.gain.value,
+            "diversity": diversity.value,
+            "guards": guards(accuracy.gain.value, diversity.value),
+        }
+    health = [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
+    return {
+        "ended_at": lines(stopped)[-1]["step"],
+        "weights_of": best["step"],
+        "heldout": [[line["step"], line["heldout/loss"], line["heldout/accuracy"]] for line in lines(run)],
+        "training_accuracy": [[line["step"], line["rewards/accuracies"]] for line in lines(run)],
+        "health": [[event["step"], event["rule"]] for event in health],
+        "models": models,
+    }
+
+
+def shuffled(out: Path, seed: int) -> dict[str, Any]:
+    """Random labels: the accuracy of held-out pairs, and what the run says."""
+    pairs = write_pairs(out / "pairs.parquet", PairRecipe(1024, seed, shuffle_labels=True), overwrite=True)
+    changes = ["validation.pairs=0.2", "validation.pairs_every=30", "overwrite_output_dir=true"]
+    run_config(out / "run", [f"seed={seed}", f"data.path={pairs}", *changes])
+    names = ("heldout/accuracy", "heldout/accuracy/low", "heldout/accuracy/high", "rewards/accuracies")
+    health = [json.loads(line) for line in (out / "run/health.jsonl").read_text().splitlines()]
+    return {
+        "heldout": [[line["step"], *(line[name] for name in names)] for line in lines(out / "run")],
+        "health": [[event["step"], event["rule"], event["says"]] for event in health],
+    }
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"early": early, "shuffled": shuffled}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--table", action="store_true", help="run nothing; write the table of what is finished")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    for part in () if a.table else a.part:
+        for seed in a.seeds:
+            file = a.out / f"{part}-{seed}.json"
+            if not file.exists():
+                found = PARTS[part](a.out / part / f"seed{seed}", seed)
+                file.write_text(json.dumps({**found, "environment": environment()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Early stopping and the best weights: by a scripted held-out loss, killed and resumed, with and without an EMA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffalign.config.schema import Config
+from diffalign.io.files import list_files
+from diffalign.io.manifest import read_manifest, write_manifest
+from diffalign.training.callbacks.base import TrainingState
+from diffalign.training.checkpoints.checkpoint import CheckpointError
+from diffalign.training.heldout.callback import HeldOut
+from diffalign.training.heldout.stopping import improvements
+from diffalign.training.run import run_training
+from diffalign.world import base_path
+from tests.training.heldout.test_measure import FEW
+from tests.training.test_run import metrics, same, weights
+
+MakeConfig = Callable[..., Config]
+NAN = float("nan")
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 0.5}  # the best before patience 2 ends: step 2, at step 4
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "places"),
+    [
+        ([3, 2, 2.5, 1], 0.0, [0, 1, 3]),
+        ([3, 2, 2, 2], 0.0, [0, 1]),  # equal is no improvement
+        ([3, 2.6, 2.2, 1.8], 0.5, [0, 2]),  # small changes add up: 2.2 is .8 better than 3, and 1.8 only .4 than 2.2
+        ([NAN, 3, NAN, 2], 0.0, [1, 3]),
+        ([], 0.0, []),
+    ],
+)
+def test_improvements_by_hand(values: list[float], threshold: float, places: list[int]) -> None:
+    history = [(10 * i, value) for i, value in enumerate(values)]
+    assert improvements(history, lower=True, threshold=threshold) == places
+    negated = [(step, -value) for step, value in history]
+    assert improvements(negated, lower=False, threshold=threshold) == places
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out losses from LOSSES in place of measured ones."""
+
+    def on_log(self: HeldOut, state: TrainingState) -> None:
+        state.metrics["heldout/loss"] = LOSSES[state.step]
+
+    monkeypatch.setattr(HeldOut, "on_log", on_log)
+
+
+def settings(out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        **FEW,
+        "output_dir": str(out),
+        "training.max_train_steps": 6,
+        "training.learning_rate": 1e-3,
+        "validation.pairs_every": 1,
+        "validation.early_stopping_patience": 2,
+        "validation.load_best_model_at_end": True,
+        "training.checkpointing_steps": 1,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+
+
+@pytest.mark.usefixtures("scripted")
+def test_a_run_ends_by_its_patience_with_the_best_weights_also_when_killed(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run_training(make_config(base_path(), settings(out)))
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+    assert same(weights(out), weights(out / "checkpoint-2"))
+    assert not same(weights(out), weights(out / "checkpoint-4"))
+    found = read_manifest(out)
+    assert not isinstance(found, str)
+    assert found["step"] == 2
+    (event,) = [json.loads(line) for line in (out / "health.jsonl").read_text().splitlines()]
+    assert (event["step"], event["rule"]) == (4, "early_stopping")
+    assert "has not improved in 2 measurements; it is 1.5, and the best is 1 at step 2" in event["says"]
+    assert not (out / "best").exists()
+    kept = metrics(out), weights(out)
+
+    for killed_after in (3, 4):  # before the best weights of step 2 are final; at the step of the stop itself
+        for step in range(killed_after + 1, 5):
+            shutil.rmtree(out / f"checkpoint-{step}")
+        resumed = settings(out, training__resume_from_checkpoint="latest")
+        run_training(make_config(base_path(), resumed))
+        assert (metrics(out), same(weights(out), kept[1])) == (kept[0], True)
+        assert [json.loads(line)["step"] for line in (out / "health.jsonl").read_text().splitlines()] == [4]
+
+    longer = settings(out, training__resume_from_checkpoint="latest", validation__early_stopping_patience=None)
+    run_training(make_config(base_path(), longer))
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert same(weights(out), weights(out / "checkpoint-6"))
+
+    shutil.rmtree(out / "checkpoint-4/best")
+    for name in ("checkpoint-5", "checkpoint-6"):
+        shutil.rmtree(out / name)
+    (out / "checkpoint-4/manifest.json").unlink()
+    write_manifest(out / "checkpoint-4", {"step": 4, "files": list_files(out / "checkpoint-4")})
+    with pytest.raises(CheckpointError, match=r"does not contain the weights of its best measurement, step 2"):
+        run_training(make_config(base_path(), longer))
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_best_weights_are_the_averaged_ones(make_config: MakeConfig, tmp_path: Path) -> None:
+    shared = {"training__ema_decay": 0.5, "tuning__method": "full", "training__checkpointing_steps": None}
+    run_training(make_config(base_path(), settings(tmp_path / "stopped", **shared)))
+    short = {"training__max_train_steps": 2, "validation__load_best_model_at_end": False}
+    run_training(make_config(base_path(), settings(tmp_path / "short", **shared, **short)))
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "short"))
+
+
+def test_a_resumed_run_measures_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    plain = settings(out, validation__early_stopping_patience=None, training__checkpointing_steps=2)
+    plain |= {"training.max_train_steps": 3, "data.random_flip": True}
+    run_training(make_config(base_path(), plain))
+    whole = metrics(out), weights(out)
+    assert len({line["heldout/loss"] for line in whole[0]}) == 3
+    run_training(make_config(base_path(), {**plain, "training.resume_from_checkpoint": "latest"}))
+    assert (metrics(out), same(weights(out), whole[1])) == (whole[0], True)
