@@ -109,6 +109,9 @@ def test_pairs_are_labelled_again(
     out, votes = tmp_path / "new.parquet", tmp_path / "votes"
     label = ["label", "--pairs", str(listing), "--by-eye", "--out", str(out), "--votes", str(votes), "--keep-unjudged"]
     assert "leave them out of the new pairs with --without weight" in fails(capsys, *label)
+    (tmp_path / "odd.csv").write_text("id,margin\nnone,0\n")
+    odd = ["--without", "weight", "--only", str(tmp_path / "odd.csv")]
+    assert "odd.csv has the id 'none', which is none of the pairs" in fails(capsys, *label, *odd)
     label += ["--without", "weight", "--annotator"]
     annotator(lambda left, right, prompt: "skip" if prompt == "p5" else LIGHTER(left, right, ""))
     main([*label, "ana"])
@@ -196,7 +199,9 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
         (["label", base, *out], "give folders of images and --scorer NAME, or judge with --by-eye"),
         (["label", base, *out, "--port", "8000"], "--port needs --by-eye"),
         (["label", base, *out, "--by-eye", "--scorer", "world"], "--scorer does not go with --by-eye"),
+        (["label", base, *out, "--by-eye", "--tie", "0"], "--tie does not go with --by-eye"),
         (["label", *out, "--by-eye"], "give folders of images, or --pairs"),
+        (["label", base, "--by-eye", "--out", str(tmp_path / "base")], "is not an empty folder"),
         (["label", base, *out, "--by-eye", "--keep-unjudged"], "--keep-unjudged belongs to --pairs"),
         (["label", base, "--by-eye", "--out", "pairs.csv"], "to a .parquet file, or to a folder"),
         (["label", base, *out, "--by-eye", "--annotator", "../x"], "1 to 40 letters, digits"),

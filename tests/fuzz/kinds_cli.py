@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,8 +18,10 @@ from PIL import Image
 from diffalign.cli import main as cli
 from diffalign.config.schema import packaged_config
 from diffalign.errors import DiffalignError
+from diffalign.evaluation.by_eye.plan import ImagePair, VotePlan, store_plan
 from diffalign.world import base_path
 from tests.data.helpers import png
+from tests.evaluation.by_eye.helpers import event
 from tests.fuzz.harness import Run
 from tests.fuzz.odd import TEXTS, json_text
 
@@ -92,6 +95,10 @@ def _good(rng: Random, folder: Path) -> list[Any]:
     flags = "--seeds 0-1 --steps 2 --guidance 3.5 --scheduler ddim --resolution 16 --batch 4 --limit 2 --dtype float32"
     sampling += [*flags.split(), "--device", "cpu"]
     judge = ["--scorer", "world", "--device", "cpu"]
+    by_eye: list[Any] = ["--by-eye", "--annotator", "me", "--seed", 0, "--limit", 2, "--no-browser", "--no-serve"]
+    (folder / "votes").mkdir()
+    store_plan(folder / "votes", VotePlan("blind", 0, [ImagePair("id0", "a fox", ("base", "two"))]))
+    (folder / "votes" / "me.jsonl").write_text(json_text(asdict(event("id0", "second"))) + "\n")
     config = [packaged_config("world/dpo.yaml"), f"output_dir={out}", "seed=3", "training.max_train_steps=2"]
     return rng.choice(
         (
@@ -106,6 +113,10 @@ def _good(rng: Random, folder: Path) -> list[Any]:
             ["compare", folder / "one", f"two={folder / 'two'}", *judge, "--tie", 0.1, "--out", out],
             ["score", folder / "one", folder / "two", *judge],
             ["label", folder / "one", folder / "two", *judge, "--tie", 0.0, "--out", folder / "pairs.parquet"],
+            ["label", folder / "one", folder / "two", *by_eye, "--out", folder / "pairs.parquet", "--per-prompt", 1],
+            ["label", "--pairs", folder / "pairs", *by_eye, "--out", folder / "pairs2", "--keep-unjudged"],
+            ["compare", folder / "one", f"two={folder / 'two'}", "--blind", *by_eye[1:-1], "--out", out],
+            ["votes", folder / "votes", "--reveal", "--json", folder / "v.json"],
             ["arena", "--quick", "--only", "dpo", "flipped", "--seeds", 0, "--workers", 1, "--out", out],
             ["merge", base, out, f"{base / 'unet'}=0.5", f"{base / 'unet'}=0.5"],
             ["export", base / "unet", "--to", "single-file", "--out", folder / "x.safetensors", "--base", base],
@@ -171,6 +182,7 @@ def _stand_ins(folder: Path) -> Iterator[None]:
             ("evaluation.generate.sample_images", blank),
             ("arena.arena.run_arena", enough),
             ("cli.demo.run_demo", nothing),
+            ("cli.images.by_eye._serve", nothing),
         ):
             stack.enter_context(mock.patch(f"diffalign.{name}", stand_in))
         yield

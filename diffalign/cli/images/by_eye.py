@@ -33,7 +33,8 @@ def by_eye_arguments(parser: argparse.ArgumentParser, flag: str) -> None:
 def only_with(args: argparse.Namespace, flag: str, given: bool, names: tuple[str, ...]) -> None:
     """Raises DiffalignError for an option that needs `flag` (given: it is there) or that does not go with it."""
     for name in names:
-        if getattr(args, name.lstrip("-").replace("-", "_")) not in (None, False, []):
+        value = getattr(args, name.lstrip("-").replace("-", "_"))
+        if value is not None and value is not False:
             raise DiffalignError(f"{name} {'does not go with' if given else 'needs'} {flag}")
 
 

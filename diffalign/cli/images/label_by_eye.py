@@ -14,6 +14,7 @@ OPTIONS = (
     *by_eye.NEEDS_PAGE,
     "--pairs",
     "--without",
+    "--only",
     "--per-prompt",
     "--votes",
     "--labels-of",
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is judged and written, with --by-eye")
     group.add_argument("--pairs", type=path_text, help="label these pairs again, instead of folders; as data.path")
     group.add_argument("--without", nargs="+", metavar="COLUMN", help="columns of --pairs that are left out")
+    group.add_argument(
+        "--only", type=path, metavar="FILE", help="judge those of --pairs whose id is in this csv, e.g. doubtful ones"
+    )
     group.add_argument("--per-prompt", type=count, help="pairs of each prompt (default: each image once)")
     group.add_argument(
         "--votes", type=path, metavar="FOLDER", help="of the votes (default: --out with .votes behind it)"
@@ -50,12 +54,12 @@ def run(args: argparse.Namespace) -> None:
 
     _check(args)
     votes: Path = args.votes or args.out.with_name(f"{args.out.name}.votes")
-    export.check_pairs_out(args.out)
-    if args.out.exists() and not export.is_ours(args.out, votes):
-        writable([("--out", args.out)], args.overwrite)
+    export.check_pairs_out(args.out, votes)
+    if args.out.suffix:
+        writable([("--out", args.out)], args.overwrite or export.is_ours(args.out, votes))
     chosen, table = by_eye.selection(args, args.per_prompt), None
     if args.pairs:
-        material, table = sources.from_pairs(args.pairs, chosen, args.without or ())
+        material, table = sources.from_pairs(args.pairs, chosen, without=args.without or (), only=args.only)
     else:
         material = sources.from_images(args.folders, chosen)
 
@@ -73,14 +77,15 @@ def run(args: argparse.Namespace) -> None:
         print(result())
     else:
         by_eye.judge(args, material, votes, result)
-    print_next(["votes", str(votes)], ["data", "check", str(args.out)])
+    print_next(["votes", str(votes)], *([["data", "check", str(args.out)]] if args.out.exists() else []))
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises DiffalignError for options that contradict each other."""
     if bool(args.folders) == bool(args.pairs):
         raise DiffalignError("give folders of images, or --pairs PATH to label existing pairs again")
-    for name, value in (("--without", args.without), ("--keep-unjudged", args.keep_unjudged)):
+    of_pairs = {"--without": args.without, "--only": args.only, "--keep-unjudged": args.keep_unjudged}
+    for name, value in of_pairs.items():
         if value and not args.pairs:
             raise DiffalignError(f"{name} belongs to --pairs PATH")
     if args.per_prompt and args.pairs:

@@ -16,7 +16,7 @@ from typing import Literal
 from diffalign.data.formats.pickapic import write_pickapic
 from diffalign.data.row import ImageRef
 from diffalign.data.table.pairs import PairTable
-from diffalign.errors import DiffalignError
+from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.evaluation.by_eye.plan import ImagePair, Material, digest
 from diffalign.evaluation.by_eye.votes import Event
 from diffalign.io.files import hash_file, list_files, written_whole
@@ -88,10 +88,15 @@ def write_labelled(
     return Written(len(chosen) - ties, ties, unjudged, len(chosen) - len(found), out.suffix != ".parquet")
 
 
-def check_pairs_out(out: Path) -> None:
-    """Raises DiffalignError unless pairs can be written to a file or folder of this name, before anybody judges."""
+def check_pairs_out(out: Path, votes: Path) -> None:
+    """Raises DiffalignError unless pairs can be written to a file or folder of this name, before anybody judges.
+
+    Raises ExistingFileError for a folder that is not empty, unless these votes wrote it.
+    """
     if out.suffix not in (".parquet", ""):
         raise DiffalignError(f"{out}: pairs are written to a .parquet file, or to a folder, whose name has no ending")
+    if not out.suffix and out.exists() and not is_ours(out, votes) and (out.is_file() or any(out.iterdir())):
+        raise ExistingFileError(f"{out} is not an empty folder; pairs are not mixed with what is there. Name a new one")
 
 
 def remember(out: Path, votes: Path) -> None:
@@ -105,7 +110,7 @@ def is_ours(out: Path, votes: Path) -> bool:
         noted = json.loads((votes / WRITTEN).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(noted, dict) and noted == {"path": str(out.resolve()), "content": _content(out)}
+    return out.exists() and noted == {"path": str(out.resolve()), "content": _content(out)}
 
 
 def _content(out: Path) -> object:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.agreement import Agreement, agreements
 from diffalign.evaluation.by_eye.plan import Kind, VotePlan, read_plan
 from diffalign.evaluation.by_eye.votes import Event, read_votes
@@ -108,8 +109,11 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def outcome(plan: VotePlan, votes: Mapping[str, Mapping[str, Event]]) -> Outcome:
-    """What the votes (by annotator and pair) on a plan say."""
+    """What the votes (by annotator and pair) on a plan say. Raises DiffalignError for a vote on another pair."""
     prompts = {each.id: each.prompt for each in plan.comparisons}
+    for name, some in votes.items():
+        if odd := next((pair for pair in some if pair not in prompts), None):
+            raise DiffalignError(f"{name} has a vote on {odd!r:.60}, which is not in the plan; restore both files")
     return Outcome(
         kind=plan.kind,
         comparisons=len(plan.comparisons),

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
 
 from diffalign.data.row import ImageError
 from diffalign.errors import DiffalignError
@@ -69,11 +68,10 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
     def end(self) -> str:
-        """The result, made once. The server stops after this request. Raises what `finish` raises."""
+        """The result, made once. Raises what `finish` raises."""
         with self._once:
             if self.finished is None:
                 self.finished = self.finish()
-                threading.Thread(target=self.shutdown, daemon=True).start()  # returns when this request is answered
             return self.finished
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -117,6 +115,9 @@ class PageHandler(BaseHTTPRequestHandler):
                 self._json(200, session.undo(request))
             elif path == "finish" and session.done:
                 self._json(200, {"report": self.server.end()})
+                threading.Thread(
+                    target=self.server.shutdown
+                ).start()  # it waits for the loop that this thread is not in
             else:
                 self._answer(404)
         except StaleError as error:
@@ -143,7 +144,7 @@ class PageHandler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         name = hosts[0].rpartition(":")[0] if re.search(r":\d+$", "".join(hosts)) else "".join(hosts)
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site")
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         token, slash, rest = path[1:].partition("/")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()) or not slash:
             self._refuse(404)

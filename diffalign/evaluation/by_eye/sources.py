@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffalign.data.row import DataError, ImageRef
 from diffalign.data.spec import DataSpec
-from diffalign.data.table.open import open_pairs
+from diffalign.data.table.open import open_columns, open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.plan import ImagePair, Kind, Material, VotePlan, digest
@@ -68,10 +68,13 @@ def from_images(folders: Sequence[str | Path], selection: Selection = ALL) -> Ma
     return _material("label", comparisons, images.__getitem__, selection, notes)
 
 
-def from_pairs(path: str, selection: Selection = ALL, without: Sequence[str] = ()) -> tuple[Material, PairTable]:
+def from_pairs(
+    path: str, selection: Selection = ALL, *, without: Sequence[str] = (), only: Path | None = None
+) -> tuple[Material, PairTable]:
     """Existing pairs and ties, with the table that they come from. The page does not show their labels.
 
-    without: columns that belong to the old labels and are left out. Raises DataError where the pairs have such columns.
+    without: columns that belong to the old labels and are left out. only: a file with the ids of the pairs to compare.
+    Raises DataError where the pairs have columns of the old labels, and for an id that they do not have.
     """
     table = open_pairs(path, DataSpec(keep_ties=True, columns=dict.fromkeys(without, "")))
     table.require_usable()
@@ -83,13 +86,17 @@ def from_pairs(path: str, selection: Selection = ALL, without: Sequence[str] = (
             f"--without {' '.join(lost)}"
         )
     places = {id: index for index, id in enumerate(table.ids)}
-    comparisons = [ImagePair(id, table.prompts[i], ("chosen", "rejected")) for id, i in places.items()]
+    wanted = places.keys() if only is None else _ids(only, path, table.ids)
+    comparisons = [ImagePair(id, table.prompts[i], ("chosen", "rejected")) for id, i in places.items() if id in wanted]
 
     def images(id: str) -> tuple[ImageRef, ImageRef]:
         pair = table[places[id]]
         return pair.chosen, pair.rejected
 
-    notes = {"rows are unusable (`diffalign data check` names them)": sum(each.dropped for each in table.problems)}
+    notes = {
+        "pairs are not in --only": len(table) - len(comparisons),
+        "rows are unusable (`diffalign data check` names them)": sum(each.dropped for each in table.problems),
+    }
     return _material("relabel", comparisons, images, selection, notes), table
 
 
@@ -114,6 +121,20 @@ def from_models(base: str | Path, others: Mapping[str, str | Path], selection: S
         raise DiffalignError(f"every image of {', '.join(others)} equals the base's: there is nothing to compare")
     notes = {"images equal the base's to the byte: they count as ties and are not shown": len(equal)}
     return _material("blind", comparisons, images.__getitem__, selection, notes, equal)
+
+
+def _ids(file: Path, path: str, known: Sequence[str]) -> set[str]:
+    """The ids in a file's column `id`. Raises DataError for a file without one, and for an id that is not known."""
+    listed = open_columns(file)
+    if "id" not in listed.names:
+        raise DataError(f"{file} has the columns {', '.join(listed.names)}; it needs one that is called id")
+    found = {str(id) for id in listed.column("id")}
+    if not found or (odd := found - set(known)):
+        raise DataError(
+            f"{file} has {f'the id {min(odd)!r:.80}, which is none of' if found else 'no id of'} the pairs of {path}; "
+            "take a list that was made from these pairs"
+        )
+    return found
 
 
 def _material(

@@ -73,19 +73,13 @@ class VoteLog:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.events: dict[str, Event] = {}
-        self.standing: dict[str, Event] = {}  # by pair, oldest first
         new = not file.exists()
         self._opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             if new:
                 sync_folder(file.parent)
             self._cut_torn_line()
-            for number, event in read_events(file):
-                try:
-                    self._take(event)
-                except StaleError as error:
-                    raise DiffalignError(f"{file}, line {number}: {error}; restore the file") from None
+            self.events, self.standing = replay(file)
         except BaseException:
             self.close()
             raise
@@ -100,9 +94,10 @@ class VoteLog:
             if (known.pair, known.vote) != (event.pair, event.vote):
                 raise DiffalignError(f"event {event.event!r} was used for another vote; reload the page")
             return False
-        self._check(event)
+        check_order(event, self.standing)
         self._write(json.dumps(asdict(event), ensure_ascii=False).encode() + b"\n")
-        self._take(event)
+        self.events[event.event] = event
+        _take(event, self.standing)
         return True
 
     @property
@@ -115,21 +110,6 @@ class VoteLog:
         if self._opened >= 0:
             os.close(self._opened)
             self._opened = -1
-
-    def _check(self, event: Event) -> None:
-        if event.vote == UNDO:
-            if self.last is None or self.last.pair != event.pair:
-                raise StaleError(f"the vote on pair {event.pair} is not the last one, and only the last can be undone")
-        elif event.pair in self.standing:
-            raise StaleError(f"pair {event.pair} has a vote already")
-
-    def _take(self, event: Event) -> None:
-        self._check(event)
-        if event.vote == UNDO:
-            del self.standing[event.pair]
-        else:
-            self.standing[event.pair] = event
-        self.events[event.event] = event
 
     def _write(self, line: bytes) -> None:
         size = os.fstat(self._opened).st_size
@@ -181,15 +161,46 @@ def event_fault(row: dict[str, Any]) -> str | None:
     return None
 
 
+def replay(file: Path) -> tuple[dict[str, Event], dict[str, Event]]:
+    """The events of a file by their id, and the votes that stand by pair, oldest first.
+
+    Raises DiffalignError naming the line of a vote on a pair that has one, or of an undo that is not of the last vote.
+    """
+    events: dict[str, Event] = {}
+    standing: dict[str, Event] = {}
+    for number, event in read_events(file):
+        try:
+            check_order(event, standing)
+        except StaleError as error:
+            raise DiffalignError(f"{file}, line {number}: {error}; restore the file") from None
+        events[event.event] = event
+        _take(event, standing)
+    return events, standing
+
+
+def check_order(event: Event, standing: dict[str, Event]) -> None:
+    """Raises StaleError where an event cannot follow the votes that stand."""
+    if event.vote == UNDO:
+        if next(reversed(standing), None) != event.pair:
+            raise StaleError(f"the vote on pair {event.pair} is not the last one, and only the last can be undone")
+    elif event.pair in standing:
+        raise StaleError(f"pair {event.pair} has a vote already")
+
+
+def _take(event: Event, standing: dict[str, Event]) -> None:
+    if event.vote == UNDO:
+        del standing[event.pair]
+    else:
+        standing[event.pair] = event
+
+
 def read_votes(folder: Path) -> dict[str, dict[str, Event]]:
-    """The votes that stand, by annotator and pair, of every annotator in a folder, by name. Nothing is changed."""
-    found: dict[str, dict[str, Event]] = {}
+    """The votes that stand, by annotator and pair, of every annotator in a folder who judged something, by name.
+
+    Nothing is changed. Raises DiffalignError as `VoteLog` does.
+    """
+    found = {}
     for file in sorted(folder.glob(f"*{SUFFIX}")):
-        votes: dict[str, Event] = {}
-        for _, event in read_events(file):
-            if event.vote == UNDO:
-                votes.pop(event.pair, None)
-            else:
-                votes[event.pair] = event
-        found[check_annotator(file.name.removesuffix(SUFFIX))] = votes
+        if standing := replay(file)[1]:
+            found[check_annotator(file.name.removesuffix(SUFFIX))] = standing
     return found

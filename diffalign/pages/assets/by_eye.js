@@ -111,7 +111,7 @@ async function act(key) {
 addEventListener("keydown", (event) => {
   const key = KEYS[event.key];
   if (!key || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (key === "finish" && main.dataset.view !== "end") return; // Enter presses the button that has the focus
+  if (key === "finish" && (main.dataset.view !== "end" || document.activeElement.matches("button"))) return; // it presses that one
   event.preventDefault();
   act(key);
 });

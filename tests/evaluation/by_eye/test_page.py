@@ -38,6 +38,7 @@ def test_keys_and_buttons_vote(tmp_path: Path, browse: Browse) -> None:
     with served(session(tmp_path, prompts), "THE TABLE") as server, browse(server.url) as page:
         judged(page, 0, 6)
         shown = [page.text_content("#prompt")]
+        assert page.evaluate("[...images.keys()]") == [0, 1]  # the next pair is loaded already
         assert page.evaluate("[...document.querySelectorAll('.frame img')].map((image) => image.naturalWidth)") == [
             8,
             8,

@@ -58,6 +58,8 @@ def test_without_the_token_nothing_is_answered(server: PageServer, method: str) 
         for path in ("", "state", "image/0/0", "vote", f"../{server.token}/"):
             status, _, content = ask(server, f"/{token}/{path}", method)
             assert (status, content) == (404, b"")
+    for path in ("//[", "*", f"http://127.0.0.1/{server.token}/", "/" + "x" * 9000):
+        assert ask(server, path, method)[0] == 404
     assert ask(server, f"/{server.token}", method)[0] == 404  # without the slash behind it
 
 
