@@ -211,6 +211,7 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
         (["compare", base, f"a={base}", "--blind", "--out", str(tmp_path / "v")], "equals the base's"),
         (["compare", base, f"a={base}", f"a={base}", "--blind", "--out", str(tmp_path / "v")], "a name of its own"),
         (["votes", base], "plan.json does not exist"),
+        (["label", base, *out, "--by-eye", "--votes", base], "has other files (0_0.png), and no votes"),
     ):
         assert said in fails(capsys, *command)
     assert not (tmp_path / "pairs.parquet").exists()

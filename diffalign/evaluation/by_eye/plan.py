@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffalign.data.row import ImageRef
-from diffalign.errors import DiffalignError, MissingFileError
+from diffalign.errors import DiffalignError, ExistingFileError, MissingFileError
 from diffalign.io.files import written_whole
 
 PLAN = "plan.json"
@@ -90,7 +90,8 @@ def order_of(plan: VotePlan, annotator: str) -> list[Shown]:
 def store_plan(folder: Path, plan: VotePlan) -> None:
     """Writes the plan to a folder of votes, or checks that the one that is there is the same.
 
-    Raises DiffalignError for another plan: votes on other images, or in another order, would be mixed.
+    Raises DiffalignError for another plan: votes on other images, or in another order, would be mixed; and
+    ExistingFileError for a folder that has other files.
     """
     record = plan.record()
     if (folder / PLAN).is_file():
@@ -99,6 +100,12 @@ def store_plan(folder: Path, plan: VotePlan) -> None:
             if there.get(field) != value:
                 raise DiffalignError(_other(folder, field, there.get(field), value))
         return
+    if (
+        odd := sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+        if folder.is_dir()
+        else []
+    ):
+        raise ExistingFileError(f"{folder} has other files ({odd[0]}), and no votes; name a new folder for the votes")
     with written_whole(folder / PLAN) as partial:
         partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
