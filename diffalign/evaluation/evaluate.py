@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffalign.data.table.prompts import prompts_of
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
 from diffalign.evaluation.generate import generate_by
@@ -45,7 +46,7 @@ class Evaluation:
 def evaluate(
     base: str,
     tuned: Mapping[str, Weights | Sequence[Weights]],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     seeds: Sequence[int],
     *,
     scorers: Sequence[str | Scorer] | Scoring,
@@ -64,7 +65,7 @@ def evaluate(
 def evaluation(
     base: str,
     tuned: Mapping[str, Weights | Sequence[Weights]],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     seeds: Sequence[int],
     *,
     scorers: Sequence[str | Scorer] | Scoring,
@@ -72,6 +73,7 @@ def evaluation(
     sampling: Sampling | None = None,
 ) -> Evaluation:
     """`evaluate`, with every score and image besides the result."""
+    prompts = prompts_of(prompts)
     models = {name: [as_tuned(one) for one in _listed(some)] for name, some in tuned.items()}
     if not models or BASE in models:
         raise DiffalignError(f"tuned models are named {list(models)}; name at least one, and none of them '{BASE}'")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.table.prompts import unique
+from diffalign.data.table.prompts import prompts_of, unique
 from diffalign.engine.random import noise_seed
 from diffalign.errors import DiffalignError, out_of_memory
 from diffalign.evaluation.manifest import MANIFEST, GeneratedImage, manifest_rows, mend_end
@@ -29,7 +29,7 @@ NEGATIVE_GUIDANCE = ("diffalign.contrib.negative_guidance", "load_guidance")
 
 def generate(
     model: str,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     seeds: Sequence[int],
     *,
     out_dir: str | Path,
@@ -38,12 +38,14 @@ def generate(
 ) -> list[GeneratedImage]:
     """Every prompt with every seed, prompt-major, written to `out_dir`.
 
+    `prompts` are texts, or the name of a prompt set (`diffalign list prompts`) or of a file of prompts.
     `model` is a diffusers folder, Hub id or single-file checkpoint; `tuned` the path of weights to put on it, or a
     `Tuned`. `sampling` says how (None: `Sampling()`). Images that the manifest already lists with the same settings are
     not made again, and the model is not even loaded when none is missing. Raises DiffalignError when `out_dir` contains
     images made with other settings, FolderInUseError while another process writes images there.
     """
-    return generate_by(ImageRecipe(model, as_tuned(tuned), sampling or Sampling()), prompts, seeds, Path(out_dir))
+    recipe = ImageRecipe(model, as_tuned(tuned), sampling or Sampling())
+    return generate_by(recipe, prompts_of(prompts), seeds, Path(out_dir))
 
 
 def generate_by(

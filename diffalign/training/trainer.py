@@ -216,7 +216,7 @@ class Trainer:
 
     def evaluate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         seeds: Sequence[int] = (0, 1, 2, 3),
         *,
         scorers: Sequence[str | Scorer] | Scoring,

@@ -120,6 +120,21 @@ def test_a_set_with_other_rows_is_refused(hub: list[dict[str, object]], monkeypa
         read_prompts("drawbench")
 
 
+@pytest.mark.parametrize("odd", [7, None, "  "])
+def test_a_row_that_is_no_prompt_is_refused(odd: object, hub: list[dict[str, object]], monkeypatch) -> None:
+    monkeypatch.setattr(fetch, "_from_hub", lambda *_: ["a dog"] * 199 + [odd])
+    with pytest.raises(PromptSetError, match=rf"row 199 of Hub data set zhwang/HPDv2 is {odd!r}, not a prompt"):
+        read_prompts("drawbench")
+
+
+def test_a_damaged_file_of_a_set_is_named(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "drawbench.jsonl").write_text('{"prompt": "a dog"}\n{"pro\n')
+    with pytest.raises(PromptSetError, match=r"drawbench.jsonl is damaged .*delete it"):
+        read_prompts("drawbench")
+    assert fetch.which_set(["a dog"])["set"] is None
+
+
 def test_a_file_of_github(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.dumps({"tag": "counting", "prompt": f"a photo of {n} dogs"}) + "\n" for n in range(553)]
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -57,6 +57,13 @@ def test_files_and_manifest(made):
     assert read_image_manifest(out) == pictures
 
 
+def test_prompts_may_be_named(made, tiny, tmp_path, monkeypatch):
+    """A text is a file or a set, never a sequence of letters; these images exist already."""
+    no_loading(monkeypatch)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    assert generate(tiny["sdxl"], str(tmp_path / "prompts.txt"), SEEDS, out_dir=made[0], sampling=TWO) == made[1]
+
+
 def test_finished_images_are_not_made_again(made, tiny, monkeypatch):
     out, pictures = made
     no_loading(monkeypatch)

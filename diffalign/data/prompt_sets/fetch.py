@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -34,6 +35,12 @@ def set_prompts(chosen: PromptSet, part: str = "") -> list[str]:
     expected = chosen.part_rows[part] if part else chosen.rows
     if len(rows) != expected:
         raise PromptSetError(f"prompt set {label(chosen, part)}: {chosen.origin} has {len(rows)} rows, not {expected}")
+    empty = next((i for i, row in enumerate(rows) if not isinstance(row, str) or not row.strip()), None)
+    if empty is not None:
+        raise PromptSetError(
+            f"prompt set {label(chosen, part)}: row {empty} of {chosen.origin} is {rows[empty]!r:.60}, not a prompt; "
+            "report it to us"
+        )
     prompts = _checked(chosen, part, list(dict.fromkeys(row.strip() for row in rows)), chosen.origin)
     with written_whole(file, what=f"prompt set {chosen.name}") as partial:
         partial.write_text(as_listing(prompts), encoding="utf-8")
@@ -72,9 +79,12 @@ def text_hash(prompts: Sequence[str]) -> str:
 
 
 def _stored(file: Path) -> list[str]:
-    """The prompts in a file of the package or one that `set_prompts` wrote."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return lines if file.suffix == ".txt" else [json.loads(line)["prompt"] for line in lines]
+    """The prompts in a file of the package or one that `set_prompts` wrote. Raises PromptSetError for a damaged one."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        return lines if file.suffix == ".txt" else [json.loads(line)["prompt"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PromptSetError(f"{file} is damaged ({error}); delete it and give the set's name again") from None
 
 
 def which_set(prompts: Sequence[str]) -> dict[str, Any]:
@@ -88,7 +98,9 @@ def which_set(prompts: Sequence[str]) -> dict[str, Any]:
         for part in ("", *chosen.part_rows):
             known = chosen.sha256 if not part else None
             file = stored_at(chosen, part)
-            own = _stored(file) if file.is_file() else []
+            own: list[str] = []
+            with suppress(PromptSetError):
+                own = _stored(file) if file.is_file() else []
             if found["sha256"] == known or (own and own[: len(prompts)] == list(prompts)):
                 more = {"of": len(own)} if len(own) > len(prompts) else {}
                 verified = known is not None or chosen.packaged

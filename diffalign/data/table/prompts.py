@@ -111,6 +111,11 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
     return unique(prompts)[:limit]
 
 
+def prompts_of(given: str | Sequence[str]) -> Sequence[str]:
+    """Prompts as a list; one text is a file, a set's name or a prompt, as `read_prompts` takes it."""
+    return read_prompts(given) if isinstance(given, str) else given
+
+
 def _may_be_path(source: str) -> bool:
     """Whether a text is meant as a file or folder: one is there, or it ends or begins as the name of one does."""
     if "\n" in source or len(source.encode(errors="replace")) >= LONGEST_NAME or "\0" in source:
