@@ -96,6 +96,12 @@ SCORERS = {
         "trl-lib/ddpo-aesthetic-predictor (aesthetic-model.pth), openai/clip-vit-large-patch14",
         "Apache-2.0*",
     ),
+    "ensemble": ScorerEntry(
+        "diffalign.rewards.ensemble:Ensemble",
+        "mean - k * std over scorers, in standard deviations of the measured images",
+        "ensemble=FILE, which `diffalign score --ensemble FILE` writes",
+        "those of its members",
+    ),
     "remote": ScorerEntry(
         "diffalign.rewards.remote.client:Remote",
         "the server's unit and tie",
