@@ -17,7 +17,7 @@ from diffalign.sources import SOURCES
 
 PACKAGE = Path(diffalign.__file__).parent
 FILES = ("json", "jsonl", "pth", "safetensors", "yaml", "py")  # "model.safetensors" names no setting
-PYTHON_ONLY = {"with_uncond", "keep_ties"}  # said to whoever builds these objects in Python
+PYTHON_ONLY = {"with_uncond", "keep_ties", "eval_dataset"}  # said to whoever builds these objects in Python
 
 
 def sections() -> dict[str, set[str]]:
