@@ -39,10 +39,10 @@ from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, write_pairs
 
-PAIRS, STEPS, EVERY = 128, 400, 20  # of the part `early`
+PAIRS, STEPS, EVERY = 128, 200, 20  # of the part `early`
 PATIENCE = 3
 CHECKPOINTS = 40  # steps between them
-PICTURES = 6  # of each prompt and model
+PICTURES = 4  # of each prompt and model
 FLIPPED = {"1024": 300, "4096": 600}  # pairs of the part `flipped` -> steps
 
 

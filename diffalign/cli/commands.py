@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     "data": {
         "data": (
             "data",
-            "check or score pairs, write the embedded world's pairs or a prompt set",
+            "check or score pairs, find doubtful labels, write the world's pairs or a prompt set",
             "data check my/pairs --sample pairs.png",
         ),
         "label": (

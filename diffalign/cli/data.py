@@ -1,4 +1,4 @@
-"""`diffalign data check | score | world | prompts`: check and score pairs; write the world's pairs, a prompt set."""
+"""`diffalign data check | score | doubtful | world | prompts`: check, score, rank pairs; write pairs and prompts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from diffalign.cli.common import (
     writable,
 )
 from diffalign.cli.next_steps import print_next
+from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path, required=True, metavar="JSONL", help=("file of scores; an interrupted run continues")
     )
     sub.add_argument("--device", type=device, help="default: cuda where there is one")
+    add_doubtful(actions)
     sub = actions.add_parser("world", help="write preference pairs of the embedded world")
     sub.add_argument("out", type=path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
     sub.add_argument("--pairs", type=whole(1, 10**7), default=1024)
@@ -122,6 +124,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs one of the actions."""
     if args.action == "score":
         _score_pairs(args)
+        return
+    if args.action == "doubtful":
+        write_doubtful(args)
         return
     if args.action == "prompts":
         _write_prompts(args)

@@ -109,7 +109,11 @@ def can_hold_out(config: Any) -> None:
             f"validation.pairs: {objective.name} compares steps of the sampler, which stored pairs do not have; "
             "remove it, and use validation.prompts"
         )
-    if validation.metric_for_best_model == "accuracy" and objective.compares == "chosen images":
+    if (
+        validation.stops_or_loads
+        and validation.metric_for_best_model == "accuracy"
+        and objective.compares == "chosen images"
+    ):
         raise DiffalignError(
             f"validation.metric_for_best_model: {objective.name} does not compare the images of a pair; use loss"
         )
@@ -129,8 +133,8 @@ def can_hold_out(config: Any) -> None:
             f"validation.pairs: source {source.name} generates its pairs, so none can be held out; give the path of "
             "labelled pairs"
         )
-    if idle := [name for name in ("pairs_split", "max_pairs") if getattr(validation, name) is not None]:
-        raise DiffalignError(f"validation.{idle[0]}: a share is of the pairs of data.path; remove it")
+    if validation.pairs_split is not None:
+        raise DiffalignError("validation.pairs_split: a share is of the pairs of data.path; remove it")
 
 
 def can_fuse_kernels(model: ModelSection) -> None:

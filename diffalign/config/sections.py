@@ -195,13 +195,13 @@ class ValidationSection(Section):
     pairs_seed: Seed = 0  # of the prompts that are held out, and of the points of their pairs
     pairs_every: Count = 100  # optimiser steps, a multiple of training.logging_steps
     pairs_split: Text | None = None  # of the other pairs; null: data.split
-    max_pairs: Count | None = None  # of the other pairs
+    max_pairs: Count | None = None  # hold out, or use of the other pairs, at most so many
     points_per_pair: Annotated[Count, Field(multiple_of=4)] = 4  # (t, noise), the same at every measurement
     pairs_batch_size: Count | None = None  # pairs in a forward; null: training.train_batch_size
     early_stopping_patience: Count | None = None  # measurements without improvement; null: the run does not stop early
-    early_stopping_threshold: NotNegative = 0.0  # a smaller change of the metric is no improvement
+    early_stopping_threshold: NotNegative = 0.0  # a change of the metric up to this is no improvement
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
-    metric_for_best_model: Literal["loss", "accuracy"] = "loss"  # of the held-out pairs
+    metric_for_best_model: Literal["accuracy", "loss"] = "accuracy"  # of the held-out pairs
 
     @property
     def stops_or_loads(self) -> bool:

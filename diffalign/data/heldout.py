@@ -22,16 +22,21 @@ def prompt_key(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
-def split_by_prompt(prompts: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the pairs to train on and of the held-out ones, each ascending; at most `share` of all are held out.
+def split_by_prompt(
+    prompts: Sequence[str], share: float, seed: int, limit: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices of the pairs to train on and of the held-out ones, each ascending.
 
-    Prompts are taken in the order of a hash of seed and text, those that would exceed the share left out.
+    At most `share` of all are held out, and at most `limit`. Prompts are taken in the order of a hash of seed and text,
+    those that would exceed these left out.
     Raises DataError where fewer than LEAST_PROMPTS prompts fit the share.
     """
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         groups[prompt_key(prompt)].append(index)
     wanted = max(round(share * len(prompts)), 1)
+    if limit is not None:
+        wanted = min(wanted, limit)
     heldout: list[int] = []
     taken = 0
     for key in sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}\x1f{key}".encode()).digest()):
@@ -39,11 +44,12 @@ def split_by_prompt(prompts: Sequence[str], share: float, seed: int) -> tuple[li
             heldout += groups[key]
             taken += 1
     if taken < LEAST_PROMPTS or taken == len(groups):
+        of_limit = "" if limit is None else f" (validation.max_pairs: {limit})"
         sizes = sorted(len(group) for group in groups.values())
         raise DataError(
-            f"validation.pairs: a share of {share:g} is {wanted} of {len(prompts)} pairs; these have {len(groups)} "
-            f"prompts, each with {sizes[0]} to {sizes[-1]} pairs, and at least {LEAST_PROMPTS} prompts must be held "
-            "out and one trained on. Give another share, or the path of other pairs"
+            f"validation.pairs: a share of {share:g} is {wanted} of {len(prompts)} pairs{of_limit}; these have "
+            f"{len(groups)} prompts, each with {sizes[0]} to {sizes[-1]} pairs, and at least {LEAST_PROMPTS} prompts "
+            "must be held out and one trained on. Give another share, or the path of other pairs"
         )
     chosen = set(heldout)
     return [index for index in range(len(prompts)) if index not in chosen], sorted(heldout)

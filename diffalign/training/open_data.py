@@ -68,7 +68,8 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
     if isinstance(config, Config) and config.validation.pairs is not None:
         share = config.validation.pairs
         if isinstance(share, float):
-            train, rest = split_by_prompt(table.prompts, share, config.validation.pairs_seed)
+            validation = config.validation
+            train, rest = split_by_prompt(table.prompts, share, validation.pairs_seed, validation.max_pairs)
             table, heldout = table.part(train), table.part(rest)
         else:
             table, heldout = copy(table), open_heldout(config) if heldout is None else heldout

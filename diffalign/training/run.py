@@ -317,7 +317,6 @@ _FREE = {
     "validation.pairs_every",
     "validation.pairs_batch_size",
     "validation.early_stopping_patience",
-    "validation.early_stopping_threshold",
     "health",
     "data.dataloader_num_workers",
     "model.gradient_checkpointing",

@@ -22,6 +22,7 @@ def test_a_prompt_is_on_one_side_whatever_the_order(share: float) -> None:
     _, backwards = split_by_prompt(PROMPTS[::-1], share, seed=3)
     assert {PROMPTS[::-1][i] for i in backwards} == {PROMPTS[i] for i in heldout}
     assert split_by_prompt(PROMPTS, share, seed=4) != (train, heldout)
+    assert len(split_by_prompt(PROMPTS, share, seed=3, limit=6)[1]) <= 6
 
 
 def test_case_and_white_space_make_no_other_prompt() -> None:

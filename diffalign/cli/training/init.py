@@ -240,6 +240,12 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
         "  report_to: tensorboard",
         "",
         "# validation:",
+        "#   pairs: 0.1  # measured and not trained on: they show when the run learns its pairs by heart",
+        "#   max_pairs: 256",
+        "#   pairs_every: 250",
+        "#   early_stopping_patience: 4  # measurements without improvement",
+        "#   load_best_model_at_end: true",
+        *(["#   metric_for_best_model: loss"] if goal == "winners" else []),
         "#   every: 250",
         '#   prompts: ["a lighthouse at dusk"]  # images during training, from the same noise each time',
     ]

@@ -58,16 +58,19 @@ class EarlyStopping(Callback):
 
     @property
     def best(self) -> Measurement | None:
-        """The best measurement so far; of equal ones the first."""
-        places = improvements(self.history, lower=self.lower)
-        return self.history[places[-1]] if places else None
+        """The last measurement that was an improvement."""
+        return self.history[self.counted[-1]] if self.counted else None
+
+    @property
+    def counted(self) -> list[int]:
+        """The measurements, by place, that were improvements."""
+        return improvements(self.history, lower=self.lower, threshold=self.settings.early_stopping_threshold)
 
     @property
     def exhausted(self) -> bool:
         """Whether as many measurements as the patience allows brought no improvement."""
-        patience, threshold = self.settings.early_stopping_patience, self.settings.early_stopping_threshold
-        counted = improvements(self.history, lower=self.lower, threshold=threshold)
-        waited = len(self.history) - 1 - counted[-1] if counted else len(self.history)
+        patience = self.settings.early_stopping_patience
+        waited = len(self.history) - 1 - self.counted[-1] if self.counted else len(self.history)
         return patience is not None and waited >= patience
 
     def on_train_begin(self, state: TrainingState) -> None:

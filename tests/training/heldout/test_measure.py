@@ -186,11 +186,14 @@ def test_the_trainer_takes_held_out_pairs(tmp_path: Any) -> None:
         ({"validation.pairs": 0.1, "validation.pairs_every": 15, "training.logging_steps": 10}, "not a multiple of"),
         ({"validation.early_stopping_patience": 2}, "early_stopping_patience needs held-out pairs"),
         ({"validation.load_best_model_at_end": True}, "load_best_model_at_end needs held-out pairs"),
-        ({"validation.pairs": 0.1, "validation.max_pairs": 5}, "validation.max_pairs: a share is of the pairs of"),
+        (
+            {"validation.pairs": 0.1, "validation.pairs_split": "test"},
+            "validation.pairs_split: a share is of the pairs of",
+        ),
         ({"validation.pairs": "x.parquet", "data.scores": "s.jsonl"}, "data.scores belong to the pairs of data.path"),
         ({"validation.pairs": 0.1, "validation.points_per_pair": 6}, "multiple of 4"),
         (
-            {"validation.pairs": 0.1, "validation.metric_for_best_model": "accuracy", "objective": {"name": "sft"}},
+            {"validation.pairs": 0.1, "validation.load_best_model_at_end": True, "objective": {"name": "sft"}},
             "sft does not compare the images of a pair; use loss",
         ),
         ({"validation.pairs": 0.1, "objective": {"name": "spo"}}, "spo compares steps of the sampler"),

@@ -63,6 +63,7 @@ def settings(out: Path, **changes: Any) -> dict[str, Any]:
         "validation.pairs_every": 1,
         "validation.early_stopping_patience": 2,
         "validation.load_best_model_at_end": True,
+        "validation.metric_for_best_model": "loss",
         "training.checkpointing_steps": 1,
         **{name.replace("__", "."): value for name, value in changes.items()},
     }

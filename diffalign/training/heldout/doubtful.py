@@ -1,0 +1,189 @@
+"""Doubtful labels: the pairs of a run, ordered by how strongly the tuned model disagrees with their label.
+
+A wrong label is learned by heart in the end, but later and less than the right ones, because these agree with each
+other. So the tuned model's margin (reward of the chosen image less that of the rejected one) tells wrong labels apart,
+better after few visits of each pair than after many: prefer a run with `validation.load_best_model_at_end`, or an early
+checkpoint.
+
+The margins of a pair at its points (t, ε) have very different sizes, and those at low noise are learned by heart first.
+Each is divided by the spread over all pairs at that point and bounded by tanh, so that no point decides alone. A point
+counts by how well the margins there predict the held-out pairs of the run (accuracy less ½); without held-out pairs, or
+where none is predicted, all count alike.
+
+Left out: cross-fitting (a run for every fold, each on the other folds), which needs several trainings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffalign.config.schema import Config, parse_config
+from diffalign.config.sections import ValidationSection
+from diffalign.config.strict_yaml import ConfigError, read_yaml
+from diffalign.data.heldout import split_by_prompt
+from diffalign.data.loader.offline_pairs import OfflinePairs
+from diffalign.data.loader.online import Online
+from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.row import ImageError
+from diffalign.data.table.pairs import PairTable
+from diffalign.errors import DiffalignError
+from diffalign.models.adapters.save_load import find_tuned
+from diffalign.models.loading.encoder import Encoder
+from diffalign.training.build import build
+from diffalign.training.heldout.measure import FixedPoints, PointValues
+from diffalign.training.metrics import QUARTERS
+from diffalign.training.processes import make_accelerator
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A pair and what the tuned model says about its label."""
+
+    index: int  # in the table
+    score: float  # in [-1, 1]: mean of the bounded margins; below 0 the model ranks the pair against its label
+    error: float  # standard error of the score over the pair's points
+    margin: float  # mean margin, in the objective's unit
+    agreeing: float  # share of points at which the chosen image has the higher reward
+    worst_quarter: int | None  # of t, 1 to 4, with the lowest bounded margin; None where points have several timesteps
+    heldout: bool  # whether the run did not train on it
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """The pairs of a run, the most doubtful first."""
+
+    table: PairTable
+    ranked: list[Doubt]
+    trained_on: str  # the pairs' path
+
+
+def doubtful_pairs(run_dir: str | Path, *, points: int = 8, batch_size: int | None = None, seed: int = 0) -> Doubts:
+    """Every pair of a run, or of one of its checkpoints, ordered by how strongly the weights there disagree with it.
+
+    points: (t, ε) of each pair, a multiple of 4. batch_size: pairs in a forward; None: the run's.
+    Raises DiffalignError for a folder without a run, and for a run without labelled pairs or whose objective does not
+    compare the images of a pair; ModelError where there are no tuned weights.
+    """
+    config = _config(Path(run_dir))
+    find_tuned(run_dir)
+    accelerator = make_accelerator(config)
+    run = build(config, accelerator)
+    assert isinstance(run.table, PairTable), "a run with a source is refused"
+    run.load_weights(Path(run_dir))
+    resolution = config.data.resolution or run.base.family.default_resolution
+    encoder = Encoder(run.base, accelerator.device)
+    spec = LoaderSpec(
+        run_seed=seed,
+        train_batch_size=1,
+        with_uncond=run.objective.needs_uncond,
+        signed_masks=run.objective.takes_signs,
+    )
+    source = OfflinePairs(run.table, Online(encoder, resolution), spec)
+    fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size)
+    values = fixed.values(run.objective, run.networks)
+    heldout: list[int] = []
+    share = _recorded(Path(run_dir)).validation
+    if isinstance(share.pairs, float):
+        _, heldout = split_by_prompt(run.table.prompts, share.pairs, share.pairs_seed, share.max_pairs)
+    timesteps = run.networks.schedule.num_train_timesteps
+    return Doubts(run.table, ranked(values, set(heldout), timesteps), config.data.path)
+
+
+def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int) -> list[Doubt]:
+    """Measured pairs, the most doubtful first; `heldout` are the indices of those that were not trained on."""
+    ordered = sorted(values, key=lambda value: (value.pair, value.point))
+    pairs = list(dict.fromkeys(value.pair for value in ordered))
+    margins = np.array([value.margin for value in ordered], float).reshape(len(pairs), -1)
+    times = np.array([math.nan if value.t is None else value.t for value in ordered]).reshape(margins.shape)
+    held = np.array([pair in heldout for pair in pairs])
+    spread = margins.std(0)
+    bounded = np.tanh(margins / np.where(spread > 0, spread, 1.0))
+    weights = point_weights(margins, held)
+    scores = bounded @ weights
+    errors = np.sqrt(((bounded - scores[:, None]) ** 2 * weights**2).sum(1))
+    return [
+        Doubt(
+            index=pairs[i],
+            score=float(scores[i]),
+            error=float(errors[i]),
+            margin=float(margins[i].mean()),
+            agreeing=float((margins[i] > 0).mean()),
+            worst_quarter=_worst_quarter(bounded[i], times[i], timesteps),
+            heldout=bool(held[i]),
+        )
+        for i in np.argsort(scores, kind="stable")
+    ]
+
+
+def point_weights(margins: Floats, heldout: NDArray[np.bool_]) -> Floats:
+    """The weights of points from margins [pair, point]: the held-out pairs' accuracy there less ½, over their sum."""
+    points = margins.shape[1]
+    if heldout.any():
+        gained = np.clip((margins[heldout] > 0).mean(0) - 0.5, 0, None)
+        if gained.any():
+            return np.asarray(gained / gained.sum())
+    return np.full(points, 1 / points)
+
+
+def _worst_quarter(bounded: Floats, times: Floats, timesteps: int) -> int | None:
+    if np.isnan(times).any():
+        return None
+    quarter = (times * QUARTERS // timesteps).astype(int)
+    means = {q: bounded[quarter == q].mean() for q in range(QUARTERS) if (quarter == q).any()}
+    return min(means, key=lambda q: means[q]) + 1
+
+
+def _recorded(run_dir: Path) -> Config:
+    """The config that a run recorded. Raises DiffalignError where it has none with an objective."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise DiffalignError(
+            f"{run_dir}: there is no config.yaml, so it is no run; name a run's folder or a checkpoint"
+        )
+    config = parse_config(read_yaml(file), str(file), recorded=True)
+    if not isinstance(config, Config):
+        raise DiffalignError(f"{run_dir} trains a preference model; name the run of an objective")
+    return config
+
+
+def _config(run_dir: Path) -> Config:
+    """The config by which a run's networks and all its pairs are opened again, with nothing cached or resumed."""
+    config = _recorded(run_dir)
+    if config.source is not None:
+        raise DiffalignError(f"{run_dir}: source {config.source.name} generates its pairs, which have no labels")
+    if config.objective.compares != "images":
+        raise DiffalignError(
+            f"{run_dir}: {config.objective.name} compares {config.objective.compares}, so its model has no margin of "
+            "a pair; name the run of an objective like dpo"
+        )
+    data = {"cache_dir": None, "cache_variants": 1, "cache_trajectories": False, "cache_reference_errors": False}
+    data |= {"curriculum": None, "random_flip": False, "center_crop": True}
+    training = {"resume_from_checkpoint": None, "ema_decay": None, "reference_batch_size": None, "report_to": "none"}
+    try:
+        return config.model_copy(
+            update={
+                "data": config.data.model_copy(update=data),
+                "training": config.training.model_copy(update=training),
+                "model": config.model.model_copy(update={"compile": False, "gradient_checkpointing": "none"}),
+                "validation": ValidationSection(user=config.validation.user),
+            }
+        )
+    except ConfigError as error:
+        raise DiffalignError(f"{run_dir}: {error}") from error
+
+
+def image_path(table: PairTable, index: int, side: str) -> str:
+    """The file of one image of a pair, "chosen" or "rejected"; empty where it is stored inside a file."""
+    try:
+        ref = getattr(table[index], side)
+    except ImageError:
+        return ""
+    return str(ref.path) if ref.path is not None and ref.span is None else ""
