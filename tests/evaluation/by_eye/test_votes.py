@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-import time
+import threading
 import urllib.error
 from pathlib import Path
 
@@ -105,7 +105,8 @@ def test_300_votes_survive_three_kills(tmp_path: Path) -> None:
     """The server is killed while requests are under way; the page sends an unanswered vote again, with its event."""
     n, rng = 300, random.Random(0)
     keys = [rng.choice(("left", "right", "tie", "skip")) for _ in range(n)]
-    kill_at = {70, 150, 220}
+    killers: dict[int, threading.Timer] = {}  # by the place at which each must have done its work
+    restarts = 0
 
     def start() -> tuple[subprocess.Popen[str], str]:
         command = [sys.executable, "-m", "tests.evaluation.by_eye.helpers", str(tmp_path), str(n)]
@@ -116,8 +117,11 @@ def test_300_votes_survive_three_kills(tmp_path: Path) -> None:
     process, url = start()
     try:
         for place, key in enumerate(keys):
-            if place in kill_at:  # at an unknown instant of the next votes
-                subprocess.Popen(["/bin/sh", "-c", f"sleep {rng.uniform(0, 0.02):.4f}; kill -9 {process.pid}"])
+            if place in (70, 150, 220):  # SIGKILL at an unknown instant of the next votes
+                killers[place + 5] = threading.Timer(rng.uniform(0, 0.02), process.kill)
+                killers[place + 5].start()
+            if place in killers:
+                killers[place].join()
             while True:
                 try:
                     status, state = post(
@@ -129,12 +133,12 @@ def test_300_votes_survive_three_kills(tmp_path: Path) -> None:
                     process.wait(10)
                     assert len(list(read_events(tmp_path / "ana.jsonl"))) in (place, place + 1)
                     process, url = start()
+                    restarts += 1
             assert state["judged"] == place + 1
-            if place in {at + 5 for at in kill_at}:
-                time.sleep(0.03)  # so that each kill comes before the next one is asked for
     finally:
         process.kill()
         process.wait()
+    assert restarts == 3
     events = [each for _, each in read_events(tmp_path / "ana.jsonl")]
     assert [each.event for each in events] == [f"vote-{place:04d}" for place in range(n)]
     assert len({each.pair for each in events}) == n
