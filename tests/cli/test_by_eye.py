@@ -205,6 +205,8 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
         (["label", base, *out, "--by-eye", "--keep-unjudged"], "--keep-unjudged belongs to --pairs"),
         (["label", base, "--by-eye", "--out", "pairs.csv"], "to a .parquet file, or to a folder"),
         (["label", base, *out, "--by-eye", "--annotator", "../x"], "1 to 40 letters, digits"),
+        (["label", base, *out, "--by-eye", "--annotator", "majority"], "means the votes of several people"),
+        (["label", base, *out, "--by-eye", "--labels-of", "eve"], "annotator 'eve' has no votes"),
         (["compare", base, f"a={base}"], "give --scorer NAME, or vote with --blind"),
         (["compare", base, f"a={base}", "--limit", "2"], "--limit needs --blind"),
         (["compare", base, f"a={base}", "--blind"], "--blind needs --out FOLDER"),

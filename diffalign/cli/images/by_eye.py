@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffalign.cli.common import LAST_SEED, count, path, whole
+from diffalign.cli.common import LAST_SEED, count, whole
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ def selection(args: argparse.Namespace, per_prompt: int | None = None) -> Select
     return Selection(args.seed or 0, args.limit, per_prompt)
 
 
+def annotator(args: argparse.Namespace) -> str:
+    """Whose votes they are. Raises DiffalignError for a name that no file may have."""
+    from diffalign.evaluation.by_eye.votes import check_annotator
+
+    return check_annotator(args.annotator or _user())
+
+
 def judge(args: argparse.Namespace, material: Material, votes: Path, result: Callable[[], str]) -> None:
     """Serves the page until everything is judged or Ctrl-C, then prints `result`'s text; it may raise.
 
@@ -56,11 +63,10 @@ def judge(args: argparse.Namespace, material: Material, votes: Path, result: Cal
     from diffalign.evaluation.by_eye.plan import store_plan
     from diffalign.evaluation.by_eye.server import PageServer
     from diffalign.evaluation.by_eye.session import Session
-    from diffalign.evaluation.by_eye.votes import check_annotator
     from diffalign.io.folder_lock import folder_lock
     from diffalign.pages.by_eye import by_eye_page
 
-    name = check_annotator(args.annotator or _user())
+    name = annotator(args)
     with folder_lock(votes, f"{name}'s votes", name=f".{name}.lock"):
         store_plan(votes, material.plan)
         session = Session(material, votes, name)
@@ -78,11 +84,6 @@ def judge(args: argparse.Namespace, material: Material, votes: Path, result: Cal
         print(server.finished if server.finished is not None else result())
         if not session.done:
             print(f"{len(session.order) - session.judged} pairs are left; the same command continues")
-
-
-def votes_argument(parser: argparse.ArgumentParser, text: str) -> None:
-    """`--votes`."""
-    parser.add_argument("--votes", type=path, metavar="FOLDER", help=text)
 
 
 def _serve(args: argparse.Namespace, url: str, port: int, forever: Callable[[float], None]) -> None:

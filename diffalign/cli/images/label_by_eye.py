@@ -50,13 +50,15 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.evaluation.by_eye import export, sources
     from diffalign.evaluation.by_eye.outcome import read_outcome
     from diffalign.evaluation.by_eye.plan import store_plan
-    from diffalign.evaluation.by_eye.votes import read_votes
+    from diffalign.evaluation.by_eye.votes import MAJORITY, read_votes
 
     _check(args)
     votes: Path = args.votes or args.out.with_name(f"{args.out.name}.votes")
     export.check_pairs_out(args.out, votes)
     if args.out.suffix:
         writable([("--out", args.out)], args.overwrite or export.is_ours(args.out, votes))
+    if args.labels_of not in (None, MAJORITY, by_eye.annotator(args)):
+        export.labels(read_votes(votes), args.labels_of)  # refused now where there are none, not after the last pair
     chosen, table = by_eye.selection(args, args.per_prompt), None
     if args.pairs:
         material, table = sources.from_pairs(args.pairs, chosen, without=args.without or (), only=args.only)
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         material = sources.from_images(args.folders, chosen)
 
     def result() -> str:
-        found = export.labels(read_votes(votes), args.labels_of or export.MAJORITY)
+        found = export.labels(read_votes(votes), args.labels_of or MAJORITY)
         said = read_outcome(votes).text()
         if not {"first", "second"} & set(found.values()):
             return f"{said}\n\nno pair has a preferred image yet; {args.out} is not written"

@@ -18,11 +18,10 @@ from diffalign.data.row import ImageRef
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.evaluation.by_eye.plan import ImagePair, Material, digest
-from diffalign.evaluation.by_eye.votes import Event
+from diffalign.evaluation.by_eye.votes import MAJORITY, Event
 from diffalign.io.files import hash_file, list_files, written_whole
 
 Label = Literal["first", "second", "tie"]
-MAJORITY = "majority"
 WRITTEN = "written.json"
 _ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 

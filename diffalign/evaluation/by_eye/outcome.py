@@ -15,11 +15,10 @@ from pathlib import Path
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.agreement import Agreement, agreements
 from diffalign.evaluation.by_eye.plan import Kind, VotePlan, read_plan
-from diffalign.evaluation.by_eye.votes import Event, read_votes
+from diffalign.evaluation.by_eye.votes import POOLED, Event, read_votes
 from diffalign.evaluation.report import aligned, interval_text, without_nan
 from diffalign.evaluation.stats import Estimate, clustered_rate
 
-POOLED = "all"  # in tables: the votes of all annotators together
 VALUES = {"first": 0.0, "second": 1.0, "tie": 0.5}
 
 

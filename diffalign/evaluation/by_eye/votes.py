@@ -29,6 +29,9 @@ Choice = Literal["first", "second", "tie", "skip"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 UNDO = "undo"
 SUFFIX = ".jsonl"
+POOLED = "all"  # in tables: the votes of all annotators together
+MAJORITY = "majority"  # of labels: those that most annotators gave
+RESERVED = (POOLED, MAJORITY)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 _EVENT = re.compile(r"[A-Za-z0-9-]{8,64}")
 
@@ -50,7 +53,9 @@ class StaleError(DiffalignError):
 
 
 def check_annotator(name: str) -> str:
-    """The name. Raises DiffalignError for one that is no file name on every system."""
+    """The name. Raises DiffalignError for one that is no file name on every system, or that means several."""
+    if name in RESERVED:
+        raise DiffalignError(f"annotator {name!r} means the votes of several people; give another name")
     if not _NAME.fullmatch(name):
         raise DiffalignError(
             f"annotator {name[:60]!r}: give 1 to 40 letters, digits, - or _, the first a letter or digit; the votes "
