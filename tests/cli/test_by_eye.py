@@ -159,6 +159,28 @@ def test_pairs_are_labelled_again(
     )
 
 
+def test_a_list_of_ids_corrects_a_data_set(
+    tmp_path: Path, annotator: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of doubtful pairs: the pairs of the list are judged, the others keep their labels."""
+    old, out = tmp_path / "old", tmp_path / "new.parquet"
+    for i in range(4):
+        for side, grey in (("chosen", 10 + i), ("rejected", 100 + i)):
+            (old / side).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (grey,) * 3).save(old / side / f"{i}.png")
+        (old / f"{i}.txt").write_text(f"p{i}")
+    ids = open_pairs(old).ids
+    listed = tmp_path / "doubtful.csv"
+    listed.write_text("rank,id,score\n" + "".join(f"{n},{ids[i]},-.5\n" for n, i in enumerate((2, 0), start=1)))
+    annotator(LIGHTER)
+    main(["label", "--pairs", str(old), "--only", str(listed), "--by-eye", "--keep-unjudged", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "2 pairs are not in --only" in said
+    assert f"{out}: 4 pairs, and 0 ties written with the labels .5 and .5; 0 not judged; 2 with their old label" in said
+    greys = {pair.prompt: pair.chosen.open().getpixel((0, 0))[0] for pair in open_pairs(out)}
+    assert greys == {"p0": 100, "p1": 11, "p2": 102, "p3": 13}
+
+
 def test_a_blind_comparison(tmp_path: Path, annotator: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     """Two prompts gain, one image equals the base's and counts as a tie; the table comes at the end alone."""
     base = paint(tmp_path / "base", {"a": [10, 20], "b": [30, 40], "c": [50, 60]})
