@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from diffalign.cli.common import overwrite_argument, path, path_text
+from diffalign.cli.next_steps import print_next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,3 +38,4 @@ def run(args: argparse.Namespace) -> None:
         print("  without an evaluation of these weights: diffalign evaluate, then --evaluation DIR")
     if stated_license(card) is None:
         print("  without a licence: state one with --license")
+    print_next(["push", args.tuned, "OWNER/NAME"])

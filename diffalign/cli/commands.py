@@ -111,6 +111,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "write the model card of a run, with its evaluation and licence",
             "card runs/dpo --evaluation evaluation --license openrail++",
         ),
+        "push": (
+            "push",
+            "push weights, card and settings of a run to the Hugging Face Hub",
+            "push runs/dpo OWNER/NAME",
+        ),
         "merge": (
             "merge",
             "merge tuned weights: average, extrapolate, mix",

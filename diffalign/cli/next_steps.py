@@ -40,3 +40,10 @@ def export_commands(tuned: str, base: str) -> list[list[str]]:
     to = {"lora": "kohya", "unet": "single-file"}.get(find_tuned(tuned).kind)
     of = [] if recorded_base(tuned) is not None else ["--base", base]
     return [["export", tuned, *of, "--to", to, "--out", "tuned.safetensors"]] if to else []
+
+
+def card_commands(tuned: str, evaluation: str) -> list[list[str]]:
+    """How an evaluation gets onto the card of weights; nothing where no run or merge is recorded beside them."""
+    from diffalign.export.tuned_run import recorded_base
+
+    return [["card", tuned, "--evaluation", evaluation]] if recorded_base(tuned) is not None else []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from diffalign.cli.common import named_paths, path_text, scorer
 from diffalign.cli.images.options import given_sampling, given_user, judging_arguments, sampling_arguments
 from diffalign.cli.images.pages import PAGE_HELP, check_page, page_arguments, write_page
-from diffalign.cli.next_steps import export_commands, print_next
+from diffalign.cli.next_steps import card_commands, export_commands, print_next
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
     if args.page is not None:
         write_page(args, found.result, found.rows, found.images)
     runs = [str(one.path) for some in models.values() for one in some if one.path is not None]
-    print_next(*(export_commands(runs[0], args.base) if runs else ()))
+    if runs:
+        print_next(*export_commands(runs[0], args.base), *card_commands(runs[0], str(args.out)))
 
 
 def _models(

@@ -48,7 +48,7 @@ def read_evaluation(folder: Path, run: TunedRun) -> Evaluation:
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         settings = {model["name"]: result["settings"][model["name"]] for model in result["models"]}
-        measured = {name: [one["fingerprint"].get("tuned") for one in some] for name, some in settings.items()}
+        measured = {name: [_alone(one) for one in some] for name, some in settings.items()}
         _ = result["prompts"], result["seeds"], result["versions"]
     except FileNotFoundError:
         raise ExportError(f"{folder} has no {RESULT}: name the folder that `diffalign evaluate --out` wrote") from None
@@ -62,6 +62,12 @@ def read_evaluation(folder: Path, run: TunedRun) -> Evaluation:
             "evaluate these, or name the folder of their evaluation"
         )
     return Evaluation(folder, result, model)
+
+
+def _alone(settings: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the weights that made a model's images; None where they were not used alone and whole."""
+    whole = settings.get("strength") in (None, 1, 1.0) and not settings.get("negative_tuned")
+    return str(settings["fingerprint"].get("tuned")) if whole else None
 
 
 def find_evaluation(run: TunedRun) -> Evaluation | None:

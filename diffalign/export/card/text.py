@@ -38,9 +38,10 @@ def card_text(parts: CardParts) -> str:
     """The whole card."""
     facts = parts.facts
     method = facts.run.objective or "preferences"
+    name = facts.base.name if facts.base.on_hub else facts.run.folder.absolute().name
     sections = [
         f"---\n{_metadata(parts)}\n---",
-        f"# {md(facts.base.name)}, tuned with {md(method)}",
+        f"# {md(name)}, tuned with {md(method)}",
         _what(facts),
         _pictures(parts.strip),
         _gains(parts.evaluation),
@@ -170,7 +171,7 @@ def _programs(facts: CardFacts) -> str:
     if facts.exported is None:
         to, name = ("kohya", "lora") if facts.kind == "lora" else ("single-file", "tuned")
         command = f"diffalign export {shlex.quote(facts.run.folder.absolute().name)} --to {to} --out {name}.safetensors"
-        return f"**ComfyUI, A1111, Forge**: {code(command)} makes the file for them and names its folder."
+        return f"**ComfyUI, A1111, Forge** read SD and SDXL: {code(command)} makes the file and names its folder."
     if facts.exported.layout == "diffusers":
         return ""
     comfy, a1111 = _FOLDERS[facts.kind]
@@ -190,7 +191,7 @@ def _training(facts: CardFacts) -> str:
         *([["source of pairs", _settings(tree["source"])]] if tree["source"] else []),
         ["steps", str(facts.run.steps or training.max_train_steps) + f" of {pairs} pairs"],
         ["learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}, {training.optimizer}"],
-        ["precision", training.mixed_precision],
+        ["precision", "float32" if training.mixed_precision == "no" else training.mixed_precision],
         ["resolution", str(config.data.resolution or "the base's own")],
         ["seed", str(config.seed)],
         *([["SHA-256 of the weights", ", ".join(map(code, hashes))]] if (hashes := facts.run.hashes) else []),
