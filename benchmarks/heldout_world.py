@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import Scoring
 from diffalign.io.manifest import read_manifest
+from diffalign.training.checkpoints.final_weights import is_finished
+from diffalign.training.heldout.doubtful import doubtful_pairs
 from diffalign.training.run import environment, run_training
 from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
@@ -43,7 +46,8 @@ PAIRS, STEPS, EVERY = 128, 200, 20  # of the part `early`
 PATIENCE = 3
 CHECKPOINTS = 40  # steps between them
 PICTURES = 4  # of each prompt and model
-FLIPPED = {"1024": 300, "4096": 600}  # pairs of the part `flipped` -> steps
+FLIPPED_PAIRS, FLIPPED_STEPS, FLIPPED_SHARE = 2048, 400, 0.1  # of the part `flipped`
+FIRST = (0.1, 0.2, 0.3)  # of the ranking, in which swapped labels are counted
 
 
 def run_config(out: Path, changes: Sequence[str]) -> None:
@@ -123,7 +127,8 @@ def early(out: Path, seed: int) -> dict[str, Any]:
 def shuffled(out: Path, seed: int) -> dict[str, Any]:
     """Random labels: the accuracy of held-out pairs, and what the run says."""
     pairs = write_pairs(out / "pairs.parquet", PairRecipe(1024, seed, shuffle_labels=True), overwrite=True)
-    changes = ["validation.pairs=0.2", "validation.pairs_every=30", "overwrite_output_dir=true"]
+    changes = ["training.max_train_steps=160", "validation.pairs=0.2", "validation.pairs_every=20"]
+    changes += ["overwrite_output_dir=true"]
     run_config(out / "run", [f"seed={seed}", f"data.path={pairs}", *changes])
     names = ("heldout/accuracy", "heldout/accuracy/low", "heldout/accuracy/high", "rewards/accuracies")
     health = [json.loads(line) for line in (out / "run/health.jsonl").read_text().splitlines()]
@@ -133,7 +138,38 @@ def shuffled(out: Path, seed: int) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"early": early, "shuffled": shuffled}
+def flipped(out: Path, seed: int) -> dict[str, Any]:
+    """Swapped labels, and how many of them are among the first of the ranking."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run, n = out / "run", FLIPPED_PAIRS
+    swapped = set(random.Random(1000 + seed).sample(range(n), round(FLIPPED_SHARE * n)))
+    if not is_finished(run):
+        write_pairs(out / "pairs.parquet", PairRecipe(n, seed), overwrite=True)
+        rows = pq.read_table(out / "pairs.parquet")
+        for name in ("label_0", "label_1"):
+            values = [1 - x if i in swapped else x for i, x in enumerate(rows[name].to_pylist())]
+            place = rows.schema.get_field_index(name)
+            rows = rows.set_column(place, name, pa.array(values, rows.schema.field(name).type))
+        pq.write_table(rows, out / "pairs.parquet")
+        changes = [f"training.max_train_steps={FLIPPED_STEPS}", "validation.pairs=0.1", "validation.pairs_every=50"]
+        changes += ["validation.load_best_model_at_end=true", "overwrite_output_dir=true"]
+        run_config(run, [f"seed={seed}", f"data.path={out / 'pairs.parquet'}", *changes])
+    doubts = doubtful_pairs(run, points=8, batch_size=32)
+    hits = [doubts.table.index.rows[doubt.index] in swapped for doubt in doubts.ranked]
+    best = read_manifest(run)
+    assert not isinstance(best, str)
+    return {
+        "pairs": len(hits),
+        "swapped": sum(hits),
+        "found": {f"{share:g}": sum(hits[: round(share * len(hits))]) / sum(hits) for share in FIRST},
+        "weights_of": best["step"],
+        "heldout": [[line["step"], line["heldout/loss"], line["heldout/accuracy"]] for line in lines(run)],
+    }
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"early": early, "shuffled": shuffled, "flipped": flipped}
 
 
 def main() -> None:
@@ -150,6 +186,55 @@ def main() -> None:
             if not file.exists():
                 found = PARTS[part](a.out / part / f"seed{seed}", seed)
                 file.write_text(json.dumps({**found, "environment": environment()}, indent=2) + "\n")
+    write_table(a.out)
+
+
+def write_table(out: Path) -> None:
+    """OUT/result.json and OUT/table.md of the finished parts; prints the table."""
+    done = {
+        part: [(int(f.stem.rpartition("-")[2]), json.loads(f.read_text())) for f in sorted(out.glob(f"{part}-*.json"))]
+        for part in PARTS
+    }
+    text = [
+        "## Early stopping on 128 pairs",
+        "",
+        "| seed | weights | gain in reward | accuracy | diversity | guards |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed, found in done["early"]:
+        for name, model in found["models"].items():
+            which = f"step {name.removeprefix('step')}"
+            if name == "stopped":
+                which = f"**early stopping**: step {found['weights_of']}, ended at {found['ended_at']}"
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*model["gain"])
+            broken = ", ".join(model["guards"]) or "none"
+            text.append(
+                f"| {seed} | {which} | {gain} | {model['accuracy']:+.3f} | {model['diversity']:.2f} | {broken} |"
+            )
+    text += [
+        "",
+        "## Shuffled labels",
+        "",
+        "| seed | step | held-out accuracy | training accuracy |",
+        "|---|---|---|---|",
+    ]
+    for seed, found in done["shuffled"]:
+        for step, value, low, high, training in found["heldout"]:
+            text.append(f"| {seed} | {step} | {value:.3f} [{low:.3f}, {high:.3f}] | {training:.2f} |")
+        text += [f"| {seed} | {step} | *{rule}* | {says} |" for step, rule, says in found["health"]]
+    text += [
+        "",
+        "## A tenth of the labels swapped",
+        "",
+        "| seed | pairs | weights | found in the first " + " | ".join(f"{share:.0%}" for share in FIRST) + " |",
+        "|" + "---|" * (3 + len(FIRST)),
+    ]
+    for seed, found in done["flipped"]:
+        shares = " | ".join(f"{value:.2f}" for value in found["found"].values())
+        text.append(f"| {seed} | {found['pairs']} | step {found['weights_of']} | {shares} |")
+    (out / "table.md").write_text("\n".join(text) + "\n")
+    (out / "result.json").write_text(json.dumps(done, indent=2) + "\n")
+    print("\n".join(text))
 
 
 if __name__ == "__main__":

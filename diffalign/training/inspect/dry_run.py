@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diffalign.config.sections import DataSection, TrainingSection
+from diffalign.config.sections import DataSection, TrainingSection, ValidationSection
 from diffalign.data.table.prompts import Table
 from diffalign.training.build import Run
 from diffalign.training.inspect.activation_memory import SavedForBackward
@@ -59,7 +59,18 @@ def describe_run(run: Run, start: int = 0) -> str:
         ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, {how}"),
         ("files", f"{run.output_dir}/ {', '.join(files)}"),
     ]  # fmt: skip
+    if run.table.heldout is not None:
+        rows.insert(-1, ("held out", _heldout(config.validation, len(run.table.heldout))))
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def _heldout(validation: ValidationSection, pairs: int) -> str:
+    """How held-out pairs are measured, and what follows from it."""
+    text = f"{pairs} pairs, measured every {validation.pairs_every} steps at {validation.points_per_pair} points each"
+    if validation.early_stopping_patience is not None:
+        text += f"; the run ends after {validation.early_stopping_patience} measurements without better "
+        text += validation.metric_for_best_model
+    return f"{text}; the best weights are final" if validation.load_best_model_at_end else text
 
 
 def _pairs(data: DataSection, table: Table, max_train_steps: int) -> str:

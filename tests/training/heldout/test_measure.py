@@ -47,6 +47,7 @@ def test_the_numbers_are_those_of_diffusers_noise_and_the_equation(make_config: 
     from diffusers import DDPMScheduler
 
     run = moved(make_config(base_path(), FEW))
+    assert "held out  6 pairs, measured every 100 steps at 4 points each\n" in run.describe()
     source = points_of(run).source
     values = [value for value in points_of(run).values(run.objective, run.networks) if value.pair == 2]
     assert [value.t * 4 // 1000 for value in values if value.t is not None] == [0, 1, 2, 3]
