@@ -187,6 +187,9 @@ def test_a_blind_comparison(tmp_path: Path, annotator: Callable[..., None], caps
     dpo = paint(tmp_path / "dpo", {"a": [15, 25], "b": [35, 45], "c": [50, 55]})
     votes = tmp_path / "votes"
     command = ["compare", str(base), f"dpo={dpo}", "--blind", "--out", str(votes), "--annotator", "ana"]
+    annotator(LIGHTER, most=0)
+    main([*command[:-1], "eve"])  # who opens the page and leaves is not an annotator
+    assert "5 pairs of 3 prompts; nobody has judged any" in capsys.readouterr().out
     annotator(LIGHTER, most=2)
     main(command)
     said = capsys.readouterr().out

@@ -80,7 +80,7 @@ class Outcome:
             [each.annotator, str(each.judged), str(each.skipped), interval_text(each.left, 2) if each.left else "-"]
             for each in self.progress
         ]
-        return "\n".join([f"{head}; nobody has judged any" if not self.progress else head, *aligned(rows)])
+        return "\n".join([head, *aligned(rows)]) if self.progress else f"{head}; nobody has judged any"
 
     def _agreement(self) -> str:
         rows = [["annotators", "pairs", "equal votes", "kappa"]]
