@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import re
 import secrets
 import sys
@@ -49,6 +50,7 @@ class PageServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True  # an open connection of a browser does not hold up the end
+    allow_reuse_address = os.name != "nt"  # at once after a kill; on Windows it would share a port that is in use
 
     def __init__(self, session: Session, page: str, finish: Callable[[], str], port: int | None = None) -> None:
         self.session, self.page, self.finish = session, page.encode(), finish
