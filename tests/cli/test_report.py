@@ -102,5 +102,5 @@ def test_the_end_of_a_run_fits_a_terminal(tmp_path: Path) -> None:
         "     pairs  640, 160 per second",
         "      loss  0.6900 at the first log, 0.5000 at the last log",
         "  accuracy  0.5000 at the first log, 0.7500 at the last log (training)",
-        "    health  1 reports (health.jsonl)",
+        "    health  1 report (health.jsonl)",
     ]

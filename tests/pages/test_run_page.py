@@ -102,6 +102,11 @@ def test_every_metric_is_drawn(folder: Path) -> None:
     assert heldout["tables"][0] == {
         "run": 0, "x": [20], "of": 1, "series": [{"label": "held-out", "y": [0.55], "low": [0.4], "high": [0.7]}],
     }  # fmt: skip
+    assert [series["label"] for table in heldout["tables"] for series in table["series"]] == [
+        "held-out",
+        "training pairs",
+    ]
+    assert "Margin on held-out pairs" not in {each["title"] for each in chart_data([run])}
     assert chart(run, "mine")["tab"] == chart(run, "rollout/valid")["tab"] == "other"
     assert chart(run, "Pairs per second")["tables"][0]["series"][0]["y"] == [2.0, 4.0, 4.0]
     assert margin_data([run])[0]["steps"] == [10]

@@ -34,7 +34,12 @@ def summary(run: RunData) -> str:
         ("loss", _change(found.loss)),
         ("accuracy", _change(found.accuracy) and f"{_change(found.accuracy)} (training)"),
         ("held-out", _heldout(found)),
-        ("health", f"{len(found.reports)} reports (health.jsonl)" if found.reports else "no report"),
+        (
+            "health",
+            f"{len(found.reports)} report{'s' * (len(found.reports) > 1)} (health.jsonl)"
+            if found.reports
+            else "no report",
+        ),
         *(("", text) for text in found.reports[:REPORTS]),
         ("page", str(run.folder / RUN_PAGE) if (run.folder / RUN_PAGE).is_file() else ""),
     ]

@@ -31,7 +31,7 @@ class Chart:
     level: tuple[str, float] | None = None  # a horizontal line: its label and place
     start: bool = False  # draw the loss at which policy and reference are equal
     ratio_to: Mapping[str, str] = field(default_factory=dict)  # label -> the metric that the first is divided by
-    band: bool = False  # a metric NAME has an interval NAME/low, NAME/high
+    band: bool = False  # the first metric, NAME, has an interval NAME/low, NAME/high, and is drawn or nothing is
 
 
 def _quarters(name: str) -> dict[str, str]:
@@ -91,8 +91,8 @@ HELD_OUT = (
     Chart(
         "heldout",
         "Accuracy on held-out pairs",
-        "The band is the 95 % interval, clustered by prompt. ½ is chance.",
-        {"held-out": "heldout/accuracy"},
+        "The band is the 95 % interval, clustered by prompt. Training rises and held-out does not: overfitting.",
+        {"held-out": "heldout/accuracy", "training pairs": "implicit_acc"},
         level=("chance", 0.5),
         band=True,
     ),
@@ -166,8 +166,11 @@ def _drawn(chart: Chart, runs: Sequence[RunData]) -> dict[str, Any]:
     for index, run in enumerate(runs):
         curves = {label: _curve(chart, label, run) for label in chart.metrics}
         curves = {label: curve for label, curve in curves.items() if any(y is not None for y in curve[1])}
-        bands = {label: _band(metric, run) for label, metric in chart.metrics.items() if chart.band}
-        tables += _tables(index, curves, bands)
+        first = next(iter(chart.metrics))
+        if not chart.band:
+            tables += _tables(index, curves, {})
+        elif first in curves:
+            tables += _tables(index, curves, {first: _band(chart.metrics[first], run)})
     level = chart.level
     starts = {run.start_loss for run in runs}
     if chart.start and len(starts) == 1 and (start := starts.pop()) is not None:

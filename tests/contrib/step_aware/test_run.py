@@ -99,7 +99,9 @@ def test_a_run_writes_a_scorer_its_settings_and_its_metrics(make: Make) -> None:
         "manifest.json",
         "metrics.jsonl",
         "preference_model",
+        "run.html",
         "run.json",
+        "timing.jsonl",
     }
     assert is_finished(out)
     scorer = load_scorer(f"step-aware={out}")
