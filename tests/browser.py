@@ -22,7 +22,7 @@ ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-SECONDS = 20  # after which a page that does not answer is a failure
+SECONDS = 60  # after which a page that does not answer is a failure
 
 Browse = Callable[..., AbstractContextManager[Any]]
 

@@ -131,6 +131,9 @@ def test_several_runs_are_side_by_side(scheme: str, tmp_path: Path, browse: Brow
         assert re.findall(r"dpo|ipo", legend) == ["dpo", "ipo"]
         page.click("#tab-images")
         assert page.locator("#images figcaption").all_inner_texts() == ["dpo, step 30", "ipo, step 30"]
+        page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")  # drawn again, in other colours
+        page.click("#tab-training")
+        assert page.locator("#panel-training .chart").first.locator("canvas").count() == 1
         page.click("#tab-settings")
         assert "None." in page.locator("#panel-settings").inner_text()
 

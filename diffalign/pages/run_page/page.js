@@ -115,9 +115,9 @@ function curveChart(host, chart) {
 }
 
 // ---- sliders over steps
+const shows = {}; // what each slider shows, which a change of colours replaces
 function slider(id, steps, show) {
-  const host = document.getElementById(id);
-  if (!host) return;
+  const host = document.getElementById(id), first = !(id in shows);
   const input = host.querySelector("input"), output = host.querySelector("output"), last = steps.length - 1;
   input.max = String(last);
   const go = (index) => {
@@ -125,12 +125,13 @@ function slider(id, steps, show) {
     input.value = String(i);
     output.textContent = "step " + steps[i].toLocaleString("en");
     input.setAttribute("aria-valuetext", "step " + steps[i]);
-    show(steps[i]);
+    shows[id](steps[i]);
     // at the end: stay at the end, also when the run has gone on
     state.sliders[id] = i === last ? null : steps[i];
   };
-  input.addEventListener("input", () => go(Number(input.value)));
-  for (const button of host.querySelectorAll("button")) {
+  shows[id] = show;
+  if (first) input.addEventListener("input", () => go(Number(input.value)));
+  for (const button of first ? host.querySelectorAll("button") : []) {
     button.addEventListener("click", () => go(Number(input.value) + Number(button.dataset.move)));
   }
   const wanted = state.sliders[id];
@@ -197,18 +198,24 @@ function drawMargins() {
   });
 }
 
-function fit() { // a chart in a hidden tab has no width yet
+function fit() { // charts of hidden tabs have no width
   for (const { plot, box, scale } of drawn) {
     const width = box.clientWidth - 26;
     if (width > 0 && width !== plot.width) plot.setSize({ width, height: scale });
   }
 }
-function drawAll() {
+const complete = new Set(); // tabs that are drawn: each is when it is first shown
+function drawTab(name) {
+  if (complete.has(name)) return;
+  complete.add(name);
+  const host = document.querySelector(`.charts[data-tab="${name}"]`);
+  for (const chart of charts) if (chart.tab === name) curveChart(host, chart);
+  if (name === "training") drawMargins();
+}
+function drawAgain() { // in other colours
   for (const { plot, box } of drawn.splice(0)) { plot.destroy(); box.remove(); }
-  for (const host of document.querySelectorAll(".charts")) {
-    for (const chart of charts) if (chart.tab === host.dataset.tab) curveChart(host, chart);
-  }
-  drawMargins();
+  complete.clear();
+  drawTab(state.tab);
 }
 
 // ---- tabs
@@ -222,6 +229,7 @@ function select(tab, focus) {
   }
   state.tab = tab.id.slice(4);
   if (focus) tab.focus();
+  drawTab(state.tab);
   fit();
   save();
 }
@@ -277,10 +285,8 @@ addEventListener("pagehide", save);
 history.scrollRestoration = "manual";
 const { scroll, focus } = state; // `select` saves the state anew
 select(document.getElementById("tab-" + state.tab) || tabs[0], false);
-drawAll();
 drawImages();
-fit();
 scrollTo(0, scroll);
 if (focus && document.getElementById(focus)) document.getElementById(focus).focus({ preventScroll: true });
 new ResizeObserver(fit).observe(document.body);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAgain);
