@@ -87,7 +87,7 @@ def doubtful_pairs(run_dir: str | Path, *, points: int = 8, batch_size: int | No
         signed_masks=run.objective.takes_signs,
     )
     source = OfflinePairs(run.table, Online(encoder, resolution), spec)
-    fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size)
+    fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size, title="measuring pairs")
     values = fixed.values(run.objective, run.networks)
     heldout: list[int] = []
     share = _recorded(Path(run_dir)).validation

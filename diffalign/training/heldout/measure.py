@@ -24,6 +24,7 @@ from diffalign.data.row import ImageError
 from diffalign.data.sampler import ALONE, Processes
 from diffalign.engine.measure import errors, measure, weighed
 from diffalign.engine.random import pair_key
+from diffalign.io.progress import Progress
 from diffalign.models.policy.networks import Networks
 from diffalign.objectives import Objective
 from diffalign.objectives.base import SharedNoise, ask, shared_points
@@ -53,6 +54,7 @@ class FixedPoints:
     points: int  # of each pair
     batch_size: int  # pairs in a forward
     processes: Processes = ALONE  # this process measures its share
+    title: str = ""  # of a progress bar; empty: none
     _batches: dict[int, PairBatch] = field(default_factory=dict)  # encoded pairs on the CPU, by first index
     _reference: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # its errors, by first index and point
     _bytes: int = 0
@@ -107,7 +109,8 @@ class FixedPoints:
     def _groups(self, device: torch.device) -> Iterator[tuple[int, list[int], PairBatch]]:
         """The batches of this process, each with its first index and those of its readable pairs."""
         count, size = len(self.source.table), self.batch_size
-        for first in self.processes.share(list(range(0, count, size))):
+        firsts = self.processes.share(list(range(0, count, size)))
+        for first in Progress(firsts, desc=self.title, unit=" batches", delay=3.0, disable=not self.title):
             index, batch = self._group(range(first, min(first + size, count)))
             if batch is not None:
                 yield first, index, batch.to(device)
