@@ -1,30 +1,37 @@
 """Is the world fair to methods that invert images? Two properties, by quarter of t.
 
     python -m diffalign.world.fairness
+    python -m diffalign.world.fairness --emoji --source samples --pairs 48 --stride 25
 
 Inversion methods take an image to the noise that the base itself would make it from, and compare the two sides
 there. That asks two things of a world: the noise found is near what the base was trained on (unit variance), and
 the side that is easier to denoise is the same at inverted points as at random noise.
 Unit variance cannot be had where the noise is not much larger than the texture, whatever the base: `texture_std` is
 what a perfect base would find. A figure near it says that the base has learned its data, not that something is wrong.
+The emoji world has no texture, so nothing is computed for a perfect base there.
 Left out: how gradients at inverted points relate to DPO's, which is a property of a method as much as of the world.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from diffusers import StableDiffusionXLPipeline
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from diffalign.engine import ddim
 from diffalign.engine.schedule import NoiseSchedule
-from diffalign.world import base_path
-from diffalign.world.base_model import TIME_IDS, embed
+from diffalign.world import base_path, emoji
+from diffalign.world.base_model import embed
 from diffalign.world.pairs import Pair, PairRecipe, make_pairs
 from diffalign.world.render import GRAIN_FLOOR, SIZE, SMOOTH_FLOOR, SMOOTH_PASSES
 from diffalign.world.vae import SCALING, to_latents
@@ -39,7 +46,7 @@ class Quarter:
     low: int
     high: int
     noise_std: tuple[float, float]  # of the inverted noise; 1 is what the base was trained on
-    texture_std: float  # the same for a perfect base and clean texture
+    texture_std: float | None  # the same for a perfect base and clean texture; None for images without one
     inverted_error: tuple[float, float]  # of the base's noise prediction at inverted points
     random_error: tuple[float, float]  # the same at random noise
 
@@ -52,12 +59,13 @@ def measure(
     schedule = NoiseSchedule.from_diffusers(pipe.scheduler)
     sides = [np.stack([p.pictures[0 if p.first_is_better == chosen else 1] for p in pairs]) for chosen in (True, False)]
     pixels = torch.from_numpy(np.concatenate(sides)).permute(0, 3, 1, 2) / 127.5 - 1
-    x0 = to_latents(pipe.vae, pixels)  # (side pair) 12 8 8
+    x0 = to_latents(pipe.vae, pixels)  # (side pair) channel height width
     embeds, pooled = embed(pipe, [p.caption for p in pairs])
-    embeds = embeds.repeat(2, 1, 1)
+    embeds, side = embeds.repeat(2, 1, 1), pixels.shape[-1]
     added = {
         "text_embeds": pooled.repeat(2, 1),
-        "time_ids": torch.tensor([TIME_IDS], dtype=torch.float32).expand(len(x0), -1),
+        # Original size, crop and target size, as both worlds' bases were trained.
+        "time_ids": torch.tensor([(side, side, 0, 0, side, side)], dtype=torch.float32).expand(len(x0), -1),
     }
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ def measure(
                 low=low,
                 high=low + width,
                 noise_std=(float(std[0]), float(std[1])),
-                texture_std=texture_std(schedule, low, low + width),
+                texture_std=texture_std(schedule, low, low + width) if side == SIZE else None,
                 inverted_error=error(inverted, t),
                 random_error=error(noise, t),
             )
@@ -105,15 +113,39 @@ def texture_std(schedule: NoiseSchedule, low: int, high: int) -> float:
 
 def table(quarters: Sequence[Quarter]) -> str:
     """The quarters as a Markdown table, chosen / rejected in each cell."""
-    head = ("t", "std of inverted noise", "of a perfect base", "error at inverted points", "error at random noise")
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    lines = []
     for q in quarters:
         std, inverted, random = (
             f"{pair[0]:.{digits}f} / {pair[1]:.{digits}f}"
             for pair, digits in ((q.noise_std, 2), (q.inverted_error, 4), (q.random_error, 4))
         )
-        lines.append(f"| {q.low}-{q.high} | {std} | {q.texture_std:.2f} | {inverted} | {random} |")
-    return "\n".join(lines)
+        cells = {"t": f"{q.low}-{q.high}", "std of inverted noise": std}
+        if q.texture_std is not None:
+            cells["of a perfect base"] = f"{q.texture_std:.2f}"
+        cells |= {"error at inverted points": inverted, "error at random noise": random}
+        lines.append(cells)
+    head = list(lines[0])
+    rows = (f"| {' | '.join(cells)} |" for cells in (head, *(line.values() for line in lines)))
+    first, *rest = rows
+    return "\n".join([first, "|" + "---|" * len(head), *rest])
+
+
+def committed_pairs(file: Path, n: int) -> list[Pair]:
+    """The first n pairs of a parquet file in Pick-a-Pic's columns that has true rewards, as `world.pairs` writes it."""
+
+    def pixels(png_or_jpeg: bytes) -> NDArray[np.uint8]:
+        return np.asarray(Image.open(io.BytesIO(png_or_jpeg)).convert("RGB"))
+
+    return [
+        Pair(
+            row["caption"],
+            (pixels(row["jpg_0"]), pixels(row["jpg_1"])),
+            (row["score_0"], row["score_1"]),
+            row["label_0"] == 1.0,
+            row["image_0_uid"],
+        )
+        for row in pq.read_table(file).slice(0, n).to_pylist()
+    ]
 
 
 def main() -> None:
@@ -122,9 +154,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--source", choices=("renders", "samples"), default="renders")
     parser.add_argument("--stride", type=int, default=50, help="inversion step in t")
+    parser.add_argument("--emoji", action="store_true", help="the emoji world's base and its committed pairs")
     a = parser.parse_args()
-    pipe = StableDiffusionXLPipeline.from_pretrained(base_path())
-    print(table(measure(pipe, make_pairs(PairRecipe(n=a.pairs, seed=1, source=a.source)), stride=a.stride)))
+    if a.emoji:
+        base, pairs = emoji.base_path(), committed_pairs(emoji.asset(f"pairs/{a.source}.parquet"), a.pairs)
+    else:
+        base, pairs = base_path(), make_pairs(PairRecipe(n=a.pairs, seed=1, source=a.source))
+    print(table(measure(StableDiffusionXLPipeline.from_pretrained(base), pairs, stride=a.stride)))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import diffalign.cli.demo as demo
+from diffalign.cli.commands import make_parser
 from diffalign.cli.demo import DemoError, run_demo
+from diffalign.config.schema import load_config
+from diffalign.rewards import load_scorer
+from diffalign.world.emoji import base_path, pairs_path
+from diffalign.world.emoji.captions import prompts
+from diffalign.world.emoji.controls import write_control
 
 
 @pytest.mark.slow
 def test_the_demo_shows_a_gain_and_its_control_none(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SEEDS", "0-3")
-    run_demo(tmp_path, steps=60)
+    monkeypatch.setitem(demo.SEEDS, "small", "0-3")
+    run_demo(tmp_path, world="small", steps=60)
     result = json.loads((tmp_path / "evaluation/result.json").read_text())
     assert (len(result["prompts"]), len(result["seeds"])) == (24, 4)
     models = {model["name"]: model for model in result["models"]}
@@ -36,5 +43,31 @@ def test_the_demo_shows_a_gain_and_its_control_none(
 
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DemoError, match="status 1"):
-        run_demo(tmp_path, steps=0)
+        run_demo(tmp_path, world="small", steps=0)
     assert "max_train_steps" in capfd.readouterr().err
+
+
+def test_the_commands_of_the_emoji_world_are_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written and parsed, not run: two trainings and 432 images take minutes."""
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], **_: object) -> subprocess.Popen[bytes]:
+        started.append(arguments)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(demo, "_start", start)
+    run_demo(tmp_path)
+    control, *trainings, evaluation = started
+    assert write_control(control[2], pairs_path()).is_file()
+    assert control[0] == write_control.__module__
+    for training, pairs in zip(trainings, (control[2], str(pairs_path())), strict=True):
+        config = load_config(training[2], training[3:])
+        assert config.data.path == pairs
+        assert config.model.pretrained_model_name_or_path == str(base_path())
+    arguments = make_parser(evaluation[1]).parse_args(evaluation[1:])
+    assert {scorer: load_scorer(scorer).name for scorer in arguments.scorer} == {
+        n: n for n in ("emoji-glossy", "emoji")
+    }
+    assert Path(arguments.prompts).read_text().splitlines() == prompts("heldout")

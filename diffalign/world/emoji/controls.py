@@ -23,17 +23,19 @@ from diffalign.world.emoji import pairs_path
 Labels = Literal["shuffled", "flipped"]
 
 
-def write_control(out: str | Path, pairs: str | Path, labels: Labels = "shuffled", seed: int = 0) -> Path:
+def write_control(
+    out: str | Path, pairs: str | Path, labels: Labels = "shuffled", seed: int = 0, *, overwrite: bool = False
+) -> Path:
     """Writes the parquet file `pairs` with other labels to `out` and returns it; `seed` is for the shuffle.
 
     Raises DiffalignError for other labels and for a file without the columns label_0 and label_1, ExistingFileError
-    for an `out` that is there.
+    for an `out` that is there (`overwrite` allows it).
     """
     out = Path(out)
     if labels not in ("shuffled", "flipped"):
         raise DiffalignError(f"labels is {labels!r}; it must be 'shuffled' or 'flipped'")
-    if out.exists():
-        raise ExistingFileError(f"{out} exists; name another file")
+    if out.exists() and not overwrite:
+        raise ExistingFileError(f"{out} exists; name another file, or overwrite it (--overwrite)")
     table = pq.read_table(pairs)
     missing = {"label_0", "label_1"} - set(table.column_names)
     if missing:
@@ -58,8 +60,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="pairs in Pick-a-Pic's columns; the committed ones by default")
     parser.add_argument("--labels", choices=("shuffled", "flipped"), default="shuffled")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     a = parser.parse_args()
-    print(f"written: {write_control(a.out, a.pairs or pairs_path(), a.labels, a.seed)}")
+    print(f"written: {write_control(a.out, a.pairs or pairs_path(), a.labels, a.seed, overwrite=a.overwrite)}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _block(recipe: PairRecipe, index: int) -> Iterator[Pair]:
     wanted = [known[i]._replace(style=STYLES[s] if s >= 0 else None) for i, s in zip(chosen, styles)]
     captions = [caption(c, k) for c, k in zip(wanted, rng.integers(0, len(TEMPLATES), BLOCK))]
     if source == "renders":
-        images = np.stack([render(_with_faults(wanted, rng), rng) for _ in range(2)], axis=1)
+        images = np.stack([render(_with_faults(wanted, rng), rng) for _ in range(BEST_OF)], axis=1)
     else:
         images = _samples(captions, rng)
     # A generator of their own: the images are the same with and without users.

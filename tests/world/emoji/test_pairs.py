@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.rewards import load_scorer
-from diffalign.world.emoji import pairs, pairs_path
+from diffalign.world.emoji import asset, pairs, pairs_path
 from diffalign.world.emoji.captions import STYLES, combinations, parse
 from diffalign.world.emoji.controls import write_control
 from diffalign.world.emoji.pairs import BEST_OF, PairRecipe, make_pairs, users, write_pairs
@@ -37,6 +37,15 @@ def test_committed_labels_follow_reward_and_taste() -> None:
     scores = load_scorer("emoji-taste-glossy").score(images, texts)
     off = (scores - torch.tensor([row["score_1"] for row in some])).abs()  # the scores are of images before JPEG
     assert off.mean() < 0.05
+
+
+def test_committed_renders_are_what_their_command_writes() -> None:
+    rows = pq.read_table(asset("pairs/renders.parquet")).slice(0, 64).to_pylist()
+    for row, pair in zip(rows, make_pairs(PairRecipe(64, 0, "renders"))):
+        assert (row["caption"], row["label_0"] == 1.0) == (pair.caption, pair.first_is_better)
+        for side in (0, 1):
+            image = np.asarray(Image.open(io.BytesIO(row[f"jpg_{side}"])), dtype=float)
+            assert np.abs(image - pair.pictures[side]).mean() < 4
 
 
 def test_a_committed_pair_is_the_best_and_the_worst_of_four_samples(monkeypatch: pytest.MonkeyPatch) -> None:
