@@ -6,7 +6,8 @@ Captions are of training combinations only; three of four leave the style open. 
 R (`reward`), or R plus twice the probability of the style that a taste is for; `users` labels each pair by one of three
 people, one for each style. Sources:
     samples   the best and the worst of four images that the base makes of one caption
-    renders   two renders of one caption with independent looks; in 15 % of them one attribute is not the caption's
+    renders   the best and the worst of four renders of one caption with independent looks; in 15 % of them one
+              attribute is not the caption's
 Which side is shown first is drawn at random, so nothing but the label tells the chosen one. `controls` makes the same
 pairs with other labels.
 """
@@ -62,7 +63,7 @@ class PairRecipe:
 
 
 def make_pairs(recipe: PairRecipe) -> list[Pair]:
-    """The pairs of a recipe. Pairs of renders show the same images whatever the taste."""
+    """The pairs of a recipe."""
     blocks = (_block(recipe, k) for k in range(-(-recipe.n // BLOCK)))
     return [pair for block in blocks for pair in block][: recipe.n]
 
