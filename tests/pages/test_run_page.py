@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from diffalign.errors import MissingFileError
+from diffalign.io.files import hash_file
 from diffalign.pages.run_page.charts import HISTOGRAMS, POINTS, chart_data, margin_data, rates
 from diffalign.pages.run_page.data import RunData, RunState, flattened, read_run, thinned
 from diffalign.pages.run_page.figures import Change, Interval, duration, figures
-from diffalign.pages.run_page.page import IMAGES, run_page
+from diffalign.pages.run_page.page import IMAGES, VENDOR, run_page
 
 ODD = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 SETTINGS: dict[str, Any] = {
@@ -167,6 +168,12 @@ def test_of_several_runs_only_the_settings_that_differ_are_shown(folder: Path) -
     assert re.findall(r"<td>(.*?)</td>", table) == ["dpo", "ipo", "–", "7"]
     assert {table["run"] for chart in chart_data(runs) for table in chart["tables"]} == {0, 1}
     assert flattened({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_vendored_files_are_those_that_their_list_names() -> None:
+    rows = re.findall(r"^\| `(.+?)` .* ([0-9a-f]{64}) \|$", (VENDOR / "README.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == ["uPlot.iife.min.js", "uPlot.min.css"]
+    assert [hash_file(VENDOR / name) for name, _ in rows] == [stated for _, stated in rows]
 
 
 def test_a_thinned_curve_has_the_extremes_the_ends_and_the_gaps() -> None:

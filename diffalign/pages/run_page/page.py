@@ -79,7 +79,7 @@ def image_data(runs: Sequence[RunData], problems: list[str]) -> list[dict[str, A
                 facts = path.stat()
                 uris.append(_uri(path, facts.st_mtime_ns, facts.st_size))
                 steps.append(step)
-            except OSError as error:  # PIL's own errors are OSErrors
+            except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: PIL's, of a broken PNG
                 problems.append(f"{path.name} cannot be read as an image ({type(error).__name__})")
         if steps:
             found.append({"run": index, "steps": steps, "of": len(run.images), "uris": uris})

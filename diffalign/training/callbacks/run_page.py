@@ -71,7 +71,7 @@ class RunPage(Callback):
         begun = self.clock()
         try:
             write_run_page(self.state.run.output_dir, self.state.run.config, state)
-        except (OSError, ValueError, TypeError, KeyError) as error:  # whatever its files may hold: the run comes first
+        except Exception as error:  # whatever it is: a page never ends a run
             if not self.failed:
                 log.warning("no %s, training continues: %s: %s", RUN_PAGE, type(error).__name__, error)
             self.failed = True
