@@ -27,7 +27,7 @@ SEEDS = {"emoji": "0-5", "small": "0-11"}  # images of each held-out prompt and 
 
 
 class DemoError(DiffalignError):
-    """A command of the demo failed; its output has the reason."""
+    """A command of the demo failed (its output has the reason), or there is no such world."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_demo(out: Path, world: str = "emoji", steps: int | None = None) -> None:
     """Tunes a world's base with DPO and with shuffled labels, and evaluates both on held-out prompts.
 
     Writes everything below `out`; runs of an earlier demo there are replaced. The control is tuned at the same time,
-    each run on its half of the cores. Raises DemoError when a command fails.
+    each run on its half of the cores. Raises DemoError for a world that there is not and when a command fails.
     """
     from diffalign.config.schema import packaged_config
 
@@ -112,6 +112,8 @@ def run_demo(out: Path, world: str = "emoji", steps: int | None = None) -> None:
 
 
 def _world(name: str) -> World:
+    if name not in SEEDS:
+        raise DemoError(f"world is {name!r}; it must be one of {', '.join(map(repr, SEEDS))}")
     if name == "small":
         from diffalign.world import base_path, pairs_path
         from diffalign.world.captions import prompts

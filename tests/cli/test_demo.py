@@ -41,6 +41,12 @@ def test_the_demo_shows_a_gain_and_its_control_none(
     assert Image.open(tmp_path / "evaluation/grid.png").width > 400
 
 
+def test_another_world_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match="world is 'sdxl'; it must be one of 'emoji', 'small'"):
+        run_demo(tmp_path / "demo", world="sdxl")
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DemoError, match="status 1"):
         run_demo(tmp_path, world="small", steps=0)
