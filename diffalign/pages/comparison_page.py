@@ -76,10 +76,11 @@ def write_comparison_page(file: Path, comparison: Comparison, coding: ImageCodin
     for column in others:
         if [(image.prompt, image.seed) for image in column.images] != keys:
             raise DiffalignError(f"'{column.name}' has other prompts and seeds than '{base.name}'; compare the same")
-    rows, pixels = [], True
+    rows, pixels, side = [], True, 0
     for i, (prompt, seed) in enumerate(Progress(keys, desc=file.name, unit="row")):
         opened = [column.images[i].open() for column in comparison.columns]
         pixels = pixels and all(map(shows_pixels, opened))
+        side = max(side, *(max(image.size) for image in opened))
         scores = [[column.scores[s][i] for column in comparison.columns] for s in range(len(comparison.scorers))]
         images = [image_uri(image, coding) for image in opened]
         rows.append({"prompt": prompt, "seed": str(seed), "images": images, "scores": scores})
@@ -87,6 +88,7 @@ def write_comparison_page(file: Path, comparison: Comparison, coding: ImageCodin
         "columns": [column.name for column in comparison.columns],
         "scorers": [{"name": name, "tie": tie, "places": _places(tie)} for name, tie in comparison.scorers],
         "pixels": pixels,
+        "cell": min(224, max(144, 2 * side)),  # pixels of an image on the screen at first
         "rows": rows,
     }
     text = html_page(
@@ -115,11 +117,11 @@ filter · <kbd>/</kbd> search</p>
 <input id="search" type="search" placeholder="Search prompts" aria-label="Search prompts">
 <div id="view" class="group"></div>
 <div id="outcome" class="group" aria-label="Outcome"></div>
-<label>Outcome of <select id="column"></select></label>
-<label>by <select id="scorer"></select></label>
+<div class="group"><label>Outcome of <select id="column"></select></label>
+<label>by <select id="scorer"></select></label></div>
 <label>Order <select id="sort"><option value="made">as generated</option><option value="gain">largest gain</option>
 <option value="loss">largest loss</option><option value="prompt">prompt</option></select></label>
-<label>Size <input id="size" type="range" min="96" max="512" step="16" value="224"></label>
+<label>Size <input id="size" type="range" min="96" max="512" step="16"></label>
 <div id="columns" class="group"></div>
 <span id="count" class="count" aria-live="polite"></span>
 </div>

@@ -94,8 +94,8 @@ def _body(gallery: Strengths, count: int) -> str:
 {len(gallery.strengths)} strengths of the tuned weights: 0 is the base, 1 the weights as they were tuned. Every picture
 was generated at its strength. {escape(gallery.note)}</p>
 {_means(gallery)}
-<p class="keys"><kbd>←</kbd> <kbd>→</kbd> strength · <kbd>v</kbd> models, wipe, all strengths · <kbd>↓</kbd>
-<kbd>↑</kbd> next and previous prompt</p>
+<p class="keys"><kbd>←</kbd> <kbd>→</kbd> strength · <kbd>v</kbd> models, wipe, all strengths · <kbd>1</kbd>–
+<kbd>9</kbd> model of “all strengths” · <kbd>↓</kbd> <kbd>↑</kbd> next and previous prompt</p>
 <div class="tools" role="toolbar" aria-label="Tools">
 <div class="strength"><label for="strength">Strength</label><input id="strength" type="range" min="0" step="1">
 <output id="value" for="strength"></output><div id="ticks" class="ticks" aria-hidden="true"></div></div>

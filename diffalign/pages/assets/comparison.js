@@ -46,7 +46,7 @@
     const figure = (column) => make("figure", {}, state.view === "wipe" ? over(row, column) : image(row, column),
       make("figcaption", {}, make("b", {}, columns[column]), ...scoreLines(row, column)));
     const shown = state.view === "wipe" ? visible() : [0, ...visible()];
-    const card = make("article", { class: `card ${outcome(row, state.scorer, state.column)}`, tabindex: "0" },
+    const card = make("article", { class: `card is-${outcome(row, state.scorer, state.column)}`, tabindex: "0" },
       make("header", {}, make("h3", {}, row.prompt), make("span", { class: "soft" }, `seed ${row.seed}`)),
       make("div", { class: "pictures" }, ...shown.map(figure)));
     card.addEventListener("click", (event) => { if (event.target.matches("img")) enlarge(state.shown.indexOf(row)); });
@@ -118,6 +118,8 @@
   select("scorer", scorers.map((scorer) => scorer.name), 0, (value) => { state.scorer = value; });
   select("column", columns.slice(1), 1, (value) => { state.column = value; });
   byId("sort").addEventListener("change", (event) => { state.sort = event.target.value; show(); });
+  byId("size").value = String(found.cell);
+  document.documentElement.style.setProperty("--cell", `${found.cell}px`);
   byId("size").addEventListener("input", (event) => document.documentElement.style.setProperty("--cell", `${event.target.value}px`));
   search.addEventListener("input", show);
   if (columns.length > 2) {
