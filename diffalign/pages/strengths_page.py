@@ -93,7 +93,6 @@ def _body(gallery: Strengths, count: int) -> str:
 <p class="soft">{count} prompts and seeds; the base and {names}, each from the same starting noise, at
 {len(gallery.strengths)} strengths of the tuned weights: 0 is the base, 1 the weights as they were tuned. Every picture
 was generated at its strength. {escape(gallery.note)}</p>
-{_means(gallery)}
 <p class="keys"><kbd>←</kbd> <kbd>→</kbd> strength · <kbd>v</kbd> models, wipe, all strengths · <kbd>1</kbd>–
 <kbd>9</kbd> model of “all strengths” · <kbd>↓</kbd> <kbd>↑</kbd> next and previous prompt</p>
 <div class="tools" role="toolbar" aria-label="Tools">
@@ -102,10 +101,11 @@ was generated at its strength. {escape(gallery.note)}</p>
 <button id="play" type="button" aria-pressed="false">Play</button>
 <div id="view" class="group"></div>
 <div id="model" class="group" aria-label="Model"></div>
-<label>Size <input id="size" type="range" min="64" max="512" step="16" value="160"></label>
+<label>Size <input id="size" type="range" min="64" max="512" step="16" value="128"></label>
 <details class="each"><summary class="small">a strength for each model</summary><div id="each"></div></details>
 </div>
 <main id="cards" class="cards"></main>
+{_means(gallery)}
 <noscript><p>This page needs JavaScript; it loads nothing from a network.</p></noscript>"""
 
 
@@ -124,4 +124,4 @@ def _means(gallery: Strengths) -> str:
             lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
         caption = f"<caption>Mean {escape(scorer)} by strength</caption>"
         tables.append(f'<table class="means">{caption}<tr><th></th>{head}</tr>{"".join(lines)}</table>')
-    return "".join(f'<div class="scroll">{table}</div>' for table in tables)
+    return f'<div class="figures">{"".join(f"<div class=scroll>{table}</div>" for table in tables)}</div>'

@@ -21,6 +21,7 @@
   const render = (row) => {
     const pictures = make("div", { class: "pictures" }), painted = [];
     if (state.view === "strip") {
+      pictures.classList.add("strip");
       pictures.append(...strengths.map((strength, i) =>
         figure(`strength ${text(strength)}`, uri(row, state.model, i), row, row.scores[state.model][i])));
     } else {
