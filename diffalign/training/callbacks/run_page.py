@@ -65,6 +65,7 @@ class RunPage(Callback):
             error = sys.exc_info()[1]  # the loop closes its callbacks while the error passes
             why = "" if error is None else f"{type(error).__name__}: {error}"[:500]
             self._write(RunState("ended", why, self.state.step))
+        self.state = None  # it refers to the run and the callbacks: the cycle would keep the network
 
     def _write(self, state: RunState) -> None:
         assert self.state is not None
