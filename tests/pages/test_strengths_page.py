@@ -56,9 +56,9 @@ def test_sliders_keys_and_the_strip(browse: Browse, tmp_path: Path) -> None:
             return [image.get_attribute("src") for image in images.all()]
 
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
-        assert page.locator("h3").all_inner_texts() == PROMPTS
+        assert page.locator("h3").all_text_contents() == PROMPTS
         assert shown() == [uri(10), uri(30), uri(50)]  # strength 1 at first
-        assert words.all_inner_texts() == ["base\nscore\n1.00", "dpo at 1\nscore\n3.00", "sft at 1\nscore\n5.00"]
+        assert words.all_text_contents() == ["basescore1.00", "dpo at 1score3.00", "sft at 1score5.00"]
         page.keyboard.press("ArrowLeft")
         assert page.locator("#value").inner_text() == "0.5"
         assert shown() == [uri(10), uri(20), uri(40)]
@@ -76,4 +76,4 @@ def test_sliders_keys_and_the_strip(browse: Browse, tmp_path: Path) -> None:
         page.keyboard.press("v")
         page.keyboard.press("2")
         assert shown() == [uri(grey) for grey in GREYS["sft"]]
-        assert words.locator("b").all_inner_texts() == ["strength 0", "strength 0.5", "strength 1"]
+        assert words.locator("b").all_text_contents() == ["strength 0", "strength 0.5", "strength 1"]
