@@ -42,8 +42,8 @@ from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, write_pairs
 
-PAIRS, STEPS, EVERY = 128, 200, 20  # of the part `early`
-PATIENCE = 3
+PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 16  # of the part `early`
+PATIENCE = 4
 CHECKPOINTS = 40  # steps between them
 PICTURES = 4  # of each prompt and model
 FLIPPED_PAIRS, FLIPPED_STEPS, FLIPPED_SHARE = 2048, 400, 0.1  # of the part `flipped`
@@ -81,7 +81,7 @@ def early(out: Path, seed: int) -> dict[str, Any]:
         "training.checkpoints_total_limit=null",
         f"validation.pairs={out / 'heldout.parquet'}",
         f"validation.pairs_every={EVERY}",
-        "validation.points_per_pair=8",
+        f"validation.points_per_pair={POINTS}",
         "validation.load_best_model_at_end=true",
     ]
     if not stopped.exists():

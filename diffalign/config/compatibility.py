@@ -111,7 +111,7 @@ def can_hold_out(config: Any) -> None:
         )
     if (
         validation.stops_or_loads
-        and validation.metric_for_best_model == "accuracy"
+        and validation.metric_for_best_model != "loss"
         and objective.compares == "chosen images"
     ):
         raise DiffalignError(

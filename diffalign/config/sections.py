@@ -16,6 +16,7 @@ from diffalign.config.data_sections import (
     share_or_path,
 )
 from diffalign.config.value_types import (
+    Confidence,
     Count,
     CountOrNone,
     Decay,
@@ -200,8 +201,9 @@ class ValidationSection(Section):
     pairs_batch_size: Count | None = None  # pairs in a forward; null: training.train_batch_size
     early_stopping_patience: Count | None = None  # measurements without improvement; null: the run does not stop early
     early_stopping_threshold: NotNegative = 0.0  # a change of the metric up to this is no improvement
+    early_stopping_confidence: Confidence | None = 0.95  # that a change is not chance; null: any change counts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
-    metric_for_best_model: Literal["accuracy", "loss"] = "accuracy"  # of the held-out pairs
+    metric_for_best_model: Literal["score", "accuracy", "loss"] = "score"  # of the held-out pairs
 
     @property
     def stops_or_loads(self) -> bool:

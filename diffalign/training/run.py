@@ -176,10 +176,11 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
         health, validation = config.health, config.validation
     limit = training.max_unet_forwards
     points = run.heldout if isinstance(run, Run) else None
+    heldout = HeldOut(run, points) if isinstance(run, Run) and points is not None else None
     return [
-        *([HeldOut(run, points)] if isinstance(run, Run) and points is not None else []),
+        *([] if heldout is None else [heldout]),
         Health(run, health),
-        *([EarlyStopping(run, validation)] if validation.stops_or_loads else []),
+        *([EarlyStopping(run, validation, heldout)] if heldout is not None and validation.stops_or_loads else []),
         *([] if limit is None else [SpendingLimit(limit)]),
         *callbacks,
         Stopping(run.accelerator),

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from diffalign.data.row import DataError
 from diffalign.training.callbacks.base import Callback, TrainingState
-from diffalign.training.heldout.estimates import estimates
+from diffalign.training.heldout.estimates import Measurement, estimates
 from diffalign.training.heldout.measure import FixedPoints, PointValues
 from diffalign.training.processes import on_main
 from diffalign.training.trainable import Run
@@ -22,14 +22,17 @@ class HeldOut(Callback):
     def __init__(self, run: Run, points: FixedPoints) -> None:
         self.run, self.points = run, points
         self.every = run.config.validation.pairs_every
+        self.of_pairs: dict[str, dict[int, float]] = {}  # of the last measurement, as in Measurement
 
     def on_log(self, state: TrainingState) -> None:
         """Adds `heldout/…` to the metrics of a step at which a measurement is due."""
         if state.should_stop or state.step % self.every == 0:
-            state.metrics |= self.measure()
+            measured = self.measure()
+            state.metrics |= measured.metrics
+            self.of_pairs = measured.of_pairs
 
-    def measure(self) -> dict[str, float]:
-        """The metrics of the policy as it is now, the same in all processes, each of which calls this."""
+    def measure(self) -> Measurement:
+        """The policy as it is now, the same in all processes, each of which calls this."""
         run = self.run
         with run.averaged_weights():
             own = self.points.values(run.objective, run.networks)

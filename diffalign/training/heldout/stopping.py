@@ -3,10 +3,15 @@
     output_dir/best/                the weights of the best measurement so far, while the run goes on
     output_dir/checkpoint-N/best/   the same at step N (hard links where the disk has them)
 
-Whether to stop follows from the list of measurements, which is in every checkpoint: a resumed run decides as an
-uninterrupted one, and a new patience counts for the measurements there were before. Names and meanings are those of
-transformers' EarlyStoppingCallback, except that changes below the threshold add up: a measurement is compared with the
-last one that counted as an improvement.
+A measurement is compared with the last improvement, pair by pair. All are made at the same points, so the difference
+has much less variance than the two values. It is an improvement where the one-sided interval of the mean difference,
+which counts prompts, is on the better side of 0, and the difference is above the threshold. Otherwise noise alone would
+give a new best value every few measurements, and a run that has stopped learning would go on. Changes too small to be
+sure of add up.
+
+The best measurement is the one with the best value, improvement or not, as in transformers. The list of measurements is
+in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience counts for the measurements there
+were before.
 """
 
 from __future__ import annotations
@@ -15,62 +20,82 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffalign.config.sections import ValidationSection
+from diffalign.evaluation.stats import Bootstrap, clustered_mean
 from diffalign.io.files import remove, written_whole
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.recovery import add_event
 from diffalign.training.checkpoints.checkpoint import BEST, NO_ROOM, CheckpointError, tensor_bytes
-from diffalign.training.heldout.estimates import PREFIX
+from diffalign.training.heldout.callback import HeldOut
+from diffalign.training.heldout.estimates import LOSS, PREFIX
 from diffalign.training.metrics import HEALTH_FILE
 from diffalign.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
 
-Measurement = tuple[int, float]  # step, value of the metric
+
+@dataclass(frozen=True)
+class Entry:
+    """A measurement in the list that decides."""
+
+    step: int
+    value: float  # of the metric
+    improved: bool  # more than by chance over the last one that did
 
 
-def improvements(history: Sequence[Measurement], *, lower: bool, threshold: float = 0.0) -> list[int]:
-    """The measurements, by place, that are better than the last such one by more than `threshold`; the first is one.
+@dataclass(frozen=True)
+class Rule:
+    """When a measurement is an improvement over an earlier one."""
 
-    A value that is not a number never is. lower: whether lower values are better.
-    """
-    found: list[int] = []
-    for place, (_, value) in enumerate(history):
-        if math.isnan(value):
-            continue
-        gain = math.inf if not found else history[found[-1]][1] - value if lower else value - history[found[-1]][1]
-        if gain > threshold:
-            found.append(place)
-    return found
+    lower: bool  # whether lower values are better
+    threshold: float = 0.0  # the difference must be larger
+    confidence: float | None = 0.95  # that it is not chance; None: any difference above the threshold counts
+
+    def improves(self, before: Mapping[int, float], now: Mapping[int, float], prompts: Sequence[str]) -> bool:
+        """Whether `now` is better; both are values of pairs by index, and those that both have are compared.
+
+        prompts: of all pairs, by index. With pairs of one prompt alone, which give no interval, any difference counts.
+        """
+        common = sorted(before.keys() & now.keys())
+        if not common:
+            return False
+        gains = np.array([before[pair] - now[pair] if self.lower else now[pair] - before[pair] for pair in common])
+        if not gains.mean() > self.threshold:
+            return False
+        if self.confidence is None:
+            return True
+        level = Bootstrap(level=2 * self.confidence - 1)  # whose lower end is that of the one-sided interval
+        return not clustered_mean(gains, [prompts[pair] for pair in common], bootstrap=level).low <= 0
 
 
 class EarlyStopping(Callback):
     """Ends a run whose held-out metric no longer improves, and makes the best measurement's weights the final ones."""
 
-    def __init__(self, run: Trainable, settings: ValidationSection) -> None:
-        self.run, self.settings, self.metric = run, settings, settings.metric_for_best_model
-        self.lower = self.metric == "loss"
-        self.history: list[Measurement] = []
+    def __init__(self, run: Trainable, settings: ValidationSection, heldout: HeldOut) -> None:
+        self.run, self.settings, self.heldout = run, settings, heldout
+        self.metric = f"{PREFIX}/{settings.metric_for_best_model}"
+        self.rule = Rule(self.metric == LOSS, settings.early_stopping_threshold, settings.early_stopping_confidence)
+        self.history: list[Entry] = []
+        self.improved: dict[int, float] = {}  # the pairs' values at the last improvement
 
     @property
-    def best(self) -> Measurement | None:
-        """The last measurement that was an improvement."""
-        return self.history[self.counted[-1]] if self.counted else None
-
-    @property
-    def counted(self) -> list[int]:
-        """The measurements, by place, that were improvements."""
-        return improvements(self.history, lower=self.lower, threshold=self.settings.early_stopping_threshold)
+    def best(self) -> Entry | None:
+        """The first of the best finite values."""
+        finite = [entry for entry in self.history if math.isfinite(entry.value)]
+        return min(finite, key=lambda entry: entry.value if self.rule.lower else -entry.value, default=None)
 
     @property
     def exhausted(self) -> bool:
         """Whether as many measurements as the patience allows brought no improvement."""
         patience = self.settings.early_stopping_patience
-        waited = len(self.history) - 1 - self.counted[-1] if self.counted else len(self.history)
+        waited = next((i for i, entry in enumerate(reversed(self.history)) if entry.improved), len(self.history))
         return patience is not None and waited >= patience
 
     def on_train_begin(self, state: TrainingState) -> None:
@@ -79,11 +104,15 @@ class EarlyStopping(Callback):
 
     def on_log(self, state: TrainingState) -> None:
         """Adds the step's measurement, if there is one; stores its weights where it is the best, or ends the run."""
-        value = state.metrics.get(f"{PREFIX}/{self.metric}")
+        value = state.metrics.get(self.metric)
         if value is None:
             return
-        self.history.append((state.step, value))
-        if self.settings.load_best_model_at_end and self.best == self.history[-1]:
+        now, prompts = self.heldout.of_pairs[self.metric], self.heldout.points.source.table.prompts
+        better = math.isfinite(value) and (not self.improved or self.rule.improves(self.improved, now, prompts))
+        self.history.append(Entry(state.step, value, better))
+        if better:
+            self.improved = now
+        if self.settings.load_best_model_at_end and self.best is self.history[-1]:
             save_best(self.run)
         if self.exhausted and not state.should_stop:
             state.should_stop = True
@@ -95,10 +124,10 @@ class EarlyStopping(Callback):
         if not self.settings.load_best_model_at_end or best is None:
             return
         if self.run.accelerator.is_main_process:
-            log.info("the final weights are those of step %d: held-out %s %.4g", best[0], self.metric, best[1])
-        if best[0] != state.step:
+            log.info("the final weights are those of step %d: %s %.4g", best.step, self.metric, best.value)
+        if best.step != state.step:
             load_best(self.run)
-            state.weights_of = best[0]
+            state.weights_of = best.step
 
     def on_train_end(self, state: TrainingState) -> None:
         """Removes the folder of the best weights, which are the final ones now."""
@@ -109,20 +138,21 @@ class EarlyStopping(Callback):
         """The measurements, and the best weights beside the checkpoint's own."""
         if self.settings.load_best_model_at_end and self.best is not None:
             shutil.copytree(self.run.output_dir / BEST, folder / BEST, copy_function=_link)
-        return {"history": [list(measurement) for measurement in self.history]}
+        return {"history": [astuple(entry) for entry in self.history], "improved": self.improved}
 
     def load_state(self, state: dict[str, Any], folder: Path) -> None:
         """Takes the measurements and the best weights of that time.
 
         Raises CheckpointError for a checkpoint without the weights of its best measurement.
         """
-        self.history = [(int(step), float(value)) for step, value in state.get("history", ())]
+        self.history = [Entry(*entry) for entry in state.get("history", ())]
+        self.improved = state.get("improved", {})
         if not self.settings.load_best_model_at_end or self.best is None:
             return
         if not (folder / BEST).is_dir():
             raise CheckpointError(
                 f"validation.load_best_model_at_end: {folder} does not contain the weights of its best measurement, "
-                f"step {self.best[0]}; resume from another checkpoint, or set it to false"
+                f"step {self.best.step}; resume from another checkpoint, or set it to false"
             )
         if self.run.accelerator.is_main_process:
             with written_whole(self.run.output_dir / BEST) as partial:
@@ -133,14 +163,15 @@ class EarlyStopping(Callback):
         """Logs why the run ends, and adds it to the events of the run."""
         patience, threshold = self.settings.early_stopping_patience, self.settings.early_stopping_threshold
         by = f" by more than {threshold:g}" if threshold else ""
+        by += "" if self.rule.confidence is None else " by more than chance" if not by else " and chance"
         best = (
             "no measurement was a finite number"
             if self.best is None
-            else "the best is {1:.4g} at step {0}".format(*self.best)
+            else f"the best is {self.best.value:.4g} at step {self.best.step}"
         )
         says = (
-            f"early stopping: the held-out {self.metric} has not improved{by} in {patience} measurements; it is "
-            f"{self.history[-1][1]:.4g}, and {best}"
+            f"early stopping: {self.metric} has not improved{by} in {patience} measurements; it is "
+            f"{self.history[-1].value:.4g}, and {best}"
         )
         if self.run.accelerator.is_main_process:
             log.info("step %d: %s", step, says)

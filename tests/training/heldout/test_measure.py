@@ -26,6 +26,7 @@ from tests.training.test_run import metrics, same, weights
 MakeConfig = Callable[..., Config]
 WORLD = {"data.path": str(pairs_path()), "data.resolution": 16, "data.max_pairs": 24, "data.verify": "none"}
 FEW = {**WORLD, "validation.pairs": 0.25}
+COMPARED = ("accuracy", "margin", "score")  # of objectives that compare the images of a pair
 
 
 def moved(config: Config) -> Run:
@@ -117,11 +118,11 @@ def test_a_path_changes_no_weight_and_a_share_only_the_pairs(make_config: MakeCo
     ("objective", "names"),
     [
         ({"name": "sft"}, {"loss"}),
-        ({"name": "mapo"}, {"loss", "accuracy", "margin"}),
-        ({"name": "kto"}, {"loss", "accuracy", "margin"}),
-        ({"name": "inpo", "steps": 2}, {"loss", "accuracy", "margin"}),
-        ({"name": "diffusion_dro"}, {"loss", "accuracy", "margin"}),
-        ({"name": "inversion_dpo", "steps": 2, "substeps": 1, "guidance": 2.0}, {"loss", "accuracy", "margin"}),
+        ({"name": "mapo"}, {"loss", *COMPARED}),
+        ({"name": "kto"}, {"loss", *COMPARED}),
+        ({"name": "inpo", "steps": 2}, {"loss", *COMPARED}),
+        ({"name": "diffusion_dro"}, {"loss", *COMPARED}),
+        ({"name": "inversion_dpo", "steps": 2, "substeps": 1, "guidance": 2.0}, {"loss", *COMPARED}),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
@@ -130,7 +131,7 @@ def test_objectives_are_measured_by_their_own_evidence(
 ) -> None:
     run = moved(make_config(base_path(), {**FEW, "objective": objective}))
     values = points_of(run).values(run.objective, run.networks)
-    found = estimates(values, points_of(run).source.table.prompts, 1000)
+    found = estimates(values, points_of(run).source.table.prompts, 1000).metrics
     quarters = {f"heldout/{name}/q{q}" for name in names for q in (1, 2, 3, 4)} & found.keys()
     assert bool(quarters) == (objective["name"] != "inversion_dpo")
     assert found.keys() - quarters == {f"heldout/{name}{end}" for name in names for end in ("", "/low", "/high")}
@@ -148,14 +149,20 @@ def test_estimates_by_hand() -> None:
         (2, 1, 600, -2),
     ]
     values = [PointValues(pair, point, t, -margin, margin) for pair, point, t, margin in margins]
-    found = estimates(values[::-1], ["a", "a", "b"], 1000)
+    measured = estimates(values[::-1], ["a", "a", "b"], 1000)
+    found = measured.metrics
     assert found["heldout/accuracy"] == pytest.approx((0.5 + 0.75 + 0) / 3)
     assert found["heldout/margin"] == -found["heldout/loss"] == pytest.approx(1 / 6)
     assert found["heldout/accuracy/q1"] == pytest.approx(0.5)
     assert found["heldout/margin/q3"] == 0.0
+    spread = math.sqrt(5 / 3), math.sqrt(14 / 3)  # of 2, 0, -1 and of -1, 3, -2
+    of_pairs = (2, -1), (0, 3), (-1, -2)
+    scores = [[math.tanh(x / s) for x, s in zip(pair, spread, strict=True)] for pair in of_pairs]
+    assert found["heldout/score"] == pytest.approx(sum(map(sum, scores)) / 6)
+    assert measured.of_pairs["heldout/score"] == pytest.approx({i: sum(x) / 2 for i, x in enumerate(scores)})
     assert found["heldout/margin/low"] < 1 / 6 < found["heldout/margin/high"]
     broken = estimates([replace(values[0], loss=math.nan, margin=math.nan), *values[1:]], ["a", "a", "b"], 1000)
-    assert all(math.isnan(broken[f"heldout/{name}"]) for name in ("loss", "accuracy", "margin"))
+    assert all(math.isnan(broken.metrics[f"heldout/{name}"]) for name in ("loss", "accuracy", "margin", "score"))
 
 
 def test_cached_reference_errors_and_latents_give_the_same(make_config: MakeConfig, tmp_path: Any) -> None:
@@ -165,8 +172,10 @@ def test_cached_reference_errors_and_latents_give_the_same(make_config: MakeConf
     for name, extra in runs.items():
         run_training(make_config(base_path(), {**FEW, **settings, **extra, "output_dir": str(tmp_path / name)}))
     online, from_cache = (metrics(tmp_path / name)[-1] for name in runs)
-    names = [name for name in online if name.startswith("heldout")]
-    assert {n: from_cache[n] for n in names} == pytest.approx({n: online[n] for n in names}, rel=1e-3, abs=1e-4)
+    names = {name for name in online if name.startswith("heldout")}
+    scores = {name for name in names if "score" in name}  # margins of a policy that has hardly moved, at unit size
+    for some, tolerance in ((names - scores, 1e-4), (scores, 5e-3)):
+        assert {n: from_cache[n] for n in some} == pytest.approx({n: online[n] for n in some}, rel=1e-3, abs=tolerance)
 
 
 def test_the_trainer_takes_held_out_pairs(tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ from diffalign.io.manifest import read_manifest, write_manifest
 from diffalign.training.callbacks.base import TrainingState
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.heldout.callback import HeldOut
-from diffalign.training.heldout.stopping import improvements
+from diffalign.training.heldout.stopping import Rule
 from diffalign.training.run import run_training
 from diffalign.world import base_path
 from tests.training.heldout.test_measure import FEW
@@ -24,24 +24,35 @@ from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]
 NAN = float("nan")
-LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 0.5}  # the best before patience 2 ends: step 2, at step 4
+LOSSES = {1: 3.0, 2: 1.0, 3: 0.9, 4: 1.5, 5: 1.2, 6: 0.5}  # step 2 is the last improvement: patience 2 ends at step 4
 
 
 @pytest.mark.parametrize(
-    ("values", "threshold", "places"),
+    ("gains", "threshold", "confidence", "improves"),
     [
-        ([3, 2, 2.5, 1], 0.0, [0, 1, 3]),
-        ([3, 2, 2, 2], 0.0, [0, 1]),  # equal is no improvement
-        ([3, 2.6, 2.2, 1.8], 0.5, [0, 2]),  # small changes add up: 2.2 is .8 better than 3, and 1.8 only .4 than 2.2
-        ([NAN, 3, NAN, 2], 0.0, [1, 3]),
-        ([], 0.0, []),
+        ([0.5, -0.3, 0.3, -0.1], 0.0, 0.95, False),  # mean .1, standard error .18
+        ([0.5, -0.3, 0.3, -0.1], 0.0, None, True),
+        ([0.3, 0.1, 0.2, 0.2], 0.0, 0.95, True),  # mean .2, standard error .04
+        ([0.2, 0.2, 0.2, 0.2], 0.0, 0.95, True),
+        ([0.2, 0.2, 0.2, 0.2], 0.3, 0.95, False),
+        ([0.0, 0.0, 0.0, 0.0], 0.0, None, False),  # equal is no improvement
+        ([-0.2, -0.2, -0.2, -0.2], 0.0, 0.95, False),
     ],
 )
-def test_improvements_by_hand(values: list[float], threshold: float, places: list[int]) -> None:
-    history = [(10 * i, value) for i, value in enumerate(values)]
-    assert improvements(history, lower=True, threshold=threshold) == places
-    negated = [(step, -value) for step, value in history]
-    assert improvements(negated, lower=False, threshold=threshold) == places
+def test_improvements_by_hand(gains: list[float], threshold: float, confidence: float | None, improves: bool) -> None:
+    before = {pair: 10.0**pair for pair in range(4)}  # pairs differ much more than the two measurements
+    now = {pair: before[pair] + gain for pair, gain in enumerate(gains)}
+    for lower, after in ((False, now), (True, {pair: 2 * before[pair] - now[pair] for pair in now})):
+        assert Rule(lower, threshold, confidence).improves(before, after, "abcd") is improves
+
+
+def test_pairs_of_one_prompt_count_as_one_and_only_common_pairs_are_compared() -> None:
+    before, now = dict.fromkeys(range(20), 0.0), {**dict.fromkeys(range(10), 0.3), **dict.fromkeys(range(10, 20), 0.01)}
+    assert Rule(False).improves(before, now, [str(i) for i in range(20)])
+    assert not Rule(False).improves(before, now, ["a"] * 10 + ["b"] * 10)  # two prompts: .3 and .01
+    assert Rule(False).improves(before, now, ["a"] * 20)  # no interval: any rise counts
+    assert Rule(False).improves(before, {3: 0.1, 99: -1.0}, ["a"] * 100)
+    assert not Rule(False).improves(before, {99: 1.0}, ["a"] * 100)
 
 
 @pytest.fixture
@@ -50,6 +61,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def on_log(self: HeldOut, state: TrainingState) -> None:
         state.metrics["heldout/loss"] = LOSSES[state.step]
+        noise = 1.0 if state.step == 3 else 0.0  # of the pairs: .1 better in the mean is then no more than chance
+        count = len(self.points.source.table)
+        self.of_pairs = {"heldout/loss": {i: LOSSES[state.step] + noise * (-1) ** i for i in range(count)}}
 
     monkeypatch.setattr(HeldOut, "on_log", on_log)
 
@@ -76,18 +90,19 @@ def test_a_run_ends_by_its_patience_with_the_best_weights_also_when_killed(
     out = tmp_path / "run"
     run_training(make_config(base_path(), settings(out)))
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
-    assert same(weights(out), weights(out / "checkpoint-2"))
+    assert same(weights(out), weights(out / "checkpoint-3"))
     assert not same(weights(out), weights(out / "checkpoint-4"))
     found = read_manifest(out)
     assert not isinstance(found, str)
-    assert found["step"] == 2
+    assert found["step"] == 3
     (event,) = [json.loads(line) for line in (out / "health.jsonl").read_text().splitlines()]
     assert (event["step"], event["rule"]) == (4, "early_stopping")
-    assert "has not improved in 2 measurements; it is 1.5, and the best is 1 at step 2" in event["says"]
+    assert "heldout/loss has not improved by more than chance in 2 measurements; it is 1.5, and" in event["says"]
+    assert event["says"].endswith("the best is 0.9 at step 3")
     assert not (out / "best").exists()
     kept = metrics(out), weights(out)
 
-    for killed_after in (3, 4):  # before the best weights of step 2 are final; at the step of the stop itself
+    for killed_after in (3, 4):  # before the best weights of step 3 are final; at the step of the stop itself
         for step in range(killed_after + 1, 5):
             shutil.rmtree(out / f"checkpoint-{step}")
         resumed = settings(out, training__resume_from_checkpoint="latest")
@@ -105,7 +120,7 @@ def test_a_run_ends_by_its_patience_with_the_best_weights_also_when_killed(
         shutil.rmtree(out / name)
     (out / "checkpoint-4/manifest.json").unlink()
     write_manifest(out / "checkpoint-4", {"step": 4, "files": list_files(out / "checkpoint-4")})
-    with pytest.raises(CheckpointError, match=r"does not contain the weights of its best measurement, step 2"):
+    with pytest.raises(CheckpointError, match=r"does not contain the weights of its best measurement, step 3"):
         run_training(make_config(base_path(), longer))
 
 
@@ -113,7 +128,7 @@ def test_a_run_ends_by_its_patience_with_the_best_weights_also_when_killed(
 def test_the_best_weights_are_the_averaged_ones(make_config: MakeConfig, tmp_path: Path) -> None:
     shared = {"training__ema_decay": 0.5, "tuning__method": "full", "training__checkpointing_steps": None}
     run_training(make_config(base_path(), settings(tmp_path / "stopped", **shared)))
-    short = {"training__max_train_steps": 2, "validation__load_best_model_at_end": False}
+    short = {"training__max_train_steps": 3, "validation__load_best_model_at_end": False}
     run_training(make_config(base_path(), settings(tmp_path / "short", **shared, **short)))
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "short"))
 
