@@ -58,4 +58,4 @@ def test_builds_and_takes_a_step(
 
 
 def test_none_is_left_out() -> None:
-    assert len(CONFIGS) == PACKAGED == 52
+    assert len(CONFIGS) == PACKAGED >= 52

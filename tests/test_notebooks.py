@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -11,16 +12,48 @@ from nbclient import NotebookClient
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SMALL = {"01_quickstart.ipynb": "STEPS = 4\nSEEDS = range(2)"}
+# The cell of parameters, and what the outputs must contain: a text, and so many pictures.
+SMALL = {
+    "01_one_pair.ipynb": ("PAIR = 0\nPAIRS = 2\nSTEPS = 1", "0.6931", 4),
+    "02_inversion.ipynb": (
+        'PROMPT = "a red apple on a blue background"\nSEED = 3\nFINE = 250\nSTRIDES = [250, 500]\nPAIRS = 2',
+        "error of the round trip",
+        5,
+    ),
+    "03_tune_and_compare.ipynb": (
+        "STEPS = 2\nBATCH = 2\nRATE = 7e-4\nPROMPTS = 3\nSEEDS = range(1)",
+        "clustered by prompt",
+        2,
+    ),
+    "04_your_own_pairs.ipynb": (
+        'BASE = PAIRS = PROMPTS = None\nSCORERS = ["emoji"]\nRESOLUTION = 1024\nSEEDS = range(1)\n'
+        "STEPS, BATCH, RATE, BETA, RANK = 2, 2, 1e-3, 4000.0, 2",
+        "mine.safetensors",
+        3,
+    ),
+    "05_write_an_objective.ipynb": ("STEPS = 2\nBATCH = 2\nBATCHES = 1", "| 0-1000 |", 1),
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.name for p in NOTEBOOKS])
-def test_notebook_runs(path: Path) -> None:
+def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    parameters, text, pictures = SMALL[path.name]
     notebook = nbformat.read(path, as_version=4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    cell.source = SMALL[path.name]
+    cell.source = parameters
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute()
-    printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
-    assert "clustered by prompt" in printed
-    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 3
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert text in "".join(o.get("text", "") for o in outputs)
+    assert len([o for o in outputs if "image/png" in o.get("data", {})]) == pictures
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.name for p in NOTEBOOKS])
+def test_committed_notebook_shows_its_outputs(path: Path) -> None:
+    assert os.path.getsize(path) < 500_000
+    notebook = nbformat.read(path, as_version=4)
+    assert f"/blob/main/notebooks/{path.name})" in notebook.cells[0].source  # the badge opens this very notebook
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert len([o for o in outputs if "image/png" in o.get("data", {})]) == SMALL[path.name][2]
+    assert SMALL[path.name][1] in "".join(o.get("text", "") for o in outputs)
+    assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
