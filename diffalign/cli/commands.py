@@ -28,12 +28,12 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     "data": {
         "data": (
             "data",
-            "check or score pairs, find doubtful labels, write the world's pairs or a prompt set",
+            "check, score or make pairs; find doubtful labels; fetch prompts",
             "data check my/pairs --sample pairs.png",
         ),
         "label": (
             "images.label",
-            "make preference pairs from images: best over worst of each prompt",
+            "make pairs from images, by a scorer or by eye",
             "label images --scorer pickscore --out pairs.parquet",
         ),
         "encode": (
@@ -47,12 +47,12 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
         "check": ("training.check", "dry run: build a run, take one small step, print the plan", "check my.yaml"),
         "calibrate": (
             "training.calibrate",
-            "measure which beta and learning rate fit a config's model and pairs",
+            "measure which beta and learning rate fit the model and pairs",
             "calibrate my.yaml --json calibration.json",
         ),
         "report": (
             "training.report",
-            "write the page of a run, finished or not, or of several side by side",
+            "write the page of a run, or of several runs side by side",
             "report runs/dpo runs/ipo --out report.html",
         ),
         "diagnose": (
@@ -79,7 +79,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "votes": (
             "images.votes",
-            "report votes by eye: progress, agreement of annotators, the table of a blind comparison",
+            "report votes by eye: progress, agreement, win rates",
             "votes votes --reveal",
         ),
         "gallery": (
@@ -90,7 +90,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
         "score": ("images.score", "score existing images", "score images --scorer pickscore"),
         "published": (
             "images.published",
-            "evaluate released checkpoints, our figures beside their papers'",
+            "evaluate released checkpoints beside their papers' figures",
             "published sdxl --only DPO SPO --dry-run",
         ),
         "serve-scorer": (
@@ -103,7 +103,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     "take away": {
         "export": (
             "export",
-            "write tuned weights as files for ComfyUI, A1111 and kohya's scripts",
+            "write tuned weights as files for ComfyUI, A1111 and kohya",
             "export runs/dpo --to kohya --out dpo.safetensors",
         ),
         "card": (
@@ -136,7 +136,7 @@ def make_parser(only: str | None = None) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
-    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of those below")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the commands below")
     for name, (place, purpose, example) in COMMANDS.items():
         sub = parsers.add_parser(
             name,
@@ -155,6 +155,6 @@ def _overview() -> str:
     """The commands by group, each group with the example of its first."""
     lines = []
     for title, group in GROUPS.items():
-        lines += ["", f"{title}:", *(f"  {name:<10} {purpose}" for name, (_, purpose, _) in group.items())]
+        lines += ["", f"{title}:", *(f"  {name:<12} {purpose}" for name, (_, purpose, _) in group.items())]
         lines.append(f"    $ {typed(next(iter(group.values()))[2].split(), WIDTH)}")
     return "\n".join(lines).lstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,14 +19,23 @@ def print_next(*commands: Sequence[str]) -> None:
 
 
 def typed(words: Sequence[str], width: int = 76) -> str:
-    """A command as it is typed, `words` behind `diffalign`; lines of at most `width` characters where words allow."""
-    lines = ["diffalign"]
+    """A command as it is typed, `words` behind `diffalign`; lines of at most `width` characters where words allow.
+
+    An option and its first value stay on one line.
+    """
+    pieces: list[str] = []
     for word in map(shlex.quote, words):
-        if len(f"{lines[-1]} {word}") > width:
-            lines[-1] += " \\"
-            lines.append(" " * 8 + word)
+        if pieces and re.fullmatch(r"--[\w-]+", pieces[-1]) and not word.startswith("-"):
+            pieces[-1] += f" {word}"
         else:
-            lines[-1] += f" {word}"
+            pieces.append(word)
+    lines = ["diffalign"]
+    for piece in pieces:
+        if len(f"{lines[-1]} {piece}") > width:
+            lines[-1] += " \\"
+            lines.append(" " * 8 + piece)
+        else:
+            lines[-1] += f" {piece}"
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Several scorers as one that is wary where they disagree: mean - k * std of their standardised scores of an image.
+"""Several scorers as one, lower where they disagree: mean - k * std of their standardised scores of an image.
 
     z_j = (s_j - mean_j) / std_j,   score = mean over j of z_j - k * std over j of z_j      (divisor: their number)
 

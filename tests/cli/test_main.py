@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffalign.cli.commands import make_parser
+from diffalign.cli.commands import COMMANDS, make_parser
 from diffalign.cli.common import device_of, seeds
 from diffalign.cli.images.options import DTYPES, SCHEDULERS
 from diffalign.cli.main import main
@@ -361,3 +361,11 @@ def test_a_long_prompt_is_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture
     prompt = "a red circle on a black background " * 40
     main(["generate", str(BASE), "--prompts", prompt, "--steps", "1", "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []

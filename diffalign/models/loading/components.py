@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,7 @@ _VAE_IS = (
     "allowed are diffusers' autoencoders (AutoencoderKL, AutoencoderDC, AutoencoderTiny, …). Use another one with "
     "pretrained_vae_model_name_or_path"
 )
+_BLOCKS_OF_DC = re.compile(r"The config attributes \{'block_out_channels': [^:{}]*\} were passed to AutoencoderDC,")
 _A_BASE_IS = "a base is a diffusers pipeline folder, a Hub id or one .safetensors file"
 
 
@@ -158,7 +161,26 @@ def load_vae(folder: ModelFolder, part: str = "vae") -> VAE:
     name = str(folder.config(part).get("_class_name", "AutoencoderKL"))
     if not (name.startswith("A") and "Autoencoder" in name and hasattr(diffusers, name)):
         raise ModelError(f"the VAE of {folder.spec.name!r} is a {name!r}; {_VAE_IS}")
-    return folder.load(getattr(diffusers, name), part)
+    with _known_attributes():
+        return folder.load(getattr(diffusers, name), part)
+
+
+@contextmanager
+def _known_attributes() -> Iterator[None]:
+    """Without diffusers' warning of `block_out_channels` in the config of an AutoencoderDC, and with every other.
+
+    SD's pipelines read the downsampling factor from this entry (`vae_factor`), which that class does not have.
+    """
+    logger = logging.getLogger("diffusers.configuration_utils")
+
+    def shown(record: logging.LogRecord) -> bool:
+        return not _BLOCKS_OF_DC.match(record.getMessage())
+
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 def load_text(folder: ModelFolder, suffix: str) -> tuple[Any, TextModel]:

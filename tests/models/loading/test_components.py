@@ -22,6 +22,7 @@ from diffalign.models.loading.base import load_base, outline_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.from_pipeline import base_of_pipeline
 from diffalign.models.spec import ModelSpec
+from diffalign.world import base_path
 from tests.models.conftest import Model
 from tests.models.loading.test_base import same_weights, single_file_state
 
@@ -290,3 +291,23 @@ def test_an_open_pipeline_with_a_value_that_is_no_number(models) -> None:
     pipeline.vae.encoder.conv_in.weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(ModelError, match=r"the pipeline's vae has NaN .*encoder.conv_in.weight"):
         base_of_pipeline(pipeline)
+
+
+def test_the_one_known_warning_of_a_vae_is_not_shown(tmp_path: Path) -> None:
+    logger, shown = logging.getLogger("diffusers.configuration_utils"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger.addHandler(handler)
+    filters = [*logger.filters]
+    try:
+        vae = Path(shutil.copytree(Path(base_path()) / "vae", tmp_path / "vae"))
+        assert list(components.load_other_vae(str(vae), torch.float32).config.block_out_channels)
+        assert shown == []
+        assert logger.filters == filters
+        config = json.loads((vae / "config.json").read_text())
+        (vae / "config.json").write_text(json.dumps({**config, "colour": 1}))
+        components.load_other_vae(str(vae), torch.float32)
+    finally:
+        logger.removeHandler(handler)
+    assert len(shown) == 1
+    assert "'colour': 1" in shown[0]
