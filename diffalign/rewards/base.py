@@ -122,6 +122,14 @@ def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:
             check(prompts)
 
 
+def is_finite_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number; JSON's integers may have more digits than a float holds."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_lengths(name: str, images: Sequence[Image], prompts: Sequence[str]) -> None:
     """Raise ScorerError unless there is exactly one prompt per image."""
     if len(images) != len(prompts):

@@ -22,7 +22,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from diffalign.rewards.base import Scorer, ScorerError, check_finite, check_lengths, check_prompts
+from diffalign.rewards.base import Scorer, ScorerError, check_finite, check_lengths, check_prompts, is_finite_number
 
 _EXAMPLE = '{"k": 1.0, "members": [{"scorer": "pickscore", "mean": 20.9, "std": 1.3}, ...]}'
 
@@ -91,6 +91,10 @@ def read_ensemble(file: Path) -> EnsembleSpec:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ScorerError(f"ensemble={file} is not read ({error}); it is JSON: {_EXAMPLE}") from error
+    return _spec(file, found)
+
+
+def _spec(file: Path, found: Any) -> EnsembleSpec:
     if not isinstance(found, dict) or not isinstance(found.get("members"), list):
         raise ScorerError(f"ensemble={file} has no list `members`; it is JSON: {_EXAMPLE}")
     known = {"k", "members", "name", "measured_on"}
@@ -123,7 +127,7 @@ def _member(file: Path, place: int, found: Any) -> Member:
 
 def _number(where: str | Path, found: Mapping[str, Any], field: str, least: float = -math.inf) -> float:
     value = found.get(field)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+    if not is_finite_number(value) or value < least:
         limit = "" if least == -math.inf else f" from {least:g}"
         raise ScorerError(f"ensemble={where} has {field} = {value!r}; give a finite number{limit}")
     return float(value)
@@ -147,7 +151,7 @@ def write_ensemble(file: Path, k: float, scores: Mapping[str, Sequence[float]], 
             )
         members.append(asdict(Member(scorer, float(mean), float(std))))
     images = {"folders": list(measured_on), "images": sizes.pop()}
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {"k": float(k), "members": members, "measured_on": images}
+    _spec(file, content)  # what cannot be read again is not written
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    read_ensemble(file)

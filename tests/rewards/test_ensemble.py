@@ -95,6 +95,7 @@ ONE = {"scorer": RED, "mean": 20, "std": 10}
         ({"members": {}}, "no list `members`"),
         ({"k": -1}, "k = -1; give a finite number from 0"),
         ({"k": None}, "k = None"),
+        ({"k": 10**400}, "k = 1000"),
         ({"name": 3}, "name = 3"),
         ({"standardise": "batch"}, r"unknown fields \['standardise'\]"),
     ],
@@ -135,7 +136,8 @@ def test_score_measures_an_ensemble_that_compare_then_uses(tmp_path, capsys):
 
 def test_an_ensemble_of_one_scorer_or_equal_images_is_refused(tmp_path, capsys):
     base = paint(tmp_path / "base", {"a": [7, 7]})
-    for scorers, words in (([RED], "two scorers"), ([RED, GREEN], "to every image")):
+    nested = [RED, "ensemble=a.json"]
+    for scorers, words in (([RED], "two scorers"), ([RED, GREEN], "to every image"), (nested, "an ensemble itself")):
         given = [word for name in scorers for word in ("--scorer", name)]
         with pytest.raises(SystemExit):
             main(["score", str(base), *given, "--overwrite", "--ensemble", str(tmp_path / "e.json")])

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
         raise DiffalignError("--k belongs to --ensemble FILE")
     if args.ensemble is not None and len(set(args.scorer)) < 2:
         raise DiffalignError("--ensemble needs two scorers or more; give each as a --scorer")
+    if args.ensemble is not None and any(name.partition("=")[0] == "ensemble" for name in args.scorer):
+        raise DiffalignError("--ensemble: a member cannot be an ensemble itself; name its scorers")
     writable([("--ensemble", args.ensemble)], args.overwrite)
     from diffalign.evaluation.manifest import read_image_manifest
     from diffalign.evaluation.scoring import SCORES, score_folder

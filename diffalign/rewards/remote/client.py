@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -147,10 +148,13 @@ def _address(url: str) -> SplitResult:
     try:
         found = urlsplit(url.rstrip("/"))
         wrong = found.scheme not in ("http", "https") or not found.hostname or found.port == 0
+        wrong = wrong or not re.fullmatch(r"[!-~]*", found.path)  # what the first line of a request can have
+        (found.hostname or "").encode("idna")  # as connecting does
     except ValueError:
         wrong = True
     if wrong:
-        raise ScorerError(f"remote={url!r}: write the address of a scorer, e.g. remote=http://127.0.0.1:8765")
+        shown = "(address)" if set("@?#") & set(url) else repr(url)  # what stands there may be secret
+        raise ScorerError(f"remote={shown}: write the address of a scorer, e.g. remote=http://127.0.0.1:8765")
     if found.username is not None or found.password is not None or found.query or found.fragment:
         raise ScorerError(
             f"the address of a remote scorer has no user, password, query or fragment; set {TOKEN} for a token"

@@ -15,14 +15,13 @@ import base64
 import binascii
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from diffalign.rewards.base import ScorerError
+from diffalign.rewards.base import ScorerError, is_finite_number
 
 VERSION = 1
 TOKEN = "DIFFALIGN_SCORER_TOKEN"  # environment variable, on both sides
@@ -51,8 +50,8 @@ def read_health(body: bytes, where: str) -> Health:
         "protocol": found.get("protocol") != VERSION,
         "name": not (isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable()),
         "unit": not (unit is None or isinstance(unit, str)),
-        "tie": not (tie is None or (_is_number(tie) and tie >= 0)),
-        "span": not (span is None or (isinstance(span, list) and len(span) == 2 and all(map(_is_number, span)))),
+        "tie": not (tie is None or (is_finite_number(tie) and tie >= 0)),
+        "span": not (span is None or _is_span(span)),
         "batch": not (batch is None or (isinstance(batch, int) and not isinstance(batch, bool) and batch > 0)),
     }
     for field, wrong in faults.items():
@@ -73,7 +72,7 @@ def read_scores(body: bytes, count: int, where: str) -> list[float]:
     if len(scores) != count:
         raise ScorerError(f"{where} gave {len(scores)} scores for {count} images; it must give one for each")
     for place, score in enumerate(scores):
-        if not _is_number(score):
+        if not is_finite_number(score):
             raise ScorerError(f"{where} gave {score!r:.100} to image {place + 1} of {count}; scores are finite numbers")
     return [float(score) for score in scores]
 
@@ -131,8 +130,8 @@ def decoded(text: Any, place: int) -> Image.Image:
         raise ScorerError(f"image {place + 1} of the request is not base64 of a PNG") from error
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_finite_number, value)) and value[0] < value[1]
 
 
 def _short(body: bytes) -> str:

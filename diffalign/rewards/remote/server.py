@@ -25,6 +25,7 @@ class ScorerServer(ThreadingHTTPServer):
     """Serves one scorer until `shutdown`; `server_address` has the port, which is chosen where 0 was given."""
 
     daemon_threads = True
+    allow_reuse_address = os.name != "nt"  # on Windows it would share a port that is in use
 
     def __init__(self, scorer: Scorer, port: int, unit: str = "") -> None:
         """Raises ScorerError for a port that cannot be used."""
