@@ -109,8 +109,8 @@ def write_card(config: AnyConfig) -> None:
 
         try:
             write_run_card(config.output_dir)
-        except DiffalignError as error:
-            log.warning("no model card was written: %s", error)
+        except Exception as error:  # also of the disk, or of an evaluation beside the run
+            log.warning("no model card was written: %s: %s", type(error).__name__, error)
 
 
 @contextlib.contextmanager

@@ -127,9 +127,13 @@ def test_a_row_that_is_no_prompt_is_refused(odd: object, hub: list[dict[str, obj
         read_prompts("drawbench")
 
 
-def test_a_damaged_file_of_a_set_is_named(cache: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ['{"prompt": "a dog"}\n{"pro\n', '{"prompt": "a dog"}\n{"prompt": "a c', "", '{"prompt": 7}\n', '{"prompt": ""}\n'],
+)
+def test_a_damaged_file_of_a_set_is_named(cache: Path, text: str) -> None:
     cache.mkdir()
-    (cache / "drawbench.jsonl").write_text('{"prompt": "a dog"}\n{"pro\n')
+    (cache / "drawbench.jsonl").write_text(text)
     with pytest.raises(PromptSetError, match=r"drawbench.jsonl is damaged .*delete it"):
         read_prompts("drawbench")
     assert fetch.which_set(["a dog"])["set"] is None

@@ -226,6 +226,7 @@ def test_the_plan_fetches_nothing(capsys: pytest.CaptureFixture[str], monkeypatc
     [
         (["published", "sd15", "--tuned", "mine=nowhere", "--scorer", "world", "--prompts", "a dog"], "nowhere"),
         (["published"], "name a base, sd15 or sdxl, or give --list"),
+        (["published", "sd15", "--tuned", "a=x", "--tuned", "a=y"], "--tuned a=… is given twice"),
         (["published", "sd15", "--only", "MaPO"], "--only MaPO: no such release of SD1.5; known: DPO, KTO"),
     ],
 )

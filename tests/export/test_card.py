@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from diffalign.cli.main import main
-from diffalign.config.schema import Config, save_config
+from diffalign.config.schema import Config, load_config, save_config
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.sampling import Sampling
 from diffalign.export.card.facts import INPUTS, inputs_record
@@ -27,6 +27,7 @@ from diffalign.export.names import ExportError
 from diffalign.models.adapters.save_load import load_pipeline
 from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
+from diffalign.training.run import write_card
 from tests.cli.test_main import fails
 from tests.models.adapters.test_merge import write_full, write_lora
 
@@ -230,3 +231,14 @@ def test_every_method_is_cited() -> None:
     entry = bibtex("Wallace et al., Diffusion Model Alignment Using DPO, arXiv 2311.12908").splitlines()
     assert entry[0] == "@article{wallace2023diffusion,"
     assert entry[1:3] == ["  title = {{Diffusion Model Alignment Using DPO}},", "  author = {Wallace and others},"]
+
+
+def test_what_stops_a_card_does_not_stop_the_run(
+    lora: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffalign.export.card.write.write_run_card", full)
+    write_card(load_config(lora / "config.yaml"))
+    assert "no model card was written: OSError: [Errno 28]" in caplog.text

@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
         raise DiffalignError(f"name a base, {' or '.join(BASES)}, or give --list")
     if args.users or args.user:
         raise DiffalignError("--users and --user: no release has users; use `diffalign evaluate` for your own weights")
-    tuned = {name: paths[0] for name, paths in named_paths(args.tuned, "--tuned").items()}
+    given = named_paths(args.tuned, "--tuned")
+    if twice := [name for name, paths in given.items() if len(paths) > 1]:
+        raise DiffalignError(f"--tuned {twice[0]}=… is given twice; give each model once, under a name of its own")
+    tuned = {name: paths[0] for name, paths in given.items()}
     chosen = PublishedRun(args.base, args.only, args.model, tuned)
     names = chosen.chosen(known)  # unknown ones are an error before anything is fetched
     for release in known.unreadable(args.base):

@@ -76,7 +76,10 @@ def _write_csv(file: Path, doubts: Doubts) -> None:
     from diffalign.training.heldout.doubtful import image_path
 
     table = doubts.table
-    with written_whole(file, what="the list of doubtful pairs") as partial, partial.open("w", newline="") as opened:
+    with (
+        written_whole(file, what="the list of doubtful pairs") as partial,
+        partial.open("w", newline="", encoding="utf-8") as opened,
+    ):
         rows = csv.writer(opened)
         rows.writerow(HEAD)
         for rank, doubt in enumerate(doubts.ranked, start=1):

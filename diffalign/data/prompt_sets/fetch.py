@@ -1,7 +1,7 @@
 """The prompts of a named set: from the package, from a file that an earlier call wrote, or from where it is published.
 
-What is fetched is written to `$HF_HOME/diffalign/prompts/`, so that it is fetched once. Every reading is checked:
-the number of rows always, the hash of the text where it is known.
+What is fetched is written to `$HF_HOME/diffalign/prompts/`, so that it is fetched once. The number of rows is checked
+when a set is fetched, the hash of the text, where it is known, at every reading.
 """
 
 from __future__ import annotations
@@ -81,8 +81,13 @@ def text_hash(prompts: Sequence[str]) -> str:
 def _stored(file: Path) -> list[str]:
     """The prompts in a file of the package or one that `set_prompts` wrote. Raises PromptSetError for a damaged one."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        return lines if file.suffix == ".txt" else [json.loads(line)["prompt"] for line in lines]
+        *lines, rest = file.read_text(encoding="utf-8").split("\n")
+        prompts = lines if file.suffix == ".txt" else [json.loads(line)["prompt"] for line in lines]
+        if rest or not prompts:
+            raise ValueError("its end is missing")
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise ValueError("a line of it is no prompt")
+        return prompts
     except (ValueError, KeyError, TypeError) as error:
         raise PromptSetError(f"{file} is damaged ({error}); delete it and give the set's name again") from None
 

@@ -98,8 +98,18 @@ def doubtful_pairs(run_dir: str | Path, *, points: int = 8, batch_size: int | No
 
 
 def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int) -> list[Doubt]:
-    """Measured pairs, the most doubtful first; `heldout` are the indices of those that were not trained on."""
+    """Measured pairs, the most doubtful first; `heldout` are the indices of those that were not trained on.
+
+    Raises DiffalignError where nothing was measured, and for margins that are not finite.
+    """
     ordered = sorted(values, key=lambda value: (value.pair, value.point))
+    if not ordered:
+        raise DiffalignError("none of the run's pairs can be read; `diffalign data check` says why")
+    if odd := {value.pair for value in ordered if value.margin is None or not math.isfinite(value.margin)}:
+        raise DiffalignError(
+            f"the margins of {len(odd)} pairs are not finite (first: pair {min(odd)}), so pairs cannot be ranked; the "
+            "run's weights may have diverged: name an earlier checkpoint"
+        )
     pairs = list(dict.fromkeys(value.pair for value in ordered))
     margins = np.array([value.margin for value in ordered], float).reshape(len(pairs), -1)
     times = np.array([math.nan if value.t is None else value.t for value in ordered]).reshape(margins.shape)

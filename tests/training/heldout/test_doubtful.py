@@ -42,6 +42,13 @@ def test_the_ranking_by_hand() -> None:
     assert middle.error == pytest.approx(t / math.sqrt(2))  # two points at ±t: deviations t, each with weight 1/2
 
 
+def test_what_cannot_be_ranked_is_refused() -> None:
+    with pytest.raises(DiffalignError, match="none of the run's pairs can be read"):
+        ranked([], set(), 1000)
+    with pytest.raises(DiffalignError, match=r"margins of 1 pairs are not finite .first: pair 1"):
+        ranked(points(np.array([[1.0, 2.0], [1.0, math.nan]])), set(), 1000)
+
+
 def test_points_count_by_what_they_predict_of_held_out_pairs() -> None:
     margins = np.array([[1.0, 1.0, 5.0], [1.0, -1.0, -5.0], [1.0, 1.0, -5.0], [-1.0, 1.0, -5.0]])
     heldout = np.array([True, True, True, False])
