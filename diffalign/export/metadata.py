@@ -94,7 +94,7 @@ def _training(run: TunedRun) -> dict[str, str]:
         "ss_lr_scheduler": training.lr_scheduler,
         "ss_optimizer": training.optimizer,
         "ss_seed": f"{run.config.seed}",
-        "ss_steps": f"{run.steps}",
+        **({} if run.steps is None else {"ss_steps": f"{run.steps}"}),
         "ss_training_comment": f"{run.objective}, tuned on preferences with diffalign",
     }
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import safe_open
@@ -25,7 +25,9 @@ from diffalign.export.names import ExportError
 from diffalign.export.tuned_run import find_tuned_run, recorded_run, shown
 
 CONFIG = "config.yaml"
-_PLACE = re.compile(r"(?:^|(?<==))(?:~|/|\.\.|[A-Za-z]:[\\/]).*$")  # what may be a path of this machine, also NAME=…
+# what may be a path of this or another machine, also NAME=…: of Unix, a URL of a file, or of Windows
+_PLACE = re.compile(r"(?:^|(?<==))(?:~|/|\.\.|file:/|[A-Za-z]:[\\/]|\\\\).*$")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 class PushError(ExportError):
@@ -136,7 +138,11 @@ def _cut(node: Any, key: str, changed: list[str]) -> Any:
     if not isinstance(node, str) or (place := _place(node)) is None:
         return node
     changed.append(key)
-    return node.removesuffix(place) + (shown(os.path.expanduser(place)) or ".")
+    if _WINDOWS.match(place):
+        last = PureWindowsPath(place).name
+    else:
+        last = shown(os.path.expanduser(place.removeprefix("file:")))
+    return node.removesuffix(place) + (last or ".")
 
 
 def _place(text: str) -> str | None:
@@ -145,9 +151,13 @@ def _place(text: str) -> str | None:
     One with spaces is a path where its first folder exists.
     """
     found = _PLACE.search(text)
-    if found is None or (" " in found[0] and not Path(*Path(found[0]).expanduser().parts[:2]).exists()):
+    if found is None or (" " in found[0] and not _WINDOWS.match(found[0]) and not _first_folder(found[0]).exists()):
         return None
     return found[0]
+
+
+def _first_folder(text: str) -> Path:
+    return Path(*Path(os.path.expanduser(text.removeprefix("file:"))).parts[:2])
 
 
 def _check_header(file: Path) -> None:

@@ -131,6 +131,11 @@ def test_what_cannot_be_extracted_is_refused(models, tmp_path: Path, capsys: pyt
     with pytest.raises(ExportError, match="has the weights of its base: there is no change"):
         extract_lora(model.folder / "unet", out, Extraction(rank=4), base=str(model.folder))
     assert not out.exists()
+    with pytest.raises(ExportError, match="down has weights that are not finite"):
+        cut_to_rank("down", torch.full((4, 3), math.nan, dtype=torch.float64), Extraction(rank=1))
+    out.with_suffix(".extraction.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"out.extraction.json exists"):
+        extract_lora(model.folder / "unet", out, Extraction(rank=4), base=str(model.folder))
     for wrong in ({}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}):
         with pytest.raises(ExportError, match=r"rank|energy"):
             Extraction(**wrong)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from diffalign.cli.main import main
 from diffalign.config.schema import Config, load_config, save_config
-from diffalign.export.push import push_files
+from diffalign.export.push import _cut, push_files
 from tests.cli.test_main import fails
 from tests.export.hub import TOKEN, Hub, hub
 from tests.models.adapters.test_merge import write_full, write_lora
@@ -96,6 +96,23 @@ def test_settings_are_pushed_without_the_folders_of_this_machine(lora: Path, tmp
     assert str(tmp_path) not in content.content.decode()
     (lora / "pushed.yaml").write_bytes(content.content)
     assert load_config(lora / "pushed.yaml").objective == load_config(lora / "config.yaml").objective
+
+
+@pytest.mark.parametrize(
+    ("text", "pushed"),
+    [
+        ("C:\\Users\\alice\\my pairs.parquet", "my pairs.parquet"),
+        ("\\\\server\\alice\\pairs", "pairs"),
+        ("clip=D:/alice/clip", "clip=clip"),
+        ("file:///home/alice/pairs", "pairs"),
+        ("~5 cats in a room", "~5 cats in a room"),  # no user is called so
+        ("/r/art, a cat", "/r/art, a cat"),
+    ],
+)
+def test_places_of_other_machines_are_cut_and_prompts_are_not(text: str, pushed: str) -> None:
+    changed: list[str] = []
+    assert _cut({"key": text}, "", changed) == {"key": pushed}
+    assert changed == ["key"] * (text != pushed)
 
 
 def test_a_full_unet_is_pushed_as_a_folder_without_the_bases_place(models, server: Hub, tmp_path: Path) -> None:
