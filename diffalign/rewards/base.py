@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from PIL.Image import Image
@@ -122,7 +122,7 @@ def check_prompts(scorers: Sequence[Any], prompts: Sequence[str]) -> None:
             check(prompts)
 
 
-def is_finite_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """Whether a value of JSON is a finite number; JSON's integers may have more digits than a float holds."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

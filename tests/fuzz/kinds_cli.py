@@ -68,7 +68,7 @@ def _like(rng: Random, text: str, folder: Path, numbers: tuple[str, ...]) -> str
             folder / "prompts.txt",
             folder / "one" / "0.png",
             folder / "users.json",
-            base_path(),
+            folder / "base",
         )
         return rng.choice((*map(str, there), f"{text}/x", rng.choice(TEXTS_INSIDE)))
     return rng.choice((rng.choice(WORDS), rng.choice(TEXTS_INSIDE)))
@@ -76,7 +76,8 @@ def _like(rng: Random, text: str, folder: Path, numbers: tuple[str, ...]) -> str
 
 def _good(rng: Random, folder: Path) -> list[Any]:
     """A command line that would succeed, its files written."""
-    base, out = base_path(), folder / "out"
+    base, out = folder / "base", folder / "out"
+    shutil.copytree(base_path(), base)  # a command whose words are changed may write to it
     (folder / "a/b/c").mkdir(parents=True)  # where the command runs: ../.. is still inside
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     for name in ("one", "two"):
@@ -96,6 +97,9 @@ def _good(rng: Random, folder: Path) -> list[Any]:
     sampling += [*flags.split(), "--device", "cpu"]
     judge = ["--scorer", "world", "--device", "cpu"]
     by_eye: list[Any] = ["--by-eye", "--annotator", "me", "--seed", 0, "--limit", 2, "--no-browser", "--no-serve"]
+    (folder / "run").mkdir()
+    shutil.copy(packaged_config("world/dpo.yaml"), folder / "run" / "config.yaml")
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.69}\n')
     (folder / "votes").mkdir()
     store_plan(folder / "votes", VotePlan("blind", 0, [ImagePair("id0", "a fox", ("base", "two"))]))
     (folder / "votes" / "me.jsonl").write_text(json_text(asdict(event("id0", "second"))) + "\n")
@@ -123,6 +127,12 @@ def _good(rng: Random, folder: Path) -> list[Any]:
             ["data", "check", folder / "pairs", "--resolution", 16, "--max-pairs", 2, "--json", folder / "r.json"],
             ["data", "score", folder / "pairs", "--scorer", "world", "--out", folder / "s.jsonl", "--device", "cpu"],
             ["data", "world", folder / "w.parquet", "--pairs", 2, "--seed", 1, "--users", 0],
+            ["data", "prompts", "world-heldout", "--out", folder / "set.jsonl"],
+            ["published", "sd15", "--dry-run", *sampling[:4], "--tuned", f"mine={base / 'unet'}", "--scorer", "world"],
+            ["gallery", base, "--tuned", f"a={base / 'unet'}", "--strengths", "0,0.5", *judge[:2], *sampling],
+            ["card", base / "unet", "--base", base, "--license", "mit"],
+            ["push", base / "unet", "alice/fox", "--base", base],
+            ["report", folder / "run", "--out", folder / "r.html"],
             ["list", rng.choice(("objectives", "sources", "configs", "scorers"))],
             ["demo", "--out", out, "--steps", 1],
         )
