@@ -45,9 +45,13 @@ def export_commands(tuned: str, base: str) -> list[list[str]]:
     base: of the weights, which the command needs where no run or merge is recorded beside them.
     """
     from diffalign.export.tuned_run import recorded_base
+    from diffalign.models.adapters.lora_file import is_dora
     from diffalign.models.adapters.save_load import find_tuned
 
-    to = {"lora": "kohya", "unet": "single-file"}.get(find_tuned(tuned).kind)
+    found = find_tuned(tuned)
+    to = {"lora": "kohya", "unet": "single-file"}.get(found.kind)
+    if to == "kohya" and is_dora(found.path):
+        to = "single-file"  # kohya's layout has no place for it
     of = [] if recorded_base(tuned) is not None else ["--base", base]
     return [["export", tuned, *of, "--to", to, "--out", "tuned.safetensors"]] if to else []
 

@@ -23,7 +23,7 @@ from diffalign.export.layout import model_entries
 from diffalign.export.metadata import model_spec
 from diffalign.export.names import ExportError
 from diffalign.export.tuned_run import find_tuned_run
-from diffalign.models.adapters.merge import lora_updates
+from diffalign.models.adapters.merge import lora_changes
 from diffalign.models.adapters.save_load import TunedWeights
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.modules import UNet
@@ -123,13 +123,9 @@ def tuned_weights(unet: UNet, tuned: TunedWeights) -> Callable[[str], Tensor]:
     own = unet.state_dict()
     if tuned.kind == "unet":
         return stored_unet(tuned.path, unet)
-    updates = {f"{name}.weight": (down, up, scale) for name, down, up, scale in lora_updates(unet, tuned.path)}
+    changes = lora_changes(unet, tuned.path)
 
     def merged(name: str) -> Tensor:
-        if name not in updates:
-            return own[name]
-        down, up, scale = updates[name]
-        change = up.double().flatten(1) @ down.double().flatten(1)
-        return own[name].double() + scale * change.view_as(own[name])
+        return own[name].double() + changes[name](own[name]) if name in changes else own[name]
 
     return merged

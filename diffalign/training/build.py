@@ -94,6 +94,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         heldout = build_points(config, accelerator, table.heldout, encoder, resolution)
     unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
     place(unet, device)
+    config.tuning.after_placement(unet)
     reference = make_run_reference(config, unet, base.family)
     if config.model.compile:
         compile_blocks(unet)
@@ -113,7 +114,10 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         heldout.ask_reference(objective, networks)  # building the source frees the reference
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
-    optimizer = make_optimizer(parameters, training, lr, config.seed)
+    undecayed = config.tuning.undecayed(unet)
+    optimizer = make_optimizer([p for p in parameters if all(p is not u for u in undecayed)], training, lr, config.seed)
+    if undecayed:
+        optimizer.add_param_group({"params": undecayed, "weight_decay": 0.0})
     return Run(
         config=config,
         accelerator=accelerator,

@@ -6,7 +6,9 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
+from diffalign.models.adapters.dora import check_linear
 from diffalign.models.adapters.layouts import LORA, UNET
 from diffalign.models.adapters.lora import (
     ADAPTER,
@@ -16,7 +18,10 @@ from diffalign.models.adapters.lora import (
     check_targets,
     fuse_lora,
     load_lora,
+    lora_parameters,
+    start_magnitudes,
 )
+from diffalign.models.adapters.lora_file import is_dora, lora_file
 from diffalign.models.adapters.merge import merge_into
 from diffalign.models.adapters.methods import Start, TuningMethod
 from diffalign.models.adapters.save_load import check_tuned, find_tuned
@@ -40,6 +45,7 @@ class LoRA(TuningMethod):
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     resume_lora: str | None = field(default=None, metadata=PATH)  # LoRA weights to start from
     reference: str | None = field(default=None, metadata=PATH)  # LoRA weights of the reference; the policy starts there
+    use_dora: bool = False  # the lengths of the weights' rows are trained too (DoRA, arXiv 2402.09353)
 
     @property
     def lora_alpha(self) -> float:
@@ -64,13 +70,21 @@ class LoRA(TuningMethod):
         given = [path for path in (self.resume_lora, self.reference) if path is not None]
         for path in given:
             check_tuned(unet, path)
+            if (found := is_dora(lora_file(path))) != self.use_dora:
+                kind, wanted = "DoRA" if found else "plain LoRA", str(found).lower()
+                raise ModelError(
+                    f"{path} is a {kind}, and tuning.use_dora is {str(self.use_dora).lower()}; "
+                    f"set tuning.use_dora: {wanted}, or give another file"
+                )
         if not given:
             check_targets(unet, self.target_modules, self.rank)
+            if self.use_dora:
+                check_linear(unet, self.target_modules)
 
     def prepare(self, unet: UNet, start: Start) -> None:
         """Adds the adapter: a new one, or that of a file with the file's rank and alpha."""
         if (file := self.resume_lora or self.reference) is None:
-            add_lora(unet, self.rank, self.lora_alpha, self.target_modules, seed=start.seed)
+            add_lora(unet, self.rank, self.lora_alpha, self.target_modules, seed=start.seed, use_dora=self.use_dora)
         else:
             load_lora(unet, file)
             found = unet.peft_config[ADAPTER]
@@ -83,6 +97,15 @@ class LoRA(TuningMethod):
                 )
         fuse_lora(unet)
 
+    def after_placement(self, unet: UNet) -> None:
+        """A new DoRA starts with the lengths of the weights as they are computed with, which may be rounded."""
+        if self.use_dora and self.resume_lora is None and self.reference is None:
+            start_magnitudes(unet)
+
+    def undecayed(self, unet: UNet) -> list[nn.Parameter]:
+        """A DoRA's lengths of rows, which decay would draw to 0 and not to the base's."""
+        return [p for p in lora_parameters(unet) if p.ndim == 1]
+
     def make_reference(self, unet: UNet, autocast_dtype: torch.dtype | None) -> Reference:
         """The same network without its adapter, or with the weights of `reference` in it."""
         return LoraOff(unet) if self.reference is None else OtherLora(unet, adapter_weights(unet, self.reference))
@@ -90,7 +113,7 @@ class LoRA(TuningMethod):
     def describe(self, unet: UNet) -> str:
         """Rank and alpha in force, also where they came with `resume_lora`."""
         adapter = unet.peft_config[ADAPTER]
-        return f"{self.method} rank {adapter.r} alpha {adapter.lora_alpha:g}"
+        return f"{'DoRA' if self.use_dora else self.method} rank {adapter.r} alpha {adapter.lora_alpha:g}"
 
 
 @dataclass(frozen=True)

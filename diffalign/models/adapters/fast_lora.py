@@ -6,8 +6,11 @@ peft spends a linear layer on each of W, A and B, a product and a sum on top, an
 SDXL has 560 such layers, and a forward with them takes twice the operators of one without. Here the last matmul adds
 the update itself, and one node goes back through all of it.
 
+DoRA's layer (`dora.py`) has a forward of its own as well: peft's computes the lengths of rows in the dtype of the
+input, so that under autocast they would differ from those at the start and the policy from its reference.
+
 The layer stays peft's in all else: names, files, merging, switching off. Where it is not plain (dropout in training,
-several adapters, a variant such as DoRA, a merged update, a base in another dtype than the input is computed in) peft's
+several adapters, another variant, a merged update, a base in another dtype than the input is computed in) peft's
 own forward runs. With the adapter off the same kernel is called as with it on, so that at B = 0 both agree to the bit.
 
 Imports peft; the package imports this module only when a LoRA is added.
@@ -21,6 +24,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from diffalign.models.adapters.dora import row_lengths
 
 
 class LoraLinear(Linear):
@@ -62,16 +67,49 @@ class LoraLinear(Linear):
         return self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
 
 
+class DoraLinear(Linear):
+    """A peft DoRA layer with another forward; at m = ‖W + s B A‖ and B = 0 it is its base to the bit."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's answer "... out" for x "... in"; further arguments are peft's."""
+        own = self.__dict__
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]._parameters
+        kind = x.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if args or kwargs or own["merged_adapters"] or base["weight"].dtype != dtype:
+            return super().forward(x, *args, **kwargs)
+        weight, bias = base["weight"], base["bias"]
+        if own["_disable_adapters"]:
+            return _linear(x.to(dtype), weight, bias)
+        active = own["_active_adapter"]
+        name = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
+        if name not in modules["lora_magnitude_vector"]._modules:
+            return super().forward(x)
+        a = modules["lora_A"]._modules[name]._parameters["weight"]
+        b = modules["lora_B"]._modules[name]._parameters["weight"]
+        if not autocast and a.dtype != dtype:
+            return super().forward(x)
+        scale = own["scaling"][name]
+        gain = modules["lora_magnitude_vector"]._modules[name]._parameters["weight"] / row_lengths(weight, a, b, scale)
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        out = _linear(rows, weight, bias)
+        update = rows.mm(a.to(dtype).t()).mm(b.to(dtype).t())
+        change = (gain - 1) * (out if bias is None else out - bias) + gain * scale * update  # float32
+        return (out + change.to(dtype)).view(*x.shape[:-1], -1)
+
+
 def fuse(network: nn.Module) -> None:
     """Gives every LoRA layer on a linear one this forward, where the base is frozen and the layer is peft's plain kind.
 
-    In place. Nothing of a layer but its class changes.
+    DoRA's layers get theirs. In place. Nothing of a layer but its class changes.
     """
     for layer in network.modules():
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.base_layer.weight.requires_grad:
             plain = not any(layer.lora_bias.values()) and not layer.fan_in_fan_out
             if plain:
-                layer.__class__ = LoraLinear
+                layer.__class__ = DoraLinear if len(layer.lora_magnitude_vector) else LoraLinear
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffalign.io.loaded_weights import is_finite
 from diffalign.models.adapters.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
-from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
+from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, is_dora, read_lora
 from diffalign.models.adapters.methods import WeightLayout
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
@@ -77,7 +77,7 @@ class LoraWeights(WeightLayout):
         return bool(lora_layers(unet))
 
     def adds(self, parameter: str) -> bool:
-        """A and B."""
+        """A, B, and a DoRA's lengths of rows."""
         return ".lora_" in parameter
 
     def save(self, unet: UNet, folder: Path, family: Family) -> Path:
@@ -94,6 +94,11 @@ class LoraWeights(WeightLayout):
 
     def apply_at(self, pipeline: Any, path: Path, strength: float) -> None:
         """The factor of every layer's update, as diffusers' `set_adapters` has it, text encoders included."""
+        if is_dora(path):
+            raise ModelError(
+                f"{path} is a DoRA, and its strength cannot be changed: its update is no sum that a factor scales; "
+                "leave the strength at 1"
+            )
         self.apply(pipeline, path)
         tuned: list[Any] = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         for layer in (layer for part in tuned for layer in lora_layers(part)):

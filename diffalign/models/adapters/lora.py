@@ -5,7 +5,7 @@ adapter's config is therefore written into the file, and read back.
 
 Dropout is refused, here and in any network that is tuned (`refuse_dropout`): policy and reference would differ by its
 draws, and a gradient taken in two passes would belong to another draw than its loss.
-Files of others are read by `lora_file.py`. Left out: DoRA and other variants, adapters on the text encoders.
+Files of others are read by `lora_file.py`. DoRA is `dora.py`. Left out: other variants, adapters on the text encoders.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from diffalign.models.adapters.dora import MAGNITUDE, reset_magnitudes
 from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, read_lora
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
@@ -35,11 +36,13 @@ def add_lora(
     target_modules: Sequence[str] = DEFAULT_TARGETS,
     dropout: float = 0.0,
     seed: int = 0,
+    use_dora: bool = False,
 ) -> None:
     """Freeze `unet` and add trainable float32 LoRA layers to every module whose name ends in a target.
 
     The update is (alpha / rank) · B A; alpha None means alpha = rank. A ~ N(0, 1/rank²) from `seed` (diffusers'
-    "gaussian" init, drawn on the CPU so that it is the same on every device), B = 0.
+    "gaussian" init, drawn on the CPU so that it is the same on every device), B = 0. With `use_dora` (linear layers)
+    the lengths of the weights' rows are trained as well; `start_magnitudes` once the base is in its place and dtype.
     Raises ModelError for dropout, a target that matches nothing, a rank above a layer's own, or a second adapter.
     """
     from peft import LoraConfig
@@ -57,6 +60,7 @@ def add_lora(
         lora_alpha=scale,
         target_modules=list(target_modules),
         init_lora_weights="gaussian",
+        use_dora=use_dora,
     )
     _inject(unet, config)
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +69,13 @@ def add_lora(
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             a.copy_(torch.randn(a.shape, generator=generator) / rank)
             b.zero_()
+    if use_dora:
+        start_magnitudes(unet)
+
+
+def start_magnitudes(unet: UNet) -> None:
+    """Set the lengths of a DoRA to those of its weights as they are now, so that it changes nothing at B = 0."""
+    reset_magnitudes(lora_layers(unet), ADAPTER)
 
 
 def refuse_dropout(network: nn.Module) -> None:
@@ -89,8 +100,9 @@ def lora_layers(unet: UNet) -> list[Any]:
 
 
 def lora_parameters(unet: UNet) -> list[nn.Parameter]:
-    """The trainable LoRA weights, in module order."""
-    return [part.weight for layer in lora_layers(unet) for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])]
+    """The trainable LoRA weights, in module order: A, B and, of a DoRA, the lengths of rows."""
+    parts = ("lora_A", "lora_B", "lora_magnitude_vector")
+    return [getattr(layer, p)[ADAPTER].weight for layer in lora_layers(unet) for p in parts if len(getattr(layer, p))]
 
 
 def leave_casts_to_autocast(unet: UNet) -> None:
@@ -150,7 +162,7 @@ def place_lora(unet: UNet, lora: LoraFile) -> None:
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if ".lora_" in name:
-                parameter.copy_(lora.state[name.replace(f".{ADAPTER}.weight", ".weight")])
+                parameter.copy_(lora.state[_name_in_file(name)])
 
 
 def adapter_weights(unet: UNet, path: str | Path) -> dict[str, Tensor]:
@@ -160,19 +172,26 @@ def adapter_weights(unet: UNet, path: str | Path) -> dict[str, Tensor]:
     """
     lora = read_lora(path, unet).unet_only()
     _check_same(unet, lora)
-    return {key.replace(".weight", f".{ADAPTER}.weight"): value for key, value in lora.state.items()}
+    own = [name for name, _ in unet.named_parameters() if ".lora_" in name]
+    return {name: lora.state[_name_in_file(name)] for name in own}
+
+
+def _name_in_file(parameter: str) -> str:
+    """The name in a LoRA file of a parameter of the adapter; that of a DoRA's lengths ends without ".weight"."""
+    bare = parameter.removesuffix(f".{ADAPTER}.weight")
+    return bare if bare.endswith(MAGNITUDE) else f"{bare}.weight"
 
 
 def _check_same(unet: UNet, lora: LoraFile) -> None:
     """Raise ModelError unless the UNet's adapter is of the file's shape."""
     present, config = unet.peft_config[ADAPTER], lora.config(unet)
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora"):
         if getattr(present, field) != getattr(config, field):
             raise ModelError(
                 f"{lora.file} has {field} = {getattr(config, field)!r}, this run's adapter "
                 f"{getattr(present, field)!r}; use the file's value in the config, or start from a fresh adapter"
             )
-    own = {name.replace(f".{ADAPTER}.weight", ".weight") for name, _ in unet.named_parameters() if ".lora_" in name}
+    own = {_name_in_file(name) for name, _ in unet.named_parameters() if ".lora_" in name}
     if own != lora.state.keys():
         raise ModelError(
             f"{lora.file} has LoRA weights for {len(lora.state) // 2} modules, this run's adapter for {len(own) // 2}; "
@@ -215,4 +234,5 @@ def check_targets(unet: UNet, targets: Sequence[str], rank: int) -> None:
 def _adapter_metadata(config: Any) -> dict[str, Any]:
     """What a reader needs of a LoraConfig, as JSON: few fields, so that other peft versions can read it too."""
     values = {field: getattr(config, field) for field in _ADAPTER_FIELDS}
-    return values | {"target_modules": sorted(values["target_modules"])}
+    dora = {"use_dora": True} if config.use_dora else {}
+    return values | {"target_modules": sorted(values["target_modules"])} | dora

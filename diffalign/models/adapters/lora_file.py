@@ -6,8 +6,9 @@
     lora_unet_MODULE.lora_down.weight       kohya's sd-scripts
 
 A module without an alpha has alpha = rank, as in diffusers and sd-scripts. A file is used completely or refused:
-libraries only warn of tensors that match no layer, and apply the rest. Refused everywhere alike: DoRA, LoHa, LoKr and
-other LyCORIS kinds, biases, and adapters whose training changed the base (PiSSA, OLoRA).
+libraries only warn of tensors that match no layer, and apply the rest. A DoRA (`dora.py`) is read in the first three
+layouts. Refused everywhere alike: kohya's DoRA, LoHa, LoKr and other LyCORIS kinds, biases, and adapters whose training
+changed the base (PiSSA, OLoRA).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from diffalign.io.loaded_weights import NAMED, is_finite, named
 from diffalign.io.weight_files import check_weights
+from diffalign.models.adapters.dora import MAGNITUDE, check_use_dora, has_magnitudes, magnitude_faults
 from diffalign.models.adapters.lora_names import PART, converted_names, is_alpha, module_of_alpha, text_peft_name
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import TextModel, UNet
@@ -39,8 +41,7 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON in the fi
 _PEFT_CONFIG = "adapter_config.json"
 # kinds that are no plain LoRA: a part of a tensor's name -> the kind
 _OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "kohya's DoRA",
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "lora_mid": "LoCon with a middle tensor",
@@ -48,7 +49,7 @@ _OTHER_KINDS = {
     ".boft_": "BOFT",
     ".diff_b": "a full difference of weights",
 }
-_OTHER_SETTINGS = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "use_qalora")
+_OTHER_SETTINGS = ("lora_bias", "modules_to_save", "layer_replication", "use_qalora")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -57,7 +58,7 @@ class LoraFile:
     """A file that fits a UNet."""
 
     file: Path
-    state: Mapping[str, Tensor]  # "module.lora_A.weight" and "module.lora_B.weight" of the UNet's modules
+    state: Mapping[str, Tensor]  # "module.lora_A.weight" and .lora_B.weight of the UNet's modules; a DoRA's lengths
     alphas: Mapping[str, float]  # of each of those modules; the update is (alpha / rank) · B A
     text: Mapping[str, Tensor]  # what is for the text encoders, in diffusers' names
     text_alphas: Mapping[str, float]
@@ -67,6 +68,11 @@ class LoraFile:
     def ranks(self) -> dict[str, int]:
         """The rank of each module."""
         return {name: len(self.state[f"{name}.lora_A.weight"]) for name in self.alphas}
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether it is a DoRA."""
+        return has_magnitudes(self.state)
 
     def unet_only(self) -> LoraFile:
         """This file. Raises ModelError where it has more than a UNet's LoRA, or none."""
@@ -101,10 +107,16 @@ class LoraFile:
         """peft's LoraConfig for it."""
         written = self.metadata.get("target_modules")
         targets = written if isinstance(written, list) and _meant(written, unet) == self.alphas.keys() else None
-        return lora_config(self.ranks, self.alphas, targets)
+        return lora_config(self.ranks, self.alphas, targets, use_dora=self.use_dora)
 
 
-def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: Sequence[str] | None = None) -> Any:
+def lora_config(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    targets: Sequence[str] | None = None,
+    *,
+    use_dora: bool = False,
+) -> Any:
     """A LoraConfig that gives each module its rank and alpha; `targets` for a shorter spelling of the same modules."""
     from peft import LoraConfig
 
@@ -116,6 +128,7 @@ def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: 
         target_modules=sorted(ranks) if targets is None else list(targets),
         rank_pattern={f"^{name}": own for name, own in ranks.items() if own != rank},
         alpha_pattern={f"^{name}": own for name, own in alphas.items() if own != alpha},
+        use_dora=use_dora,
     )
 
 
@@ -126,6 +139,11 @@ def lora_file(path: str | Path) -> Path:
     if not found or not found[0].is_file():
         raise ModelError(f"no LoRA file at {path}: expected a .safetensors file or a folder with {LORA_FILE}")
     return found[0]
+
+
+def is_dora(file: Path) -> bool:
+    """Whether a LoRA file is a DoRA, by the names in its header."""
+    return has_magnitudes(check_weights(file).shapes)
 
 
 def read_lora(path: str | Path, unet: UNet) -> LoraFile:
@@ -181,6 +199,7 @@ def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str
             raise _other_kind(file, "an adapter of another kind", f"{field} = {metadata[field]!r}")
     if metadata.get("peft_type", "LORA") != "LORA" or metadata.get("bias", "none") not in (None, "none"):
         raise _other_kind(file, "an adapter of another kind", f"{metadata.get('peft_type')}, {metadata.get('bias')}")
+    check_use_dora(file, weights, metadata)
     init = str(metadata.get("init_lora_weights", "")).lower()
     if init.startswith(_CHANGES_BASE):
         raise _other_kind(file, "an adapter whose training changed the base", f"init_lora_weights = {init!r}")
@@ -214,8 +233,10 @@ def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
 def _check_fit(file: Path, state: Mapping[str, Tensor], total: int, network: nn.Module) -> None:
     """Raise ModelError unless every tensor has a layer of its shape, and every layer A and B."""
     modules = dict(network.named_modules())
-    homeless, misshapen = [], []
+    homeless, misshapen = [], magnitude_faults(state, modules)
     for name, value in state.items():
+        if name.endswith(MAGNITUDE):
+            continue
         part = PART.fullmatch(name)
         layer = modules.get(part[1]) if part else None
         weight = getattr(getattr(layer, "base_layer", layer), "weight", None)

@@ -9,7 +9,7 @@
 
 LoRA files give a LoRA file, exactly: ranks are concatenated, [A_1; A_2] and [w_1 s_1 B_1, w_2 s_2 B_2] with s = alpha /
 rank, since averaging the A and the B would not average their products. Its rank is the sum of the ranks. With a full
-UNet among them the result is a full UNet, summed in float64.
+UNet or a DoRA among them the result is a full UNet, summed in float64.
 
 Left out: merging by sign or size (TIES, DARE), text encoders, truncating the rank back by an SVD.
 """
@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.models.adapters.dora import MAGNITUDE, dora_weight, refuse_factors
 from diffalign.models.adapters.lora import write_lora
-from diffalign.models.adapters.lora_file import LORA_FILE, lora_config, read_lora
+from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, is_dora, lora_config, read_lora
 from diffalign.models.adapters.save_load import UNET_FOLDER, TunedWeights, find_tuned, load_full
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.family import ModelError
@@ -69,7 +71,7 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
         if (folder / name).exists():
             raise ModelError(f"{folder} already contains {name}, and nothing is overwritten; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if all(tuned.kind == "lora" for tuned, _ in found):
+    if all(tuned.kind == "lora" and not is_dora(tuned.path) for tuned, _ in found):
         config, state = _merge_loras(base.unet, found)
         written = write_lora(config, state, folder, base.family)
     else:
@@ -87,11 +89,32 @@ def merge_into(unet: UNet, parts: Parts) -> None:
 
 
 def lora_updates(unet: UNet, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError where it does not fit."""
+    """(module, A, B, alpha / rank) of every module in a LoRA file. Raises ModelError for a DoRA, or one not fitting."""
     lora = read_lora(file, unet).unet_only()
+    if lora.use_dora:
+        raise refuse_factors(lora.file)
     for name, alpha in lora.alphas.items():
         down = lora.state[f"{name}.lora_A.weight"]
         yield name, down, lora.state[f"{name}.lora_B.weight"], alpha / len(down)
+
+
+def lora_changes(unet: UNet, file: Path) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By a weight's name: its change by a LoRA or DoRA file, in float64, as a function of the base's own weight.
+
+    Raises ModelError where the file does not fit.
+    """
+    lora = read_lora(file, unet).unet_only()
+    return {f"{name}.weight": partial(_change, lora, name) for name in lora.alphas}
+
+
+@torch.no_grad()
+def _change(lora: LoraFile, name: str, weight: Tensor) -> Tensor:
+    down, up = (lora.state[f"{name}.lora_{side}.weight"].double().flatten(1) for side in "AB")
+    update = lora.alphas[name] / len(down) * (up @ down).view_as(weight)
+    if (magnitude := lora.state.get(name + MAGNITUDE)) is None:
+        return update
+    own = weight.double()
+    return dora_weight(own, update, magnitude.double()) - own
 
 
 def _found(parts: Parts) -> list[tuple[TunedWeights, float]]:
@@ -127,11 +150,11 @@ def _merge_loras(unet: UNet, found: Sequence[tuple[TunedWeights, float]]) -> tup
 def _merge_into(unet: UNet, found: Sequence[tuple[TunedWeights, float]]) -> None:
     full = sum(weight for tuned, weight in found if tuned.kind == "unet")
     total = {name: (1.0 - full) * p.double() for name, p in unet.named_parameters()}
-    for tuned, weight in found:
+    own = dict(unet.named_parameters())
+    for tuned, weight in sorted(found, key=lambda part: part[0].kind == "unet"):  # while the weights are the base's
         if tuned.kind == "lora":
-            for name, down, up, scale in lora_updates(unet, tuned.path):
-                place = total[f"{name}.weight"]
-                place += weight * scale * (up.double().flatten(1) @ down.double().flatten(1)).view_as(place)
+            for name, change in lora_changes(unet, tuned.path).items():
+                total[name] += weight * change(own[name])
         else:
             load_full(unet, tuned.path)  # the base is in `total` by now
             for name, p in unet.named_parameters():

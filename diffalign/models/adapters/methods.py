@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError, ModelError
 from diffalign.io.plugins import known_names, name_of, resolve
@@ -125,6 +125,14 @@ class TuningMethod:
     def prepare(self, unet: UNet, start: Start) -> None:
         """Makes a base's UNet trainable, in place."""
         raise NotImplementedError
+
+    def after_placement(self, unet: UNet) -> None:
+        """What depends on the frozen weights in the dtype and on the device of the training, before the first step."""
+        return
+
+    def undecayed(self, unet: UNet) -> list[nn.Parameter]:
+        """Trained parameters without weight decay: those whose value at the base is not 0."""
+        return []
 
     def make_reference(self, unet: UNet, autocast_dtype: torch.dtype | None) -> Reference:
         """What the policy is compared with, from the prepared UNet before training."""

@@ -141,10 +141,10 @@ def refused(state: State) -> dict[str, tuple[State, str]]:
         "half a layer": ({f"unet.{k}": v for k, v in state.items() if k != first}, "required: its other half"),
         "another shape": (renamed(state | odd, "unet."), rf"does not fit.*{module}.*; required: "),
         "DoRA of peft": (
-            renamed(state, "unet.") | {f"unet.{module}.lora_magnitude_vector": torch.ones(32)},
-            "is DoRA, and not a plain LoRA.*1 of its",
+            renamed(state, "unet.") | {f"unet.{module}.lora_magnitude_vector": torch.ones(33)},
+            r"lora_magnitude_vector is \[33\]; required: one length for each output.*has no lora_magnitude_vector",
         ),
-        "DoRA of kohya": ({"lora_unet_x.dora_scale": torch.ones(1)}, "is DoRA.*lora_unet_x.dora_scale"),
+        "DoRA of kohya": ({"lora_unet_x.dora_scale": torch.ones(1)}, "is kohya's DoRA.*lora_unet_x.dora_scale"),
         "LoHa": (hada, "is LoHa, and not a plain LoRA.*4 of its 4 tensors"),
         "LoKr": ({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, "is LoKr, and not a plain LoRA"),
         "a bias": (
