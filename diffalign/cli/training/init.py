@@ -240,7 +240,7 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
         "  report_to: tensorboard",
         "",
         "# validation:",
-        "#   pairs: 0.1  # measured and not trained on: they show when the run learns its pairs by heart",
+        "#   pairs: 0.1  # measured and not trained on: they show when the run memorises its pairs",
         "#   max_pairs: 256",
         "#   pairs_every: 250",
         "#   early_stopping_patience: 4  # measurements without improvement",

@@ -110,7 +110,7 @@ def _report_overfitting(line: Line) -> str:
     return (
         f"overfitting: {training} while the loss of the held-out pairs is above its best value, "
         f"{then[HELDOUT_LOSS]:.4g} at step {then['step']:.0f} (now {line[HELDOUT_LOSS]:.4g}, 95 % interval from "
-        f"{line['heldout/loss/low']:.4g}). The run learns its own pairs by heart. Stop there "
+        f"{line['heldout/loss/low']:.4g}). The run memorises its training pairs. Stop there "
         "(validation.early_stopping_patience, validation.load_best_model_at_end), use more pairs, or lower "
         "training.learning_rate"
     )
@@ -120,7 +120,7 @@ def _report_chance(line: Line) -> str:
     accuracy, training = line["heldout/accuracy"], line.get("rewards/accuracies")
     why = "labels may be shuffled, training.learning_rate too low, or the held-out pairs too few"
     if training is not None and training > line.get("heldout/accuracy/high", 1.0):
-        why = f"the training pairs are at {training:.0%}, learned by heart: labels may be shuffled"
+        why = f"the training pairs are at {training:.0%}, memorised: labels may be shuffled"
     elif training is not None:
         why = f"the training pairs are at {training:.0%}: labels may be shuffled, or training.learning_rate too low"
     return (
@@ -190,7 +190,7 @@ RULES = {
         report="hardly any valid pair: {rollout/valid:.1%} of what is sampled. Lower the source's threshold, sample "
         "more images of a prompt, or try another scorer; it may no longer distinguish the images",
     ),
-    # The training pairs are learned by heart: beyond the best measurement of the held-out pairs their loss rises.
+    # The training pairs are memorised: beyond the best measurement of the held-out pairs their loss rises.
     "overfitting": Rule(
         needs=("heldout/loss/low", "loss", f"{AT_BEST} loss"), bad=every(_overfits), report=_report_overfitting
     ),

@@ -1,11 +1,11 @@
 """Doubtful labels: the pairs of a run, ordered by how strongly the tuned model disagrees with their label.
 
-A wrong label is learned by heart in the end, but later and less than the right ones, because these agree with each
+A wrong label is memorised in the end, but later and less than the right ones, because these agree with each
 other. So the tuned model's margin (reward of the chosen image less that of the rejected one) tells wrong labels apart,
 better after few visits of each pair than after many: prefer a run with `validation.load_best_model_at_end`, or an early
 checkpoint.
 
-The margins of a pair at its points (t, ε) have very different sizes, and those at low noise are learned by heart first.
+The margins of a pair at its points (t, ε) have very different sizes, and those at low noise are memorised first.
 Each is divided by the spread over all pairs at that point and bounded by tanh, so that no point decides alone. A point
 counts by how well the margins there predict the held-out pairs of the run (accuracy less ½); without held-out pairs, or
 where none is predicted, all count alike.

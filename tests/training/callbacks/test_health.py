@@ -125,7 +125,7 @@ def test_overfitting_and_chance_say_what_the_training_pairs_do() -> None:
     assert "its best value, 0.6 at step 10 (now 0.9, 95 % interval from 0.7)" in messages(rising)[0]
     worse = [{**line, "loss": 0.7} for line in SICK["overfitting"][1:]]  # training pairs get worse as well: not this
     assert spoken([SICK["overfitting"][0], *worse]) == []
-    for accuracy, words in ((0.9, "are at 90%, learned by heart"), (0.5, "are at 50%: labels may be shuffled, or")):
+    for accuracy, words in ((0.9, "are at 90%, memorised"), (0.5, "are at 50%: labels may be shuffled, or")):
         lines = [{**line, "heldout/accuracy/high": 0.6, "rewards/accuracies": accuracy} for line in SICK["chance"]]
         assert words in messages(lines)[0]
     seldom = [{"step": 5.0, "loss": 0.5}, *SICK["chance"]]  # lines without a measurement do not count
