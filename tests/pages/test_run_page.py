@@ -90,6 +90,12 @@ def test_a_resumed_run_is_read_as_it_went_on(folder: Path) -> None:
     assert [step for step, _ in run.images] == [9, 100, 200]
 
 
+def test_an_integer_beyond_floats_is_a_gap(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 0.7}', f'{{"step": 2, "loss": 1{"0" * 400}}}', f'{{"step": 1{"0" * 400}}}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read(tmp_path).series("loss") == ([1, 2], [0.7, None])
+
+
 def test_every_metric_is_drawn(folder: Path) -> None:
     run = read(folder, start_loss=math.log(2))
     loss = chart(run, "Loss")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,8 @@ from diffalign.data.row import ImageError
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.session import RequestError, Session
 from diffalign.evaluation.by_eye.votes import StaleError
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 PORT = 8765  # tried first, so that the address stays the same from day to day
@@ -188,7 +191,8 @@ class PageHandler(BaseHTTPRequestHandler):
         except RequestError:
             self._answer(404)
         except (ImageError, OSError) as error:
-            self._json(410, {"error": str(error)})
+            log.warning("%s", error)  # here and not on the page: it names the file, and so whose image it is
+            self._json(410, {"error": "This image cannot be read; the terminal says why"})
 
     def _json(self, status: int, value: Any) -> None:
         self._answer(status, json.dumps(value).encode(), "application/json")

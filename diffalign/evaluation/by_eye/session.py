@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.plan import Material, order_of
-from diffalign.evaluation.by_eye.votes import SUFFIX, UNDO, Event, VoteLog, check_annotator, event_fault, now
+from diffalign.evaluation.by_eye.votes import UNDO, Event, VoteLog, event_fault, now, votes_file
 
 Key = Literal["left", "right", "tie", "skip"]
 KEYS: tuple[Key, ...] = get_args(Key)
@@ -36,12 +36,12 @@ class Session:
     """
 
     def __init__(self, material: Material, folder: Path, annotator: str) -> None:
-        self.material, self.annotator = material, check_annotator(annotator)
+        self.material, self.annotator = material, annotator
         self.order = order_of(material.plan, annotator)
         self._place = {shown.comparison.id: place for place, shown in enumerate(self.order)}
         self._lock = threading.Lock()
         self._encoded: OrderedDict[tuple[int, int], bytes] = OrderedDict()
-        self.log = VoteLog(folder / f"{annotator}{SUFFIX}")
+        self.log = VoteLog(votes_file(folder, annotator))
         for pair in self.log.standing:
             if pair not in self._place:
                 self.log.close()

@@ -33,6 +33,7 @@ POOLED = "all"  # in tables: the votes of all annotators together
 MAJORITY = "majority"  # of labels: those that most annotators gave
 RESERVED = (POOLED, MAJORITY)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # of Windows, where no file is called so
 _EVENT = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
@@ -56,12 +57,24 @@ def check_annotator(name: str) -> str:
     """The name. Raises DiffalignError for one that is no file name on every system, or that means several."""
     if name in RESERVED:
         raise DiffalignError(f"annotator {name!r} means the votes of several people; give another name")
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or _DEVICE.fullmatch(name):
         raise DiffalignError(
-            f"annotator {name[:60]!r}: give 1 to 40 letters, digits, - or _, the first a letter or digit; the votes "
-            f"are stored as NAME{SUFFIX}"
+            f"annotator {name[:60]!r}: give 1 to 40 letters, digits, - or _, the first a letter or digit, and no "
+            f"device of Windows (con, nul); the votes are stored as NAME{SUFFIX}"
         )
     return name
+
+
+def votes_file(folder: Path, annotator: str) -> Path:
+    """The file of an annotator's votes. Raises DiffalignError where there is one whose name differs in case alone."""
+    file = folder / f"{check_annotator(annotator)}{SUFFIX}"
+    for other in folder.glob(f"*{SUFFIX}"):
+        if other.name != file.name and other.name.casefold() == file.name.casefold():
+            raise DiffalignError(
+                f"annotator {annotator!r}: {other} has the votes of {other.name.removesuffix(SUFFIX)!r}, which some "
+                "systems do not tell apart; give that name, or another one"
+            )
+    return file
 
 
 def now() -> str:

@@ -104,8 +104,8 @@ def read_lines(path: Path, problems: list[str]) -> list[Line]:
         return found
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = json.loads(text, parse_int=_whole)
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict):
             found.append(line)
@@ -179,6 +179,11 @@ def _is_histogram(line: Line) -> bool:
 
 def _is_timing(line: Line) -> bool:
     return all(_is_step(line.get(key)) for key in ("step", "seconds", "pairs"))
+
+
+def _whole(digits: str) -> float:
+    """An integer of JSON, which may have more digits than a float holds."""
+    return int(digits) if len(digits) < 300 else float(digits)
 
 
 def _facts(path: Path, problems: list[str]) -> dict[str, Any]:

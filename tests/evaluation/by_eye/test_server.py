@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffalign.data.row import ImageRef
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.plan import order_of
 from diffalign.evaluation.by_eye.server import PageServer
@@ -41,6 +43,18 @@ def ask(server: PageServer, path: str, method: str = "GET", body: bytes | None =
     found = answer.status, answer.headers, answer.read()
     connection.close()
     return found
+
+
+def test_an_image_that_cannot_be_read_is_named_in_the_terminal_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = session(tmp_path, PROMPTS)
+    gone = ImageRef(None, f"/{SECRET}/0.png", f"/{SECRET}/0.png")
+    made.material = replace(made.material, images=lambda _: (gone, gone))
+    with served(made) as server:
+        status, _, content = ask(server, f"/{server.token}/image/0/0", Host="localhost")
+    assert (status, SECRET.encode() in content) == (410, False)
+    assert SECRET in caplog.text
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE"])

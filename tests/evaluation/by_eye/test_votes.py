@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.by_eye.votes import StaleError, VoteLog, read_events, read_votes
+from diffalign.evaluation.by_eye.votes import StaleError, VoteLog, read_events, read_votes, votes_file
 from tests.conftest import ROOT
 from tests.evaluation.by_eye.helpers import event, post
 
@@ -36,6 +36,16 @@ def test_a_kill_at_any_byte_of_a_line_loses_that_line_alone(tmp_path: Path) -> N
         assert again.add(event("c", "first"))
         again.close()
         assert file.read_bytes() == whole
+
+
+def test_names_that_some_systems_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "Ana.jsonl").touch()
+    assert votes_file(tmp_path, "Ana") == tmp_path / "Ana.jsonl"
+    with pytest.raises(DiffalignError, match=r"Ana\.jsonl has the votes of 'Ana'"):
+        votes_file(tmp_path, "ana")
+    for name in ("con", "NUL", "com1"):
+        with pytest.raises(DiffalignError, match="device of Windows"):
+            votes_file(tmp_path, name)
 
 
 def test_an_event_counts_once(tmp_path: Path) -> None:
