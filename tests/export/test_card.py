@@ -121,6 +121,8 @@ def test_the_hubs_fields(models, lora: Path, make_config: Callable[..., Config])
     assert 'DiffusionPipeline.from_pretrained("org/base", revision="fp")' in card.text
     assert 'prediction_type="v_prediction"' in card.text
     assert "eprint = {2311.12908}" in card.text
+    with pytest.raises(ExportError, match="licence 'my own': give an identifier"):
+        write_run_card(lora, license="my own")
     (lora / "run.json").unlink()
     write_run_card(lora)  # the licence stays as it was stated
     assert ModelCard.load(lora / CARD).data.license == "openrail++"

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 _SEAL = re.compile(r"\n<!-- diffalign card (?P<sha256>[0-9a-f]{64}) -->\n\Z")
-_LICENSE = re.compile(r"^license: (?P<id>[\w.+-]+)$", re.MULTILINE)
+_ID = r"[\w.+-]+"  # of a licence
+_LICENSE = re.compile(rf"^license: (?P<id>{_ID})$", re.MULTILINE)
 
 
 def write_run_card(
@@ -36,8 +37,10 @@ def write_run_card(
 
     base: as in `find_tuned_run`. evaluation: a folder that `evaluate` wrote; None: the run's own, if there is one.
     license: an identifier of the Hub; None: as the card that is replaced has it. Raises ExportError for a card that was
-    edited, unless it may be overwritten, and for an evaluation of other weights.
+    edited, unless it may be overwritten, for an evaluation of other weights, and for a licence that is no identifier.
     """
+    if license is not None and not re.fullmatch(_ID, license):
+        raise ExportError(f"licence {license!r}: give an identifier of the Hub, such as openrail++ or apache-2.0")
     tuned_run = recorded_run(run, base)
     file = tuned_run.folder / CARD
     check_card(file, overwrite)
