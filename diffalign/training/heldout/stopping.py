@@ -71,8 +71,8 @@ class Rule:
             return False
         if self.confidence is None:
             return True
-        level = Bootstrap(level=2 * self.confidence - 1)  # whose lower end is that of the one-sided interval
-        return not clustered_mean(gains, [prompts[pair] for pair in common], bootstrap=level).low <= 0
+        one_sided = Bootstrap(level=2 * self.confidence - 1)  # its lower end is that of the one-sided interval
+        return not clustered_mean(gains, [prompts[pair] for pair in common], bootstrap=one_sided).low <= 0
 
 
 class EarlyStopping(Callback):
