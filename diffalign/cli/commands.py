@@ -147,7 +147,7 @@ def make_parser(only: str | None = None) -> Parser:
         if only in (None, name):
             module = import_module(f"diffalign.cli.{place}")
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, error=sub.error)
     return parser
 
 

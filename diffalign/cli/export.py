@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         return
     folders = LORA_FOLDERS if args.to == "kohya" else CHECKPOINT_FOLDERS
     for program, folder in folders.items():
-        print(f"  {program}: copy it to {folder}")
+        print(f"  {program}: copy it to {folder.replace('NAME', args.out.stem)}")
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: Sequence[str]) -> None:
     name = next((word for word in words if not word.startswith("-")), "")
-    args = make_parser(only=name).parse_args(words)
+    args, unknown = make_parser(only=name).parse_known_args(words)
+    if unknown:  # argparse's own message shows the usage of no command
+        args.error(f"unrecognized arguments: {' '.join(unknown)}")
     quiet_libraries()
     main_thread = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
     before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None

@@ -24,6 +24,8 @@ from diffalign.errors import DiffalignError
 PARTIAL = ".partial"  # ending of every temporary name
 READERS = 8  # files hashed at a time; hashing releases the interpreter's lock
 MARGIN = 1 << 20  # bytes required beyond the tensors: headers, configs, the file system's own
+_MASK = os.umask(0)  # the system has no call that only reads it
+os.umask(_MASK)
 _FULL = ("no space left", "storagefull", "os error 28", "disk quota", "quotaexceeded", "os error 122")
 
 
@@ -48,6 +50,7 @@ def written_whole(path: Path, needed: int = 0, what: str = "", remedy: str = "")
         with room_for(path, needed, what or path.name, remedy):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            share(partial)
             sync(partial)
         take_place(partial, path)
     finally:
@@ -73,6 +76,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def share(path: Path) -> None:
+    """Gives a file, or each file of a folder, the permissions of any new file: safetensors' are its writer's alone."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_MASK)
 
 
 def sync(path: Path) -> None:

@@ -42,12 +42,18 @@ class Progress(tqdm):  # type: ignore[misc]
             settings.setdefault("dynamic_ncols", True)
         super().__init__(*args, disable=disable if _enabled else True, **settings)
 
+    @staticmethod
+    def format_meter(*args: Any, **settings: Any) -> str:
+        """The bar's text; tqdm writes slow rates as "2.00s/ steps" where the unit begins with a space."""
+        return str(tqdm.format_meter(*args, **settings)).replace("s/ ", "s/")
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Draws the bar, or writes a line where the last one is long enough ago."""
         if not self.in_lines:
             return bool(super().display(msg, pos))
         now = time.monotonic()
-        if now - self._line_time >= LINE_SECONDS:
+        finished = self.total is not None and self.n >= self.total  # `close` writes that line
+        if now - self._line_time >= LINE_SECONDS and not finished:
             self.fp.write(f"{self}\n")
             self._line_time = now
         return True

@@ -260,5 +260,9 @@ def test_next_commands_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     print_next(["generate", "b", "--prompts", "a b.txt", "--out", "o"])
     (words,) = next_commands(capsys.readouterr().out)
     assert make_parser("generate").parse_args(words).prompts == "a b.txt"
+    print_next(["evaluate", "b" * 50, "--tuned", "a=runs/a", "--scorer", "pickscore", "--out", "evaluation"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert all(len(line) <= 80 for line in lines)
+    assert not any(line.endswith(("--scorer \\", "--out \\", "--tuned \\")) for line in lines)
     print_next()
     assert capsys.readouterr().out == ""

@@ -369,3 +369,9 @@ def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: p
         with pytest.raises(SystemExit):
             main(words)
         assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def test_an_unknown_option_shows_its_commands_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "push", "runs/mine", "OWNER/NAME", "--dry-run")
+    assert "usage: diffalign push" in message
+    assert "unrecognized arguments: --dry-run" in message

@@ -63,3 +63,14 @@ def test_bars_can_be_switched_off() -> None:
     enable_progress_bars()
     assert advance(Screen()) != ""
     assert advance(Screen(), disable=True) == ""
+
+
+def test_the_last_line_comes_once_and_slow_rates_have_no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffalign.io.progress.LINE_SECONDS", 0.0)  # every update is due
+    out = io.StringIO()
+    with Progress(total=2, unit=" steps", file=out) as bar:
+        bar.display()
+        bar.n = 2
+        bar.display()
+    assert out.getvalue().count("2/2 [") == 1
+    assert Progress.format_meter(1, 2, 4.0, unit=" steps").endswith("4.00s/steps]")

@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts, limit=args.limit)
     tuned = Tuned(args.tuned, args.negative_tuned, given_user(args), args.tuned_strength)
     images = generate(args.model, prompts, args.seeds, out_dir=args.out, tuned=tuned, sampling=given_sampling(args))
-    print(f"{len(images)} images in {args.out}")
+    print(f"{len(images)} image{'s' * (len(images) != 1)} in {args.out}")
     print_next(["score", str(args.out), "--scorer", "pickscore"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from diffalign.cli.common import count, whole, writable
+from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.options import (
     built_run,
     config_arguments,
@@ -32,5 +34,17 @@ def run(args: argparse.Namespace) -> None:
     calibratable(config)  # before a model is loaded
     with built_run(config) as built:
         found = calibrate(built, args.steps, args.pairs)
-    print(report(found))
+    print(_wrapped(report(found)))
     write_json(args, calibration_values(found))
+    print_next(["train", str(args.config), *args.overrides, *found.overrides])
+
+
+def _wrapped(text: str, width: int = 80) -> str:
+    """Sentences in lines of at most `width` characters; the table's rows and the overrides stay whole."""
+    lines = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        lines.append(
+            textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        )
+    return "\n".join(lines)

@@ -69,6 +69,8 @@ def write_doubtful(args: argparse.Namespace) -> None:
     print(
         f"{args.page}: the first {min(args.top, len(doubts.ranked))} with their pictures; mark them, download the marks"
     )
+    relabel = ["label", "--pairs", str(doubts.trained_on), "--only", str(args.out), "--by-eye", "--keep-unjudged"]
+    print_next([*relabel, "--out", "corrected.parquet"])
 
 
 def _write_csv(file: Path, doubts: Doubts) -> None:

@@ -98,7 +98,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[str]:
         raise PromptError(f"{source} is a folder; name a file in it that ends in {', '.join(FORMATS)}")
     if not path.is_file():
         raise PromptError(
-            f"{source}: no such file{_nearest(path)}. If it is a prompt, write it into a .txt file and name that"
+            f"{source}: no such file{_nearest(path)} If it is a prompt, write it into a .txt file and name that"
         )
     if path.suffix.lower() not in FORMATS:
         raise PromptError(f"{source}: cannot read prompts from '{path.suffix}'; allowed: {', '.join(FORMATS)}")
@@ -143,10 +143,10 @@ def _text(prompt: str) -> str:
 def _nearest(path: Path) -> str:
     """The end of a message about a file that is not there."""
     if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
+        return f" (there is no folder {path.parent})."
     files = [file.name for file in path.parent.iterdir() if file.suffix.lower() in FORMATS]
     close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    return f"; did you mean {path.parent / close[0]}?" if close else "."
 
 
 def unique(prompts: Iterable[str]) -> list[str]:

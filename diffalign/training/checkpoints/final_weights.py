@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffalign.export.card.write import CARD, STRIP, is_ours
 from diffalign.io import manifest
-from diffalign.io.files import list_files, remove, room_for, sync, sync_folder, take_place, temporary
+from diffalign.io.files import list_files, remove, room_for, share, sync, sync_folder, take_place, temporary
 from diffalign.io.manifest import MANIFEST
 from diffalign.models.adapters.methods import known_layouts
 from diffalign.training.build_source import SOURCE_FOLDER
@@ -38,6 +38,7 @@ def save_final_weights(output_dir: Path, step: int, write: Callable[[Path], obje
         with room_for(output_dir, needed, "the final weights", NO_ROOM):
             partial.mkdir(parents=True)
             write(partial)
+            share(partial)
             sync(partial)
             names = sorted(path.name for path in partial.iterdir())
             manifest.write_manifest(partial, {"step": step, "files": list_files(partial)})

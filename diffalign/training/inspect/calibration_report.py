@@ -54,6 +54,11 @@ class Calibration:
             found["training.learning_rate"] = self.proposed_learning_rate
         return found
 
+    @property
+    def overrides(self) -> list[str]:
+        """`changes` as words of the command line."""
+        return [f"{key}={_number(value)}" for key, value in self.changes.items()]
+
 
 def report(found: Calibration) -> str:
     """The figures, what they mean and what to change, in words."""
@@ -87,7 +92,7 @@ def report(found: Calibration) -> str:
         f"({found.steps:.0f} steps at the peak) moves the predictions by {MOVEMENT:.0%} only if all agree, and "
         f"{found.highest:.2g}, with which one step moves them by {LARGEST_STEP:.0%}. {_lr_judged(found)}"
     )
-    lines += ["", " ".join(f"{key}={_number(v)}" for key, v in found.changes.items()) or "nothing to change"]
+    lines += ["", " ".join(found.overrides) or "nothing to change"]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -203,8 +204,10 @@ def test_the_command_prints_overrides_and_writes_json(
     printed = capsys.readouterr().out
     assert found["configured"] == 1e-6
     assert found["changes"]["objective.beta"] == found["proposed"]
-    overrides = printed.strip().splitlines()[-1].split()
-    again = load_config(tmp_path / "run.yaml", overrides)  # what is printed can be pasted
+    overrides, command = printed.split("\nnext:\n")
+    assert shlex.split(command.replace("\\\n", ""))[3:] == overrides.splitlines()[-1].split()
+    assert all(len(line) <= 80 for line in overrides.splitlines()[:-1] if not line.startswith(("|", "(")))
+    again = load_config(tmp_path / "run.yaml", overrides.splitlines()[-1].split())  # what is printed can be pasted
     assert again.objective.beta == pytest.approx(found["proposed"], rel=1e-2)  # type: ignore[union-attr]
     assert not (tmp_path / "cache").exists()
     assert not Path(config.output_dir).exists()
