@@ -43,8 +43,14 @@ def load_scorer(name: str, device: str = "cpu") -> Scorer:
     `name` is a built-in name, `NAME=PATH` (a folder, file or Hub id in place of the default weights), or
     `package.module:Class` for a scorer of your own. Raises ScorerError naming the nearest known name.
     """
-    path = name.partition("=")[2]
+    key, given, path = name.partition("=")
     factory = _factory(name)
+    if given and not path:
+        raise ScorerError(
+            f"scorer '{name}' has nothing behind '='; name a path or address there, or give '{key}' alone"
+        )
+    if path and not _takes_path(factory):
+        raise ScorerError(f"scorer '{name}': {key} takes no path; give '{key}' alone")
     arguments = {"device": device} if _takes_device(factory) else {}
     scorer = factory(path, **arguments) if path else factory(**arguments)
     if not isinstance(scorer, Scorer):
@@ -77,6 +83,16 @@ def _factory(name: str) -> Callable[..., object]:
             "a scorer of your own is named package.module:Class and must be on the Python path"
         ) from error
     return found
+
+
+def _takes_path(factory: Callable[..., object]) -> bool:
+    """Whether the first argument of a scorer can be a path."""
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except ValueError:  # some classes written in C do not say
+        return True
+    first = parameters[0] if parameters else None
+    return first is not None and first.name != "device" and first.kind is not inspect.Parameter.KEYWORD_ONLY
 
 
 def _takes_device(factory: Callable[..., object]) -> bool:

@@ -92,6 +92,15 @@ def test_unknown_name_gets_the_nearest():
         load_scorer("pikscore")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("pickscore=", "nothing behind '='"), ("world=x", "world takes no path"), ("emoji=x", "takes no path")],
+)
+def test_a_path_that_is_empty_or_would_not_be_used_is_refused(name, said):
+    with pytest.raises(ScorerError, match=said):
+        load_scorer(name)
+
+
 def test_missing_weights_say_what_to_download():
     with pytest.raises(ScorerError, match="hf download nobody/no-such-model"):
         load_scorer("clip=nobody/no-such-model")

@@ -129,7 +129,7 @@ def test_a_wrong_health_is_named(stand_in, change, words):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("", "write the address"),
+        ("", "has nothing behind '='"),
         ("ftp://a", "write the address"),
         ("http://", "write the address"),
         ("http://a:port", "write the address"),
