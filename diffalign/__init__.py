@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffalign.objectives import InPO as InPO
     from diffalign.objectives import InversionDPO as InversionDPO
     from diffalign.objectives import MaPO as MaPO
+    from diffalign.objectives import PolyDPO as PolyDPO
     from diffalign.objectives import RobustDPO as RobustDPO
     from diffalign.objectives import SePPO as SePPO
     from diffalign.objectives import SmPO as SmPO
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
     from diffalign.types import Score as Score
 
 _OBJECTIVES = (
-    "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO MaPO RobustDPO SePPO SFT SmPO SPO"
+    "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO MaPO PolyDPO RobustDPO SePPO SFT "
+    "SmPO SPO"
 )
 _HOME = {
     "NoiseSchedule": "diffalign.engine.schedule",

@@ -13,6 +13,7 @@ from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
 from diffalign.objectives.kto import KTO
 from diffalign.objectives.mapo import MaPO
+from diffalign.objectives.poly_dpo import PolyDPO
 from diffalign.objectives.robust_dpo import RobustDPO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         IPO,
         ConservativeDPO,
         RobustDPO,
+        PolyDPO,
         FDPO,
         KTO,
         DSODRO,
@@ -55,6 +57,7 @@ __all__ = [
     "InversionDPO",
     "MaPO",
     "Objective",
+    "PolyDPO",
     "RobustDPO",
     "SePPO",
     "SmPO",

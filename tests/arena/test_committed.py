@@ -13,6 +13,7 @@ from diffalign.arena.entries import FULL, PREFERENCES, QUICK, entries
 
 ROOT = Path(__file__).parents[2]
 QUICK_RESULT, FULL_RESULT = ROOT / "assets/arena/result.json", ROOT / "benchmarks/results/arena.json"
+SINCE = {"poly_dpo"}  # objectives that are newer than the committed results, as docs/arena.md says
 RESULTS = {"quick": (QUICK_RESULT, QUICK), "full": (FULL_RESULT, FULL)}
 
 
@@ -47,7 +48,7 @@ def test_they_are_of_the_protocol_and_say_where_they_come_from(found: tuple[dict
 
 def test_every_entry_is_there(found: tuple[dict[str, Any], Any]) -> None:
     for view in found[0]["views"]:
-        assert {row["name"] for row in view["rows"]} == {entry.name for entry in entries()}
+        assert {row["name"] for row in view["rows"]} == {entry.name for entry in entries()} - SINCE
         assert all(row["failed"] is None for row in view["rows"])
 
 

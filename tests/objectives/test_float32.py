@@ -77,6 +77,10 @@ STATEMENTS: dict[str, list[tuple[dict[str, Any], Statement]]] = {
             lambda c, r: (mpf(0.75) * of_logit(c - r) - mpf(0.25) * of_logit(r - c)) / mpf(0.5),
         )
     ],
+    "poly_dpo": [
+        ({"beta": BETA, "alpha": a}, lambda c, r, a=a: of_logit(c - r) + mpf(a) * (1 - sigma(c - r)))
+        for a in (1.0, -0.5)
+    ],
     "f_dpo": [
         ({"beta": BETA, "link": "reverse_kl"}, link("reverse_kl")),
         ({"beta": BETA, "link": "js"}, link("js")),

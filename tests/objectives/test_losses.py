@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffalign.engine.measure import measure
-from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, RobustDPO, SePPO
+from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, PolyDPO, RobustDPO, SePPO
 from diffalign.objectives.mapo import bounded_likelihood
 from diffalign.types import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
@@ -68,6 +68,37 @@ def test_no_smoothing_is_dpo() -> None:
 def test_ipo_by_hand() -> None:
     assert float(IPO(tau=10.0).score(evidence([0.4, 0.5], [0.5, 0.5])).loss) == pytest.approx(0.0025)
     assert float(IPO(tau=5.0).score(evidence([0.4, 0.5], [0.5, 0.5])).loss) == pytest.approx(0.0)
+
+
+def test_poly_dpo_by_hand() -> None:
+    seen = evidence([0.4, 0.5], [0.5, 0.5])  # h = 1
+    p = 1 / (1 + math.exp(-1))
+    assert float(PolyDPO(beta=20.0, alpha=2.0).score(seen).loss) == pytest.approx(-math.log(p) + 2 * (1 - p), rel=1e-12)
+    assert torch.equal(PolyDPO(beta=20.0, alpha=0.0).score(seen).loss, DiffusionDPO(beta=20.0).score(seen).loss)
+    # below alpha = -1 the minimum is where p = -1 / alpha
+    h = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+    loss = PolyDPO(beta=2.0, alpha=-2.0).score(Evidence(torch.stack([-h, 0 * h]), torch.zeros(2, len(h)).double())).loss
+    assert float(h[loss.argmin()]) == pytest.approx(0.0, abs=5e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, -0.5, -1.0])
+def test_poly_dpo_is_a_polynomial_in_the_error_of_the_label(alpha: float) -> None:
+    """-log(1 - q) + alpha q with q = 1 - p, as a series in q; its slope in the chosen error is (b/2)(q + alpha p q)."""
+    g = torch.Generator().manual_seed(4)
+    policy, reference = (torch.rand(2, 32, generator=g, dtype=torch.float64) for _ in range(2))
+    policy[0] = policy[0] / 4  # logits above 0, where the series converges fast
+    objective, policy = PolyDPO(beta=8.0, alpha=alpha), policy.requires_grad_()
+    found = objective.score(Evidence(policy, reference)).loss
+    (slope,) = torch.autograd.grad(found.sum(), policy)
+    loss = found.tolist()
+    rows = torch.cat([policy.detach(), reference]).T.tolist()
+    for i, (c, r, c0, r0) in enumerate(rows):
+        q = 0.5 * (1 - math.tanh(2 * ((r - r0) - (c - c0))))  # 1 - sigma(h) with h = 4((r - r0) - (c - c0))
+        if q < 0.7:
+            series = sum(q**k / k for k in range(1, 160)) + alpha * q
+            assert loss[i] == pytest.approx(series, rel=1e-9)
+        assert float(slope[0, i]) == pytest.approx(4 * q * (1 + alpha * (1 - q)), rel=1e-9)
+        assert float(slope[1, i]) == -float(slope[0, i])
 
 
 def test_mapo_by_hand() -> None:
@@ -149,6 +180,7 @@ def test_equal_weights_start(name: str) -> None:
     score = objective.score(seen)
     own = {
         "ipo": lambda: (torch.full((4,), 1 / (2 * objective.tau))) ** 2,
+        "poly_dpo": lambda: torch.full((4,), 2.0).log() + objective.alpha / 2,
         "kto": lambda: torch.full((4,), (objective.lambda_desirable + objective.lambda_undesirable) / 4),
         "dso_dro": lambda: seen.policy[0] - seen.policy[1],
         "diffusion_dro": lambda: torch.full((4,), objective.margin),
@@ -235,6 +267,7 @@ def test_objectives_are_frozen_and_every_field_has_a_default() -> None:
         (lambda: DiffusionDPO(timesteps=()), "at least one"),
         (lambda: RobustDPO(label_smoothing=0.5), "label_smoothing = 0.5"),
         (lambda: IPO(tau=-1), "tau = -1"),
+        (lambda: PolyDPO(alpha=math.nan), "alpha = nan"),
         (lambda: MaPO(snr=0), "snr = 0"),
         (lambda: SePPO(flip="both"), "flip = 'both'"),
     ],

@@ -104,6 +104,7 @@ def test_a_margin_is_subtracted_from_the_logit(name: str) -> None:
     expected = {
         "cdpo": lambda: 0.9 * right + 0.1 * wrong,
         "robust_dpo": lambda: (0.9 * right - 0.1 * wrong) / 0.8,
+        "poly_dpo": lambda: right + 1 / (1 + x.exp()),
         "mapo": lambda: seen.policy[0] + 0.1 * right,
     }.get(name, lambda: right)()
     torch.testing.assert_close(score.loss, expected, rtol=1e-9, atol=1e-12)
