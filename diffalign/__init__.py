@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffalign.objectives import DiffusionDRO as DiffusionDRO
     from diffalign.objectives import InPO as InPO
     from diffalign.objectives import InversionDPO as InversionDPO
+    from diffalign.objectives import LinearDPO as LinearDPO
     from diffalign.objectives import MaPO as MaPO
     from diffalign.objectives import PolyDPO as PolyDPO
     from diffalign.objectives import RobustDPO as RobustDPO
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
     from diffalign.types import Score as Score
 
 _OBJECTIVES = (
-    "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO MaPO PolyDPO RobustDPO SePPO SFT "
-    "SmPO SPO"
+    "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO LinearDPO MaPO PolyDPO RobustDPO "
+    "SePPO SFT SmPO SPO"
 )
 _HOME = {
     "NoiseSchedule": "diffalign.engine.schedule",

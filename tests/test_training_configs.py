@@ -15,7 +15,7 @@ from diffalign.training.optim.optimizers import effective_batch, effective_lr
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-PACKAGED = 60  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 61  # a config that disappears, or one that no test sees, changes this number
 EMBEDDED = ("world/", "emoji/")  # folders whose configs run on committed files
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
 NAMED_BY_SOURCE = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo", "npo": "dpo", "ppd": "dpo"}  # not by objective
@@ -146,7 +146,7 @@ def test_the_world_shows_most_objectives() -> None:
     configs = [load_config(path) for name, path in CONFIGS.items() if name.startswith("world/")]
     shown = {config.objective.name for config in configs if not isinstance(config, PreferenceModelConfig)}
     assert shown <= OBJECTIVES.keys()
-    assert len(shown) == 16
+    assert len(shown) == 17
 
 
 # what the releases' own code says (its train scripts' transforms and prompt encoding), by config

@@ -12,6 +12,7 @@ from diffalign.objectives.inpo import InPO
 from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
 from diffalign.objectives.kto import KTO
+from diffalign.objectives.linear_dpo import LinearDPO
 from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.poly_dpo import PolyDPO
 from diffalign.objectives.robust_dpo import RobustDPO
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         ConservativeDPO,
         RobustDPO,
         PolyDPO,
+        LinearDPO,
         FDPO,
         KTO,
         DSODRO,
@@ -55,6 +57,7 @@ __all__ = [
     "DiffusionDRO",
     "InPO",
     "InversionDPO",
+    "LinearDPO",
     "MaPO",
     "Objective",
     "PolyDPO",

@@ -39,6 +39,7 @@ ROWS = {
     "cdpo": (2, 0, 2),
     "robust_dpo": (2, 0, 2),
     "poly_dpo": (2, 0, 2),
+    "linear_dpo": (2, 0, 2),
     "f_dpo": (2, 0, 2),
     "kto": (2, 0, 2),
     "dso_dro": (2, 0, 2),

@@ -51,6 +51,11 @@ def kto(c: Any, r: Any, zero: bool, kl: Any) -> Any:
     return ((1 - sigma(c - point)) + (1 - sigma(-(r - point)))) / 2
 
 
+def linear_dpo(c: Any, r: Any, logit: Any) -> Any:
+    """The logit of the weight is held constant, as the method says."""
+    return min(max(mpf("0.5") - mpf("0.4") * logit, mpf("0.001")), mpf("0.999")) * (r - c) / 10
+
+
 def spo(c: Any, r: Any, weight: Any = 2) -> Any:
     def kept(reward: Any) -> Any:
         return min(max(weight * reward / 10, mp.log(1 - mpf(0.1))), mp.log(1 + mpf(0.1)))
@@ -81,6 +86,7 @@ STATEMENTS: dict[str, list[tuple[dict[str, Any], Statement]]] = {
         ({"beta": BETA, "alpha": a}, lambda c, r, a=a: of_logit(c - r) + mpf(a) * (1 - sigma(c - r)))
         for a in (1.0, -0.5)
     ],
+    "linear_dpo": [({"beta": BETA, "eta": 0.001}, None)],  # below
     "f_dpo": [
         ({"beta": BETA, "link": "reverse_kl"}, link("reverse_kl")),
         ({"beta": BETA, "link": "js"}, link("js")),
@@ -121,18 +127,19 @@ def test_loss_and_slope(
     mp.dps = 60
     exact = [10 * (mpf(REFERENCE) - mpf(float(x))) for x in policy.detach()]  # the float32 input
     if statement is None:
-        kl = max(mpf(0), sum(exact) / 2)
-        zero = settings["reference_point"] == "zero"
+        kl, logit = max(mpf(0), sum(exact) / 2), exact[0] - exact[1]
+        zero = settings.get("reference_point") == "zero"
 
         def statement(c: Any, r: Any) -> Any:
-            return kto(c, r, zero, kl)
+            return linear_dpo(c, r, logit) if name == "linear_dpo" else kto(c, r, zero, kl)
 
     if name == "sft":  # the chosen error itself, not its distance from the reference's
         loss -= REFERENCE
     expected = [-10 * mpmath.diff(statement, tuple(exact), side) for side in ((1, 0), (0, 1))]
     # an exponent of x has float32's relative rounding of x, a few times over: 1e-7·x in e^x
     far = 1e-6 * (1 + max(abs(x) for x in rewards))
-    one = far if name in ("cdpo", "robust_dpo", "ipo", "sft", "dso_dro") else 1e-35  # sums of terms of about 1
+    sums = ("cdpo", "robust_dpo", "ipo", "linear_dpo", "sft", "dso_dro")  # of terms of about 1
+    one = far if name in sums else 1e-35
     assert slope == pytest.approx([float(x) for x in expected], rel=far, abs=one)
     assert loss == pytest.approx(float(statement(*exact)), rel=far, abs=one)
 

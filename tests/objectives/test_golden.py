@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.objectives import DiffusionDPO, MaPO
+from diffalign.objectives import DiffusionDPO, LinearDPO, MaPO
 from diffalign.types import Evidence
 
 
@@ -30,6 +30,25 @@ def test_diffusion_dpo(golden: dict) -> None:
         assert float(score.loss.mean()) == pytest.approx(case["loss"], abs=1e-9)
         assert score.logit.tolist() == pytest.approx(case["inside"], abs=1e-9)
         assert float(score.metrics["rewards/accuracies"].mean()) == case["implicit_accuracy"]
+
+
+def test_linear_dpo(golden: dict) -> None:
+    """Losses, and gradients in the predictions; the release's loss is the mean over the pairs."""
+    for case in golden["linear_dpo"]["cases"]:
+        answer, target = (
+            torch.tensor([case[f"chosen_{what}"], case[f"rejected_{what}"]], dtype=torch.float64)
+            for what in ("pred", "target")
+        )
+        answer.requires_grad_()
+        policy = (answer - target).square().mean((2, 3, 4))
+        score = LinearDPO(beta=case["beta"], eta=case["eta"]).score(Evidence(policy, both(case, "ref_")))
+        loss = score.loss.mean()
+        (slope,) = torch.autograd.grad(loss, answer)
+        assert float(loss.detach()) == pytest.approx(case["loss"], rel=1e-9)
+        assert score.logit.tolist() == pytest.approx(case["inside"], rel=1e-9)
+        expected = torch.tensor([case["chosen_grad"], case["rejected_grad"]], dtype=torch.float64)
+        torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-15)
+        assert float(score.metrics["rewards/accuracies"].mean()) == pytest.approx(case["implicit_accuracy"], abs=1e-7)
 
 
 def test_mapo(golden: dict) -> None:

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from diffalign.engine.measure import measure
-from diffalign.objectives import IPO, OBJECTIVES, SFT, ConservativeDPO, DiffusionDPO, MaPO, PolyDPO, RobustDPO, SePPO
+from diffalign.objectives import (
+    IPO,
+    OBJECTIVES,
+    SFT,
+    ConservativeDPO,
+    DiffusionDPO,
+    LinearDPO,
+    MaPO,
+    PolyDPO,
+    RobustDPO,
+    SePPO,
+)
 from diffalign.objectives.mapo import bounded_likelihood
 from diffalign.types import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
@@ -101,6 +112,39 @@ def test_poly_dpo_is_a_polynomial_in_the_error_of_the_label(alpha: float) -> Non
         assert float(slope[1, i]) == -float(slope[0, i])
 
 
+@pytest.mark.parametrize(
+    ("policy", "eta", "weight"),
+    [
+        ([0.4, 0.6], 0.001, 0.42),  # D^c - D^r = -.2 and beta = 2: 1/2 - .4 * .2
+        ([0.6, 0.4], 0.001, 0.58),
+        ([0.1, 2.9], 0.0, 0.0),  # a logit of 2.8, beyond 1.25: no weight, and no gradient
+        ([0.1, 2.9], 0.1, 0.1),
+        ([2.9, 0.1], 0.1, 0.9),
+    ],
+)
+def test_linear_dpo_by_hand(policy: list[float], eta: float, weight: float) -> None:
+    errors = torch.tensor(policy, dtype=torch.float64)[:, None].requires_grad_()
+    loss = LinearDPO(beta=2.0, eta=eta).score(Evidence(errors, torch.full_like(errors, 0.5))).loss
+    assert float(loss.detach()) == pytest.approx(weight * (policy[0] - policy[1]), rel=1e-12)
+    (slope,) = torch.autograd.grad(loss.sum(), errors)
+    assert slope.flatten().tolist() == pytest.approx([weight, -weight], rel=1e-12)
+
+
+def test_linear_dpo_is_a_quadratic_utility_of_predictions() -> None:
+    """Inside the bounds its gradient is that of u + .1 beta u^2 with u = D^c - D^r, halved: du (1/2 + .2 beta u)."""
+    g = torch.Generator().manual_seed(5)
+    answer, base, noise = (torch.randn(2, 8, 3, generator=g, dtype=torch.float64) for _ in range(3))
+    answer = (base + 0.05 * answer).requires_grad_()
+    policy, reference = ((x - noise).square().mean(-1) for x in (answer, base))
+    score = LinearDPO(beta=0.5, eta=0.0).score(Evidence(policy, reference))
+    (found,) = torch.autograd.grad(score.loss.sum(), answer, retain_graph=True)
+    u = (answer * (answer - 2 * noise) - base * (base - 2 * noise)).sum(-1) / 3  # the squares of the noise cancel
+    u = u[0] - u[1]
+    assert float(u.detach().abs().max()) < 5  # .2 * .5 * u within 1/2
+    (expected,) = torch.autograd.grad((u / 2 + 0.05 * u**2).sum(), answer)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_mapo_by_hand() -> None:
     score = MaPO(beta=1.0, num_train_timesteps=1).score(evidence([0.0, 1e4]))
     assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-1)))
@@ -181,6 +225,7 @@ def test_equal_weights_start(name: str) -> None:
     own = {
         "ipo": lambda: (torch.full((4,), 1 / (2 * objective.tau))) ** 2,
         "poly_dpo": lambda: torch.full((4,), 2.0).log() + objective.alpha / 2,
+        "linear_dpo": lambda: (seen.policy[0] - seen.policy[1]) / 2,
         "kto": lambda: torch.full((4,), (objective.lambda_desirable + objective.lambda_undesirable) / 4),
         "dso_dro": lambda: seen.policy[0] - seen.policy[1],
         "diffusion_dro": lambda: torch.full((4,), objective.margin),
@@ -267,6 +312,7 @@ def test_objectives_are_frozen_and_every_field_has_a_default() -> None:
         (lambda: DiffusionDPO(timesteps=()), "at least one"),
         (lambda: RobustDPO(label_smoothing=0.5), "label_smoothing = 0.5"),
         (lambda: IPO(tau=-1), "tau = -1"),
+        (lambda: LinearDPO(eta=0.5), "eta = 0.5"),
         (lambda: PolyDPO(alpha=math.nan), "alpha = nan"),
         (lambda: MaPO(snr=0), "snr = 0"),
         (lambda: SePPO(flip="both"), "flip = 'both'"),

@@ -123,7 +123,7 @@ def test_an_objective_that_is_no_difference_refuses_negative_masks(name: str) ->
 
 
 def test_which_objectives_take_what() -> None:
-    assert {"sft", "kto", "ipo", "dso_dro", "diffusion_dro"} == OBJECTIVES.keys() - set(TAKES_MARGIN)
+    assert {"sft", "kto", "ipo", "linear_dpo", "dso_dro", "diffusion_dro"} == OBJECTIVES.keys() - set(TAKES_MARGIN)
     assert {"sft", "mapo", "kto", "dso_dro", "f_dpo", "seppo"} == OBJECTIVES.keys() - set(TAKES_SIGNS)
 
 
