@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.config.schema import Config, ConfigError
+from diffalign.export.kohya import export_kohya
+from diffalign.export.single_file import export_single_file
 from diffalign.models.adapters.lora import add_lora, lora_parameters
 from diffalign.models.adapters.merge import merge_into, merge_tuned
 from diffalign.models.adapters.save_load import load_tuned, save_tuned
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.policy.networks import Networks
+from diffalign.models.spec import ModelSpec
 from diffalign.training.build import build
 from diffalign.training.inspect.dry_run import describe_run
 from diffalign.training.processes import make_accelerator
@@ -106,6 +109,32 @@ def test_the_reference_answers_as_the_tuned_weights_do(
     move(run.parameters, 7)
     assert torch.equal(run.networks.reference(*point), reference)  # it stays where it is
     assert not torch.equal(run.networks.policy(*point).detach(), policy)
+
+
+def test_a_kohya_lora_is_a_start_a_reference_and_part_of_a_base(
+    make_config: Make, tiny_sdxl: Path, soups: dict[str, str], tmp_path: Path
+) -> None:
+    """The same as the file in diffusers' layout, to the bit; and, in a single file, a base for a new adapter."""
+    kohya = export_kohya(soups["lora0"], tmp_path / "kohya.safetensors", base=str(tiny_sdxl))
+    for key in ("resume_lora", "reference"):
+        answers = []
+        for path in (soups["lora0"], str(kohya)):
+            run = build(config := make_config(tiny_sdxl, {f"tuning.{key}": path}), make_accelerator(config))
+            batch = next(run.source.batches(0))
+            point = (batch.latents[0], torch.tensor([17, 801]), batch.cond.map(lambda x: x[0]))
+            answers.append((run.networks.policy(*point).detach(), run.networks.reference(*point)))
+        (policy, reference), theirs = answers
+        assert torch.equal(policy, theirs[0])
+        assert torch.equal(reference, theirs[1])
+        assert torch.equal(policy, reference) == (key == "reference")
+    parts = [(str(kohya), 0.8), (soups["lora1"], 0.5)]
+    merge_tuned(load_base(str(tiny_sdxl), vae_and_text=False), parts, tmp_path / "both")
+    file = export_single_file(tmp_path / "both", tmp_path / "start.safetensors", base=str(tiny_sdxl), dtype="fp32")
+    start = load_base(ModelSpec(str(file), single_file_config=str(tiny_sdxl)), vae_and_text=False).unet
+    expected = load_base(str(tiny_sdxl), vae_and_text=False).unet
+    merge_into(expected, parts)
+    for name, value in start.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-6, atol=1e-7)
 
 
 def test_a_policy_may_start_elsewhere(make_config: Make, tiny_sdxl: Path, soups: dict[str, str]) -> None:
