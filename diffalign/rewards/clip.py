@@ -152,7 +152,8 @@ def load_or_explain(source: str, load: Callable[[], T], filename: str = "") -> T
         raise ScorerError(
             f"'{source}' is neither a folder on this machine nor in the Hub cache, and it could not be "
             f"downloaded. On a machine with a network run\n    hf download {source} {filename}\n"
-            "which fills the Hub cache ($HF_HOME), or copy the folder here and name it: SCORER=/path/to/folder"
+            "which fills the Hub cache ($HF_HOME), or copy the folder here and name it after the scorer, "
+            "as in --scorer pickscore=/path/to/folder"
         ) from error
 
 

@@ -27,7 +27,7 @@
     loss: (a, b) => gain(a, state.scorer, state.column) - gain(b, state.scorer, state.column),
     prompt: (a, b) => a.prompt.localeCompare(b.prompt) || a.seed - b.seed,
   };
-  const MARKS = { win: "▲", loss: "▼", tie: "=" }, TONES = { win: "good", loss: "bad", tie: "tie" };
+  const MARKS = { win: "▲", loss: "▼", tie: "tie" }, TONES = { win: "good", loss: "bad", tie: "tie" };
 
   const scoreLines = (row, column) => scorers.map((scorer, i) => {
     const value = make("span", {}, digits(row.scores[i][column], scorer.places));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from diffalign.config.sections import DataSection, TrainingSection, ValidationSection
@@ -142,7 +142,8 @@ def _memory(run: Run, activations: float, casts: int) -> str:
         "activations": activations,
     }
     listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
-    return f"about {_size(sum(parts.values()))} = {listed} (an estimate; kernels and fragmentation come on top)"
+    total = f"about {_size(sum(parts.values()))}, an estimate; kernels and fragmentation come on top"
+    return f"{total}\n{'':>16}= {listed}"
 
 
 def _size(n: float) -> str:
@@ -154,5 +155,7 @@ def _warmup(training: TrainingSection) -> str:
     return f"{training.lr_warmup_steps} warm-up steps{' (the run ends inside them)' if inside else ''}"
 
 
-def _settings(objective: Any) -> str:
-    return repr(objective).removeprefix(type(objective).__name__)
+def _settings(chosen: Any) -> str:
+    """The settings of an objective or source that have a value."""
+    given = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.repr}
+    return f"({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
