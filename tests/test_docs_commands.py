@@ -7,7 +7,6 @@ and its options must exist, of make the target, of pip the extra.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import tomllib
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.cli.main import main
+from diffalign.cli.main import main, parse
 from diffalign.config.schema import Config, PreferenceModelConfig, load_config
 from diffalign.models.adapters.methods import known_methods
 from diffalign.objectives import OBJECTIVES
@@ -32,13 +31,6 @@ KEY = re.compile(
     r"`((?:model|tuning|objective|source|data|training|validation|health)\.(?!json|diffusion_model)\w+)(?:[:=][^`]*)?`"
 )
 A_CONFIG = "training_configs/sdxl/dpo_lora.yaml"  # where a page says CONFIG or my.yaml
-
-
-class Parsed(BaseException):
-    """The arguments of a command, in place of its run."""
-
-    def __init__(self, found: argparse.Namespace) -> None:
-        self.found = found
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -64,20 +56,6 @@ def filled(line: str) -> list[str]:
     words = ["prompts.txt" if word == "…" else word for word in words]
     words = ["2" if word == "N" else word for word in words]
     return [A_CONFIG if word in ("CONFIG", "my.yaml") else word for word in words]
-
-
-def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """What diffalign's own parser makes of it."""
-    parse = argparse.ArgumentParser.parse_args
-
-    def stop(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
-        raise Parsed(parse(self, *args, **kwargs))  # type: ignore[call-overload]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(argparse.ArgumentParser, "parse_args", stop)
-        with pytest.raises(Parsed) as stopped:
-            main(argv)
-    return stopped.value.found
 
 
 def launched(words: list[str]) -> list[str]:
@@ -131,7 +109,7 @@ def test_a_command_exists(page: Path, line: str, monkeypatch: pytest.MonkeyPatch
     if words[0] != "diffalign" and words[0] not in LAUNCHERS:
         check_other(words)
         return
-    args = parsed(launched(words) if words[0] in LAUNCHERS else words[1:], monkeypatch)
+    args = parse(launched(words) if words[0] in LAUNCHERS else words[1:])
     if hasattr(args, "overrides"):
         assert load_config(args.config, args.overrides)
 

@@ -6,6 +6,7 @@ diffalign train CONFIG [key.sub=value ...]       also: accelerate launch -m diff
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -29,11 +30,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(sys.argv[1:] if argv is None else list(argv))
 
 
-def _run(words: Sequence[str]) -> None:
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line; ends the process with the command's usage where they are wrong."""
     name = next((word for word in words if not word.startswith("-")), "")
     args, unknown = make_parser(only=name).parse_known_args(words)
     if unknown:  # argparse's own message shows the usage of no command
         args.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def _run(words: Sequence[str]) -> None:
+    args = parse(words)
     quiet_libraries()
     main_thread = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
     before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
