@@ -106,6 +106,15 @@ HELD_OUT = (
     ),
     Chart(
         "heldout",
+        "Score on held-out pairs",
+        "Mean of tanh(margin / its size at that point): what early stopping and the best weights go by, if "
+        "nothing else is set. Band: 95 % interval.",
+        {"held-out": "heldout/score"},
+        level=("no preference", 0.0),
+        band=True,
+    ),
+    Chart(
+        "heldout",
         "Loss on held-out pairs",
         "Band: 95 % interval.",
         {"held-out": "heldout/loss"},
