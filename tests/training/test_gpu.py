@@ -45,6 +45,7 @@ class NoPairs(list[object]):
 
     ids: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
+    heldout: None = None
 
 
 def random_batch(base: Base, pairs: int, side: int, seed: int = 0) -> PairBatch:
