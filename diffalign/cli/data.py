@@ -83,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", type=path_text, help="file, folder or Hub id")
-    sub.add_argument("--format", default="auto")
-    sub.add_argument("--split", default="train")
+    sub.add_argument("--format", default="auto", help="of the rows (default: recognised from the files)")
+    sub.add_argument("--split", default="train", help="of a Hub data set (default: %(default)s)")
     sub.add_argument(
         "--columns", nargs="*", default=[], metavar="PART=COLUMN", help=("column names that differ, e.g. prompt=text")
     )

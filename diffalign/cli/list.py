@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {path}\n      {purpose}")
     if args.what in (None, "scorers"):
         print("scorers (higher is better; differences below the tie threshold count as equal)")
-        for name, scorer in SCORERS.items():
+        for name, scorer in sorted(SCORERS.items(), key=lambda item: item[0].startswith(("world", "emoji"))):
             print(f"  {name}\n      score     {scorer.score}; tie {declared_tie(name):g}")
             print(f"      needs     {scorer.needs}\n      licence   {scorer.licence}")
     if args.what in (None, "prompts"):

@@ -44,13 +44,15 @@ def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, A
     )
     parser.add_argument("--limit", type=count, help="use only this many prompts, from the start")
     parser.add_argument("--seeds", type=seeds, default="0", help="e.g. 7, 0-11 or 0,3,5 (default: %(default)s)")
-    parser.add_argument("--steps", type=steps, default=30)
-    parser.add_argument("--guidance", type=guidance, default=5.0, help="classifier-free guidance scale")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--steps", type=steps, default=30, help="sampling steps (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", type=guidance, default=5.0, help="classifier-free guidance scale (default: %(default)s)"
+    )
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler (default: %(default)s)")
     parser.add_argument("--resolution", type=pixels, help="pixels (default: the model's own)")
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--negative-prompt", default="", help="in place of the empty prompt in guidance")
     parser.add_argument("--batch", type=count, help="images per batch (default: by resolution)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--device", type=device, help="default: cuda where there is one, else cpu")
     parser.add_argument("--vae", type=path_text, help="another VAE, e.g. an fp16-safe one")
     parser.add_argument(
