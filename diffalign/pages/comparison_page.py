@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffalign.errors import DiffalignError
 from diffalign.io.progress import Progress
-from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, shows_pixels
+from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, save_page, shows_pixels
 
 
 class Picture(Protocol):
@@ -98,9 +98,7 @@ def write_comparison_page(file: Path, comparison: Comparison, coding: ImageCodin
         scripts=[asset("common.js"), asset("comparison.js")],
         data={"comparison": data},
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return len(text.encode())
+    return save_page(file, text)
 
 
 def _body(comparison: Comparison, count: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, shows_pixels
+from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, save_page, shows_pixels
 
 CODING = ImageCoding(side=320)
 STYLE = """
@@ -83,4 +83,4 @@ def write_doubtful_page(
         scripts=[asset("common.js"), asset("doubtful.js")],
         data={"doubtful": {"identity": identity, "pixels": pixels, "pairs": rows}},
     )
-    file.write_text(page, encoding="utf-8")
+    save_page(file, page)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from diffalign.errors import DiffalignError
+from diffalign.io.files import written_whole
 
 _ASSETS = Path(__file__).parent / "assets"
 SMALL = 128  # pixels: images up to this side are stored without loss
@@ -94,6 +95,13 @@ def html_page(
             "</body>\n</html>\n",
         ]
     )
+
+
+def save_page(file: Path, page: str) -> int:
+    """Writes a page, whole or not at all, in place of one that is there; returns its size in bytes."""
+    with written_whole(file) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return len(page.encode())
 
 
 def asset(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from diffalign.errors import DiffalignError
 from diffalign.io.progress import Progress
 from diffalign.pages.comparison_page import Column, Picture
-from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, shows_pixels
+from diffalign.pages.html import ImageCoding, asset, escape, html_page, image_uri, save_page, shows_pixels
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def write_strengths_page(file: Path, gallery: Strengths, coding: ImageCoding) ->
         scripts=[asset("common.js"), asset("strengths.js")],
         data={"strengths": data},
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return len(text.encode())
+    return save_page(file, text)
 
 
 class _Store:

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page. One run's own run.html is replaced, as the run itself does; any other file is not."""
+    from diffalign.pages.html import save_page
     from diffalign.pages.run_page.page import run_page
-    from diffalign.training.callbacks.run_page import write_page
     from diffalign.training.metrics import RUN_PAGE
 
     named = names(args.runs)
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or (named[0][1] / RUN_PAGE if own else SEVERAL)
     writable([("--out", out)], args.overwrite or (own and out.is_file()))
     found = [read(name, folder) for name, folder in named]
-    write_page(out, run_page(found, now=time.time()))
+    save_page(out, run_page(found, now=time.time()))
     for run in found:
         print(f"{run.name}: {run.state.kind}, step {run.step}{f' of {run.max_steps}' if run.max_steps else ''}")
     print(f"{out}: open it in a browser")

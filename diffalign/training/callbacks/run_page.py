@@ -18,7 +18,7 @@ import torch
 
 from diffalign.config.schema import AnyConfig, Config
 from diffalign.errors import DiffalignError
-from diffalign.io.files import written_whole
+from diffalign.pages.html import save_page
 from diffalign.pages.run_page.data import RunState, read_run
 from diffalign.pages.run_page.page import run_page
 from diffalign.training.callbacks.base import Callback, TrainingState
@@ -84,13 +84,7 @@ def write_run_page(folder: Path, config: AnyConfig, state: RunState) -> None:
     """Writes the page of one run to its folder, whole or not at all."""
     run = read_run(folder, config.resolved(), state, start_loss=start_loss(config))
     page = run_page([run], now=time.time())
-    write_page(folder / RUN_PAGE, page)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Replaces a page, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    save_page(folder / RUN_PAGE, page)
 
 
 def start_loss(config: AnyConfig) -> float | None:

@@ -14,6 +14,7 @@ import diffalign.training.callbacks.run_page as module
 import diffalign.training.run as run_module
 from diffalign.config.schema import Config
 from diffalign.objectives import OBJECTIVES
+from diffalign.pages.html import save_page
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.run_page import RunPage, start_loss
 from diffalign.training.callbacks.run_records import RunRecords
@@ -105,7 +106,7 @@ def test_half_a_page_never_replaces_a_whole_one(
 
     monkeypatch.setattr(Path, "write_text", torn)
     with pytest.raises(OSError, match="torn"):
-        module.write_page(page, "another")
+        save_page(page, "another")
     assert page.read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["run.html"]
 
