@@ -279,6 +279,8 @@ if (page.running) {
 }
 age();
 setInterval(age, 5000);
+// before the new page is asked for: at pagehide it may already have read the storage (another process)
+addEventListener("beforeunload", save);
 addEventListener("pagehide", save);
 
 // ---- begin
