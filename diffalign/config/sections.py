@@ -30,6 +30,7 @@ from diffalign.config.value_types import (
     Section,
     Seed,
     Share,
+    Skipped,
     Switch,
     Text,
     Workers,
@@ -39,6 +40,7 @@ from diffalign.data.spec import DataSpec
 from diffalign.data.table.score_aggregation import Aggregate, Axis
 from diffalign.errors import DiffalignError
 from diffalign.models.spec import ModelSpec
+from diffalign.models.text.spec import TextSpec, text_spec_of
 
 # Settings that only a run with an objective has.
 OBJECTIVE_ONLY = {
@@ -77,6 +79,10 @@ class ModelSection(Section):
     # training alone, for bases whose release trained and sampled differently; null: the base's own
     rescale_betas_zero_snr: Switch | None = None  # SDXL-Turbo in Diffusion-DPO's release: true
     force_zeros_for_empty_prompt: Switch | None = None  # SDXL's null prompt; Diffusion-DPO's release encodes "": false
+    max_token_length: Count | None = None  # tokens of a prompt without BOS and EOS: 75, 150, 225, …; null: one chunk
+    chunk_layout: Literal["kohya", "webui"] = "kohya"  # of several chunks: BOS and EOS once, or around each chunk
+    clip_skip: Skipped = 0  # last layers of the text encoders left out, as in diffusers: one less than A1111's number
+    prompt_weights: Literal["literal", "refuse"] | None = None  # (word:1.2) as plain text; null: with a warning
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "math"] = "auto"
     # true means full, false none; auto: full for SDXL on CUDA
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -88,6 +94,11 @@ class ModelSection(Section):
     def spec(self) -> ModelSpec:
         """How the base is loaded."""
         return ModelSpec(**self.model_dump(include={field.name for field in fields(ModelSpec)}))
+
+    @property
+    def text(self) -> TextSpec:
+        """How prompts become embeddings."""
+        return text_spec_of(self)
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

@@ -25,6 +25,8 @@ from diffalign.engine.random import initial_noise
 from diffalign.engine.scheduler_config import check_class
 from diffalign.errors import DiffalignError
 from diffalign.models.loading.family import check_resolution
+from diffalign.models.text.pipeline import pipeline_embeddings
+from diffalign.models.text.spec import TextSpec, text_spec_of
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -32,7 +34,6 @@ SCHEDULERS = {
     "dpmsolver": "DPMSolverMultistepScheduler",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def best_device() -> str:
@@ -57,6 +58,10 @@ class Sampling:
     device: str = field(default_factory=best_device)
     vae: str | None = None  # another VAE, e.g. an fp16-safe one
     prediction_type: str | None = None  # in place of the scheduler config's
+    max_token_length: int | None = None  # these four as in `TextSpec`
+    chunk_layout: str = "kohya"
+    clip_skip: int = 0
+    prompt_weights: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("scheduler", self.scheduler, SCHEDULERS), ("dtype", self.dtype, DTYPES)):
@@ -64,6 +69,12 @@ class Sampling:
                 raise DiffalignError(f"{name} '{value}' is unknown; allowed: {', '.join(known)}")
         if self.num_inference_steps < 1:
             raise DiffalignError(f"num_inference_steps is {self.num_inference_steps}; at least 1 is needed")
+        _ = self.text
+
+    @property
+    def text(self) -> TextSpec:
+        """How prompts become embeddings."""
+        return text_spec_of(self)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -80,6 +91,7 @@ class Sampling:
             "negative_prompt": self.negative_prompt,
             "dtype": self.dtype,
             "prediction_type": self.prediction_type,
+            "text": self.text.recorded or None,
         }
 
 
@@ -139,13 +151,14 @@ def sample_images(
     check_resolution(pipe.unet, pipe.vae_scale_factor, size, "resolution")
     batch = sampling.batch_size or default_batch(size)
     images: list[Image.Image] = []
-    guided = nullcontext() if guidance is None else guidance.on(pipe)
+    branches = nullcontext() if guidance is None else guidance.on(pipe)
     precision = nullcontext() if autocast is None else _unet_in(pipe, autocast)
-    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), guided, precision:
+    with _ready(pipe, make_scheduler(pipe, sampling.scheduler)), branches, precision:
         for start in range(0, len(prompts), batch):
             some, own = prompts[start : start + batch], seeds[start : start + batch]
             latent = size // pipe.vae_scale_factor
-            embeds = _encode(pipe, some, sampling)
+            guided = sampling.guidance_scale > 1
+            embeds = pipeline_embeddings(pipe, some, sampling.text, sampling.negative_prompt, guided=guided)
             noise = initial_noise(some, own, (pipe.unet.config.in_channels, latent, latent))
             pixels = pipe(
                 **embeds,
@@ -158,22 +171,6 @@ def sample_images(
             ).images
             images += to_images(pixels, some, own)
     return images
-
-
-def _encode(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> dict[str, Tensor]:
-    """The pipeline's own text embeddings, each prompt encoded once, rows in the order of `prompts`."""
-    texts = list(dict.fromkeys(prompts))
-    embeds = pipe.encode_prompt(
-        texts,
-        device=pipe._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=sampling.guidance_scale > 1,
-        # None, not "": SDXL replaces a negative prompt that was not given by zeros, as it was trained
-        negative_prompt=[sampling.negative_prompt] * len(texts) if sampling.negative_prompt else None,
-    )
-    place = {text: i for i, text in enumerate(texts)}
-    rows = torch.tensor([place[prompt] for prompt in prompts], device=pipe._execution_device)
-    return {name: value[rows] for name, value in zip(_EMBEDS, embeds) if value is not None}
 
 
 @contextmanager

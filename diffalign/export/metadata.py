@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign.export.files import HASHES
 from diffalign.export.tuned_run import TunedRun, shown
 from diffalign.models.loading.base import Base
+from diffalign.models.text.spec import TextSpec
 
 _SGM = "https://github.com/Stability-AI/generative-models"
 # family, cross-attention width -> sd-scripts' name of the base and ModelSpec's architecture; the second of each pair
@@ -95,8 +96,15 @@ def _training(run: TunedRun) -> dict[str, str]:
         "ss_optimizer": training.optimizer,
         "ss_seed": f"{run.config.seed}",
         **({} if run.steps is None else {"ss_steps": f"{run.steps}"}),
+        **_text(run.config.model.text),
         "ss_training_comment": f"{run.objective}, tuned on preferences with diffalign",
     }
+
+
+def _text(spec: TextSpec) -> dict[str, str]:
+    """Settings of the text encoders that are not the base's own; sd-scripts counts the last layer as 1."""
+    found = {"ss_clip_skip": f"{spec.clip_skip + 1}"} if spec.clip_skip else {}
+    return found | ({"ss_max_token_length": f"{spec.max_token_length}"} if spec.max_token_length else {})
 
 
 def _released(base: Base) -> tuple[str, str] | None:

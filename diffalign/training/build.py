@@ -33,7 +33,7 @@ from diffalign.objectives.base import require_terms
 from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
 from diffalign.training.heldout.build import build_points
-from diffalign.training.open_data import open_table
+from diffalign.training.open_data import open_table, refuse_weights
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.settle import settled
 from diffalign.training.trainable import Run as Run
@@ -49,10 +49,13 @@ def load_run_base(model: ModelSection) -> Base:
 
 
 def trained_as(base: Base, model: ModelSection) -> Base:
-    """A base with the config's noise and null prompt for training; sampling uses the base's own.
+    """A base with the config's text encoding, and with its noise and null prompt for training alone.
 
-    Raises DiffalignError for a null prompt of zeros where the base's family has none.
+    Raises DiffalignError for a null prompt of zeros where the base's family has none, and for a text encoding that its
+    text encoders cannot have.
     """
+    if base.text is not None and model.text != base.text.spec:
+        base = replace(base, text=replace(base.text, spec=model.text))
     if model.rescale_betas_zero_snr is not None:
         config = {**base.scheduler_config, "rescale_betas_zero_snr": model.rescale_betas_zero_snr}
         base = replace(base, schedule=NoiseSchedule.from_config(config))
@@ -75,6 +78,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32  # torch's own default is True
     device, objective = accelerator.device, config.objective
     table = open_table(config, accelerator) if table is None else table
+    refuse_weights(config, table)
     if isinstance(table, PairTable):
         require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
     config.tuning.check()

@@ -18,6 +18,7 @@ from diffalign.data.table.score_aggregation import use_axes
 from diffalign.data.table.users import open_users, use_users
 from diffalign.data.table.winners import open_winners
 from diffalign.models.adapters.methods import known_methods
+from diffalign.models.text.weights import weighted
 from diffalign.training.inspect.score_units import check_units
 from diffalign.training.processes import on_main
 
@@ -125,6 +126,13 @@ def _use_users(config: AnyConfig, table: PairTable) -> None:
     elif table.layout.user_embed is not None:
         needing = " or ".join(name for name, method in known_methods().items() if method.needs_users)
         log.info("the pairs have users (%s); only tuning.method: %s uses them", table.layout.user_embed, needing)
+
+
+def refuse_weights(config: AnyConfig, table: Table) -> None:
+    """Raises ModelError for prompts with weights such as (word:1.2) where the config refuses them."""
+    for each in (table, table.heldout):
+        if each is not None and config.model.prompt_weights == "refuse":
+            weighted(each.prompts, "refuse")
 
 
 def no_terms(table: PairTable, why: str) -> None:

@@ -17,6 +17,11 @@ from diffalign.config.schema import Config, load_config, packaged_config
             ["model.pretrained_vae_model_name_or_path=my/vae", "model.prediction_type=v_prediction"],
             ["--vae", "my/vae", "--prediction-type", "v_prediction"],
         ),
+        (
+            "world/dpo.yaml",
+            ["model.max_token_length=225", "model.chunk_layout=webui", "model.clip_skip=1"],
+            ["--max-token-length", "225", "--chunk-layout", "webui", "--clip-skip", "1"],
+        ),
         ("world/ppd.yaml", ["data.users=u.json"], ["--users", "u.json", "--user"]),
     ],
 )

@@ -48,7 +48,8 @@ def test_best_of_has_one_side(make_context: Callable[..., Context]) -> None:
     batches = list(islice(source.batches(), 2))
     assert batches[0].latents.shape == (1, 2, 4, 16, 16)
     seen = [place.prompt for place in source.places(0)]
-    assert list(context.encoder.truncated) == [p for p in seen if len(p) > 1000] != []  # named in the log, and used
+    named = context.encoder.notices.truncated  # in the log, and used
+    assert list(named) == [p for p in seen if len(p) > 1000] != []
     best = source.take_metrics()["rollout/score_best"]
     assert sorted(best.tolist()) == sorted(torch.cat([b.scores[0] for b in batches]).tolist())
 

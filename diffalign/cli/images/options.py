@@ -59,6 +59,30 @@ def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, A
         "--prediction-type", choices=PREDICTIONS, help=("override the prediction type of the scheduler config")
     )
     parser.add_argument(
+        "--max-token-length",
+        type=count,
+        metavar="N",
+        help="tokens of a prompt that count: 75, 150, 225, … (default: one chunk of 75)",
+    )
+    parser.add_argument(
+        "--chunk-layout",
+        choices=("kohya", "webui"),
+        default="kohya",
+        help="how the chunks of a long prompt are joined (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clip-skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="last layers of the text encoders left out, as in diffusers: one less than A1111's number",
+    )
+    parser.add_argument(
+        "--prompt-weights",
+        choices=("literal", "refuse"),
+        help="(word:1.2) in a prompt is plain text, or an error (default: plain text, with a warning)",
+    )
+    parser.add_argument(
         "--users", type=path_text, help=("file of user embeddings (.json, .parquet, .safetensors), for --user")
     )
     parser.add_argument(
@@ -86,6 +110,10 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
         device=device_of(args.device),
         vae=args.vae,
         prediction_type=args.prediction_type,
+        max_token_length=args.max_token_length,
+        chunk_layout=args.chunk_layout,
+        clip_skip=args.clip_skip,
+        prompt_weights=args.prompt_weights,
     )
 
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.training.build import load_run_base
     from diffalign.training.build_source import encode_run, processes_of
     from diffalign.training.heldout.build import encoded_as
-    from diffalign.training.open_data import open_table
+    from diffalign.training.open_data import open_table, refuse_weights
     from diffalign.training.processes import make_state
     from diffalign.training.remedies import with_remedies
 
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     state = make_state()
     with with_remedies(config):
         table = cast("PairTable", open_table(config, state))  # a run with a source has no cache
+        refuse_weights(config, table)
         base = load_run_base(config.model)
         encoder = Encoder(base, state.device)
         resolution = config.data.resolution or base.family.default_resolution

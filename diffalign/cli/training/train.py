@@ -46,6 +46,8 @@ def sampled_as(config: Config) -> list[str]:
         options += ["--vae", str(model.pretrained_vae_model_name_or_path)]
     if model.prediction_type is not None:
         options += ["--prediction-type", model.prediction_type]
+    for name, value in model.text.recorded.items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
     if config.tuning.needs_users:
         options += ["--users", str(config.data.users or "users.json"), "--user", str(config.validation.user or "ID")]
     return options

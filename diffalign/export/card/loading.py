@@ -12,8 +12,9 @@ PROMPT = "a photo of a red fox in the snow"
 
 
 def diffusers_lines(facts: CardFacts, prompt: str | None, family: str | None) -> list[str]:
-    """For diffusers alone, without diffalign. `family` (sd, sdxl) is needed of single files only.
+    """For diffusers; without diffalign, except for long prompts and clip skip.
 
+    `family` (sd, sdxl) is needed of single files only.
     The names of a local base and of this folder are relative to the folder that has them.
     """
     model, imported = facts.run.base, {"DiffusionPipeline"}
@@ -51,8 +52,16 @@ def diffusers_lines(facts: CardFacts, prompt: str | None, family: str | None) ->
             "pipeline.scheduler = type(pipeline.scheduler).from_config("
             f'pipeline.scheduler.config, prediction_type="{model.prediction_type}")'
         )
-    lines.append(f"image = pipeline({_text(prompt or PROMPT)}, num_inference_steps=25, guidance_scale=5.0).images[0]")
-    return [f"from diffusers import {', '.join(sorted(imported))}", "", *lines, 'image.save("image.png")']
+    imports = [f"from diffusers import {', '.join(sorted(imported))}"]
+    given = _text(prompt or PROMPT)
+    if text := model.text.recorded:  # no argument of diffusers' pipelines stands for all of it
+        imports.append("from diffalign.models.text.pipeline import pipeline_embeddings")
+        imports.append("from diffalign.models.text.spec import TextSpec")
+        spec = ", ".join(f"{name}={value!r}" for name, value in text.items())
+        lines.append(f'embeddings = pipeline_embeddings(pipeline, [{given}], TextSpec({spec}), "", guided=True)')
+        given = "**embeddings"
+    lines.append(f"image = pipeline({given}, num_inference_steps=25, guidance_scale=5.0).images[0]")
+    return [*imports, "", *lines, 'image.save("image.png")']
 
 
 def on_the_hub(card: str, folder: str, repo_id: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -23,12 +22,10 @@ from diffalign.models.loading.decoder import SLICE_ABOVE_PIXELS, decode_latents,
 from diffalign.models.loading.family import PromptEmbeds, TextEncoders
 from diffalign.models.loading.fingerprint import hash_module
 from diffalign.models.loading.modules import VAE
-
-log = logging.getLogger(__name__)
+from diffalign.models.text.notices import PromptNotices
 
 # Raise it when the same weights give other moments or embeddings than before: it makes earlier caches stale.
 ENCODING_VERSION = 1
-LOGGED = 5  # truncated prompts that the log names; Encoder.truncated has all
 
 
 class Encoder:
@@ -49,7 +46,7 @@ class Encoder:
         nn.Module.to(base.vae, self.device, self.vae_dtype)  # ModelMixin.to warns of an empty list of fp32 modules
         for model in base.text.models:
             model.to(self.device, dtype)
-        self.truncated: dict[str, int] = {}  # prompts cut so far, with the number of tokens lost
+        self.notices = PromptNotices()  # prompts so far that were not encoded as they are written
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,6 +61,7 @@ class Encoder:
             "family": self.base.family.name,
             "zero_empty_prompt": text.zero_empty_prompt,
             "tokenizers": [_tokenizer_facts(tokenizer) for tokenizer in text.tokenizers],
+            **text.spec.recorded,  # nothing by default, so that caches of earlier versions stay valid
         }
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for module in (vae, *text.models):
@@ -107,22 +105,14 @@ class Encoder:
     def prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings of the prompts, float32; "" is the null prompt.
 
-        A prompt longer than a tokenizer accepts is cut, as in every pipeline. The log names the first few, with the
-        number of tokens lost; `truncated` has all.
+        A prompt longer than `max_token_length` is cut, as in every pipeline. The log names the first few, with the
+        number of tokens lost, and the first few with weights such as (word:1.2), which are encoded as text;
+        `notices` has all. Raises ModelError for weights that the spec refuses.
         """
         _, text = self._loaded()
-        for prompt, lost in text.overlong(prompts).items():
-            if prompt not in self.truncated:
-                self.truncated[prompt] = lost
-                self._warn(prompt, lost, _limit(text))
+        self.notices.check(text, prompts)
         out = self.base.family.encode_prompts(text, prompts)
         return PromptEmbeds(out.prompt_embeds.float(), None if out.pooled is None else out.pooled.float())
-
-    def _warn(self, prompt: str, lost: int, limit: str) -> None:
-        if len(self.truncated) <= LOGGED:
-            log.warning("prompt truncated by %d tokens (at most %s fit): %.60r…", lost, limit, prompt)
-        if len(self.truncated) == LOGGED:
-            log.warning("further truncated prompts are not logged")
 
     def time_ids(self, geometry: Tensor) -> Tensor | None:
         """SDXL's micro-conditioning for a geometry int64 "... 6" (see Family.time_ids); None for SD."""
@@ -151,10 +141,6 @@ def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
         return mean, encoded.latent_dist.std.float().expand_as(mean)
     latent = encoded.latent if hasattr(encoded, "latent") else encoded.latents
     return latent.float(), torch.zeros_like(latent, dtype=torch.float32)
-
-
-def _limit(text: Any) -> str:
-    return " and ".join(str(tokenizer.model_max_length) for tokenizer in text.tokenizers)
 
 
 def _tokenizer_facts(tokenizer: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.models.loading.family import PromptEmbeds, TextEncoders
+from diffalign.models.loading.family import PromptEmbeds, TextEncoders, final_norm
 from diffalign.types import Conditioning
 
 
@@ -20,11 +20,12 @@ class StableDiffusion:
     name: str = "sd"
 
     def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> PromptEmbeds:
-        """The text model's last hidden state."""
+        """The text model's last hidden state, or with clip skip an earlier one behind the same final layer norm."""
         ids, mask = text.tokenize(0, prompts)
-        model = text.models[0]
+        model, skip = text.models[0], text.spec.clip_skip
         use_mask = getattr(model.config, "use_attention_mask", False)
-        return PromptEmbeds(model(ids, attention_mask=mask if use_mask else None)[0])
+        out = model(ids, attention_mask=mask if use_mask else None, output_hidden_states=skip > 0)
+        return PromptEmbeds(text.joined(final_norm(model)(out.hidden_states[-1 - skip]) if skip else out[0]))
 
     def time_ids(self, geometry: Tensor) -> None:
         """None: these models take no sizes or crops as input."""

@@ -24,6 +24,9 @@ class StableDiffusionXL:
     def encode_prompts(self, text: TextEncoders, prompts: Sequence[str]) -> PromptEmbeds:
         """hidden_states[-2] of both encoders, concatenated along dim; pooled is the second's projected text embedding.
 
+        Clip skip takes an earlier hidden state, and leaves the pooled embedding as it is. Of several chunks the first
+        gives the pooled embedding.
+
         With the base's `force_zeros_for_empty_prompt` both are zero for "": the pipeline guides with that null prompt,
         so a dropped prompt must become the same.
         """
@@ -32,8 +35,8 @@ class StableDiffusionXL:
         for index, model in enumerate(text.models):
             ids, _ = text.tokenize(index, prompts)
             out = model(ids, output_hidden_states=True)
-            hidden.append(out.hidden_states[-2])
-            pooled = out[0]
+            hidden.append(text.joined(out.hidden_states[-2 - text.spec.clip_skip]))
+            pooled = out[0][:: text.chunks]
         assert pooled is not None, "load_base gives SDXL two text encoders"
         prompt_embeds = torch.cat(hidden, dim=-1)
         if text.zero_empty_prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -48,7 +49,12 @@ def validate(run: Trainable, settings: ValidationSection, step: int) -> None:
             make_pipeline(run.base),
             settings.prompts,
             [settings.seed] * len(settings.prompts),  # the same at every step: grids show what training changed
-            Sampling(settings.num_inference_steps, settings.guidance_scale, resolution=run.config.data.resolution),
+            Sampling(
+                settings.num_inference_steps,
+                settings.guidance_scale,
+                resolution=run.config.data.resolution,
+                **asdict(run.config.model.text),
+            ),
             autocast=run.networks.autocast_dtype,
         )
         folder = run.output_dir / "validation"

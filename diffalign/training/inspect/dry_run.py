@@ -59,6 +59,8 @@ def describe_run(run: Run, start: int = 0) -> str:
         ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, {how}"),
         ("files", f"{run.output_dir}/ {', '.join(files)}"),
     ]  # fmt: skip
+    if text := config.model.text.recorded:
+        rows.insert(2, ("prompts", ", ".join(f"{name} {value}" for name, value in text.items())))
     if run.table.heldout is not None:
         rows.insert(-1, ("held out", _heldout(config.validation, len(run.table.heldout))))
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)

@@ -137,7 +137,7 @@ def test_a_prompt_that_is_cut_is_reported_once(model: Model, caplog):
     with caplog.at_level(logging.WARNING):
         encoder.prompts(["a red circle", long])
         encoder.prompts([long])
-    assert encoder.truncated == {long: 25}
+    assert encoder.notices.truncated == {long: 25}
     (record,) = [r for r in caplog.records if "prompt truncated by 25 tokens" in r.getMessage()]
     assert "x" * 50 in record.getMessage()
     assert len(record.getMessage()) < 140
@@ -147,7 +147,7 @@ def test_thousands_of_cut_prompts_do_not_flood_the_log(model: Model, caplog):
     encoder = Encoder(model.base)
     with caplog.at_level(logging.WARNING):
         encoder.prompts([f"{i} " + "x" * 100 for i in range(12)])
-    assert len(encoder.truncated) == 12
+    assert len(encoder.notices.truncated) == 12
     assert len([r for r in caplog.records if "truncated" in r.getMessage()]) == 6
 
 

@@ -1,0 +1,1 @@
+"""Prompts to embeddings: long prompts in chunks, clip skip, and weights written into a prompt."""
