@@ -59,7 +59,7 @@ def test_every_public_name_is_there() -> None:
         _ = diffalign.Trainr
 
 
-def test_a_run_from_python_is_the_run_of_its_config(tmp_path: Path) -> None:
+def test_a_run_from_python_is_the_run_of_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = Trainer(
         model=base_path(),
         objective=DiffusionDPO(beta=2000.0),
@@ -68,6 +68,9 @@ def test_a_run_from_python_is_the_run_of_its_config(tmp_path: Path) -> None:
         args=arguments(tmp_path / "python", learning_rate=1e-3),
     )
     last = trainer.train()
+    ends = capsys.readouterr().out.splitlines()[-4:]  # as `diffalign train` ends before its next commands
+    assert [line.split()[0] for line in ends] == ["loss", "accuracy", "health", "page"]
+    assert ends[-1] == f"      page  {tmp_path / 'python/run.html'}"
     first = lines(tmp_path / "python")[0]
     assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert first["grad_norm"] > 0

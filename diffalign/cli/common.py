@@ -160,16 +160,30 @@ def named_paths(texts: Sequence[str], option: str) -> dict[str, list[str]]:
     return found
 
 
+def column_names(parts: Sequence[str]) -> dict[str, str]:
+    """PART=COLUMN words as a mapping; raises DiffalignError for a word of another form."""
+    for part in parts:
+        if not part.partition("=")[2]:
+            raise DiffalignError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
+    return dict(part.split("=", 1) for part in parts)
+
+
 def overwrite_argument(parser: argparse.ArgumentParser) -> None:
     """`--overwrite`, for commands whose files may exist already."""
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def writable(files: Sequence[tuple[str, Path | None]], overwrite: bool) -> None:
-    """Raises ExistingFileError, before any work, for output files (option, path) that exist or cannot be written."""
+    """Raises ExistingFileError, before any work, for output files (option, path) that exist or cannot be written.
+
+    Raises DiffalignError for two options that name one file: the second would replace what the first has written.
+    """
+    taken: dict[Path, str] = {}
     for option, file in files:
         if file is None:
             continue
+        if (other := taken.setdefault(file.resolve(), option)) != option:
+            raise DiffalignError(f"{other} and {option} are both {file}; name two files")
         if file.is_dir():
             raise ExistingFileError(f"{option} {file} is a folder; name a file in it")
         if file.exists() and not overwrite:

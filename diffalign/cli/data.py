@@ -1,16 +1,16 @@
-"""`diffalign data check | score | doubtful | world | prompts`: check, score, rank pairs; write pairs and prompts."""
+"""`diffalign data check | score | doubtful | relabel | world | prompts`: check, score, rank, relabel, write pairs."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from diffalign.cli.common import (
     LAST_SEED,
+    column_names,
     count,
     device,
     device_of,
@@ -23,6 +23,7 @@ from diffalign.cli.common import (
 )
 from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
+from diffalign.cli.training.relabel import add_relabel, relabel_pairs
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--device", type=device, help="default: cuda where there is one")
     add_doubtful(actions)
+    add_relabel(actions)
     sub = actions.add_parser("world", help="write preference pairs of the embedded world")
     sub.add_argument("out", type=path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
     sub.add_argument("--pairs", type=whole(1, 10**7), default=1024)
@@ -128,6 +130,9 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "doubtful":
         write_doubtful(args)
         return
+    if args.action == "relabel":
+        relabel_pairs(args)
+        return
     if args.action == "prompts":
         _write_prompts(args)
         return
@@ -168,7 +173,7 @@ def _print_use(args: argparse.Namespace) -> None:
     """What comes next: `init`, or the keys of a config where options say how the pairs are read (init has none)."""
     from diffalign.config.strict_yaml import quoted
 
-    columns = ", ".join(f"{quoted(part)}: {quoted(column)}" for part, column in _columns(args.columns).items())
+    columns = ", ".join(f"{quoted(part)}: {quoted(column)}" for part, column in column_names(args.columns).items())
     keys = {
         "format": args.format != "auto" and quoted(args.format),
         "split": args.split != "train" and quoted(args.split),
@@ -186,12 +191,4 @@ def _print_use(args: argparse.Namespace) -> None:
 def _spec(args: argparse.Namespace) -> DataSpec:
     from diffalign.data.spec import DataSpec
 
-    return DataSpec(format=args.format, split=args.split, columns=_columns(args.columns), max_pairs=args.max_pairs)
-
-
-def _columns(parts: Sequence[str]) -> dict[str, str]:
-    """PART=COLUMN words as a mapping; raises ValueError for a word of another form."""
-    for part in parts:
-        if not part.partition("=")[2]:
-            raise DiffalignError(f"--columns {part}: write PART=COLUMN, e.g. prompt=text")
-    return dict(part.split("=", 1) for part in parts)
+    return DataSpec(format=args.format, split=args.split, columns=column_names(args.columns), max_pairs=args.max_pairs)

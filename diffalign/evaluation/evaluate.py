@@ -93,7 +93,10 @@ def evaluation(
             raise DiffalignError(f"two runs of '{name}' have the same weights: {paths}; name each run once")
     with folder_lock(folder, "an evaluation"):
         images = {
-            name: [generate_by(one, prompts, seeds, folder / "images" / f"{name}-{one.tag}") for one in some]
+            name: [
+                generate_by(one, prompts, seeds, folder / "images" / f"{name}-{one.tag}", title=_title(name, run, some))
+                for run, one in enumerate(some, 1)
+            ]
             for name, some in recipes.items()
         }
         settings = {name: [recipe.settings for recipe in some] for name, some in recipes.items()}
@@ -116,6 +119,11 @@ def write_result(
     (folder / "table.txt").write_text(result.table() + "\n", encoding="utf-8")
     shown = result.prompts[:: max(1, -(-len(result.prompts) // GRID_ROWS))]  # evenly over the list
     comparison_grid(shown, _cells(columns, shown)).save(folder / "grid.png")
+
+
+def _title(name: str, run: int, some: Sequence[ImageRecipe]) -> str:
+    """A model as its progress names it: by the name that was given, and of several runs which."""
+    return name if len(some) == 1 else f"{name}, run {run} of {len(some)}"
 
 
 def _listed(some: Weights | Sequence[Weights]) -> Sequence[Weights]:

@@ -49,21 +49,21 @@ def generate(
 
 
 def generate_by(
-    recipe: ImageRecipe, prompts: Sequence[str], seeds: Sequence[int], folder: Path
+    recipe: ImageRecipe, prompts: Sequence[str], seeds: Sequence[int], folder: Path, *, title: str = ""
 ) -> list[GeneratedImage]:
-    """The images of `generate`, by a recipe that was checked before."""
+    """The images of `generate`, by a recipe that was checked before. title: of its progress; else the folder's name."""
     wanted = [(prompt, int(seed)) for prompt in unique(prompts) for seed in dict.fromkeys(seeds)]
     done, _ = _finished(folder, recipe.settings)
     if any(key not in done for key in wanted):
         with folder_lock(folder, "a process that generates images"), _with_remedies(recipe.sampling):
             done, numbers = _finished(folder, recipe.settings)  # another process may have made some meanwhile
             if missing := [key for key in wanted if key not in done]:
-                done |= _generate_missing(recipe, missing, folder, numbers)
+                done |= _generate_missing(recipe, missing, folder, numbers, title or folder.name)
     return [done[key] for key in wanted]
 
 
 def _generate_missing(
-    recipe: ImageRecipe, missing: Sequence[tuple[str, int]], folder: Path, numbers: dict[str, int]
+    recipe: ImageRecipe, missing: Sequence[tuple[str, int]], folder: Path, numbers: dict[str, int], title: str
 ) -> dict[tuple[str, int], GeneratedImage]:
     """Writes an image of each (prompt, seed), and its line of the manifest. numbers: of prompts that have files."""
     from diffalign.models.adapters.save_load import load_pipeline
@@ -83,7 +83,7 @@ def _generate_missing(
         mend_end(folder)
     with (
         (folder / MANIFEST).open("a", encoding="utf-8") as manifest,
-        Progress(total=len(missing), desc=folder.name, unit="img") as bar,
+        Progress(total=len(missing), desc=title, unit="img") as bar,
     ):
         for start in range(0, len(missing), batch):
             keys = missing[start : start + batch]

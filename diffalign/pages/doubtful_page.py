@@ -1,7 +1,7 @@
 """The page of doubtful pairs: both pictures of each, to be marked keep, swap or drop.
 
-Marks are remembered by the browser, where it stores anything for files, and saved as `decisions.csv` (id, decision)
-with the pairs to swap or drop.
+Marks are remembered by the browser, where it stores anything for files, and saved as `decisions.csv` with the
+pairs to swap or drop, which `diffalign data relabel` reads.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class DoubtfulPair:
     rejected: Image.Image
     margin: float  # of the tuned model; negative: it prefers the rejected image
     quarter: str = ""  # which quarter of t says so, as it is shown
+    chosen_image: int = 0  # which of the stored images is the chosen one, 0 or 1
 
 
 def write_doubtful_page(
@@ -43,9 +44,11 @@ def write_doubtful_page(
     *,
     title: str,
     note: str = "",
+    next_command: str = "",
     coding: ImageCoding = CODING,
 ) -> None:
-    """Writes the page of the pairs, in their order. title, note: plain text; coding: how pictures are stored.
+    """Writes the page of the pairs, in their order. title, note: plain text; next_command: what applies the saved
+    decisions; coding: how pictures are stored.
 
     Raises DiffalignError where there is no pair, or two have one id.
     """
@@ -55,6 +58,7 @@ def write_doubtful_page(
         images = {side: image_uri(getattr(pair, side), coding) for side in ("chosen", "rejected")}
         rows.append(
             {"rank": pair.rank, "id": pair.id, "prompt": pair.prompt, "margin": pair.margin, "quarter": pair.quarter}
+            | {"chosen_image": pair.chosen_image}
             | images
         )
     ids = [str(row["id"]) for row in rows]
@@ -74,6 +78,7 @@ def write_doubtful_page(
 <button id="save" type="button">Save decisions.csv</button>
 <span id="count" class="count" aria-live="polite"></span>
 </div>
+{f'<p class="soft small">Then: <code>{escape(next_command)}</code></p>' if next_command else ""}
 <main id="cards" class="cards"></main>"""
     identity = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
     page = html_page(

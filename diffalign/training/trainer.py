@@ -39,6 +39,7 @@ from diffalign.models.loading.base import Base
 from diffalign.models.loading.from_pipeline import base_of_pipeline
 from diffalign.objectives import Objective
 from diffalign.training.callbacks.base import Callback, TrainingState, check_callbacks
+from diffalign.training.callbacks.run_page import print_summary
 from diffalign.training.run import run_training
 from diffalign.training.trainable import Trainable
 
@@ -192,12 +193,17 @@ class Trainer:
         return Path(self.config.output_dir)
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, from the configured checkpoint if there is one; returns the last logged metrics."""
+        """Runs to the end, from the configured checkpoint if there is one; returns the last logged metrics.
+
+        Prints the plan first, and at the end what happened and where the page of the run is.
+        """
         callbacks = [*self.callbacks, _Remember(self)]
         table = copy(self.table)
         if table is not None:
             table.heldout = self.heldout
-        return run_training(self.config, table=table, base=self.base, callbacks=callbacks)
+        last = run_training(self.config, table=table, base=self.base, callbacks=callbacks)
+        print_summary(self.config)
+        return last
 
     def generate(
         self,

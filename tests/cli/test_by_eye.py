@@ -198,11 +198,17 @@ def test_a_blind_comparison(tmp_path: Path, annotator: Callable[..., None], caps
     main(["votes", str(votes)])
     assert "win rate" not in capsys.readouterr().out
     annotator(LIGHTER)
-    main(command)
+    out = tmp_path / "pairs.jsonl"
+    main([*command, "--pairs-out", str(out)])
     said = capsys.readouterr().out
     assert re.search(r"dpo +ana +4/1/1 +0\.750 \[", said)  # (4 + 1/2) / 6
+    assert f"{out}: 5 pairs, and 0 ties" in said
     annotator(lambda left, right, prompt: "tie")
-    main([*command[:-1], "ben"])
+    main([*command[:-1], "ben", "--pairs-out", str(out)])  # what the votes wrote before is replaced
+    table = open_pairs(out)
+    greys = [tuple(side.open().getpixel((0, 0))[0] for side in (pair.chosen, pair.rejected)) for pair in table]
+    assert sorted(greys) == [(15, 10), (25, 20), (35, 30), (45, 40), (60, 55)]
+    assert {str(pair.chosen.path).startswith(str(tmp_path / "pairs_images")) for pair in table} == {True}
     said = capsys.readouterr().out
     assert re.search(r"dpo +all +4/7/1 +0\.625 \[", said)
     assert re.search(r"dpo +ben +0/6/0 +0\.500 \[", said)
@@ -228,12 +234,13 @@ def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureF
         (["label", *out, "--by-eye"], "give folders of images, or --pairs"),
         (["label", base, "--by-eye", "--out", str(tmp_path / "base")], "is not an empty folder"),
         (["label", base, *out, "--by-eye", "--keep-unjudged"], "--keep-unjudged belongs to --pairs"),
-        (["label", base, "--by-eye", "--out", "pairs.csv"], "to a .parquet file, or to a folder"),
+        (["label", base, "--by-eye", "--out", "pairs.csv"], "to a .parquet file, to a .jsonl file"),
         (["label", base, *out, "--by-eye", "--annotator", "../x"], "1 to 40 letters, digits"),
         (["label", base, *out, "--by-eye", "--annotator", "majority"], "means the votes of several people"),
         (["label", base, *out, "--by-eye", "--labels-of", "eve"], "annotator 'eve' has no votes"),
         (["compare", base, f"a={base}"], "give --scorer NAME, or vote with --blind"),
         (["compare", base, f"a={base}", "--limit", "2"], "--limit needs --blind"),
+        (["compare", base, f"a={base}", "--pairs-out", "x.jsonl"], "--pairs-out needs --blind"),
         (["compare", base, f"a={base}", "--blind"], "--blind needs --out FOLDER"),
         (["compare", base, f"a={base}", "--blind", "--out", str(tmp_path / "v")], "equals the base's"),
         (["compare", base, f"a={base}", f"a={base}", "--blind", "--out", str(tmp_path / "v")], "a name of its own"),

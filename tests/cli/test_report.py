@@ -11,11 +11,11 @@ import yaml
 
 from diffalign.cli.main import main
 from diffalign.cli.training.report import names
-from diffalign.cli.training.summary import WIDTH, summary
 from diffalign.config.schema import load_config, packaged_config, save_config
 from diffalign.errors import DiffalignError
 from diffalign.io.folder_lock import folder_lock
 from diffalign.pages.run_page.data import RunState, read_run
+from diffalign.pages.run_page.summary import WIDTH, summary
 
 
 def a_run(folder: Path, **settings: Any) -> Path:
@@ -95,7 +95,7 @@ def test_the_end_of_a_run_fits_a_terminal(tmp_path: Path) -> None:
         + json.dumps({"step": 20, "seconds": 4, "pairs": 640})
         + "\n"
     )
-    lines = summary(read_run(folder, {"training": {"max_train_steps": 30}}, RunState("finished"))).splitlines()
+    lines = summary(read_run(folder, {"training": {"max_train_steps": 30}}, RunState("finished")), folder).splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert lines[:5] == [
         "     steps  20 of 30 in 4 s",

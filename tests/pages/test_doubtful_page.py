@@ -49,4 +49,5 @@ def test_pairs_are_marked_by_keys_and_saved(browse: Browse, tmp_path: Path) -> N
         assert page.locator("#count").inner_text() == "0 of 3 pairs · 0 keep · 1 swap · 1 drop"
         with page.expect_download() as download:
             page.locator("#save").click()
-        assert Path(download.value.path()).read_text() == 'id,decision\na:b,swap\n"odd, ""id""",drop\n'
+        saved = 'id,decision,prompt,chosen_image\na:b,swap,a cat <b>0</b>,0\n"odd, ""id""",drop,a cat <b>1</b>,0\n'
+        assert Path(download.value.path()).read_text() == saved

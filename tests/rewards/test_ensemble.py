@@ -143,3 +143,8 @@ def test_an_ensemble_of_one_scorer_or_equal_images_is_refused(tmp_path, capsys):
             main(["score", str(base), *given, "--overwrite", "--ensemble", str(tmp_path / "e.json")])
         assert words in capsys.readouterr().err
         assert not (tmp_path / "e.json").exists()
+    both = ["--scorer", RED, "--scorer", GREEN]
+    for twice, words in (([*both, *both[:2]], f"--scorer {RED} is given 2 times"), ([f"{base}/", *both], f"{base} is")):
+        with pytest.raises(SystemExit):
+            main(["score", str(base), *twice, "--overwrite", "--ensemble", str(tmp_path / "e.json")])
+        assert words in capsys.readouterr().err

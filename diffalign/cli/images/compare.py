@@ -6,6 +6,7 @@ A folder of images has a `manifest.jsonl`, which `diffalign generate` writes: fi
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from diffalign.cli.common import device_of, named_paths, overwrite_argument, path, writable
 from diffalign.cli.images import by_eye
@@ -34,11 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overwrite_argument(parser)
     parser.add_argument("--blind", action="store_true", help="vote on a page in the browser; --out has the votes")
     by_eye.by_eye_arguments(parser, "--blind")
+    parser.add_argument(
+        "--pairs-out",
+        type=path,
+        metavar="PAIRS",
+        help="with --blind: also write the votes as preference pairs, to a .parquet or .jsonl file or a new folder",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table of `evaluate` for existing images, or that of votes."""
-    by_eye.only_with(args, "--blind", args.blind, SCORED if args.blind else by_eye.NEEDS_PAGE)
+    by_eye.only_with(args, "--blind", args.blind, SCORED if args.blind else (*by_eye.NEEDS_PAGE, "--pairs-out"))
     if args.blind:
         _vote(args)
         return
@@ -80,11 +87,17 @@ def _others(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def _vote(args: argparse.Namespace) -> None:
     """Serves the page, and prints the table of all votes in the folder when everything is judged."""
+    from diffalign.evaluation.by_eye import export
     from diffalign.evaluation.by_eye.outcome import read_outcome
     from diffalign.evaluation.by_eye.sources import from_models
+    from diffalign.evaluation.by_eye.votes import read_votes
 
     if args.out is None:
         raise DiffalignError("--blind needs --out FOLDER, where the votes are stored")
+    pairs: Path | None = args.pairs_out
+    if pairs is not None:
+        export.check_labelled_out(pairs, args.out)
+        writable([("--pairs-out", pairs)] if pairs.suffix else [], export.is_ours(pairs, args.out))
     others = _others(args)
     for name, folders in others.items():
         if len(folders) > 1:
@@ -93,7 +106,15 @@ def _vote(args: argparse.Namespace) -> None:
 
     def result() -> str:
         found = read_outcome(args.out)
-        return found.text() + ("" if found.done else "\n\nthe table comes when everything is judged")
+        text = found.text() + ("" if found.done else "\n\nthe table comes when everything is judged")
+        labels = export.labels(read_votes(args.out))
+        if pairs is None or not {"first", "second"} & set(labels.values()):
+            return text + ("" if pairs is None else f"\n\nno pair has a preferred image yet; {pairs} is not written")
+        written = export.write_labelled(pairs, material, labels)
+        export.remember(pairs, args.out)
+        return f"{text}\n\n{pairs}: {written}\nin a config: data.path={pairs}"
 
     by_eye.judge(args, material, args.out, result)
-    print_next(["votes", str(args.out)])
+    print_next(
+        ["votes", str(args.out)], *([["data", "check", str(pairs)]] if pairs is not None and pairs.exists() else [])
+    )

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     _check(args)
     votes: Path = args.votes or args.out.with_name(f"{args.out.name}.votes")
-    export.check_pairs_out(args.out, votes)
+    export.check_labelled_out(args.out, votes)
     if args.out.suffix:
         writable([("--out", args.out)], args.overwrite or export.is_ours(args.out, votes))
     if args.labels_of not in (None, MAJORITY, by_eye.annotator(args)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from diffalign.cli.common import number, overwrite_argument, path, writable
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace) -> None:
     """Writes each image's scores to scores.jsonl in its folder, and prints means; the file of an ensemble, if asked."""
     if args.ensemble is None and args.k is not None:
         raise DiffalignError("--k belongs to --ensemble FILE")
-    if args.ensemble is not None and len(set(args.scorer)) < 2:
+    _each_once("--scorer", args.scorer)
+    _each_once("FOLDER", [str(folder.resolve()) for folder in args.folders])
+    if args.ensemble is not None and len(args.scorer) < 2:
         raise DiffalignError("--ensemble needs two scorers or more; give each as a --scorer")
     if args.ensemble is not None and any(name.partition("=")[0] == "ensemble" for name in args.scorer):
         raise DiffalignError("--ensemble: a member cannot be an ensemble itself; name its scorers")
@@ -63,6 +66,12 @@ def run(args: argparse.Namespace) -> None:
             args.ensemble, 1.0 if args.k is None else args.k, found, [str(folder) for folder in args.folders]
         )
         print(f"{args.ensemble}: the ensemble, used as --scorer ensemble={args.ensemble}")
+
+
+def _each_once(option: str, given: Sequence[str]) -> None:
+    """Raises DiffalignError for a scorer or a folder that is named twice: its scores would count twice."""
+    if twice := next((one for one in given if given.count(one) > 1), None):
+        raise DiffalignError(f"{option} {twice} is given {given.count(twice)} times; give it once")
 
 
 def _print_groups(judge: Scorer, rows: list[dict[str, object]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from diffalign.cli.common import device, device_of, scorer
 
@@ -19,16 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads the scorer and serves it until Ctrl-C."""
+    """Takes the port, loads the scorer and serves it until Ctrl-C."""
     from diffalign.rewards import load_scorer
     from diffalign.rewards.remote.server import ScorerServer
     from diffalign.rewards.table import SCORERS
 
     entry = SCORERS.get(args.scorer.partition("=")[0])
-    judge = load_scorer(args.scorer, device_of(args.device))
-    with ScorerServer(judge, args.port, entry.score if entry else "") as server:
+    load = partial(load_scorer, args.scorer, device_of(args.device))
+    with ScorerServer(load, args.port, entry.score if entry else "") as server:
         port = server.server_address[1]
-        print(f"{judge.name} at http://127.0.0.1:{port}; Ctrl-C ends it", flush=True)
+        print(f"{server.scorer.name} at http://127.0.0.1:{port}; Ctrl-C ends it", flush=True)
         print(f"on this machine       --scorer remote=http://127.0.0.1:{port}")
         print(f"from another machine  ssh -L {port}:127.0.0.1:{port} THIS_MACHINE, and the same", flush=True)
         server.serve_forever()

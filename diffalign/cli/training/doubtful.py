@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from diffalign.cli.common import count, overwrite_argument, path, whole, writabl
 from diffalign.cli.next_steps import print_next
 
 if TYPE_CHECKING:
+    from diffalign.data.spec import DataSpec
     from diffalign.pages.doubtful_page import DoubtfulPair
     from diffalign.training.heldout.doubtful import Doubts
 
@@ -55,7 +57,7 @@ def write_doubtful(args: argparse.Namespace) -> None:
     doubts = doubtful_pairs(args.run_dir, points=args.points, batch_size=args.batch_size)
     against = sum(doubt.score < 0 for doubt in doubts.ranked)
     summary = (
-        f"{len(doubts.ranked)} pairs of {doubts.trained_on} at {args.points} points each; the model of {args.run_dir} "
+        f"{len(doubts.ranked)} pairs of {doubts.pairs} at {args.points} points each; the model of {args.run_dir} "
         f"ranks {against} of them against their label"
     )
     _write_csv(args.out, doubts)
@@ -65,12 +67,22 @@ def write_doubtful(args: argparse.Namespace) -> None:
         return
     from diffalign.pages.doubtful_page import write_doubtful_page
 
-    write_doubtful_page(args.page, _shown(doubts, args.top), title=f"Doubtful pairs of {args.run_dir}", note=summary)
-    print(
-        f"{args.page}: the first {min(args.top, len(doubts.ranked))} with their pictures; mark them, download the marks"
-    )
-    relabel = ["label", "--pairs", str(doubts.trained_on), "--only", str(args.out), "--by-eye", "--keep-unjudged"]
-    print_next([*relabel, "--out", "corrected.parquet"])
+    relabel = ["data", "relabel", doubts.pairs, "--decisions", "decisions.csv", "--out", "corrected.parquet"]
+    relabel += _read_as(doubts.spec)
+    title, command = f"Doubtful pairs of {args.run_dir}", shlex.join(["diffalign", *relabel])
+    write_doubtful_page(args.page, _shown(doubts, args.top), title=title, note=summary, next_command=command)
+    shown = min(args.top, len(doubts.ranked))
+    print(f"{args.page}: the first {shown} with their pictures; mark them, and save decisions.csv")
+    print_next(relabel)
+
+
+def _read_as(spec: DataSpec) -> list[str]:
+    """The options of `data relabel` by which pairs are read as the run reads them."""
+    options = [] if spec.format == "auto" else ["--format", spec.format]
+    options += [] if spec.split == "train" else ["--split", spec.split]
+    named = [f"{part}={column}" for part, column in spec.columns.items() if column]
+    left_out = [part for part, column in spec.columns.items() if not column]
+    return [*options, *(["--columns", *named] if named else []), *(["--without", *left_out] if left_out else [])]
 
 
 def _write_csv(file: Path, doubts: Doubts) -> None:
@@ -107,4 +119,5 @@ def _shown(doubts: Doubts, top: int) -> Iterator[DoubtfulPair]:
             rejected=row.rejected.open(),
             margin=doubt.margin,
             quarter=quarter + (", held out" if doubt.heldout else ""),
+            chosen_image=doubts.table.index.first[doubt.index],
         )

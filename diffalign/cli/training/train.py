@@ -20,16 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains to the end, from the configured checkpoint if there is one."""
-    from diffalign.cli.training.summary import finished_run, summary
     from diffalign.config.schema import Config, load_config
+    from diffalign.training.callbacks.run_page import print_summary
     from diffalign.training.run import run_training
 
     config = load_config(args.config, args.overrides)
     run_training(config)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(summary(finished_run(config)))
-    if isinstance(config, Config):
+    print_summary(config)
+    if isinstance(config, Config) and os.environ.get("RANK", "0") == "0":
         base, out = str(config.model.pretrained_model_name_or_path), config.output_dir
         sampling = [*sampled_as(config), "--prompts", "prompts.txt", "--seeds", "0-3"]
         tuned = ["--tuned", f"{config.objective.name}={out}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,21 @@ def layout(found: Mapping[str, str]) -> Layout:
     )
 
 
-def write_pickapic(file: Path, rows: Iterable[Mapping[str, Any]], *, scored: bool = False) -> None:
-    """Writes rows of caption, jpg_0 and jpg_1 (encoded images), label_0, label_1, has_label, are_different, the images'
-    uids and, with `scored`, score_0 and score_1, as parquet. The file appears complete or not at all."""
+def write_pickapic(file: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Writes rows of caption, jpg_0 and jpg_1 (encoded images), label_0, label_1, has_label, are_different and the
+    images' uids as parquet. The file appears complete or not at all.
+
+    columns: those that the rows have besides: score_0, score_1, weight, margin, mask, user, user_embed.
+    """
     import pyarrow as pa
 
     from diffalign.data.formats.parquet import write_rows
 
-    columns = {"caption": pa.string(), "jpg_0": pa.binary(), "jpg_1": pa.binary()}
-    columns |= {"label_0": pa.float64(), "label_1": pa.float64(), "has_label": pa.bool_(), "are_different": pa.bool_()}
-    columns |= {"image_0_uid": pa.string(), "image_1_uid": pa.string()}
-    scores = {"score_0": pa.float64(), "score_1": pa.float64()} if scored else {}
-    write_rows(file, columns | scores, rows)
+    number, text = pa.float64(), pa.string()
+    schema = {"caption": text, "jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": number, "label_1": number}
+    schema |= {"has_label": pa.bool_(), "are_different": pa.bool_(), "image_0_uid": text, "image_1_uid": text}
+    of_lists = {"mask": pa.list_(pa.list_(number)), "user": text, "user_embed": pa.list_(number)}
+    write_rows(file, schema | {name: of_lists.get(name, number) for name in columns}, rows)
 
 
 def judge(label_0: Any, label_1: Any, has_label: Any = True) -> int | tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Pairs from votes, in layouts that `data.path` reads: a parquet file with Pick-a-Pic's columns, or a folder.
+"""Pairs from votes, in the layouts of `data/write_pairs.py`.
 
 Which image stands first in the file is drawn by the plan's seed, so nothing but the label tells the preferred one. The
 images are those of the source, byte for byte.
@@ -6,24 +6,21 @@ images are those of the source, byte for byte.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from diffalign.data.formats.pickapic import write_pickapic
-from diffalign.data.row import ImageRef
 from diffalign.data.table.pairs import PairTable
-from diffalign.errors import DiffalignError, ExistingFileError
+from diffalign.data.write_pairs import Label, LabelledPair, check_pairs_out, images_of, write_pairs
+from diffalign.errors import DiffalignError
 from diffalign.evaluation.by_eye.plan import ImagePair, Material, digest
 from diffalign.evaluation.by_eye.votes import MAJORITY, Event
-from diffalign.io.files import hash_file, list_files, written_whole
+from diffalign.io.files import hash_file, list_files
 
-Label = Literal["first", "second", "tie"]
 WRITTEN = "written.json"
-_ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+SCORES = ("score_0", "score_1")
+_OTHER: dict[Label, Label] = {"first": "second", "second": "first", "tie": "tie"}
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,18 @@ def write_labelled(
     ties = sum(label[each.id] == "tie" for each in chosen)
     if len(chosen) == ties:
         raise DiffalignError(f"{out}: no pair has a preferred image ({len(chosen)} ties); judge some pairs first")
-    scored = old is not None and old.layout.scores is not None
-    if out.suffix == ".parquet":
-        write_pickapic(
-            out, (_row(each, material, label, old if scored else None, before) for each in chosen), scored=scored
-        )
-    else:
-        _write_folder(out, [each for each in chosen if label[each.id] != "tie"], material, label)
-    return Written(len(chosen) - ties, ties, unjudged, len(chosen) - len(found), out.suffix != ".parquet")
+    scored = old if old is not None and old.layout.scores is not None and out.suffix else None
+    pairs = (_labelled(each, material, label[each.id], scored, before) for each in chosen)
+    write_pairs(out, pairs, () if scored is None else SCORES)
+    return Written(len(chosen) - ties, ties, unjudged, len(chosen) - len(found), not out.suffix)
 
 
-def check_pairs_out(out: Path, votes: Path) -> None:
+def check_labelled_out(out: Path, votes: Path) -> None:
     """Raises DiffalignError unless pairs can be written to a file or folder of this name, before anybody judges.
 
     Raises ExistingFileError for a folder that is not empty, unless these votes wrote it.
     """
-    if out.suffix not in (".parquet", ""):
-        raise DiffalignError(f"{out}: pairs are written to a .parquet file, or to a folder, whose name has no ending")
-    if not out.suffix and out.exists() and not is_ours(out, votes) and (out.is_file() or any(out.iterdir())):
-        raise ExistingFileError(f"{out} is not an empty folder; pairs are not mixed with what is there. Name a new one")
+    check_pairs_out(out, replace=is_ours(out, votes))
 
 
 def remember(out: Path, votes: Path) -> None:
@@ -113,50 +103,18 @@ def is_ours(out: Path, votes: Path) -> bool:
 
 
 def _content(out: Path) -> object:
-    """A hash of a file, or of each file of a folder by its name."""
+    """A hash of a file, or of each file of a folder by its name; of a listing with its images."""
+    if out.suffix == ".jsonl":
+        return [hash_file(out), _content(images_of(out))]
     return hash_file(out) if out.is_file() else {name: facts["sha256"] for name, facts in list_files(out).items()}
 
 
-def _row(
-    each: ImagePair, material: Material, label: Mapping[str, Label], old: PairTable | None, places: Mapping[str, int]
-) -> dict[str, object]:
-    """The columns of one pair."""
-    swapped = digest("export", material.plan.seed, each.id)[0] & 1
-    data = [ref.read() for ref in material.images(each.id)]
-    first = {"first": 1.0, "second": 0.0, "tie": 0.5}[label[each.id]]
-    columns: dict[str, list[object]] = {
-        "jpg": [*data],
-        "label": [first, 1.0 - first],
-        "uid": [hashlib.blake2b(each, digest_size=16).hexdigest() for each in data],
-    }
-    if old is not None:
-        columns["score"] = [*(old.scores(places[each.id]) or (float("nan"), float("nan")))]
-    names = {"jpg": "jpg_{}", "label": "label_{}", "uid": "image_{}_uid", "score": "score_{}"}
-    row: dict[str, object] = {"caption": each.prompt, "has_label": True, "are_different": True}
-    for part, sides in columns.items():
-        row |= {names[part].format(place): side for place, side in enumerate(sides[::-1] if swapped else sides)}
-    return row
-
-
-def _write_folder(out: Path, pairs: list[ImagePair], material: Material, label: Mapping[str, Label]) -> None:
-    width = len(str(len(pairs)))
-    with written_whole(out, what="the pairs") as partial:
-        for side in ("chosen", "rejected"):
-            (partial / side).mkdir(parents=True)
-        captions = {f"{number:0{width}}": each.prompt for number, each in enumerate(pairs)}
-        text = json.dumps(captions, ensure_ascii=False, indent=1)
-        (partial / "captions.json").write_text(text + "\n", encoding="utf-8")
-        for number, each in enumerate(pairs):
-            images, name = material.images(each.id), f"{number:0{width}}"
-            for side, ref in zip(("chosen", "rejected"), images if label[each.id] == "first" else images[::-1]):
-                data = ref.read()
-                (partial / side / f"{name}{_ending(data, ref)}").write_bytes(data)
-
-
-def _ending(data: bytes, ref: ImageRef) -> str:
-    """The file ending of encoded bytes, as they begin; that of the source's file for formats that begin otherwise."""
-    known = next((ending for start, ending in _ENDINGS.items() if data.startswith(start)), None)
-    ending = known or Path(ref.path or "").suffix
-    if not ending:
-        raise DiffalignError(f"{ref.where}: the image's format is not known; write the pairs to a .parquet file")
-    return ending
+def _labelled(
+    each: ImagePair, material: Material, label: Label, old: PairTable | None, places: Mapping[str, int]
+) -> LabelledPair:
+    """A pair as it is written, its sides in an order that the seed draws. old: with scores, which stay with them."""
+    scores = () if old is None else old.scores(places[each.id]) or (float("nan"), float("nan"))
+    images = material.images(each.id)
+    if digest("export", material.plan.seed, each.id)[0] & 1:
+        images, label, scores = images[::-1], _OTHER[label], scores[::-1]
+    return LabelledPair(each.prompt, images, label, more=dict(zip(SCORES, scores)))

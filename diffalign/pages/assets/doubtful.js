@@ -54,8 +54,9 @@
   search.addEventListener("input", show);
   save.addEventListener("click", () => {
     const cell = (text) => /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-    const rows = found.pairs.filter((pair) => ["swap", "drop"].includes(marks[pair.id])).map((pair) => `${cell(pair.id)},${marks[pair.id]}\n`);
-    const link = make("a", { href: URL.createObjectURL(new Blob(["id,decision\n", ...rows], { type: "text/csv" })), download: "decisions.csv" });
+    const rows = found.pairs.filter((pair) => ["swap", "drop"].includes(marks[pair.id]))
+      .map((pair) => `${cell(pair.id)},${marks[pair.id]},${cell(pair.prompt)},${pair.chosen_image}\n`);
+    const link = make("a", { href: URL.createObjectURL(new Blob(["id,decision,prompt,chosen_image\n", ...rows], { type: "text/csv" })), download: "decisions.csv" });
     link.click();
     URL.revokeObjectURL(link.href);
   });

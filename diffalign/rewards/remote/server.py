@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import Any
@@ -27,16 +28,30 @@ class ScorerServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = os.name != "nt"  # on Windows it would share a port that is in use
 
-    def __init__(self, scorer: Scorer, port: int, unit: str = "") -> None:
-        """Raises ScorerError for a port that cannot be used."""
+    def __init__(self, load: Callable[[], Scorer], port: int, unit: str = "") -> None:
+        """Takes the port, then loads the scorer, which may need minutes; connections are accepted after that.
+
+        Raises ScorerError for a port that cannot be used, and what `load` raises.
+        """
+        super().__init__(("127.0.0.1", port), _Handler, bind_and_activate=False)
         try:
-            super().__init__(("127.0.0.1", port), _Handler)
-        except OSError as error:
-            raise ScorerError(f"port {port} cannot be used ({error.strerror}); take another one") from error
-        self.scorer, self.lock, self.token = scorer, Lock(), os.environ.get(TOKEN, "")
+            self._on_port(self.server_bind)
+            self.scorer = scorer = load()
+            self._on_port(self.server_activate)
+        except BaseException:
+            self.server_close()
+            raise
+        self.lock, self.token = Lock(), os.environ.get(TOKEN, "")
         span = span_of(scorer)
         self.health: dict[str, Any] = {"protocol": VERSION, "name": scorer.name, "unit": unit, "tie": tie_of(scorer)}
         self.health |= {"batch": BATCH} if span is None else {"batch": BATCH, "span": list(span)}
+
+    def _on_port(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            port = self.server_address[1]
+            raise ScorerError(f"port {port} cannot be used ({error.strerror}); take another one") from error
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ written is one warning; the run continues.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from diffalign.errors import DiffalignError
 from diffalign.pages.html import save_page
 from diffalign.pages.run_page.data import RunState, read_run
 from diffalign.pages.run_page.page import run_page
+from diffalign.pages.run_page.summary import summary
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.metrics import RUN_PAGE
 from diffalign.types import Evidence
@@ -85,6 +87,13 @@ def write_run_page(folder: Path, config: AnyConfig, state: RunState) -> None:
     run = read_run(folder, config.resolved(), state, start_loss=start_loss(config))
     page = run_page([run], now=time.time())
     save_page(folder / RUN_PAGE, page)
+
+
+def print_summary(config: AnyConfig) -> None:
+    """Prints what the finished run of a config did and where its page is; nothing in other processes than the first."""
+    if os.environ.get("RANK", "0") == "0":
+        folder = Path(config.output_dir)
+        print(summary(read_run(folder, config.resolved(), RunState("finished")), folder / RUN_PAGE))
 
 
 def start_loss(config: AnyConfig) -> float | None:

@@ -16,7 +16,7 @@ Left out: cross-fitting (a run for every fold, each on the other folds), which n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import ImageError
+from diffalign.data.spec import DataSpec
+from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
 from diffalign.models.adapters.save_load import find_tuned
@@ -38,6 +40,7 @@ from diffalign.models.loading.encoder import Encoder
 from diffalign.training.build import build
 from diffalign.training.heldout.measure import FixedPoints, PointValues
 from diffalign.training.metrics import QUARTERS
+from diffalign.training.open_data import prepared
 from diffalign.training.processes import make_accelerator
 
 Floats = NDArray[np.float64]
@@ -62,13 +65,24 @@ class Doubts:
 
     table: PairTable
     ranked: list[Doubt]
-    trained_on: str  # the pairs' path
+    pairs: str  # the pairs' path
+    spec: DataSpec  # how they were read
+    trained: frozenset[str] = frozenset()  # ids of the pairs that the run trained on
 
 
-def doubtful_pairs(run_dir: str | Path, *, points: int = 8, batch_size: int | None = None, seed: int = 0) -> Doubts:
+def doubtful_pairs(
+    run_dir: str | Path,
+    *,
+    points: int = 8,
+    batch_size: int | None = None,
+    seed: int = 0,
+    pairs: tuple[str, DataSpec] | None = None,
+    check: Callable[[PairTable, str], None] | None = None,
+) -> Doubts:
     """Every pair of a run, or of one of its checkpoints, ordered by how strongly the weights there disagree with it.
 
-    points: (t, ε) of each pair, a multiple of 4. batch_size: pairs in a forward; None: the run's.
+    points: (t, ε) of each pair, a multiple of 4. batch_size: pairs in a forward; None: the run's. pairs: a path and how
+    it is read, for other pairs than the run's. check: called with the pairs and their path before any is measured.
     Raises DiffalignError for a folder without a run, and for a run without labelled pairs or whose objective does not
     compare the images of a pair; ModelError where there are no tuned weights.
     """
@@ -77,24 +91,40 @@ def doubtful_pairs(run_dir: str | Path, *, points: int = 8, batch_size: int | No
     accelerator = make_accelerator(config)
     run = build(config, accelerator)
     assert isinstance(run.table, PairTable), "a run with a source is refused"
+    share, heldout = _recorded(Path(run_dir)).validation, set[str]()
+    if isinstance(share.pairs, float):
+        _, places = split_by_prompt(run.table.prompts, share.pairs, share.pairs_seed, share.max_pairs)
+        heldout = {run.table.ids[place] for place in places}
+    table, path, spec = run.table, config.data.path, config.data.spec
+    if pairs is not None:
+        path, spec = pairs
+        table = open_pairs(path, spec)
+        table.require_usable()
+        table = prepared(_reading(config, path), table)
+    if check is not None:
+        check(table, path)
     run.load_weights(Path(run_dir))
     resolution = config.data.resolution or run.base.family.default_resolution
     encoder = Encoder(run.base, accelerator.device)
-    spec = LoaderSpec(
+    loader = LoaderSpec(
         run_seed=seed,
         train_batch_size=1,
         with_uncond=run.objective.needs_uncond,
         signed_masks=run.objective.takes_signs,
     )
-    source = OfflinePairs(run.table, Online(encoder, resolution), spec)
+    source = OfflinePairs(table, Online(encoder, resolution), loader)
     fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size, title="measuring pairs")
     values = fixed.values(run.objective, run.networks)
-    heldout: list[int] = []
-    share = _recorded(Path(run_dir)).validation
-    if isinstance(share.pairs, float):
-        _, heldout = split_by_prompt(run.table.prompts, share.pairs, share.pairs_seed, share.max_pairs)
+    held = {place for place, id in enumerate(table.ids) if id in heldout}
     timesteps = run.networks.schedule.num_train_timesteps
-    return Doubts(run.table, ranked(values, set(heldout), timesteps), config.data.path)
+    trained = frozenset(run.table.ids) - heldout
+    return Doubts(table, ranked(values, held, timesteps), path, spec, trained)
+
+
+def _reading(config: Config, path: str) -> Config:
+    """The config with other pairs, whose number says nothing about its batch."""
+    data, training = config.data.model_copy(update={"path": path}), config.training
+    return config.model_copy(update={"data": data, "training": training.model_copy(update={"train_batch_size": 1})})
 
 
 def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int) -> list[Doubt]:

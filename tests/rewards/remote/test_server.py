@@ -40,7 +40,7 @@ class Mean:
 
 @pytest.fixture
 def server(serve):
-    return serve(ScorerServer(Mean(), 0, "grey level"))
+    return serve(ScorerServer(Mean, 0, "grey level"))
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_wrong_requests_are_refused(server, url):
 
 def test_a_token_is_needed_where_one_is_set(serve, monkeypatch):
     monkeypatch.setenv("DIFFALIGN_SCORER_TOKEN", "open")
-    server = serve(ScorerServer(Mean(), 0))
+    server = serve(ScorerServer(Mean, 0))
     url = f"http://127.0.0.1:{server.server_address[1]}"
     assert Remote(url).score([Image.new("RGB", (2, 2))], ["a"]).tolist() == [1]
     monkeypatch.setenv("DIFFALIGN_SCORER_TOKEN", "closed")
@@ -113,8 +113,11 @@ def test_a_token_is_needed_where_one_is_set(serve, monkeypatch):
 
 
 def test_a_port_in_use_is_named(server):
+    def load():
+        raise AssertionError("the scorer was loaded before its port was tried")
+
     with pytest.raises(ScorerError, match="cannot be used"):
-        ScorerServer(Mean(), server.server_address[1])
+        ScorerServer(load, server.server_address[1])
 
 
 def test_the_command_serves_a_scorer_of_the_package(capsys, monkeypatch):

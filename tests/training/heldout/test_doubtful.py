@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffalign import DiffalignError
 from diffalign.cli.main import main
 from diffalign.config.schema import Config
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
-from diffalign.training.heldout.doubtful import doubtful_pairs, point_weights, ranked
+from diffalign.training.heldout.doubtful import Doubt, Doubts, doubtful_pairs, point_weights, ranked
 from diffalign.training.heldout.measure import PointValues
+from diffalign.training.heldout.pseudo_labels import Selection, pseudo_labels
 from diffalign.training.run import run_training
 from diffalign.world import base_path, pairs_path
 from tests.training.heldout.test_measure import FEW
@@ -69,7 +72,9 @@ def test_planted_flips_are_found_where_margins_predict_labels() -> None:
     assert sum(flipped[found]) >= 39
 
 
-def test_the_command_ranks_every_pair_and_shows_the_first(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_command_ranks_every_pair_and_shows_the_first(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     few = {**FEW, "output_dir": str(run), "training.max_train_steps": 2, "training.learning_rate": 1e-2}
     run_training(make_config(base_path(), {**few, "data.cache_dir": str(tmp_path / "cache")}))
@@ -87,6 +92,66 @@ def test_the_command_ranks_every_pair_and_shows_the_first(make_config: MakeConfi
     assert [rows[k]["id"] in text for k in (0, 2, 3)] == [True, True, False]
     with pytest.raises(SystemExit):  # an existing file is not replaced
         main(["data", "doubtful", str(run), "--out", str(out)])
+    with pytest.raises(SystemExit):  # nor is one file written twice
+        main(["data", "doubtful", str(run), "--out", f"{out}x", "--page", f"{tmp_path}/../{tmp_path.name}/{out.name}x"])
+    assert "--out and --page are both" in capsys.readouterr().err
+    # the page names the command that applies its marks, and the model can decide by itself
+    assert f"diffalign data relabel {pairs_path()} --decisions decisions.csv --out corrected.parquet" in text
+    marks, new = tmp_path / "decisions.csv", tmp_path / "new.parquet"
+    marks.write_text(f"id,decision\n{rows[0]['id']},swap\n{rows[1]['id']},drop\n")
+    main(["data", "relabel", str(pairs_path()), "--decisions", str(marks), "--out", str(new)])
+    corrected = open_pairs(new)
+    assert len(corrected) == len(open_pairs(pairs_path())) - 1
+    place = table.ids.index(rows[0]["id"])
+    assert corrected.index.first[corrected.ids.index(rows[0]["id"])] == 1 - table.index.first[place]
+    main(
+        [
+            "data",
+            "relabel",
+            "--by",
+            str(run),
+            "--out",
+            str(tmp_path / "sure.jsonl"),
+            "--points",
+            "4",
+            "--confident",
+            "0.25",
+        ]
+    )
+    sure = open_pairs(tmp_path / "sure.jsonl")
+    wanted = sorted(rows, key=lambda row: -abs(float(row["score"])))[:6]  # a quarter of 24
+    assert {id: bool(sure.index.first[i]) for i, id in enumerate(sure.ids)} == {
+        row["id"]: bool(table.index.first[table.ids.index(row["id"])]) ^ (float(row["score"]) < 0) for row in wanted
+    }
+    decided = list(csv.DictReader((tmp_path / "sure.decisions.csv").open()))
+    assert [row["decision"] for row in decided].count("drop") == 18
+
+
+def test_pseudo_labels_by_hand(tmp_path: Path) -> None:
+    """Scores -.6 .1 .5 -.2: the surer half are the first and the third; a pair that the run trained on stays."""
+    rows = [{"prompt": str(i), "chosen": f"{i}.png", "rejected": f"{i}x.png"} for i in range(4)]
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i,) * 3).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (8, 8), (99,) * 3).save(tmp_path / f"{i}x.png")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = open_pairs(tmp_path / "pairs.jsonl")
+    scores = [-0.6, 0.1, 0.5, -0.2]
+    doubts = [Doubt(i, score, 0.0, 0.0, 0.0, None, False) for i, score in enumerate(scores)]
+
+    def choices(selection: Selection, trained: Sequence[int] = ()) -> list[str]:
+        found = Doubts(table, doubts, "pairs", DataSpec(), frozenset(table.ids[i] for i in trained))
+        return [each.choice for each in pseudo_labels(found, selection, "run")[0].values()]
+
+    assert choices(Selection(0.5)) == ["swap", "drop", "keep", "drop"]
+    assert choices(Selection(0.5, unsure="keep")) == ["swap", "keep", "keep", "keep"]
+    assert choices(Selection(None, 0.2)) == ["swap", "drop", "keep", "swap"]
+    assert choices(Selection(1.0)) == ["swap", "keep", "keep", "swap"]
+    assert choices(Selection(0.1)) == ["drop"] * 4  # a tenth of four rounds to none
+    assert choices(Selection(0.3, keep_trained=True), [0]) == ["keep", "drop", "keep", "drop"]  # .3 of three
+    del doubts[2]  # a pair that could not be measured
+    assert choices(Selection(0.5)) == ["swap", "drop", "drop", "swap"]
+    with pytest.raises(DiffalignError, match="one of them"):
+        Selection(0.2, 0.5)
 
 
 def test_what_has_no_margins_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -1,32 +1,18 @@
-"""What `diffalign train` prints at the end of a run: what happened, in a few lines that fit 80 columns."""
+"""What is printed at the end of a run: what happened, in a few lines that fit 80 columns."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from diffalign.config.schema import AnyConfig
-    from diffalign.pages.run_page.data import RunData
-    from diffalign.pages.run_page.figures import Change, Figures
+from diffalign.pages.run_page.data import RunData
+from diffalign.pages.run_page.figures import Change, Figures, duration, figures
 
 WIDTH = 80
 REPORTS = 1  # of the health rules that is shown
 
 
-def finished_run(config: AnyConfig) -> RunData:
-    """What the run of a config has written."""
-    from pathlib import Path
-
-    from diffalign.pages.run_page.data import RunState, read_run
-
-    return read_run(Path(config.output_dir), config.resolved(), RunState("finished"))
-
-
-def summary(run: RunData) -> str:
-    """The lines."""
-    from diffalign.pages.run_page.figures import figures
-    from diffalign.training.metrics import RUN_PAGE
-
+def summary(run: RunData, page: Path) -> str:
+    """The lines. page: the page of the run, which the last line names where it is there."""
     found = figures(run)
     rows = [
         ("steps", _steps(found)),
@@ -41,7 +27,7 @@ def summary(run: RunData) -> str:
             else "no report",
         ),
         *(("", text) for text in found.reports[:REPORTS]),
-        ("page", str(run.folder / RUN_PAGE) if (run.folder / RUN_PAGE).is_file() else ""),
+        ("page", str(page) if page.is_file() else ""),
     ]
     return "\n".join(
         _cut(f"{name:>10}  {text}") if name != "page" else f"{name:>10}  {text}" for name, text in rows if text
@@ -49,8 +35,6 @@ def summary(run: RunData) -> str:
 
 
 def _steps(found: Figures) -> str:
-    from diffalign.pages.run_page.figures import duration
-
     of = f" of {found.max_steps:,}" if found.max_steps and found.max_steps != found.step else ""
     return f"{found.step:,}{of}{f' in {duration(found.seconds)}' if found.seconds is not None else ''}"
 
