@@ -12,13 +12,12 @@ const element = (tag, text, className) => {
 };
 
 // ---- what survives a reload: tab, place, sliders, focus, and whether to reload at all
-const KEY = "diffalign:" + location.pathname;
-const state = { tab: "training", scroll: 0, sliders: {}, reload: true, focus: "" };
-try { Object.assign(state, JSON.parse(sessionStorage.getItem(KEY) || "{}")); } catch { /* no storage: start anew */ }
+// In the history entry, not in sessionStorage: a reload may begin in a new process before the browser has that.
+const state = { tab: "training", scroll: 0, sliders: {}, reload: true, focus: "", ...history.state };
 const save = () => {
   state.scroll = window.scrollY;
   state.focus = document.activeElement ? document.activeElement.id : "";
-  try { sessionStorage.setItem(KEY, JSON.stringify(state)); } catch { /* as above */ }
+  try { history.replaceState(state, ""); } catch { /* too often for this browser: saved before the reload */ }
 };
 
 // ---- numbers
@@ -279,9 +278,8 @@ if (page.running) {
 }
 age();
 setInterval(age, 5000);
-// before the new page is asked for: at pagehide it may already have read the storage (another process)
 addEventListener("beforeunload", save);
-addEventListener("pagehide", save);
+addEventListener("pagehide", save); // where the other is not sent, as on telephones
 
 // ---- begin
 history.scrollRestoration = "manual";
