@@ -98,8 +98,8 @@ def find_tuned_run(run: str | Path, base: str | None = None) -> TunedRun:
             f"{tuned.path} is {tuned.layout.label}, a layer that no other program has; export covers LoRA and full "
             f"tuning.{user}"
         )
-    named = tuned.path.samefile(run)  # the file or folder itself, not where a run has put it
-    if config is not None and config.training.ema_decay is not None and not named and _is_checkpoint(Path(run)):
+    averaged = config is not None and config.training.ema_decay is not None and _is_checkpoint(Path(run))
+    if averaged and not tuned.path.samefile(run):  # named is not the file or folder itself, but where a run has put it
         raise ExportError(
             f"{run} is a checkpoint of a run with EMA: its weights are the raw ones, and their average is only in the "
             "state that resuming needs. Export the finished run, whose weights are the average; or the raw ones by "

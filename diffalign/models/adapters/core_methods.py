@@ -21,7 +21,7 @@ from diffalign.models.adapters.lora import (
     lora_parameters,
     start_magnitudes,
 )
-from diffalign.models.adapters.lora_file import is_dora, lora_file
+from diffalign.models.adapters.lora_file import is_dora
 from diffalign.models.adapters.merge import merge_into
 from diffalign.models.adapters.methods import Start, TuningMethod
 from diffalign.models.adapters.save_load import check_tuned, find_tuned
@@ -70,7 +70,7 @@ class LoRA(TuningMethod):
         given = [path for path in (self.resume_lora, self.reference) if path is not None]
         for path in given:
             check_tuned(unet, path)
-            if (found := is_dora(lora_file(path))) != self.use_dora:
+            if (found := is_dora(find_tuned(path).path)) != self.use_dora:
                 kind, wanted = "DoRA" if found else "plain LoRA", str(found).lower()
                 raise ModelError(
                     f"{path} is a {kind}, and tuning.use_dora is {str(self.use_dora).lower()}; "
@@ -86,7 +86,7 @@ class LoRA(TuningMethod):
         if (file := self.resume_lora or self.reference) is None:
             add_lora(unet, self.rank, self.lora_alpha, self.target_modules, seed=start.seed, use_dora=self.use_dora)
         else:
-            load_lora(unet, file)
+            load_lora(unet, find_tuned(file).path)
             found = unet.peft_config[ADAPTER]
             if (found.r, found.lora_alpha) != (self.rank, self.lora_alpha):
                 log.warning(
@@ -108,7 +108,9 @@ class LoRA(TuningMethod):
 
     def make_reference(self, unet: UNet, autocast_dtype: torch.dtype | None) -> Reference:
         """The same network without its adapter, or with the weights of `reference` in it."""
-        return LoraOff(unet) if self.reference is None else OtherLora(unet, adapter_weights(unet, self.reference))
+        if self.reference is None:
+            return LoraOff(unet)
+        return OtherLora(unet, adapter_weights(unet, find_tuned(self.reference).path))
 
     def describe(self, unet: UNet) -> str:
         """Rank and alpha in force, also where they came with `resume_lora`."""

@@ -26,6 +26,7 @@ from diffalign.models.adapters.layouts import LORA, UNET
 from diffalign.models.adapters.layouts import UNET_FOLDER as UNET_FOLDER
 from diffalign.models.adapters.layouts import load_full as load_full
 from diffalign.models.adapters.methods import WeightLayout, known_layouts
+from diffalign.models.hub import local_weights
 from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
@@ -58,9 +59,11 @@ def save_tuned(unet: UNet, output_dir: str | Path, family: Family) -> Path:
 def find_tuned(path: str | Path) -> TunedWeights:
     """The tuned weights at `path`: a unet folder, an adapter's file, an output_dir or a checkpoint folder.
 
-    Raises ModelError when there are none, or several kinds.
+    `path` may also be an id of the Hub, in the forms of `models/hub.py`. Raises ModelError when there are none, or
+    several kinds.
     """
-    path, layouts = Path(path), sorted(known_layouts(), key=lambda layout: layout is not UNET)
+    layouts = sorted(known_layouts(), key=lambda layout: layout is not UNET)
+    path = local_weights(path, [name for layout in layouts if layout is not UNET for name in layout.names])
     if path.is_file():
         refuse_pickle(path)
         if path.suffix != ".safetensors":

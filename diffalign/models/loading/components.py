@@ -95,20 +95,21 @@ class ModelFolder:
 def find_folder(spec: ModelSpec, parts: Iterable[str], dtype: torch.dtype = torch.float32) -> ModelFolder:
     """The folder that a spec names; of a Hub id the place in the Hub's cache, with the files of `parts` fetched.
 
-    Raises ModelError where there is none.
+    OWNER/NAME::FOLDER is a folder of a repository. Raises ModelError where there is none.
     """
-    name = spec.name
-    if Path(name).is_dir():
-        return ModelFolder(spec, Path(name), dtype)
+    name, _, inside = spec.name.partition("::")
+    if Path(spec.name).is_dir():
+        return ModelFolder(spec, Path(spec.name), dtype)
     if not is_hub_id(name):
-        raise ModelError(f"{name!r} does not exist; {_A_BASE_IS}")
+        raise ModelError(f"{spec.name!r} does not exist; {_A_BASE_IS}")
     from huggingface_hub import snapshot_download
 
+    patterns = [f"{inside}/{file}".lstrip("/") for file in files_of(parts, spec.variant)]
     try:
-        path = snapshot_download(name, revision=spec.revision, allow_patterns=files_of(parts, spec.variant))
+        path = snapshot_download(name, revision=spec.revision, allow_patterns=patterns)
     except Exception as error:  # the Hub's, the connection's and the disk's
         raise ModelError(f"{name!r} is not a folder on this machine, and {why_not_fetched(name, error)}") from error
-    return ModelFolder(spec, Path(path), dtype)
+    return ModelFolder(spec, Path(path) / inside, dtype)
 
 
 def files_of(parts: Iterable[str], variant: str | None) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.io.loaded_weights import check_module, named
 from diffalign.io.weight_files import check_weights, refuse_pickle
+from diffalign.models.hub import local_file
 from diffalign.models.loading.components import check_tokenizer, complete_scheduler
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
@@ -43,7 +44,8 @@ def load_single_file(
     """
     import diffusers
 
-    path, config, own_vae = spec.name, spec.single_file_config, spec.pretrained_vae_model_name_or_path is None
+    path = str(local_file(spec.name, spec.revision))
+    config, own_vae = spec.single_file_config, spec.pretrained_vae_model_name_or_path is None
     keys = check_weights(path).shapes.keys()
     family = next((name for name, key in _FAMILY_KEYS.items() if any(k.startswith(key) for k in keys)), None)
     if family is None:
