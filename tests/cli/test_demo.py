@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -47,7 +48,18 @@ def test_another_world_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_command_that_fails_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_fails_ends_the_demo(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = demo._start
+
+    def start(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        """The training itself; in place of the rest something that ends well, or waits to be stopped."""
+        if options.get("output"):
+            return subprocess.Popen(["sleep", "600"], start_new_session=True)
+        return real(arguments, **options) if "train" in arguments else subprocess.Popen(["true"])
+
+    monkeypatch.setattr(demo, "_start", start)
     with pytest.raises(DemoError, match="status 1"):
         run_demo(tmp_path, world="small", steps=0)
     assert "max_train_steps" in capfd.readouterr().err
