@@ -13,7 +13,8 @@ import pytest
 from diffalign.cli.commands import make_parser
 from diffalign.cli.main import main
 from diffalign.cli.next_steps import print_next
-from diffalign.cli.training.init import CARDS, GOALS, config_text, family_by_name
+from diffalign.cli.training.init import CARDS, GOALS, config_text, family_by_name, fit_for
+from diffalign.cli.training.length import enough, length_for
 from diffalign.config.schema import Config, load_config
 from diffalign.errors import DiffalignError
 from diffalign.world import base_path, pairs_path
@@ -26,6 +27,11 @@ def fails(capsys: pytest.CaptureFixture[str], *command: str) -> str:
         main(command)
     assert end.value.code == 2
     return capsys.readouterr().err
+
+
+def text_of(answers: dict[str, str], family: str) -> str:
+    fit = fit_for(family, answers["card"], answers["goal"])
+    return config_text(answers, fit, length_for(None, fit.per_step), "x")
 
 
 def next_commands(printed: str) -> list[list[str]]:
@@ -59,9 +65,9 @@ def test_every_answer_gives_a_config_or_says_which_card_is_needed(
     least = {"sd": 16, "sdxl": 24}[family] if goal == "full" else 8
     if card != "cpu" and int(card) < least:
         with pytest.raises(DiffalignError, match=f"needs a card of {least} GB"):
-            config_text(answers, family, "x")
+            text_of(answers, family)
         return
-    text = config_text(answers, family, "x")
+    text = text_of(answers, family)
     (tmp_path / "x.yaml").write_text(text)
     config = load_config(tmp_path / "x.yaml")
     assert isinstance(config, Config)
@@ -76,7 +82,7 @@ def test_sdxl_fits_are_those_of_the_packaged_configs(tmp_path: Path) -> None:
         answers = {"base": "b/xl", "pairs": "a/b", "card": card.removesuffix("gb"), "goal": kind}
         if answers["card"] not in CARDS:
             continue
-        (tmp_path / "x.yaml").write_text(config_text(answers, "sdxl", "x"))
+        (tmp_path / "x.yaml").write_text(text_of(answers, "sdxl"))
         ours, theirs = load_config(tmp_path / "x.yaml"), load_config(file)
         assert isinstance(ours, Config)
         assert isinstance(theirs, Config)
@@ -201,7 +207,7 @@ def test_any_path_comes_back_from_the_config(name: str, tmp_path: Path, monkeypa
 def test_an_invalid_config_is_never_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = config_text({"base": "a/b", "pairs": "a/b", "card": "cpu", "goal": "lora"}, "sd", "x") + "wrong: 1\n"
+    broken = text_of({"base": "a/b", "pairs": "a/b", "card": "cpu", "goal": "lora"}, "sd") + "wrong: 1\n"
     monkeypatch.setattr("diffalign.cli.training.init.config_text", lambda *_: broken)
     file = tmp_path / "x.yaml"
     assert f"{file}: 1 error(s)" in fails(capsys, "init", str(file), *ANSWERS, "--goal", "lora")
@@ -237,8 +243,60 @@ def test_the_base_must_exist_when_its_family_is_given_too(tmp_path: Path, capsys
 @pytest.mark.parametrize(("cores", "workers"), [(2, 2), (64, 8), (None, 1)])
 def test_no_more_workers_than_cores(cores: int | None, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    text = config_text({"base": "a/b", "pairs": "a/b", "card": "24", "goal": "lora"}, "sd", "x")
+    text = text_of({"base": "a/b", "pairs": "a/b", "card": "24", "goal": "lora"}, "sd")
     assert f"dataloader_num_workers: {workers}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("pairs", "per_step", "steps", "cadence", "said"),
+    [
+        (1, 1, 100, (5, 10, 10, 25), "1 usable pairs: 100 steps of 1 are 100 passes"),
+        (120, 16, 100, (5, 10, 10, 25), "120 usable pairs: 100 steps of 16 are 13.3 passes"),
+        (120, 4, 300, (10, 30, 30, 80), "120 usable pairs: 300 steps of 4 are 10 passes"),
+        (500, 16, 320, (10, 30, 30, 80), "500 usable pairs: 320 steps of 16 are 10.2 passes"),
+        (3199, 16, 2000, (10, 100, 200, 500), "3,199 usable pairs: 2,000 steps of 16 are 10 passes"),
+        (3200, 16, 2000, (10, 100, 200, 500), "At least 3,200 usable pairs: 2,000 steps of 16 are 10 passes or less"),
+        (None, 16, 1000, (10, 100, 100, 250), "10 passes are pairs * 10 / 16 steps"),
+    ],
+)
+def test_the_length_of_a_run_follows_from_its_pairs(
+    pairs: int | None, per_step: int, steps: int, cadence: tuple[int, ...], said: str
+) -> None:
+    found = length_for(pairs, per_step)
+    assert (found.steps, (found.logging, found.warmup, found.measuring, found.saving)) == (steps, cadence)
+    assert said in found.why
+    assert found.measuring % found.logging == 0  # as `validation.pairs_every` must be
+    assert enough(16) == 3200
+
+
+def test_init_counts_pairs_and_says_why_a_run_is_so_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["data", "world", "few.parquet", "--pairs", "3"])
+    (tmp_path / "none").mkdir()
+    goal = ["--card", "cpu", "--goal", "lora"]
+    for pairs, steps, batch, said in (
+        ("few.parquet", 100, 3, "3 usable pairs: 100 steps of 3 are 100 passes"),
+        (str(pairs_path()), 2000, 4, "At least 800 usable pairs: 2,000 steps of 4 are 10 passes or less"),
+        ("some/hub-id", 1000, 4, "The pairs were not counted (they are on the Hub): 10 passes are pairs * 10 / 4"),
+        ("./none", 1000, 4, "The pairs were not counted (they could not be read): 10 passes"),
+    ):
+        capsys.readouterr()
+        main(["init", "my.yaml", "--base", str(base_path()), "--pairs", pairs, *goal, "--overwrite"])
+        printed, text = capsys.readouterr().out, (tmp_path / "my.yaml").read_text()
+        assert said in " ".join(printed.split())
+        assert said in " ".join(line.strip(" #") for line in text.splitlines())
+        assert ("none contains nothing" in printed) == (pairs == "./none")
+        training = load_config(tmp_path / "my.yaml").training
+        assert (training.max_train_steps, training.train_batch_size) == (steps, batch)
+        # the commented part is right too once it is taken
+        (tmp_path / "my.yaml").write_text(
+            "\n".join(
+                line.removeprefix("# ") if line.startswith(("# v", "#  ")) else line for line in text.splitlines()
+            )
+        )
+        assert load_config(tmp_path / "my.yaml").validation.pairs == 0.1
 
 
 def test_data_check_names_init_only_where_it_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

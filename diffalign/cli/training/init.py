@@ -11,11 +11,13 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffalign.cli.common import overwrite_argument, path, path_text, writable
 from diffalign.cli.next_steps import print_next
+from diffalign.cli.training.length import Length, count_pairs, enough, length_for
 from diffalign.errors import DiffalignError, MissingFileError, printable
 from diffalign.io.files import written_whole
 from diffalign.io.hub import is_hub_id
@@ -49,6 +51,15 @@ class Fit:
     checkpointing: str
     optimizer: str = "adamw"
     precomputed_reference: bool = False
+
+    @property
+    def per_step(self) -> int:
+        """Pairs of an optimiser step, on one device."""
+        return self.batch * self.accumulation
+
+    def within(self, pairs: int | None) -> Fit:
+        """With a micro-batch that is no larger than the number of pairs, which a run would refuse."""
+        return self if pairs is None else replace(self, batch=min(self.batch, pairs))
 
 
 # family, all weights, least GB: the largest that the card has is taken
@@ -100,11 +111,19 @@ def run(args: argparse.Namespace) -> None:
     for name, place in (("base", base), ("pairs", answers["pairs"])):
         if not Path(place).exists() and not is_hub_id(place):
             raise MissingFileError(f"--{name} {place} does not exist, and is no Hub id; check the path")
-    text = config_text(answers, args.family or family_by_name(base), args.config.stem)
+    family = args.family or family_by_name(base)
+    fit = fit_for(family, answers["card"], answers["goal"])
+    pairs, why_not = count_pairs(answers["pairs"], enough(fit.per_step))
+    fit = fit.within(pairs)
+    length = length_for(pairs, fit.per_step, why_not.partition(":")[0])
+    text = config_text(answers, fit, length, args.config.stem)
     parse_config(parse_yaml(text, str(args.config)), str(args.config))
     with written_whole(args.config, what="the config") as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{args.config}: {GOALS[answers['goal']].partition(':')[0]}; docs/training.md explains every setting")
+    print(textwrap.fill(length.why, 80))
+    if ":" in why_not:
+        print(f"the pairs were not counted: {why_not}")
     print_next(
         ["data", "check", answers["pairs"], "--sample", "pairs.png"],
         ["check", str(args.config)],
@@ -185,15 +204,11 @@ def fit_for(family: str, card: str, goal: str) -> Fit:
     return fits[max(fits)]
 
 
-def config_text(answers: dict[str, str], family: str, name: str) -> str:
-    """The config as commented YAML. answers: base, pairs, card, goal; name: of the run's folder and its cache.
-
-    Raises DiffalignError as `fit_for` does.
-    """
+def config_text(answers: dict[str, str], fit: Fit, length: Length, name: str) -> str:
+    """The config as commented YAML. answers: base, pairs, card, goal; name: of the run's folder and its cache."""
     from diffalign.config.strict_yaml import quoted
 
-    card, goal = answers["card"], answers["goal"]
-    fit, gpu, full = fit_for(family, card, goal), card != "cpu", goal == "full"
+    goal, gpu, full = answers["goal"], answers["card"] != "cpu", answers["goal"] == "full"
     objective = {"noisy-labels": ["name: cdpo", "beta: 5000", "label_smoothing: 0.1"], "winners": ["name: sft"]}.get(
         goal, ["name: dpo", "beta: 5000  # a larger one keeps the tuned model nearer to the base"]
     )
@@ -226,27 +241,29 @@ def config_text(answers: dict[str, str], family: str, name: str) -> str:
         f"  dataloader_num_workers: {min(8, os.cpu_count() or 1) if gpu else 0}",
         "",
         "training:",
-        "  max_train_steps: 1000",
+        *(f"  # {line}" for line in textwrap.wrap(length.why, 110)),
+        f"  max_train_steps: {length.steps}",
         f"  train_batch_size: {fit.batch}  # pairs at a time; lower it where memory runs out",
-        f"  gradient_accumulation_steps: {fit.accumulation}  # {fit.batch * fit.accumulation} pairs a step in all",
+        f"  gradient_accumulation_steps: {fit.accumulation}  # {fit.per_step} pairs a step, on one GPU",
         f"  learning_rate: {'1.0e-8' if full else '1.0e-5'}",
         *(["  scale_lr: true  # learning_rate is multiplied by the pairs of a step"] if full else []),
         "  lr_scheduler: constant_with_warmup",
-        "  lr_warmup_steps: 100",
+        f"  lr_warmup_steps: {length.warmup}",
         f"  optimizer: {fit.optimizer}",
         f"  mixed_precision: {'bf16' if gpu else quoted('no')}",
-        "  checkpointing_steps: 250",
+        f"  checkpointing_steps: {length.saving}",
         "  checkpoints_total_limit: 2",
+        f"  logging_steps: {length.logging}",
         "  report_to: tensorboard",
         "",
         "# validation:",
         "#   pairs: 0.1  # measured and not trained on: they show when the run memorises its pairs",
         "#   max_pairs: 256",
-        "#   pairs_every: 250",
+        f"#   pairs_every: {length.measuring}",
         "#   early_stopping_patience: 4  # measurements without improvement",
         "#   load_best_model_at_end: true",
         *(["#   metric_for_best_model: loss"] if goal == "winners" else []),
-        "#   every: 250",
+        f"#   every: {length.saving}",
         '#   prompts: ["a lighthouse at dusk"]  # images during training, from the same noise each time',
     ]
     return "\n".join(lines) + "\n"
