@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> None:
         print(report)
     if args.to == "diffusers":
         print(f'  diffusers: pipeline.load_lora_weights("{args.out.parent}", weight_name="{args.out.name}")')
-        return
-    folders = LORA_FOLDERS if args.to == "kohya" else CHECKPOINT_FOLDERS
+    folders = {"kohya": LORA_FOLDERS, "single-file": CHECKPOINT_FOLDERS}.get(args.to, {})
     for program, folder in folders.items():
         print(f"  {program}: copy it to {folder.replace('NAME', args.out.stem)}")
+    if "\n\nNot measured" in card.read_text(encoding="utf-8"):
+        print(f"  the card has no evaluation: `diffalign card {args.tuned}` says where one is looked for")
 
 
 def _export(args: argparse.Namespace) -> None:

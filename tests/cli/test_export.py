@@ -39,7 +39,8 @@ def test_a_run_is_exported_as_a_lora_and_as_a_model(
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"{lora}: a LoRA in kohya's layout, fp32, 0.")
     assert [line.partition("copy it to ")[2].split()[0] for line in said[1:3]] == ["models/loras", "models/Lora"]
-    assert said[6].startswith(f"{half}: UNet, VAE and text encoders in one file, fp16, ")
+    assert "the card has no evaluation" in said[3]
+    assert said[8].startswith(f"{half}: UNet, VAE and text encoders in one file, fp16, ")
     expected = picture(load_pipeline(str(tiny_sdxl), tuned=str(run)))
     beside = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     beside.load_lora_weights(str(tmp_path), weight_name=lora.name)

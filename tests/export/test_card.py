@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +133,9 @@ def test_the_hubs_fields(models, lora: Path, make_config: Callable[..., Config])
     assert (found.to_dict()["base_model_relation"], found.license) == ends
 
 
-def test_an_evaluation_of_these_weights_is_on_the_card(models, lora: Path, tmp_path: Path) -> None:
+def test_an_evaluation_of_these_weights_is_on_the_card(
+    models, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = str(models["sd"].folder)
     other = write_lora(models["sd"], tmp_path / "other", seed=2, rank=4, alpha=4)
     sampling = Sampling(num_inference_steps=2, batch_size=4)
@@ -158,6 +162,28 @@ def test_an_evaluation_of_these_weights_is_on_the_card(models, lora: Path, tmp_p
     listed = re.findall(r"<li>(.*?)</li>", page)
     assert [html.unescape(one) for one in listed] == PROMPTS
     assert "<b>" not in page
+    # it is found in the working folder too, the newest where there are several, and never left out in silence
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(folder, "judged")  # result.json keeps its time
+    os.utime("judged/result.json", (2e9, 2e9))
+    main(["card", str(lora)])
+    said = capsys.readouterr().out
+    assert f"with the evaluation in {tmp_path}/here/judged; --evaluation DIR takes another: {folder}" in said
+    main(["export", str(lora), "--to", "kohya", "--out", "mine lora.safetensors"])
+    assert "no evaluation" not in capsys.readouterr().out
+    assert "](mine%20lora_before_after.jpg)" in Path("mine lora.md").read_text()
+    assert Image.open("mine lora_before_after.jpg").size == strip.size
+    main(["card", other, "--base", base])
+    said = capsys.readouterr().out
+    assert (
+        f"without an evaluation: no folder of one that measured these weights is in\n    {other}\n    {tmp_path}"
+        in said
+    )
+    command = f"evaluate {base} --tuned tuned={other} --prompts prompts.txt --seeds 0-3 --scorer pickscore"
+    assert command in " ".join(said.replace("\\\n", "").split())
+    main(["export", other, "--base", base, "--to", "kohya", "--out", "other.safetensors"])
+    assert f"the card has no evaluation: `diffalign card {other}`" in capsys.readouterr().out
     with pytest.raises(ExportError, match=r"measured other weights \(ours\)"):
         write_run_card(other, base=base, evaluation=folder)
     with pytest.raises(ExportError, match=r"has no result\.json"):

@@ -45,6 +45,18 @@ class Evaluation:
 
 def read_evaluation(folder: Path, run: TunedRun) -> Evaluation:
     """The evaluation in a folder. Raises ExportError where it is none, or measured other weights than the run's."""
+    result, measured = _read(folder)
+    found = _of_weights(folder, result, measured, weights_fingerprint(run.tuned.path))
+    if found is None:
+        raise ExportError(
+            f"{folder / RESULT} measured other weights ({', '.join(measured)}) than those at {run.tuned.path}: "
+            "evaluate these, or name the folder of their evaluation"
+        )
+    return found
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, list[str | None]]]:
+    """The result in a folder, and the fingerprints of the weights of each model. Raises ExportError."""
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         settings = {model["name"]: result["settings"][model["name"]] for model in result["models"]}
@@ -52,16 +64,16 @@ def read_evaluation(folder: Path, run: TunedRun) -> Evaluation:
         _ = result["prompts"], result["seeds"], result["versions"]
     except FileNotFoundError:
         raise ExportError(f"{folder} has no {RESULT}: name the folder that `diffalign evaluate --out` wrote") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ExportError(f"{folder / RESULT} is not the result of `diffalign evaluate` ({error!r})") from None
-    mine = weights_fingerprint(run.tuned.path)
+    return result, measured
+
+
+def _of_weights(
+    folder: Path, result: dict[str, Any], measured: Mapping[str, Sequence[str | None]], mine: str
+) -> Evaluation | None:
     model = next((name for name, found in measured.items() if mine in found), None)
-    if model is None:
-        raise ExportError(
-            f"{folder / RESULT} measured other weights ({', '.join(measured)}) than those at {run.tuned.path}: "
-            "evaluate these, or name the folder of their evaluation"
-        )
-    return Evaluation(folder, result, model)
+    return None if model is None else Evaluation(folder, result, model)
 
 
 def _alone(settings: Mapping[str, Any]) -> str | None:
@@ -70,15 +82,28 @@ def _alone(settings: Mapping[str, Any]) -> str | None:
     return str(settings["fingerprint"].get("tuned")) if whole else None
 
 
-def find_evaluation(run: TunedRun) -> Evaluation | None:
-    """The evaluation of these weights in `evaluation/` of the run or beside the run, where `diffalign demo` puts it."""
-    for folder in (run.folder / "evaluation", run.folder.absolute().parent / "evaluation"):
-        if (folder / RESULT).is_file():
-            try:
-                return read_evaluation(folder, run)
-            except ExportError:
-                continue  # of other weights
-    return None
+def find_evaluations(run: TunedRun) -> list[Evaluation]:
+    """The evaluations of these weights in the folders of `searched_in`, the newest first.
+
+    An evaluation records the fingerprint of the weights that it measured: those of others are not taken.
+    """
+    places = {file.resolve(): file for folder in searched_in(run) for file in sorted(folder.glob(f"*/{RESULT}"))}
+    found, mine = [], ""
+    for file in sorted(places.values(), key=lambda each: each.stat().st_mtime_ns, reverse=True):
+        try:
+            result, measured = _read(file.parent)
+        except ExportError:
+            continue  # a result.json of another program
+        mine = mine or weights_fingerprint(run.tuned.path)
+        if (evaluation := _of_weights(file.parent, result, measured, mine)) is not None:
+            found.append(evaluation)
+    return found
+
+
+def searched_in(run: TunedRun) -> list[Path]:
+    """Folders whose subfolders may be evaluations: the run, what the run is in, and the working folder."""
+    run_folder = run.folder.absolute()
+    return list(dict.fromkeys([run_folder, run_folder.parent, Path.cwd()]))
 
 
 def gains_table(evaluation: Evaluation) -> list[list[str]]:

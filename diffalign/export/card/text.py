@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from diffalign import __version__
 from diffalign.export.card.evaluation import STRIP, Evaluation, gains_table
@@ -29,7 +30,8 @@ class CardParts:
 
     facts: CardFacts
     evaluation: Evaluation | None = None
-    strip: Sequence[str] = ()  # the prompts of the pictures in the file before_after.jpg; empty: no pictures
+    strip: Sequence[str] = ()  # the prompts of the pictures in the file `strip_file`; empty: no pictures
+    strip_file: str = STRIP  # beside the card
     license: str | None = None  # an identifier of the Hub, such as openrail++; None: not stated
     family: str | None = None  # sd or sdxl, where it is known
 
@@ -43,7 +45,7 @@ def card_text(parts: CardParts) -> str:
         f"---\n{_metadata(parts)}\n---",
         f"# {md(name)}, tuned with {md(method)}",
         _what(facts),
-        _pictures(parts.strip),
+        _pictures(parts),
         _gains(parts.evaluation),
         _use(parts),
         _training(facts),
@@ -131,11 +133,12 @@ def _what(facts: CardFacts) -> str:
     return f"{told}.{notes}"
 
 
-def _pictures(prompts: Sequence[str]) -> str:
-    if not prompts:
+def _pictures(parts: CardParts) -> str:
+    if not parts.strip:
         return ""
-    listed = "\n".join(f"{number}. {md(prompt)}" for number, prompt in enumerate(prompts, 1))
-    return f"![The base above, the tuned model below]({STRIP})\n\nSame prompts, same noise, from left:\n\n{listed}"
+    listed = "\n".join(f"{number}. {md(prompt)}" for number, prompt in enumerate(parts.strip, 1))
+    file = quote(parts.strip_file)
+    return f"![The base above, the tuned model below]({file})\n\nSame prompts, same noise, from left:\n\n{listed}"
 
 
 def _gains(evaluation: Evaluation | None) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from diffalign.export.card.evaluation import STRIP as STRIP
-from diffalign.export.card.evaluation import Evaluation, draw_strip, find_evaluation, read_evaluation
+from diffalign.export.card.evaluation import Evaluation, draw_strip, find_evaluations, read_evaluation
 from diffalign.export.card.facts import CardFacts, Exported
 from diffalign.export.card.text import CardParts, card_text
 from diffalign.export.names import ExportError
@@ -35,7 +36,8 @@ def write_run_card(
 ) -> Path:
     """Write the README.md of a run (or of a merge, or of a folder with tuned weights); returns it.
 
-    base: as in `find_tuned_run`. evaluation: a folder that `evaluate` wrote; None: the run's own, if there is one.
+    base: as in `find_tuned_run`. evaluation: a folder that `evaluate` wrote; None: the newest that measured these
+    weights, in the folder of the run, beside it or in the working folder (`find_evaluations`), if there is one.
     license: an identifier of the Hub; None: as the card that is replaced has it. Raises ExportError for a card that was
     edited, unless it may be overwritten, for an evaluation of other weights, and for a licence that is no identifier.
     """
@@ -55,7 +57,7 @@ def write_export_card(run: TunedRun, exported: Exported, family: str, *, overwri
     check_card(file, overwrite)
     licence = stated_license(file) or stated_license(run.folder / CARD)
     parts = CardParts(CardFacts(run, exported), license=licence, family=family)
-    return _write(file, parts, find_evaluation(run), pictures=False)
+    return _write(file, parts, _evaluation(run, None), strip=f"{exported.file.stem}_{STRIP}")
 
 
 def check_card(file: Path, overwrite: bool) -> None:
@@ -106,16 +108,19 @@ def family_of_base(run: TunedRun) -> str | None:
 
 
 def _evaluation(run: TunedRun, folder: str | Path | None) -> Evaluation | None:
-    return find_evaluation(run) if folder is None else read_evaluation(Path(folder), run)
+    if folder is not None:
+        return read_evaluation(Path(folder), run)
+    return next(iter(find_evaluations(run)), None)
 
 
-def _write(file: Path, parts: CardParts, evaluation: Evaluation | None, *, pictures: bool = True) -> Path:
-    drawn = draw_strip(evaluation) if evaluation is not None and pictures else None
+def _write(file: Path, parts: CardParts, evaluation: Evaluation | None, *, strip: str = STRIP) -> Path:
+    """strip: name of the file of pictures beside the card."""
+    drawn = draw_strip(evaluation) if evaluation is not None else None
     prompts: list[str] = []
     if drawn is not None:
         image, prompts = drawn
-        image.save(file.with_name(STRIP), quality=92, subsampling=0)
-    whole = CardParts(parts.facts, evaluation, prompts, parts.license, parts.family)
+        image.save(file.with_name(strip), quality=92, subsampling=0)
+    whole = replace(parts, evaluation=evaluation, strip=prompts, strip_file=strip)
     file.write_text(sealed(card_text(whole)), encoding="utf-8")
     return file
 
