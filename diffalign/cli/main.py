@@ -21,11 +21,12 @@ from diffalign.errors import BUG, Interrupted, explain, printable
 from diffalign.training.processes import one_process
 
 SEVERAL_PROCESSES = ("train", "check", "encode")  # commands that share their work among launched processes
+TERMINATING = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # SLURM's warning
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 2: an error that the user can correct, in one message. 1: a bug, with its
-    traceback. 128 + n: ended by signal n (130: SIGINT, 143: SIGTERM)."""
+    traceback. 128 + n: ended by signal n (130: SIGINT, 138: SIGUSR1, 143: SIGTERM)."""
     with guarded():
         _run(sys.argv[1:] if argv is None else list(argv))
 
@@ -43,14 +44,15 @@ def _run(words: Sequence[str]) -> None:
     args = parse(words)
     quiet_libraries()
     main_thread = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
-    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
+    before = {signum: signal.signal(signum, _terminated) for signum in TERMINATING} if main_thread else {}
     try:
         if args.command not in SEVERAL_PROCESSES:
             one_process(args.command)
         args.run(args)
     except KeyboardInterrupt as stop:
         reason, signum = printable(str(stop)) or "interrupted", getattr(stop, "signum", signal.SIGINT)
-        print(f"diffalign {args.command}: {reason}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the others stop for the same reason
+            print(f"diffalign {args.command}: {reason}", file=sys.stderr)
         sys.exit(128 + signum)
     except BrokenPipeError:  # the reader of our output has ended, as `head` does
         # nothing more can be written, and Python's own flush at exit would raise again
@@ -69,10 +71,10 @@ def _run(words: Sequence[str]) -> None:
         print(f" {message}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _terminated(signum: int, _: object) -> None:
-    """SIGTERM ends a command as SIGINT does: partial files are removed and locks released."""
+    """These signals end a command as SIGINT does: partial files are removed and locks released."""
     raise Interrupted(signum, "terminated")

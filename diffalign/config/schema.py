@@ -168,11 +168,11 @@ def save_config(config: AnyConfig, path: Path) -> None:
 
 
 def packaged_configs() -> list[tuple[Path, str]]:
-    """The configs that come with diffalign, each with the first line of its header: what it is for."""
+    """The runs' configs that come with diffalign, each with the first line of its header: what it is for."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "training_configs", package / "_training_configs"):
         if folder.is_dir():
-            files = sorted(folder.rglob("*.yaml"))
+            files = sorted(file for file in folder.rglob("*.yaml") if file.parent != folder / "accelerate")
             return [(file, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files]
     return []
 

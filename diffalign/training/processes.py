@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffalign.errors import DiffalignError, MissingPackageError
+from diffalign.training.distributed.launcher_settings import is_true, refuse_launcher_settings, shards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,10 +51,11 @@ def before_accelerate() -> None:
     """Prepares the environment so that accelerate uses all launched processes; called before its state is made.
 
     Raises DiffalignError where processes were asked for and not started, where they are more than the GPUs, and for
-    a device that is not there.
+    a device that is not there, and what accelerate's own config asks for and is not done here.
     """
     import torch
 
+    refuse_launcher_settings()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     _check_devices(gpus)
     if launched_processes() == 1:
@@ -105,7 +107,7 @@ def _check_devices(gpus: int) -> None:
 
 
 def _uses_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "y", "on", "t")
+    return is_true(os.environ.get("ACCELERATE_USE_CPU"))
 
 
 def all_in_use(state: Any) -> None:
@@ -162,8 +164,9 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
     if launched not in ("no", ours) and accelerator.is_main_process:
         log.warning("mixed precision: accelerate's %s is not used; training.mixed_precision is %s", launched, ours)
     kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise DiffalignError(f"accelerate's {kind} is not supported; launch with plain data parallelism (--multi_gpu)")
+    if shards() or kind == "XLA":
+        named = "FSDP" if shards() else kind
+        raise DiffalignError(f"accelerate's {named} is not supported; launch with plain data parallelism (--multi_gpu)")
     return accelerator
 
 

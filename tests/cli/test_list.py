@@ -33,7 +33,7 @@ def test_every_objective_has_paper_file_configs_and_citation(name: str) -> None:
 def test_every_config_with_an_objective_is_listed_once() -> None:
     listed = sorted(config for entry in ENTRIES.values() for config in entry.configs)
     folder = ROOT / "training_configs"
-    files = folder.rglob("*.yaml")
+    files = [file for file in folder.rglob("*.yaml") if file.parent.name != "accelerate"]
     texts = {file.relative_to(folder).as_posix(): yaml.safe_load(file.read_text()) for file in files}
     assert listed == sorted(name for name, node in texts.items() if "objective" in node)
 

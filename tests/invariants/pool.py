@@ -1,7 +1,7 @@
 """Two processes that train one config after another, because importing torch and diffusers dominates a launch.
 
 They are joined anew for every job, as `torchrun` joins those it starts: the same variables, a port of the job's own.
-`test_processes.py` has `torchrun` itself.
+`test_processes.py` has a launcher, which is `torchrun`'s.
 """
 
 from __future__ import annotations

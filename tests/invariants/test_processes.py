@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the update of one: cached and online, LoRA and full, self-play; once under torchrun."""
+"""Two processes (gloo) give the update of one: cached and online, LoRA and full, self-play; once under accelerate's launcher."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def in_two(pool: Pool, config: Config | PreferenceModelConfig, where: Path) -> N
 
 
 def started(config: Config, processes: int, where: Path) -> subprocess.CompletedProcess[str]:
-    """How training under torchrun ended, well or not."""
+    """How training ended under accelerate's launcher (which is torchrun's) with a config of ours, well or not."""
     save_config(config, where)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    launch = ["accelerate.commands.launch", "--config_file", "training_configs/accelerate/ddp.yaml"]
+    options = [f"--num_processes={processes}", "--main_process_port=0"]
     return subprocess.run(
-        [*command, "-m", "diffalign", "train", str(where)],
+        [sys.executable, "-m", *launch, *options, "-m", "diffalign", "train", str(where)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # just what the docs say: no ACCELERATE_USE_CPU
         cwd=ROOT,
         capture_output=True,

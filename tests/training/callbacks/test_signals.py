@@ -16,7 +16,7 @@ from diffalign.config.schema import Config, save_config
 from diffalign.data.loader.dataset import leave_signals_to_parent
 from diffalign.errors import Interrupted
 from diffalign.io.folder_lock import LOCK_FILE
-from diffalign.training.callbacks.signals import Stopping
+from diffalign.training.callbacks.signals import SIGNALS, Stopping
 from diffalign.training.run import run_training
 from diffalign.training.trainable import Run
 from tests.training.test_run import same, weights
@@ -39,7 +39,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, at: int, *signals: int) -> None:
     monkeypatch.setattr(Run, "step", noted)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_once_and_says_how_to_go_on(
     signum: signal.Signals,
     make_config: MakeConfig,
@@ -50,7 +50,7 @@ def test_a_signal_finishes_the_step_saves_once_and_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "out"
     save_config(make_config(tiny_sd), tmp_path / "config.yaml")
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in SIGNALS]
     with monkeypatch.context() as patch:
         signalled(patch, 2, signum, signum)  # twice at once is one: `timeout` signals the process and its group
         with pytest.raises(SystemExit) as end:
@@ -59,11 +59,11 @@ def test_a_signal_finishes_the_step_saves_once_and_says_how_to_go_on(
     assert end.value.code == 128 + signum
     assert f"{signum.name}: this step is finished and a checkpoint written" in said
     assert f"stopped by {signum.name} after step 2 of 4; {out / 'checkpoint-2'} is written" in said
-    assert "training.resume_from_checkpoint=latest" in said
+    assert "To continue: the same command with training.resume_from_checkpoint=latest" in said
     assert "Traceback" not in said
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (out / LOCK_FILE).exists()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in SIGNALS] == before
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(
@@ -90,6 +90,29 @@ def test_the_second_signal_ends_at_once(
     assert not list(Path(config.output_dir).glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("during", ["the last step", "the images"])
+def test_after_the_last_step_the_final_weights_come_first_and_images_are_left_out(
+    during: str, make_config: MakeConfig, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def validate(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        drawn.append(True)
+
+    if during == "the last step":
+        signalled(monkeypatch, 1, signal.SIGINT)
+    monkeypatch.setattr("diffalign.training.callbacks.validation.validate", validate)
+    one = {"training.max_train_steps": 1, "validation.prompts": ["a cat"], "validation.every": 10}
+    with pytest.raises(
+        Interrupted, match=rf"final weights are in {tmp_path}/out, and the validation images .*left out"
+    ):
+        run_training(make_config(tiny_sd, one))
+    assert weights(tmp_path / "out")
+    assert not drawn
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 def test_a_signal_outside_the_loop_is_one_line(
     make_config: MakeConfig,
     tiny_sd: Path,
@@ -98,7 +121,8 @@ def test_a_signal_outside_the_loop_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_config(make_config(tiny_sd), tmp_path / "config.yaml")
-    for signum, said in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
+    ends = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGUSR1: "terminated"}
+    for signum, said in ends.items():
 
         def loading(*_: object, signum: int = signum) -> None:
             os.kill(os.getpid(), signum)
