@@ -42,6 +42,7 @@ from diffalign.training.callbacks.validation import Validation
 from diffalign.training.checkpoints.checkpoint import find_checkpoint
 from diffalign.training.checkpoints.final_weights import clear_output, has_final_weights
 from diffalign.training.checkpoints.run_state import resume
+from diffalign.training.distributed.shared_folder import check_shared
 from diffalign.training.heldout.callback import HeldOut
 from diffalign.training.heldout.stopping import EarlyStopping
 from diffalign.training.loop import train
@@ -117,7 +118,8 @@ def write_card(config: AnyConfig) -> None:
 def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
     """Within the block the output folder is this run's alone, and errors for lack of memory name the run's settings.
 
-    The main process takes the lock for all processes of the run; at the end trackers and processes are released.
+    The main process takes the lock for all processes of the run, and all must see the folder. At the end trackers and
+    processes are released.
     """
     output_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack, with_remedies(config):
@@ -129,6 +131,7 @@ def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
             claim(config)
 
         on_main(accelerator, take)
+        check_shared(config, accelerator)
         try:
             yield
         except BaseException as error:

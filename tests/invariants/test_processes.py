@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the update of one: cached and online, LoRA and full, self-play; once under accelerate's launcher."""
+"""Two processes (gloo) give the update of one: cached and online, LoRA and full, self-play; once by a real launcher."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from diffalign.cli.next_steps import print_next
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.models.loading.encoder import Encoder
     from diffalign.training.build import load_run_base
     from diffalign.training.build_source import encode_run, processes_of
+    from diffalign.training.distributed.shared_folder import require_shared
     from diffalign.training.heldout.build import encoded_as
     from diffalign.training.open_data import open_table, refuse_weights
     from diffalign.training.processes import make_state
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if config.data.cache_dir is None:
         raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = make_state()
+    require_shared(Path(config.data.cache_dir), state, "data.cache_dir", copies=True)
     with with_remedies(config):
         table = cast("PairTable", open_table(config, state))  # a run with a source has no cache
         refuse_weights(config, table)
