@@ -7,26 +7,26 @@ import pytest
 from diffalign.training.distributed import resume_command as module
 from diffalign.training.distributed.resume_command import resume_command
 
-PYTHON = "/opt/venv/bin/python"
+PYTHON = "/usr/bin/python"
 OURS = ["train", "my runs/a.yaml", "seed=1", "training.resume_from_checkpoint=null"]
 SAME = "train 'my runs/a.yaml' seed=1 training.resume_from_checkpoint=latest"
-MAIN = "/opt/venv/lib/diffalign/__main__.py"
+MAIN = "/usr/lib/diffalign/__main__.py"
 
 
 @pytest.mark.parametrize(
     ("program", "parent", "expected"),
     [
-        ("/opt/venv/bin/diffalign", ["bash"], f"diffalign {SAME}"),
+        ("/usr/bin/diffalign", ["bash"], f"diffalign {SAME}"),
         (MAIN, ["bash", "-c", "python -m diffalign train x"], f"python -m diffalign {SAME}"),
         (MAIN, ["timeout", "60", PYTHON, "-m", "diffalign", *OURS], f"python -m diffalign {SAME}"),
         (
             MAIN,
-            [PYTHON, "/opt/venv/bin/accelerate", "launch", "--config_file", "ddp.yaml", "-m", "diffalign", *OURS],
+            [PYTHON, "/usr/bin/accelerate", "launch", "--config_file", "ddp.yaml", "-m", "diffalign", *OURS],
             f"accelerate launch --config_file ddp.yaml -m diffalign {SAME}",
         ),
         (
             MAIN,
-            [PYTHON, "/opt/venv/bin/torchrun", "--nproc-per-node", "2", "-m", "diffalign", *OURS],
+            [PYTHON, "/usr/bin/torchrun", "--nproc-per-node", "2", "-m", "diffalign", *OURS],
             f"torchrun --nproc-per-node 2 -m diffalign {SAME}",
         ),
         (
