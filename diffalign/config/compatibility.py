@@ -48,7 +48,10 @@ def check_training(training: TrainingSection) -> None:
 
 
 def check_model(model: ModelSection) -> None:
-    """Raises DiffalignError for ways to compute a model that exclude each other."""
+    """Raises DiffalignError for ways to compute a model that exclude each other, and for a setting given twice."""
+    for name in {} if model.scheduler is None else model.scheduler.given:
+        if getattr(model, name, None) is not None:
+            raise DiffalignError(f"model.scheduler.{name} and model.{name} are both set; remove one of them")
     if model.compile and model.gradient_checkpointing == "selective":
         raise DiffalignError(
             "model.compile: a compiled block already recomputes its cheap activations; use "

@@ -15,6 +15,7 @@ from diffalign.config.data_sections import (
     packaged_asset,
     share_or_path,
 )
+from diffalign.config.scheduler_section import SchedulerSection
 from diffalign.config.value_types import (
     Confidence,
     Count,
@@ -76,6 +77,7 @@ class ModelSection(Section):
     variant: Text | None = None  # e.g. fp16
     single_file_config: PathText | None = None  # folder with the configs of a single-file checkpoint, for work offline
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
+    scheduler: SchedulerSection | None = None  # other settings in place of the scheduler config's
     # training alone, for bases whose release trained and sampled differently; null: the base's own
     rescale_betas_zero_snr: Switch | None = None  # SDXL-Turbo in Diffusion-DPO's release: true
     force_zeros_for_empty_prompt: Switch | None = None  # SDXL's null prompt; Diffusion-DPO's release encodes "": false
@@ -93,7 +95,8 @@ class ModelSection(Section):
     @property
     def spec(self) -> ModelSpec:
         """How the base is loaded."""
-        return ModelSpec(**self.model_dump(include={field.name for field in fields(ModelSpec)}))
+        values = self.model_dump(include={field.name for field in fields(ModelSpec)})
+        return ModelSpec(**values | {"scheduler": None if self.scheduler is None else self.scheduler.given})
 
     @property
     def text(self) -> TextSpec:

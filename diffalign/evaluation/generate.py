@@ -70,7 +70,10 @@ def _generate_missing(
 
     tuned, sampling = recipe.tuned, recipe.sampling
     spec = ModelSpec(
-        recipe.model, pretrained_vae_model_name_or_path=sampling.vae, prediction_type=sampling.prediction_type
+        recipe.model,
+        pretrained_vae_model_name_or_path=sampling.vae,
+        prediction_type=sampling.prediction_type,
+        scheduler=sampling.scheduler_config,
     )
     place: dict[str, Any] = {"torch_dtype": sampling.torch_dtype, "device": sampling.device}
     weights = None if tuned.path is None else str(tuned.path)

@@ -90,7 +90,9 @@ class ImageRecipe:
 
 def tag_of(settings: Mapping[str, Any]) -> str:
     """The `tag` of a recipe with these settings, as a result or a manifest has them."""
-    given = {k: v for k, v in settings.items() if v is not None or k not in ("user", "strength", "text")}
+    given = {
+        k: v for k, v in settings.items() if v is not None or k not in ("user", "strength", "text", "scheduler_config")
+    }
     known = {k: v for k, v in given.items() if k not in PATHS}
     return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
 

@@ -11,7 +11,7 @@ Left out: stochastic samplers (η > 0), guidance rescale, non-square images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -58,6 +58,7 @@ class Sampling:
     device: str = field(default_factory=best_device)
     vae: str | None = None  # another VAE, e.g. an fp16-safe one
     prediction_type: str | None = None  # in place of the scheduler config's
+    scheduler_config: Mapping[str, Any] | None = None  # other settings in place of the scheduler config's
     max_token_length: int | None = None  # these four as in `TextSpec`
     chunk_layout: str = "kohya"
     clip_skip: int = 0
@@ -91,6 +92,7 @@ class Sampling:
             "negative_prompt": self.negative_prompt,
             "dtype": self.dtype,
             "prediction_type": self.prediction_type,
+            "scheduler_config": dict(sorted(self.scheduler_config.items())) if self.scheduler_config else None,
             "text": self.text.recorded or None,
         }
 

@@ -89,14 +89,17 @@ def _training(run: TunedRun) -> dict[str, str]:
     """Settings of the run under sd-scripts' names; empty where no run is recorded."""
     if run.config is None:
         return {}
-    training = run.config.training
+    training, model = run.config.training, run.config.model
+    scheduler = {} if model.scheduler is None else model.scheduler.given
+    rescaled = model.rescale_betas_zero_snr or scheduler.get("rescale_betas_zero_snr")
     return {
         "ss_learning_rate": f"{training.learning_rate:g}",
         "ss_lr_scheduler": training.lr_scheduler,
         "ss_optimizer": training.optimizer,
         "ss_seed": f"{run.config.seed}",
         **({} if run.steps is None else {"ss_steps": f"{run.steps}"}),
-        **_text(run.config.model.text),
+        **({"ss_zero_terminal_snr": "True"} if rescaled else {}),
+        **_text(model.text),
         "ss_training_comment": f"{run.objective}, tuned on preferences with diffalign",
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,9 +60,7 @@ class TunedRun:
 
     def base_spec(self, vae: str | None = None) -> ModelSpec:
         """What `load_base` and `outline_base` take, with another VAE if given in place of the model's own."""
-        names = ("revision", "variant", "prediction_type", "single_file_config")
-        same = {name: getattr(self.base, name) for name in names}
-        return ModelSpec(self.base.pretrained_model_name_or_path, vae, **same)
+        return replace(self.base.spec, pretrained_vae_model_name_or_path=vae)
 
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for a file's metadata: keys of our own."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class ModelSpec:
     variant: str | None = None  # of the weight files, e.g. fp16
     single_file_config: str | None = None  # local folder with the configs of a single file's pipeline
     prediction_type: str | None = None  # in place of the scheduler config's
+    scheduler: Mapping[str, Any] | None = None  # other settings in place of its own (`engine/scheduler_override.py`)
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from diffalign.models.kernels.attention import set_attention
 from diffalign.models.kernels.checkpointing import Checkpointing, place, set_checkpointing, store_for_autocast
 from diffalign.models.kernels.compile import compile_blocks
 from diffalign.models.loading.base import Base, load_base, vae_factor
+from diffalign.models.loading.components import complete_scheduler
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import Family, check_resolution
 from diffalign.models.loading.modules import UNet
@@ -56,6 +57,9 @@ def trained_as(base: Base, model: ModelSection) -> Base:
     """
     if base.text is not None and model.text != base.text.spec:
         base = replace(base, text=replace(base.text, spec=model.text))
+    if model.scheduler is not None or model.prediction_type is not None:  # `load_base` did so; not of an open pipeline
+        config, schedule = complete_scheduler(base.scheduler_config, model.spec)
+        base = replace(base, scheduler_config=config, schedule=schedule)
     if model.rescale_betas_zero_snr is not None:
         config = {**base.scheduler_config, "rescale_betas_zero_snr": model.rescale_betas_zero_snr}
         base = replace(base, schedule=NoiseSchedule.from_config(config))

@@ -59,6 +59,13 @@ def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, A
         "--prediction-type", choices=PREDICTIONS, help=("override the prediction type of the scheduler config")
     )
     parser.add_argument(
+        "--scheduler-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override another setting of the scheduler config, e.g. timestep_spacing=trailing; may be repeated",
+    )
+    parser.add_argument(
         "--max-token-length",
         type=count,
         metavar="N",
@@ -110,11 +117,26 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
         device=device_of(args.device),
         vae=args.vae,
         prediction_type=args.prediction_type,
+        scheduler_config=_scheduler_config(args.scheduler_config, args.prediction_type),
         max_token_length=args.max_token_length,
         chunk_layout=args.chunk_layout,
         clip_skip=args.clip_skip,
         prompt_weights=args.prompt_weights,
     )
+
+
+def _scheduler_config(texts: Sequence[str], prediction_type: str | None) -> dict[str, Any] | None:
+    """The settings of `--scheduler-config`. Raises DiffalignError for keys and values that do not exist."""
+    from diffalign.config.overrides import override
+    from diffalign.config.scheduler_section import SchedulerSection
+    from diffalign.config.schema import settings_of
+
+    tree: dict[str, Any] = {}
+    override(tree, texts)
+    given = settings_of(SchedulerSection, tree, "--scheduler-config").given
+    if prediction_type is not None and "prediction_type" in given:
+        raise DiffalignError("--prediction-type and --scheduler-config prediction_type=… are both given; give one")
+    return given or None
 
 
 def given_user(args: argparse.Namespace) -> list[float] | None:

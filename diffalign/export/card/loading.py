@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from diffalign.export.card.facts import CardFacts, Source
 
@@ -47,11 +48,15 @@ def diffusers_lines(facts: CardFacts, prompt: str | None, family: str | None) ->
         lines.append(f"pipeline = {loader}({', '.join(parts)})")
         if facts.kind == "lora":
             lines.append(f"pipeline.load_lora_weights(here, weight_name={_text(facts.weights.name)})")
+    scheduler = {} if model.scheduler is None else model.scheduler.given
     if model.prediction_type is not None:
-        lines.append(
-            "pipeline.scheduler = type(pipeline.scheduler).from_config("
-            f'pipeline.scheduler.config, prediction_type="{model.prediction_type}")'
-        )
+        scheduler["prediction_type"] = model.prediction_type
+    if scheduler:
+        # not every class can rescale its betas, and one that cannot ignores the key
+        kind = "DDIMScheduler" if "rescale_betas_zero_snr" in scheduler else "type(pipeline.scheduler)"
+        imported |= {kind} if kind == "DDIMScheduler" else set()
+        given = ", ".join(f"{key}={_literal(value)}" for key, value in scheduler.items())
+        lines.append(f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {given})")
     imports = [f"from diffusers import {', '.join(sorted(imported))}"]
     given = _text(prompt or PROMPT)
     if text := model.text.recorded:  # no argument of diffusers' pipelines stands for all of it
@@ -71,6 +76,10 @@ def on_the_hub(card: str, folder: str, repo_id: str) -> str:
 
 def _vae(facts: CardFacts) -> str:
     return Source.of(str(facts.run.base.pretrained_vae_model_name_or_path)).name
+
+
+def _literal(value: Any) -> str:
+    return _text(value) if isinstance(value, str) else repr(value)
 
 
 def _text(value: str) -> str:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from diffalign.engine.schedule import NoiseSchedule
+from diffalign.engine.scheduler_override import changes, overridden
 from diffalign.errors import DiffalignError
 from diffalign.io.hub import is_hub_id, why_not_fetched
 from diffalign.io.loaded_weights import check_module, check_report
@@ -234,21 +235,31 @@ def load_scheduler(folder: ModelFolder) -> tuple[dict[str, Any], NoiseSchedule]:
 def complete_scheduler(config: dict[str, Any], spec: ModelSpec) -> tuple[dict[str, Any], NoiseSchedule]:
     """A scheduler config with the defaults of the class that it names, and the noise that it describes.
 
-    The prediction type is the spec's, where that gives one. Raises ModelError that names the base for noise not tuned
-    here, and for a class that lacks a package.
+    The spec's prediction type and scheduler settings replace the config's, and the log says what that changes. Raises
+    ModelError that names the base for noise not tuned here, and for a class that lacks a package.
     """
     import diffusers
 
+    override = dict(spec.scheduler or {})
     if spec.prediction_type is not None:
-        config = config | {"prediction_type": spec.prediction_type}
+        override["prediction_type"] = spec.prediction_type
     try:
+        own, config = config, overridden(config, override) if spec.scheduler else config | override
         schedule = NoiseSchedule.from_config(config)
+        if override:
+            _log_changes(spec.name, own, schedule)
         name = config.get("_class_name")
         full = config if name is None else dict(getattr(diffusers, name).from_config(config).config)
     except (DiffalignError, ImportError) as error:  # LMSDiscreteScheduler and others want packages of their own
         raise ModelError(f"the scheduler of {spec.name!r}: {' '.join(str(error).split())}") from error
     plain = {key: value for key, value in full.items() if not key.startswith("_")}
     return plain | {"_class_name": name or "DDIMScheduler"}, schedule
+
+
+def _log_changes(source: str, own: dict[str, Any], schedule: NoiseSchedule) -> None:
+    with suppress(DiffalignError):  # the config's own settings may be what the override corrects
+        if changed := changes(NoiseSchedule.from_config(own), schedule):
+            log.info("the scheduler of %s: %s", source, changed)
 
 
 def _why_no_scheduler(source: str, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from diffalign.models.loading.components import check_tokenizer, complete_schedu
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
 from diffalign.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 _UNET_KEY = "model.diffusion_model."
 _VAE_KEYS = ("first_stage_model.", "vae.")
@@ -46,7 +49,8 @@ def load_single_file(
 
     path = str(local_file(spec.name, spec.revision))
     config, own_vae = spec.single_file_config, spec.pretrained_vae_model_name_or_path is None
-    keys = check_weights(path).shapes.keys()
+    header = check_weights(path)
+    keys = header.shapes.keys()
     family = next((name for name, key in _FAMILY_KEYS.items() if any(k.startswith(key) for k in keys)), None)
     if family is None:
         raise ModelError(
@@ -98,7 +102,14 @@ def load_single_file(
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in keys:
         scheduler["rescale_betas_zero_snr"] = True
-    return pipeline, *complete_scheduler(scheduler, spec)
+    completed, schedule = complete_scheduler(scheduler, spec)
+    if header.metadata.get("modelspec.prediction_type") == "v" and schedule.prediction_type != "v_prediction":
+        log.warning(
+            "%s: its metadata say that it predicts v, and it is used as a model that predicts %s; if the metadata are "
+            "right, set model.prediction_type: v_prediction (--prediction-type)",
+            *(path, schedule.prediction_type),
+        )
+    return pipeline, completed, schedule
 
 
 def _missing(path: str, config: str | None) -> str | None:

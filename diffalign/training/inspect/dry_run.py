@@ -59,6 +59,10 @@ def describe_run(run: Run, start: int = 0) -> str:
         ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, {how}"),
         ("files", f"{run.output_dir}/ {', '.join(files)}"),
     ]  # fmt: skip
+    if config.model.scheduler is not None:
+        settings = ", ".join(f"{name} {value}" for name, value in config.model.scheduler.given.items())
+        last = float(run.base.schedule.alphas_cumprod[-1])
+        rows.insert(2, ("scheduler", f"{settings}; SNR at the last timestep {last / (1 - last):.3g}"))
     if text := config.model.text.recorded:
         rows.insert(2, ("prompts", ", ".join(f"{name} {value}" for name, value in text.items())))
     if run.table.heldout is not None:

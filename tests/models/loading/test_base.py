@@ -154,13 +154,18 @@ def test_single_file_holds_the_same_model(model: Model, tmp_path: Path):
         load_base(str(file))  # offline, and no configs given
 
 
-def test_v_prediction_markers_of_a_single_file_are_believed(models, tmp_path: Path):
+def test_v_prediction_markers_of_a_single_file_are_believed(models, tmp_path: Path, caplog):
     model, file = models["sdxl"], tmp_path / "model.safetensors"
     markers = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
     save_file(single_file_state(model.base) | markers, file)
     base = load_base(ModelSpec(str(file), single_file_config=str(model.folder)), vae_and_text=False)
     assert base.schedule.prediction_type == "v_prediction"
     assert base.schedule.alphas_cumprod[-1] == 0
+    # metadata are copied by merges, so what they say alone is a warning
+    save_file(single_file_state(model.base), file, metadata={"modelspec.prediction_type": "v"})
+    base = load_base(ModelSpec(str(file), single_file_config=str(model.folder)), vae_and_text=False)
+    assert base.schedule.prediction_type == "epsilon"
+    assert "metadata say that it predicts v" in caplog.text
 
 
 def test_pickled_weights_are_refused_with_a_way_out(folder: Path):
