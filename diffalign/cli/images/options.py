@@ -18,6 +18,7 @@ from diffalign.cli.common import (
     seeds,
     steps,
     tie,
+    whole,
 )
 from diffalign.errors import DiffalignError
 
@@ -79,7 +80,7 @@ def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, A
     )
     parser.add_argument(
         "--clip-skip",
-        type=int,
+        type=whole(0, 100),
         default=0,
         metavar="N",
         help="last layers of the text encoders left out, as in diffusers: one less than A1111's number",
