@@ -48,6 +48,7 @@ def _open_table(config: AnyConfig) -> Table:
         found = open_winners(data.path, data.spec)
         if isinstance(found, PairTable):
             no_terms(found, f"source {source.name} generates its pairs")
+    enough_prompts(config, len(found))
     found.heldout = open_heldout(config)
     return found
 
@@ -133,6 +134,17 @@ def refuse_weights(config: AnyConfig, table: Table) -> None:
     for each in (table, table.heldout):
         if each is not None and config.model.prompt_weights == "refuse":
             weighted(each.prompts, "refuse")
+
+
+def enough_prompts(config: Config, prompts: int) -> None:
+    """Raises DataError for a source whose round would visit some of so many prompts twice."""
+    source = config.source
+    per_round = getattr(source, "prompts_per_round", 0)  # not of sources that count rounds in images
+    if source is not None and per_round > prompts:
+        raise DataError(
+            f"source.prompts_per_round: {per_round}, and {config.data.path} has {prompts} different prompts "
+            f"(data.max_pairs: {config.data.max_pairs}); set it to {prompts} or less, or give more prompts"
+        )
 
 
 def no_terms(table: PairTable, why: str) -> None:

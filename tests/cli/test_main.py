@@ -145,6 +145,18 @@ def test_check_makes_one_pair_of_a_run_that_makes_its_own(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_round_of_more_prompts_than_there_are_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By `train` before a model is loaded, and by `check` although it makes a smaller round."""
+    words = [
+        str(WORLD.with_name("online_dpo.yaml")),
+        "data.path=assets/world/train.txt",
+        f"output_dir={tmp_path / 'o'}",
+    ]
+    said = r"source.prompts_per_round: 128, and .*train.txt has 72 different prompts"
+    for command in ("train", "check"):
+        assert re.search(said, fails(capsys, command, *words, "source.sampling_steps=2", "training.report_to=none"))
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list"])
     printed = capsys.readouterr().out

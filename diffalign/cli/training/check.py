@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.config.schema import PreferenceModelConfig, load_config
     from diffalign.training.build import build
     from diffalign.training.inspect.dry_run import describe_run, dry_run
+    from diffalign.training.open_data import enough_prompts
     from diffalign.training.optim.optimizers import effective_lr
     from diffalign.training.processes import make_accelerator, on_main
     from diffalign.training.remedies import with_remedies
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     with ExitStack() as stack, with_remedies(config):
         folder = on_main(accelerator, lambda: stack.enter_context(TemporaryDirectory()))
         built = build(dry_config(config.model_copy(update=changes), folder), accelerator)
+        if config.source is not None:
+            enough_prompts(config, len(built.table))  # of the source as it is, not of the small one
         planned = replace(
             built,
             config=settled(config, accelerator.device, built.base.family.name),
