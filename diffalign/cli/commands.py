@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     "data": {
         "data": (
             "data",
-            "check, score, relabel or make pairs; find doubtful labels; fetch prompts",
+            "check, score, relabel or make pairs; doubtful labels; prompts",
             "data check my/pairs --sample pairs.png",
         ),
         "label": (
