@@ -102,24 +102,29 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "take away": {
         "export": (
-            "export",
+            "weights.export",
             "write tuned weights as files for ComfyUI, A1111 and kohya",
             "export runs/dpo --to kohya --out dpo.safetensors",
         ),
         "card": (
-            "card",
+            "weights.card",
             "write the model card of a run, with its evaluation and licence",
             "card runs/dpo --evaluation evaluation --license openrail++",
         ),
         "push": (
-            "push",
+            "weights.push",
             "push weights, card and settings of a run to the Hugging Face Hub",
             "push runs/dpo OWNER/NAME",
         ),
         "merge": (
-            "merge",
+            "weights.merge",
             "merge tuned weights: average, extrapolate, mix",
             "merge BASE merged runs/a=0.5 runs/b=0.5",
+        ),
+        "convert": (
+            "weights.convert",
+            "convert pickled weights to safetensors, without running them",
+            "convert unet.pth --base BASE --out runs/theirs",
         ),
     },
 }

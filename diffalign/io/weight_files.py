@@ -27,7 +27,9 @@ _STAMP = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # pickle's protocols; torch.save's zip
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _AGAIN = "download or copy it again"
-CONVERT = "convert it once, if you trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+CONVERT = (
+    "convert it once: `diffalign convert FILE --out NEW.safetensors`, which reads its tensors and runs nothing of it"
+)
 
 
 @dataclass(frozen=True)

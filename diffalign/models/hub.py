@@ -5,8 +5,8 @@
     OWNER/NAME::FILE.safetensors  one LoRA file
     OWNER/NAME@REVISION[::…]      of a branch, tag or commit
 
-Configs are fetched first, and then the weights of the one UNet that they describe. Pickles are never fetched, nor the
-settings of a run, which may name classes to import.
+Configs are fetched first, and then the weights of the one UNet that they describe. Pickles are fetched by `diffalign
+convert` alone, and the settings of a run, which may name classes to import, never.
 """
 
 from __future__ import annotations
@@ -44,6 +44,21 @@ def local_file(name: str, revision: str | None) -> Path:
     """The path on this machine of a base in one file, which may be OWNER/NAME::FILE.safetensors. Raises ModelError."""
     repository, _, inside = name.partition("::")
     return local_weights(f"{repository}@{revision}::{inside}" if inside and revision else name, ())
+
+
+def pickled_file(name: str) -> Path:
+    """The path on this machine of a pickle to convert, which may be OWNER/NAME::FILE. Raises ModelError.
+
+    For `diffalign convert` alone: nothing else fetches a pickle.
+    """
+    repository, _, inside = name.partition("::")
+    repository, _, revision = repository.partition("@")
+    if not inside or Path(name).exists():
+        return Path(name)
+    found = _snapshot(name, repository, revision or None, [inside]) / inside
+    if not found.is_file():
+        raise ModelError(_nothing(name, repository, revision or None, f"has no {inside}"))
+    return found
 
 
 @lru_cache

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from diffalign.io.loaded_weights import check_module, check_report
+from diffalign.io.pickles import torch_reason
 from diffalign.io.weight_files import check_folder, check_weights
 from diffalign.rewards.base import ScorerError
 from diffalign.rewards.preprocess import Fit, clip_pixels, crop
@@ -127,18 +128,12 @@ def load_state(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint, or contains code
         raise ScorerError(
             f"{file} cannot be read as weights ({torch_reason(error)}); download it again, give a "
-            ".safetensors file, or convert it once: python -m diffalign.rewards.released.convert FILE NEW.safetensors"
+            ".safetensors file, or convert it once: diffalign convert FILE --out NEW.safetensors"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ScorerError(f"{file} has no state dict (names and tensors); download it again")
     return state
-
-
-def torch_reason(error: Exception) -> str:
-    """Why torch does not read a file, without its advice to run the file's code."""
-    cause = error.__context__ if isinstance(error.__context__, type(error)) else error
-    return f"{type(error).__name__}: {' '.join(str(cause).split())[:200]}"
 
 
 def load_or_explain(source: str, load: Callable[[], T], filename: str = "") -> T:

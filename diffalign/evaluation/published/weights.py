@@ -22,7 +22,8 @@ def release_path(release: Release, base: PublishedBase) -> Path:
     if release.layout == "pickle":
         raise DiffalignError(
             f"{release.name} ({release.repository}) is released as a pickle, {release.path}, which is not loaded; "
-            f"convert it to a unet folder and give --tuned {release.name}=PATH"
+            f"convert it with `diffalign convert {release.repository}::FILE --base {base.model} --out PATH` and give "
+            f"--tuned {release.name}=PATH"
         )
     if release.layout == "lora":
         found = sorted(_snapshot(release, [release.path]).glob(release.path))

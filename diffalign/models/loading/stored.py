@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from diffalign.io.weight_files import CONVERT, check_weights
+from diffalign.io.weight_files import check_weights
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
 
@@ -78,9 +78,8 @@ def _none_there(folder: Path, sets: dict[str | None, list[Path]], variant: str |
     if any(name.endswith(_PICKLED) for name in names):
         return (
             f"{what}: only pickled weights exist ({', '.join(names)}), and they are not opened because "
-            "they can run code. If you trust them, convert them once: load the pipeline with "
-            "diffusers' from_pretrained(..., use_safetensors=False) and save it with "
-            f"save_pretrained(..., safe_serialization=True); for one file, {CONVERT}"
+            "they can run code. Convert the model's folder once: `diffalign convert FOLDER --out NEW_FOLDER`, which "
+            "reads tensors and runs nothing else in them"
         )
     return f"{what}: found {', '.join(names) or 'nothing'}; download or copy the model again"
 

@@ -10,8 +10,8 @@ Published accuracies were measured with threshold .3 (the authors' evaluation sc
 release normalises by the largest product of a batch, always of one prompt in their script; here it is that of each
 prompt, so that a score does not depend on the batch. It computes in float16, here in float32.
 
-Weights: the authors' `MPS_overall_checkpoint.pth` is a whole pickled module. Convert it once with `python -m
-diffalign.rewards.released.convert`, or use its conversion RE-N-Y/mpsv1 on the Hub.
+Weights: the authors' `MPS_overall_checkpoint.pth` is a whole pickled module. Convert it once with `diffalign
+convert`, or use its conversion RE-N-Y/mpsv1 on the Hub.
 """
 
 from __future__ import annotations

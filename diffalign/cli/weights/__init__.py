@@ -1,0 +1,1 @@
+"""Commands that convert, merge and give away weights."""
