@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.checkpoints.run_state import restore, save_final
+from diffalign.training.distributed.vital_signs import long_work
 from diffalign.training.trainable import Trainable
 
 
@@ -38,6 +39,7 @@ def train(run: Trainable, start: int = 0, callbacks: Sequence[Callback] = ()) ->
                 state.begin()
                 batches = run.source.batches(state.step)
         state.call("on_stop")
-        save_final(run, state.step if state.weights_of is None else state.weights_of)
+        with long_work("writing the final weights"):
+            save_final(run, state.step if state.weights_of is None else state.weights_of)
         state.call("on_train_end")
     return state.metrics

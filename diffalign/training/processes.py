@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PATIENCE = timedelta(hours=12)  # others wait while one process examines the data or writes a checkpoint
+# A process that hangs or is gone is found in minutes by `distributed/watch.py`, which knows of long work that one does
+# alone (writing a checkpoint); a collective itself cannot, so its own limit is above the longest of that.
+PATIENCE = timedelta(hours=12)
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's, and MPI's
 _ON_A_CPU = "torchrun --nproc-per-node 2 -m diffalign train my.yaml"
 

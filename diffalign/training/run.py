@@ -43,6 +43,8 @@ from diffalign.training.checkpoints.checkpoint import find_checkpoint
 from diffalign.training.checkpoints.final_weights import clear_output, has_final_weights
 from diffalign.training.checkpoints.run_state import resume
 from diffalign.training.distributed.shared_folder import check_shared
+from diffalign.training.distributed.vital_signs import long_work
+from diffalign.training.distributed.watch import Watch
 from diffalign.training.heldout.callback import HeldOut
 from diffalign.training.heldout.stopping import EarlyStopping
 from diffalign.training.loop import train
@@ -78,8 +80,8 @@ def run_training(
     callbacks = check_callbacks(callbacks)
     accelerator = make_accelerator(config)
     config = with_precision(config, accelerator.device)
-    with own_folder(config, accelerator):
-        return _trained(config, accelerator, callbacks, base, table)
+    with own_folder(config, accelerator) as watch:
+        return _trained(config, accelerator, [*callbacks, watch], base, table)
 
 
 def _trained(
@@ -90,11 +92,12 @@ def _trained(
     table: PairTable | None,
 ) -> dict[str, float]:
     """Its own function: the wrapped network is freed before its group of processes ends (`free_frames`)."""
-    opened = open_table(config, accelerator) if table is None else prepared(config, table)
-    if accelerator.is_main_process:
-        report_rows(opened, config.data.path)
-    run = build_run(config, accelerator, opened, base)
-    start = resume(run)
+    with long_work("building the run"):
+        opened = open_table(config, accelerator) if table is None else prepared(config, table)
+        if accelerator.is_main_process:
+            report_rows(opened, config.data.path)
+        run = build_run(config, accelerator, opened, base)
+        start = resume(run)
     begin(run, start)
     values = train(run, start, run_callbacks(run, callbacks))
     if accelerator.is_main_process:
@@ -115,11 +118,11 @@ def write_card(config: AnyConfig) -> None:
 
 
 @contextlib.contextmanager
-def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
+def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[Watch]:
     """Within the block the output folder is this run's alone, and errors for lack of memory name the run's settings.
 
-    The main process takes the lock for all processes of the run, and all must see the folder. At the end trackers and
-    processes are released.
+    The main process takes the lock for all processes of the run, and all must see the folder; several processes watch
+    each other. At the end trackers and processes are released.
     """
     output_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack, with_remedies(config):
@@ -133,7 +136,8 @@ def own_folder(config: AnyConfig, accelerator: Accelerator) -> Iterator[None]:
         on_main(accelerator, take)
         check_shared(config, accelerator)
         try:
-            yield
+            with Watch(accelerator) as watch:
+                yield watch
         except BaseException as error:
             if accelerator.num_processes > 1:
                 free_frames(error)

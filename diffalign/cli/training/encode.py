@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.training.build import load_run_base
     from diffalign.training.build_source import encode_run, processes_of
     from diffalign.training.distributed.shared_folder import require_shared
+    from diffalign.training.distributed.vital_signs import long_work
+    from diffalign.training.distributed.watch import Watch
     from diffalign.training.heldout.build import encoded_as
     from diffalign.training.open_data import open_table, refuse_weights
     from diffalign.training.processes import make_state
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         raise DiffalignError("data.cache_dir is not set: name the folder of the cache, e.g. data.cache_dir=cache/pairs")
     state = make_state()
     require_shared(Path(config.data.cache_dir), state, "data.cache_dir", copies=True)
-    with with_remedies(config):
+    with with_remedies(config), Watch(state), long_work("encoding"):
         table = cast("PairTable", open_table(config, state))  # a run with a source has no cache
         refuse_weights(config, table)
         base = load_run_base(config.model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffalign.training.callbacks.base import Callback, TrainingState, named
 from diffalign.training.checkpoints.run_state import save_run
+from diffalign.training.distributed.vital_signs import long_work
 
 
 class Checkpoints(Callback):
@@ -20,7 +21,9 @@ class Checkpoints(Callback):
         """Writes one where it is due."""
         if state.should_save or (self.every is not None and state.step % self.every == 0):
             state.should_save = False
-            state.call("on_checkpoint", save_run(state.run, state.step, lambda folder: _states(state, folder)))
+            with long_work("writing a checkpoint"):
+                folder = save_run(state.run, state.step, lambda folder: _states(state, folder))
+            state.call("on_checkpoint", folder)
 
 
 def _states(state: TrainingState, folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from diffalign.config.sections import ValidationSection
 from diffalign.models.adapters.save_load import make_pipeline
 from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign.training.distributed.vital_signs import long_work
 from diffalign.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Validation(Callback):
         """Draws the result."""
         self.draw(state)
 
+    @long_work("drawing validation images")
     def draw(self, state: TrainingState) -> None:
         """Images by the main process; the others wait."""
         with state.run.averaged_weights():

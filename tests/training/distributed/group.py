@@ -33,7 +33,7 @@ def in_two(work: Work, folder: Path) -> list[tuple[int, str]]:
 
 
 def _one(work: Work, folder: Path, rank: int, port: int) -> None:
-    file = os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
+    file = os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
