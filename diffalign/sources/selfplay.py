@@ -72,8 +72,7 @@ class SelfPlay:
 
         def enter(iteration: int, fresh: bool) -> None:
             if fresh and iteration and self.reference != "initial":
-                if context.main:
-                    former.save(_policy(context.folder, iteration))
+                former.save(_policy(context.folder, iteration), context.main)
                 context.wait()
             entry = self.entry(context.spec.run_seed, iteration)
             former.load(_policy(context.folder, entry) if entry else None)

@@ -175,7 +175,8 @@ class RoundPairs:
             remove_round(self.folder, about.round)  # what a killed run left of it
         c.wait()
         before = c.networks.image_forwards
-        rollout = self.roll(about.round, c.spec.processes.share(self.places(about.round)))
+        with c.networks.gathered():  # shares differ
+            rollout = self.roll(about.round, c.spec.processes.share(self.places(about.round)))
         for name, values in rollout.metrics.items():
             self._note(name, values)
         made = Made(c.networks.image_forwards - before, rollout.metrics)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import DataSection, ModelSection
@@ -29,10 +30,12 @@ from diffalign.models.loading.family import Family, check_resolution
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, Reference
+from diffalign.models.policy.sharding import HostCopy, parts, shard
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
 from diffalign.objectives.base import require_terms
 from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
+from diffalign.training.distributed.sharding import mesh_of
 from diffalign.training.heldout.build import build_points
 from diffalign.training.open_data import open_table, refuse_weights
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
@@ -101,7 +104,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     if table.heldout is not None:
         heldout = build_points(config, accelerator, table.heldout, encoder, resolution)
     unet = prepare_policy(base, config, device, table.user_dim if isinstance(table, PairTable) else None)
-    place(unet, device)
+    mesh = mesh_of(accelerator)
+    place(unet, device if mesh is None else torch.device("cpu"))
     config.tuning.after_placement(unet)
     reference = make_run_reference(config, unet, base.family)
     if config.model.compile:
@@ -110,8 +114,12 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
             compile_blocks(reference.module)
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
+    host = None
+    if mesh is not None:
+        host = HostCopy(unet)
+        shard_networks(unet, reference, mesh, AUTOCAST[training.mixed_precision])
     networks = Networks(
-        accelerator.prepare_model(unet),
+        accelerator.prepare_model(unet) if mesh is None else unet,
         family=base.family,
         schedule=base.schedule,
         reference=reference,
@@ -119,7 +127,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         device=device,
     )
     if heldout is not None and config.data.cache_reference_errors:
-        heldout.ask_reference(objective, networks)  # building the source frees the reference
+        with networks.gathered():
+            heldout.ask_reference(objective, networks)  # building the source frees the reference
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
     undecayed = config.tuning.undecayed(unet)
@@ -138,12 +147,13 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         optimizer=optimizer,
         lr_scheduler=make_lr_scheduler(optimizer, training),
         scaler=torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16"),
-        ema=None if training.ema_decay is None else make_ema(parameters, training.ema_decay),
+        ema=None if training.ema_decay is None else make_ema(parts(parameters), training.ema_decay),
         reference_kind="none" if reference is None else reference.kind,
         lr=lr,
         table=table,
         heldout=heldout,
         identity=identity,
+        host=host,
     )
 
 
@@ -157,6 +167,13 @@ def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference 
     if config.source is not None and config.source.own_reference:
         return make_former(unet, family, autocast)
     return config.tuning.make_reference(unet, autocast) if config.objective.needs_reference else None
+
+
+def shard_networks(unet: UNet, reference: Reference | None, mesh: Any, autocast_dtype: torch.dtype | None) -> None:
+    """Shards the policy, and the reference where it is a network of its own."""
+    if isinstance(reference, FrozenCopy | FormerCopy):
+        shard(reference.module, mesh, autocast_dtype)
+    shard(unet, mesh, autocast_dtype)
 
 
 def _resolution(data: DataSection, base: Base) -> int:
@@ -193,7 +210,7 @@ def prepare_policy(base: Base, config: Config, device: torch.device, user_dim: i
     return unet
 
 
-def make_ema(parameters: list[nn.Parameter], decay: float) -> Any:
+def make_ema(parameters: Sequence[Tensor], decay: float) -> Any:
     """diffusers' moving average of the weights, which starts at their present values."""
     from diffusers.training_utils import EMAModel
 

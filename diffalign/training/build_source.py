@@ -216,7 +216,8 @@ def _trajectories(
     def record(batch: PairBatch) -> Tensor:
         return objective.record(batch.to(networks.device), networks)
 
-    folder, per_shard = record_trajectories(source, key, record, len(levels), work)
+    with networks.gathered():
+        folder, per_shard = record_trajectories(source, key, record, len(levels), work)
     return Trajectories(cache, folder, per_shard, levels, objective.visited)
 
 
@@ -231,7 +232,8 @@ def _reference_errors(
             return errors(networks.reference, ask(objective, batch.to(networks.device), networks))
 
     key = reference_key(source, {**facts, "drawn": objective.drawn})
-    folder, per_shard = record_reference(source, key, asked, source.spec.draws, work)
+    with networks.gathered():
+        folder, per_shard = record_reference(source, key, asked, source.spec.draws, work)
     networks.forget_reference()
     return ReferenceErrors(cache_of(source), folder, per_shard)
 

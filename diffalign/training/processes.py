@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffalign.errors import DiffalignError, MissingPackageError
-from diffalign.training.distributed.launcher_settings import is_true, refuse_launcher_settings, shards
+from diffalign.training.distributed.launcher_settings import is_true, refuse_launcher_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -137,12 +137,13 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
     """Devices and processes as the launcher set them up.
 
     accelerate has neither autocast nor accumulation to do: `Networks` casts, `training/step.py` accumulates. Raises
-    DiffalignError where launched processes are not all in use, for a device that is not there and for sharded
-    strategies, which checkpoints do not cover; MissingPackageError for a tracker that is not installed.
+    DiffalignError where launched processes are not all in use, for a device that is not there and for strategies or
+    settings of FSDP that are not supported; MissingPackageError for a tracker that is not installed.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    from diffalign.training.distributed.sharding import check_sharding
     from diffalign.training.settle import with_precision
 
     trackers = None if config.training.report_to == "none" else config.training.report_to
@@ -151,6 +152,7 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
             "training.report_to: wandb is not installed; pip install wandb, or use tensorboard or none"
         )
     before_accelerate()
+    check_sharding(config)
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=trackers,
@@ -166,9 +168,8 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
     if launched not in ("no", ours) and accelerator.is_main_process:
         log.warning("mixed precision: accelerate's %s is not used; training.mixed_precision is %s", launched, ours)
     kind = accelerator.distributed_type.value
-    if shards() or kind == "XLA":
-        named = "FSDP" if shards() else kind
-        raise DiffalignError(f"accelerate's {named} is not supported; launch with plain data parallelism (--multi_gpu)")
+    if kind == "XLA":
+        raise DiffalignError("accelerate's XLA is not supported; launch with plain data parallelism (--multi_gpu)")
     return accelerator
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.measure import ask_reference, measure_and_backward
+from diffalign.models.policy.sharding import joined, parts
 from diffalign.objectives.base import ask
 from diffalign.training.metrics import Meter, observe
 from diffalign.types import PairBatch, Probe
@@ -56,8 +57,14 @@ def _probes(run: Run, batches: Iterator[PairBatch]) -> Iterator[Probe]:
     together = max((training.reference_batch_size or 0) // training.train_batch_size, 1)
     for first in range(0, training.gradient_accumulation_steps, together):
         number = min(together, training.gradient_accumulation_steps - first)
-        probes = (ask(run.objective, next(batches).to(run.accelerator.device), run.networks) for _ in range(number))
+        probes = (_asked(run, next(batches).to(run.accelerator.device)) for _ in range(number))
         yield from probes if together == 1 else ask_reference(run.networks, list(probes))
+
+
+def _asked(run: Run, batch: PairBatch) -> Probe:
+    """The objective's points. Where a network determines them, processes may need it a different number of times."""
+    with run.networks.gathered() if run.objective.drawn is None else nullcontext():
+        return ask(run.objective, batch, run.networks)
 
 
 def accumulate_and_update(
@@ -73,6 +80,7 @@ def accumulate_and_update(
     limit = run.config.training.max_grad_norm
     all_at_once = True if run.accelerator.device.type == "cpu" else None  # None: torch's choice, which is so on CUDA
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, math.inf if limit is None else limit, foreach=all_at_once)
+    norm = joined(norm)
     updated = _update(run.optimizer, run.scaler)
     run.optimizer.zero_grad(set_to_none=True)
     if updated:
@@ -80,7 +88,7 @@ def accumulate_and_update(
         meter.add({"grad_norm": norm[None], "lr": lr})
         run.lr_scheduler.step()
         if run.ema is not None:
-            run.ema.step(run.parameters)
+            run.ema.step(parts(run.parameters))
     if run.scaler.is_enabled():
         meter.add({"skipped_steps": torch.tensor([float(not updated)])})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from diffalign.models.adapters.save_load import load_tuned, save_tuned
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.networks import Networks
+from diffalign.models.policy.sharding import HostCopy, is_sharded, parts
 from diffalign.objectives import Objective
 from diffalign.sources import Source
 from diffalign.training.checkpoints.identity import Identity
@@ -75,6 +76,10 @@ class Trainable(ABC):
     def step(self, batches: Iterator[PairBatch], meter: Meter) -> None:
         """One optimiser step, from the next micro-batches of the source; its metrics go to `meter`."""
 
+    def ready_to_save(self) -> AbstractContextManager[Any]:
+        """A block in which the main process calls `save_weights`; all processes enter it."""
+        return nullcontext()
+
     @abstractmethod
     def save_weights(self, folder: Path) -> None:
         """Writes the trained weights in their final format."""
@@ -107,6 +112,8 @@ class Trainable(ABC):
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """A block whose backward passes leave the gradients of this process unsynchronised."""
+        if is_sharded(self.module):  # gradients that wait for the last micro-batch would be whole ones
+            return nullcontext()
         return self.accelerator.no_sync(self.module)
 
     def unet_forwards(self) -> int:
@@ -120,12 +127,12 @@ class Trainable(ABC):
         if self.ema is None:
             yield
             return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        self.ema.store(parts(self.parameters))
+        self.ema.copy_to(parts(self.parameters))
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            self.ema.restore(parts(self.parameters))
 
 
 @dataclass(kw_only=True)
@@ -137,6 +144,7 @@ class Run(Trainable):
     objective: Objective
     reference_kind: str  # `Reference.kind`, or "none"
     heldout: FixedPoints | None = None  # pairs that are measured and not trained on
+    host: HostCopy | None = None  # of a sharded policy, for its files
 
     @property
     def label(self) -> str:
@@ -152,13 +160,30 @@ class Run(Trainable):
         """`training.step.optimizer_step`."""
         optimizer_step(self, batches, meter)
 
+    @contextmanager
+    def ready_to_save(self) -> Iterator[None]:
+        """Joins the shards in the main process's memory, where the policy is sharded."""
+        if self.host is not None:
+            self.host.fill(self.parameters, self.accelerator.is_main_process)
+        try:
+            yield
+        finally:
+            if self.host is not None:
+                self.host.empty()
+
     def save_weights(self, folder: Path) -> None:
         """A LoRA file, the file of user attention, or a folder `unet`, all in diffusers' layout."""
-        save_tuned(self.unet, folder, self.base.family)
+        save_tuned(self.unet if self.host is None else self.host.unet, folder, self.base.family)
 
     def load_weights(self, folder: Path) -> None:
         """Loads what `save_weights` wrote. Raises ModelError where it does not fit."""
-        load_tuned(self.unet, folder)
+        if self.host is None:
+            load_tuned(self.unet, folder)
+            return
+        self.host.make_room()
+        load_tuned(self.host.unet, folder)
+        self.host.give(self.parameters)
+        self.host.empty()
 
     def describe(self, start: int = 0) -> str:
         """`training.inspect.dry_run.describe_run`."""

@@ -91,6 +91,17 @@ def train(where: str) -> None:
     main(["train", where])
 
 
+def train_sharded(where: str) -> None:
+    """`diffalign train` under FSDP2, as `accelerate launch` asks for it."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ.update(asked)
+    try:
+        train(where)
+    finally:
+        for name in asked:
+            del os.environ[name]
+
+
 def steps(where: str, folder: str) -> None:
     """A config's steps, and the weights of this process into `folder`."""
     import torch
@@ -113,7 +124,7 @@ def steps(where: str, folder: str) -> None:
     accelerator.end_training()
 
 
-JOBS: dict[str, Callable[..., None]] = {"train": train, "steps": steps}
+JOBS: dict[str, Callable[..., None]] = {"train": train, "train_sharded": train_sharded, "steps": steps}
 
 
 def answer(asked: dict[str, object]) -> Answer:

@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the update of one: cached and online, LoRA and full, self-play; once by a real launcher."""
+"""Two processes (gloo), with DDP and FSDP2, give the update of one: cached, online, self-play; once by a launcher."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tests.invariants.pool import ROOT, Pool
 from tests.training.test_run import metrics, weights
 
 
-def in_two(pool: Pool, config: Config | PreferenceModelConfig, where: Path) -> None:
+def in_two(pool: Pool, config: Config | PreferenceModelConfig, where: Path, job: str = "train") -> None:
     """Trains a config to its end in two processes."""
     save_config(config, where)
-    for ended in pool.run("train", where):
+    for ended in pool.run(job, where):
         assert ended.code == 0, ended.stderr[-3000:]
 
 
 def started(config: Config, processes: int, where: Path) -> subprocess.CompletedProcess[str]:
     """How training ended under accelerate's launcher (which is torchrun's) with a config of ours, well or not."""
     save_config(config, where)
-    launch = ["accelerate.commands.launch", "--config_file", "training_configs/accelerate/ddp.yaml"]
+    launch = ["accelerate.commands.launch", "--config_file", "training_configs/accelerate/fsdp2.yaml"]
     options = [f"--num_processes={processes}", "--main_process_port=0"]
     return subprocess.run(
         [sys.executable, "-m", *launch, *options, "-m", "diffalign", "train", str(where)],
@@ -78,31 +78,32 @@ def test_two_processes_give_the_update_of_one(
     if (method, objective) == ("full", "dpo"):  # and once through the cache, whose shards the processes share out
         shared["data.cache_dir"] = str(tmp_path / "cache")
     runs = {}
-    for processes in (2, 1):
+    for job, processes in (("train", 2), ("train_sharded", 2), ("train", 1)):
         config = make_config(
             tiny_sdxl,
             {
                 **shared,
-                "output_dir": str(tmp_path / str(processes)),
+                "output_dir": str(tmp_path / f"{job}-{processes}"),
                 "training.train_batch_size": 4 // processes,
                 "training.gradient_accumulation_steps": 2,
             },
         )
         if processes == 1:
             run_training(config)
-        elif (method, objective) == ("full", "dpo"):
+        elif (method, objective, job) == ("full", "dpo", "train_sharded"):
             done = started(config, processes, tmp_path / "run.yaml")
             assert done.returncode == 0, done.stderr[-3000:]
         else:
-            in_two(pool, config, tmp_path / "run.yaml")
-        runs[processes] = (weights(config.output_dir), metrics(config.output_dir))
+            in_two(pool, config, tmp_path / "run.yaml", job)
+        runs[job, processes] = (weights(config.output_dir), metrics(config.output_dir))
         lines = (Path(config.output_dir) / "margins.jsonl").read_text().splitlines()
         assert [sum(json.loads(line)["counts"]) for line in lines] == [8, 8]  # every pair of a step, once
-    one, two = runs[1], runs[2]
-    for name in one[0]:
-        torch.testing.assert_close(two[0][name], one[0][name], rtol=0, atol=2e-6)
-    for a, b in zip(one[1], two[1], strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            # rewards are differences of errors times beta / 2 = 250: one float32 ulp of an error near 1 is 3e-5 there
-            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=6e-5), name
+    one = runs.pop(("train", 1))
+    for two in runs.values():
+        for name in one[0]:
+            torch.testing.assert_close(two[0][name], one[0][name], rtol=0, atol=2e-6)
+        for a, b in zip(one[1], two[1], strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                # rewards are differences of errors times beta / 2 = 250: an ulp of an error near 1 is 3e-5 there
+                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=6e-5), name

@@ -22,6 +22,7 @@ from diffalign.models.adapters.dora import MAGNITUDE, reset_magnitudes
 from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, read_lora
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
+from diffalign.models.policy.sharding import joined
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -123,10 +124,15 @@ def fuse_lora(unet: UNet) -> None:
 
 def save_lora(unet: UNet, directory: str | Path, family: Family) -> Path:
     """Write `pytorch_lora_weights.safetensors`, loadable by the family's pipeline with `load_lora_weights`."""
+    return write_lora(unet.peft_config[ADAPTER], adapter_state(unet), directory, family)
+
+
+def adapter_state(unet: UNet) -> dict[str, Tensor]:
+    """The adapter's weights on the CPU, with peft's keys. Shards are joined, for which all processes must call."""
     from peft.utils import get_peft_model_state_dict
 
-    state = {key: value.detach().cpu() for key, value in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
-    return write_lora(unet.peft_config[ADAPTER], state, directory, family)
+    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    return {key: joined(value.detach()).cpu() for key, value in state.items()}
 
 
 def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, family: Family) -> Path:

@@ -36,7 +36,7 @@ _KEPT = {
 
 # What autocast runs in half precision, on CPU and CUDA alike, and a UNet has weights in. Norms stay out: they compute
 # in, or mix with, float32.
-_AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def set_checkpointing(unet: UNet, which: Checkpointing) -> None:
@@ -83,7 +83,7 @@ def store_for_autocast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     autocast (sampling included).
     """
     for layer in module.modules():
-        if isinstance(layer, _AUTOCAST_LAYERS):
+        if isinstance(layer, AUTOCAST_LAYERS):
             for parameter in layer.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)

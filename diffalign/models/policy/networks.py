@@ -20,6 +20,7 @@ from diffalign.models.loading.base import check_unet
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.reference import Reference
+from diffalign.models.policy.sharding import gathered
 from diffalign.types import Conditioning
 
 
@@ -74,6 +75,14 @@ class Networks:
         self.reference_forwards += 1
         with torch.no_grad(), self._reference.active() as module:
             return self._predict(module, xt, t, cond)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A block in which the processes may call the networks without grad, each as often as it needs.
+
+        All processes enter and leave it together. Only sharded networks change, which have their whole weights there.
+        """
+        own = getattr(self._reference, "module", None)
+        return gathered([self.module, *([] if own is None else [own])])
 
     def forget_reference(self) -> None:
         """Give up a reference that will not be asked any more, with the memory it takes.

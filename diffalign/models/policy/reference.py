@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from diffalign.models.adapters.lora import lora_layers
 from diffalign.models.kernels.checkpointing import store_for_autocast
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
+from diffalign.models.policy.sharding import is_shard, like
 
 
 class Reference(Protocol):
@@ -85,26 +86,47 @@ class OtherLora:
     def __init__(self, unet: UNet, weights: Mapping[str, Tensor] | None = None) -> None:
         """`weights` by parameter name, as `lora.adapter_weights` gives them; None: the adapter as it is now."""
         self._unet = unet
-        self._own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
-        if not self._own:
+        # The dictionaries that hold the parameters: sharding puts others there, and changes them at each forward.
+        self._places = {
+            f"{prefix}.{key}": (module._parameters, key)
+            for prefix, module in unet.named_modules()
+            if ".lora_" in f"{prefix}."
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        own = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+        if not own:
             raise ModelError("reference other_lora: this UNet has no LoRA layers for other weights; use reference copy")
-        self.use({name: p.detach().clone() for name, p in self._own.items()} if weights is None else weights)
+        self.use({name: p.detach().clone() for name, p in own.items()} if weights is None else weights)
 
     def use(self, weights: Mapping[str, Tensor]) -> None:
         """From now on predicts with these weights, moved to the device and dtype of the adapter's own."""
-        self._other = {name: weights[name].to(p.device, p.dtype) for name, p in self._own.items()}
+        owns = {name: cast("Tensor", parameters[key]) for name, (parameters, key) in self._places.items()}
+        self._other = {name: weights[name].to(own.device, own.dtype) for name, own in owns.items()}
 
     @contextmanager
     def active(self) -> Iterator[UNet]:
         """The other weights in place inside the block, the policy's own back however it ends. Nothing is copied."""
-        own = {name: p.data for name, p in self._own.items()}
+        own: dict[str, Tensor] = {}
         try:
-            for name, p in self._own.items():
-                p.data = self._other[name]
+            for name, (parameters, key) in self._places.items():
+                own[name] = _put(cast("Tensor", parameters[key]), self._other[name])
             yield self._unet
         finally:
-            for name, p in self._own.items():
-                p.data = own[name]
+            for name, value in own.items():
+                parameters, key = self._places[name]
+                _put(cast("Tensor", parameters[key]), value)
+
+
+def _put(parameter: Tensor, value: Tensor) -> Tensor:
+    """Gives a parameter another value, and returns the one it had. A shard is copied, as FSDP2 has its address."""
+    if is_shard(parameter):
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.copy_(like(value, parameter))
+        return before
+    before, parameter.data = parameter.data, value
+    return before
 
 
 class FrozenCopy:

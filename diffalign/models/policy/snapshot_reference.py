@@ -22,10 +22,11 @@ from torch import Tensor
 
 from diffalign.io.files import file_faults, list_files, written_whole
 from diffalign.io.weight_files import check_weights
-from diffalign.models.adapters.lora import adapter_weights, lora_layers, save_lora
+from diffalign.models.adapters.lora import ADAPTER, adapter_state, adapter_weights, lora_layers, write_lora
 from diffalign.models.loading.family import Family, ModelError
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.reference import FrozenCopy, OtherLora
+from diffalign.models.policy.sharding import joined, like
 
 DELTA_FILE = "delta.safetensors"
 HASHES = "hashes.json"  # size and SHA-256 of each file
@@ -46,8 +47,11 @@ class Former(Protocol):
     def active(self) -> Iterator[UNet]:
         """The module that predicts for the reference inside the block."""
 
-    def save(self, folder: Path) -> None:
-        """Writes a snapshot of the policy; the folder appears only when it is complete."""
+    def save(self, folder: Path, write: bool = True) -> None:
+        """Writes a snapshot of the policy; the folder appears only when it is complete.
+
+        Every process calls it, and one has `write`: the others may have shards of the weights.
+        """
 
     def load(self, folder: Path | None) -> None:
         """Loads a snapshot; None means the policy at the start. Raises ModelError for a missing or damaged one."""
@@ -70,10 +74,12 @@ class FormerLora:
         with self._reference.active() as module:
             yield module
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: bool = True) -> None:
         """Writes the adapter as an ordinary LoRA file."""
-        with _whole(folder) as partial:
-            save_lora(self._unet, partial, self._family)
+        state = adapter_state(self._unet)
+        if write:
+            with _whole(folder) as partial:
+                write_lora(self._unet.peft_config[ADAPTER], state, partial, self._family)
 
     def load(self, folder: Path | None) -> None:
         """Loads a saved adapter. Raises ModelError if its folder is missing or damaged."""
@@ -104,14 +110,16 @@ class FormerCopy:
         with self._copy.active() as module:
             yield module
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: bool = True) -> None:
         """Writes the change since the start, in bfloat16."""
-        delta = {
-            name: (p.detach().cpu().float() - self._start[name].float()).to(torch.bfloat16)
-            for name, p in self._unet.named_parameters()
-        }
-        with _whole(folder) as partial:
-            save_file(delta, partial / DELTA_FILE)
+        delta = {}
+        for name, p in self._unet.named_parameters():
+            now = joined(p.detach())
+            if write:
+                delta[name] = (now.cpu().float() - self._start[name].float()).to(torch.bfloat16)
+        if write:
+            with _whole(folder) as partial:
+                save_file(delta, partial / DELTA_FILE)
 
     def load(self, folder: Path | None) -> None:
         """The weights of the start plus a saved change. Raises ModelError if the file is missing or does not fit."""
@@ -127,7 +135,7 @@ class FormerCopy:
         with torch.no_grad():
             for name, p in self._copy.module.named_parameters():
                 start = self._start[name]
-                p.copy_(start if name not in delta else start.float() + delta[name].float())
+                p.copy_(like(start if name not in delta else start.float() + delta[name].float(), p))
 
 
 def make_former(unet: UNet, family: Family, autocast_dtype: torch.dtype | None = None) -> Former:

@@ -35,7 +35,7 @@ class Validation(Callback):
     @long_work("drawing validation images")
     def draw(self, state: TrainingState) -> None:
         """Images by the main process; the others wait."""
-        with state.run.averaged_weights():
+        with state.run.averaged_weights(), state.run.networks.gathered():
             if state.run.accelerator.is_main_process:
                 validate(state.run, self.settings, state.step)
         state.run.accelerator.wait_for_everyone()

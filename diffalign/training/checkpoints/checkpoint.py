@@ -3,6 +3,7 @@
     output_dir/checkpoint-N/unet/ or pytorch_lora_weights.safetensors    which `diffalign generate` takes
     output_dir/checkpoint-N/config.yaml                                  the settings, resolved
     output_dir/checkpoint-N/training_state.pt                            optimiser, lr schedule, scaler, EMA, step
+    output_dir/checkpoint-N/sharded/                                     sharded states (`distributed/sharded_state.py`)
     output_dir/checkpoint-N/source.json                                  the state of a source that generates its pairs
     output_dir/checkpoint-N/best/                                        the best weights so far, by held-out pairs
     output_dir/checkpoint-N/manifest.json                                sizes and hashes of all of these
@@ -10,7 +11,6 @@
 The order of the data and every draw follow from (seed, step), so neither needs saving. A checkpoint is written to a
 hidden folder, flushed to the disk and renamed, so a killed run leaves no half of one. Before anything of one is loaded
 its files are compared with its manifest. The state file is read with `weights_only=True`.
-Left out: sharded (FSDP, DeepSpeed) states.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config.schema import save_config
+from diffalign.models.policy.sharding import joined
 from diffalign.training.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -27,6 +28,7 @@ from diffalign.training.checkpoints.checkpoint import (
     tensor_bytes,
 )
 from diffalign.training.checkpoints.final_weights import refuse_finished, save_final_weights
+from diffalign.training.distributed.sharded_state import SHARDS, put_back, save_shards, trained_state
 from diffalign.training.optim.optimizers import resume_schedule
 from diffalign.training.trainable import Trainable, TrainingError
 
@@ -49,26 +51,32 @@ def save_run(run: Trainable, step: int, callback_states: CallbackStates = _no_st
 
     states: dict[str, dict[str, Any]] = {}
 
+    trained, shards = trained_state(run)
+    sharded = save_shards(run, step, shards)
+
     def save_weights(folder: Path) -> None:
         run.save_weights(folder)
         save_config(run.config, folder / "config.yaml")
         states.update(callback_states(folder))
+        if sharded is not None:
+            sharded.rename(folder / SHARDS)
 
-    if run.accelerator.is_main_process:
-        state = {
-            "optimizer": run.optimizer.state_dict(),
-            "lr_scheduler": run.lr_scheduler.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "ema": None if run.ema is None else run.ema.state_dict(),
-            "pairs_per_step": run.pairs_per_step,
-            "unet_forwards": forwards,
-            "max_train_steps": training.max_train_steps,
-            "callbacks": states,  # filled while the weights are written
-        }
-        content = Checkpoint(
-            step, save_weights, state, run.source.state_dict(), run.identity, tensor_bytes(run.parameters)
-        )
-        save_checkpoint(run.output_dir, content, training.checkpoints_total_limit)
+    with run.ready_to_save():
+        if run.accelerator.is_main_process:
+            state = {
+                "optimizer": trained["optimizer"],
+                "lr_scheduler": run.lr_scheduler.state_dict(),
+                "scaler": run.scaler.state_dict(),
+                "ema": trained["ema"],
+                "pairs_per_step": run.pairs_per_step,
+                "unet_forwards": forwards,
+                "max_train_steps": training.max_train_steps,
+                "callbacks": states,  # filled while the weights are written
+            }
+            content = Checkpoint(
+                step, save_weights, state, run.source.state_dict(), run.identity, tensor_bytes(run.parameters)
+            )
+            save_checkpoint(run.output_dir, content, training.checkpoints_total_limit)
     run.accelerator.wait_for_everyone()
     return run.output_dir / f"checkpoint-{step}"
 
@@ -76,8 +84,8 @@ def save_run(run: Trainable, step: int, callback_states: CallbackStates = _no_st
 def save_final(run: Trainable, step: int) -> None:
     """Writes the final weights, the EMA's where there is one. Raises TrainingError for weights that are not finite."""
     ensure_finite(run.parameters, run.output_dir, step)
-    if run.accelerator.is_main_process:
-        with run.averaged_weights():
+    with run.averaged_weights(), run.ready_to_save():
+        if run.accelerator.is_main_process:
             save_final_weights(run.output_dir, step, run.save_weights, tensor_bytes(run.parameters))
     run.accelerator.wait_for_everyone()
 
@@ -121,6 +129,8 @@ def restore(run: Trainable, folder: Path) -> int:
         written = "with" if run.ema is None else "without"
         raise TrainingError(f"{folder} was written {written} EMA: set training.ema_decay as it was then")
     run.load_weights(folder)
+    state = put_back(run, folder, state)
+    ema = state.get("ema")
     resume_schedule(run, state)
     run.scaler.load_state_dict(state.get("scaler", {}))
     if run.ema is not None:
@@ -138,7 +148,7 @@ def restore(run: Trainable, folder: Path) -> int:
 
 def ensure_finite(parameters: Sequence[Tensor], output_dir: Path, step: int) -> None:
     """Raises TrainingError where a trained weight is not finite: broken weights must not replace good ones."""
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
+    norms = joined(torch.stack(torch._foreach_norm([p.detach() for p in parameters])))
     if not bool(norms.isfinite().all()):
         raise diverged(output_dir, f"the weights are no longer finite at step {step}")
 

@@ -34,7 +34,7 @@ class HeldOut(Callback):
     def measure(self) -> Measurement:
         """The policy as it is now, the same in all processes, each of which calls this."""
         run = self.run
-        with run.averaged_weights():
+        with run.averaged_weights(), run.networks.gathered():  # the shares of processes differ
             own = self.points.values(run.objective, run.networks)
         found: list[PointValues] = gather_object(own) if run.accelerator.num_processes > 1 else own
         if not found:

@@ -30,6 +30,7 @@ import numpy as np
 from diffalign.config.sections import ValidationSection
 from diffalign.evaluation.stats import Bootstrap, clustered_mean
 from diffalign.io.files import remove, written_whole
+from diffalign.models.policy.sharding import parts
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.recovery import add_event
 from diffalign.training.checkpoints.checkpoint import BEST, NO_ROOM, CheckpointError, tensor_bytes
@@ -184,14 +185,12 @@ def save_best(run: Trainable) -> None:
 
     Raises NoSpaceError where the disk is full.
     """
-    if run.accelerator.is_main_process:
-        needed = tensor_bytes(run.parameters)
-        with (
-            run.averaged_weights(),
-            written_whole(run.output_dir / BEST, needed, "the best weights", NO_ROOM) as partial,
-        ):
-            partial.mkdir()
-            run.save_weights(partial)
+    with run.averaged_weights(), run.ready_to_save():
+        if run.accelerator.is_main_process:
+            needed = tensor_bytes(run.parameters)
+            with written_whole(run.output_dir / BEST, needed, "the best weights", NO_ROOM) as partial:
+                partial.mkdir()
+                run.save_weights(partial)
     run.accelerator.wait_for_everyone()
 
 
@@ -199,7 +198,7 @@ def load_best(run: Trainable) -> None:
     """Loads what `save_best` wrote into the trained module, and into the EMA where there is one."""
     run.load_weights(run.output_dir / BEST)
     if run.ema is not None:
-        for average, weight in zip(run.ema.shadow_params, run.parameters, strict=True):
+        for average, weight in zip(run.ema.shadow_params, parts(run.parameters), strict=True):
             average.data.copy_(weight.data)
     run.accelerator.wait_for_everyone()
 
