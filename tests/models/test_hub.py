@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from diffalign.cli.main import main
 from diffalign.config.schema import Config
+from diffalign.export.card.write import write_run_card
+from diffalign.export.names import ExportError
 from diffalign.models import hub
 from diffalign.models.adapters.lora import LORA_FILE
 from diffalign.models.adapters.merge import merge_tuned
@@ -173,6 +175,8 @@ def test_every_use_takes_an_id(stand_in: StandIn, models, make_config: Callable[
     export = ["--to", "kohya", "--base", str(base), "--out", str(tmp_path / "mine.safetensors")]
     main(["export", "org/lora", *export])
     assert (tmp_path / "mine.safetensors").is_file()
+    with pytest.raises(ExportError, match="org/lora is on the Hub, with a card of its own"):
+        write_run_card("org/lora", base=str(base))
 
 
 def test_a_base_in_a_folder_or_a_file_of_a_repository(stand_in: StandIn, models) -> None:

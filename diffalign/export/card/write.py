@@ -39,11 +39,18 @@ def write_run_card(
     base: as in `find_tuned_run`. evaluation: a folder that `evaluate` wrote; None: the newest that measured these
     weights, in the folder of the run, beside it or in the working folder (`find_evaluations`), if there is one.
     license: an identifier of the Hub; None: as the card that is replaced has it. Raises ExportError for a card that was
-    edited, unless it may be overwritten, for an evaluation of other weights, and for a licence that is no identifier.
+    edited, unless it may be overwritten, for an evaluation of other weights, for a licence that is no identifier, and
+    for weights on the Hub or a UNet without its folder.
     """
     if license is not None and not re.fullmatch(_ID, license):
         raise ExportError(f"licence {license!r}: give an identifier of the Hub, such as openrail++ or apache-2.0")
     tuned_run = recorded_run(run, base)
+    if not Path(run).exists():
+        raise ExportError(
+            f"{run} is on the Hub, with a card of its own; a card is written into a folder of this machine"
+        )
+    if tuned_run.tuned.kind == "unet" and tuned_run.tuned.path.is_file():
+        raise ExportError(f"{run} is one file of a UNet; a card describes a run, a LoRA or a folder with unet/")
     file = tuned_run.folder / CARD
     check_card(file, overwrite)
     facts = CardFacts(tuned_run)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffalign.io.loaded_weights import is_finite
+from diffalign.io.weight_files import check_weights
 from diffalign.models.adapters.lora import load_lora, lora_layers, lora_parameters, place_lora, save_lora
 from diffalign.models.adapters.lora_file import LORA_FILE, PEFT_FILE, LoraFile, is_dora, read_lora
 from diffalign.models.adapters.methods import WeightLayout
@@ -20,7 +21,7 @@ UNET_FOLDER = "unet"
 
 
 class UNetFolder(WeightLayout):
-    """All weights of the UNet: a diffusers folder."""
+    """All weights of the UNet: a diffusers folder, or its one file alone, as some models are released."""
 
     kind = "unet"
     label = "a full UNet"
@@ -31,9 +32,14 @@ class UNetFolder(WeightLayout):
         configs = (folder / "config.json", folder / UNET_FOLDER / "config.json")
         return [config.parent for config in configs if config.is_file()]
 
+    def owns(self, file: Path) -> bool:
+        """Whether it has a UNet's first convolution, under diffusers' name."""
+        return "conv_in.weight" in check_weights(file).shapes
+
     def check_whole(self, path: Path) -> None:
         """Every shard is there."""
-        check_folder_weights(path, UNET_STEM)
+        if path.is_dir():
+            check_folder_weights(path, UNET_STEM)
 
     def check_fit(self, unet: UNet, path: Path) -> None:
         """The same tensors with the same shapes."""

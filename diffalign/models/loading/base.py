@@ -129,7 +129,14 @@ def _why_not_plain(config: Any, other: list[str]) -> str:
             f"takes {config.in_channels} channels and returns {config.out_channels}: an inpainting, depth or upscaling "
             "model. Only text-to-image models are supported"
         )
-    return f"has {other[0]} = {config[other[0]]!r}, an input that diffalign does not provide; use a UNet without it"
+    what = f"has {other[0]} = {config[other[0]]!r}"
+    if other[0] == "time_cond_proj_dim":
+        return (
+            f"{what}, an embedding of the guidance scale: a latent consistency model with guidance distilled into it, "
+            "for which diffalign gives no such input. Tune the model that it was distilled from, and put an LCM-LoRA "
+            "(e.g. latent-consistency/lcm-lora-sdxl) on the result"
+        )
+    return f"{what}, an input that diffalign does not provide; use a UNet without it"
 
 
 def _from_folder(spec: ModelSpec, vae_and_text: bool, dtype: torch.dtype) -> Base:

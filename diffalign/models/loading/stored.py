@@ -85,13 +85,13 @@ def _none_there(folder: Path, sets: dict[str | None, list[Path]], variant: str |
 
 
 def stored_unet(folder: Path, unet: UNet) -> Callable[[str], Tensor]:
-    """The tensors of a UNet's folder by name, each read when it is asked for.
+    """The tensors of a UNet's folder, or of its file alone, by name, each read when it is asked for.
 
     Raises ModelError unless their names and shapes are those of `unet`.
     """
     own = unet.state_dict()
     stored: dict[str, Any] = {}  # name -> the open file that has it
-    _, files = choose_weights(folder, UNET_STEM, None)
+    files = [folder] if folder.is_file() else choose_weights(folder, UNET_STEM, None)[1]
     unlike = []
     for file in files:
         shapes = check_weights(file).shapes
