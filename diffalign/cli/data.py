@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--aggregate", choices=("sum", "min", "all_agree"), default="sum", help="as data.aggregate")
     sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
     sub.add_argument("--resolution", type=count, help="count the images that are smaller than this")
+    sub.add_argument(
+        "--aspect-buckets",
+        choices=("sdxl", "kohya"),
+        help="count the pairs of each bucket at --resolution, as data.aspect_buckets",
+    )
     sub.add_argument("--sample", type=path, metavar="PNG", help="write a contact sheet of a few pairs")
     sub.add_argument("--json", type=path, metavar="FILE", help="write the report, with every problem, as JSON")
     overwrite_argument(sub)
@@ -149,13 +154,21 @@ def run(args: argparse.Namespace) -> None:
         return
 
     writable([("--sample", args.sample), ("--json", args.json)], args.overwrite)
+    from diffalign.config.data_sections import BucketsSection
     from diffalign.data.table.report import check_pairs
     from diffalign.data.table.score_aggregation import Axis
 
+    buckets = None
+    if args.aspect_buckets is not None:
+        if args.resolution is None:
+            raise DiffalignError("--aspect-buckets needs --resolution, the side of the square in pixels")
+        section = BucketsSection(table=args.aspect_buckets)
+        buckets = section.name(), section.sizes(args.resolution)
     report = check_pairs(
         args.path,
         replace(_spec(args), verify="full" if args.full else "header"),
         resolution=args.resolution,
+        buckets=buckets,
         axes=[Axis(file, file) for file in args.scores],
         aggregate=args.aggregate,
     )

@@ -63,12 +63,29 @@ def check_model(model: ModelSection) -> None:
 
 def check_data(data: DataSection) -> None:
     """Raises DiffalignError for settings of a cache or of scores that are not there."""
+    if data.aspect_buckets is not None:
+        check_buckets(data)
     if data.cache_variants > 1 and data.cache_dir is None:
         raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops again")
     if data.aggregate != "sum" and len(data.axes) < 2:
         raise DiffalignError(f"data.aggregate: {data.aggregate} needs several axes in data.scores")
     if data.relabel and data.scores is None:
         raise DiffalignError("data.relabel needs data.scores, a file written by `diffalign data score`")
+
+
+def check_buckets(data: DataSection) -> None:
+    """Raises DiffalignError for settings that pairs of several sizes exclude."""
+    if data.verify == "none":
+        raise DiffalignError("data.aspect_buckets needs the sizes of the images, which verify: none does not read")
+    if data.curriculum is not None:
+        raise DiffalignError(
+            "data.aspect_buckets and data.curriculum each decide which pairs make a micro-batch; remove one of them"
+        )
+    if data.cache_trajectories or data.cache_reference_errors:
+        raise DiffalignError(
+            "data.aspect_buckets: what is computed by the base and stored (data.cache_trajectories, "
+            "data.cache_reference_errors) is stored for squares; remove it. data.cache_dir can stay"
+        )
 
 
 def check_users(config: Any) -> None:
@@ -250,6 +267,7 @@ def usable_together(config: Any) -> None:
                 "objective compares the steps that the source sampled; set both to the same value"
             )
     idle = ["cache_dir", "invert_preference", "dataloader_num_workers", "scores", "curriculum", "draws_per_pair"]
+    idle += ["aspect_buckets"]
     if source.data == "prompts":
         idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
     if set_ := [name for name in idle if getattr(data, name) != type(data).model_fields[name].default]:

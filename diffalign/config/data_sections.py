@@ -1,14 +1,16 @@
-"""Parts of a config with their own syntax: score axes, the curriculum, and paths of packaged files."""
+"""Parts of a config with their own syntax: score axes, the curriculum, buckets, and paths of packaged files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffalign.config.value_types import LARGEST, Count, PathText, Positive, Section, Text
+from diffalign.data.buckets.sizes import kohya_sizes, sdxl_sizes
 from diffalign.data.table.score_aggregation import Axis
+from diffalign.data.transforms import Size
 from diffalign.errors import DiffalignError
 
 
@@ -24,6 +26,32 @@ class CurriculumSection(Section):
 
     chunks: Annotated[Count, Field(ge=2)]
     steps: Count | None = None  # optimiser steps until its end; null: max_train_steps
+
+
+class BucketsSection(Section):
+    """Aspect buckets: each pair comes to the size that crops its images least, in place of a square."""
+
+    table: Literal["sdxl", "kohya"]  # of SDXL's training, scaled to the resolution; or as sd-scripts makes it
+    step: Annotated[Count, Field(multiple_of=8)] = 64  # kohya: pixels between the sides of two buckets
+    min_side: Count | None = None  # kohya: pixels; null: half the resolution
+    max_side: Count | None = None  # kohya: pixels; null: twice the resolution
+
+    @model_validator(mode="after")
+    def _kohya_alone(self) -> Self:
+        if self.table != "kohya" and (given := sorted(self.model_fields_set - {"table"})):
+            raise DiffalignError(f"{given[0]} belongs to table: kohya; remove it, or set table: kohya")
+        return self
+
+    def sizes(self, resolution: int) -> tuple[Size, ...]:
+        """The sizes of the buckets at a resolution. Raises DataError where there are none."""
+        if self.table == "sdxl":
+            return sdxl_sizes(resolution)
+        return kohya_sizes(resolution, self.step, self.min_side or resolution // 2, self.max_side or 2 * resolution)
+
+    def name(self) -> str:
+        """The table and its settings, for the key of a cache; with the resolution they determine the sizes."""
+        own = f"kohya step={self.step} min_side={self.min_side} max_side={self.max_side}"
+        return own if self.table == "kohya" else self.table
 
 
 Scores = PathText | tuple[PathText, ...] | dict[Text, PathText | ScoreAxis]  # a file, several, or named ones

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from diffalign.config.data_sections import (
+    BucketsSection,
     CurriculumSection,
     Scores,
     axes_of,
@@ -57,6 +58,7 @@ OBJECTIVE_ONLY = {
         "aggregate",
         "relabel",
         "curriculum",
+        "aspect_buckets",
         "users",
         "proportion_empty_prompts",
     ),
@@ -127,6 +129,7 @@ class DataSection(Section):
     relabel: Switch = False  # the image with the higher of these scores is the chosen one, whatever the labels say
     users: PathText | None = None  # file of users' embeddings, where the pairs name their user by an id
     resolution: Pixels | None = None  # pixels; null: the model family's
+    aspect_buckets: BucketsSection | None = None  # sizes beside the square; null: every pair becomes a square
     center_crop: Switch = True
     random_flip: Switch = False
     proportion_empty_prompts: Fraction = 0.0

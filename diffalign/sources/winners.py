@@ -62,7 +62,7 @@ def _winners(context: Context, places: list[Place], batch_size: int) -> tuple[li
             try:
                 image, box = prepare_images(
                     [table.chosen(place.row)],
-                    context.resolution,
+                    (context.resolution, context.resolution),
                     key=key,
                     center_crop=context.center_crop,
                     random_flip=context.random_flip,

@@ -177,10 +177,13 @@ def shard_networks(unet: UNet, reference: Reference | None, mesh: Any, autocast_
 
 
 def _resolution(data: DataSection, base: Base) -> int:
-    """Side of the square images in pixels. Raises ModelError for one that the base cannot take."""
+    """Side of square images in pixels. Raises ModelError where the base cannot take it, or the side of a bucket."""
     resolution = data.resolution or base.family.default_resolution
     if base.vae is not None:
         check_resolution(base.unet, vae_factor(base.vae), resolution, "data.resolution")
+        for size in () if data.aspect_buckets is None else data.aspect_buckets.sizes(resolution):
+            for side in size:
+                check_resolution(base.unet, vae_factor(base.vae), side, f"data.aspect_buckets {size[0]}x{size[1]}")
     return resolution
 
 

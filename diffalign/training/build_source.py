@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import DataSection, ModelSection, TrainingSection
+from diffalign.data.buckets.sizes import Shapes, in_buckets
 from diffalign.data.cache.latents import CacheKey, CacheSpec, PairCache, open_cache
 from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
@@ -109,6 +110,12 @@ def _with_results(
     return with_networks
 
 
+def buckets_of(data: DataSection, table: PairTable, resolution: int) -> Shapes | None:
+    """The sizes that the table's pairs come to; None where all become squares. Raises DataError."""
+    section = data.aspect_buckets
+    return None if section is None else in_buckets(table, section.name(), section.sizes(resolution))
+
+
 def encode_run(
     data: DataSection, run_seed: int, table: PairTable, encoder: Encoder, resolution: int, processes: Processes
 ) -> CacheKey:
@@ -123,6 +130,7 @@ def encode_run(
         run_seed=run_seed,
         variants=data.cache_variants,
         dtype=data.cache_dtype,
+        buckets=buckets_of(data, table, resolution),
     )
     work = Work(num_workers=data.dataloader_num_workers, processes=processes)
     done = encode_cache(table, encoder, str(data.cache_dir), spec, work)
@@ -199,11 +207,12 @@ def open_content(
     data: DataSection, run_seed: int, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
 ) -> Online | PairCache:
     """The images themselves, or the latent cache, which is filled as far as it is not yet."""
+    buckets = buckets_of(data, table, resolution)
     if data.cache_dir is None:
-        return Online(encoder, resolution, center_crop=data.center_crop, random_flip=data.random_flip)
+        return Online(encoder, resolution, data.center_crop, data.random_flip, buckets)
     key = encode_run(data, run_seed, table, encoder, resolution, processes_of(accelerator))
     accelerator.wait_for_everyone()
-    return open_cache(data.cache_dir, key)
+    return open_cache(data.cache_dir, key, buckets)
 
 
 def _trajectories(

@@ -38,7 +38,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 def test_crop_and_geometry_point_at_the_same_pixels(size: tuple[int, int], flip: bool, position: float) -> None:
     """No resizing at this size, so the crop must be found in the (mirrored) original at the stated place."""
     image = picture(1, size)
-    pixels, (height, width, top, left, target_h, target_w) = prepare(image, 16, position, flip)
+    pixels, (height, width, top, left, target_h, target_w) = prepare(image, (16, 16), position, flip)
     assert (width, height) == size
     assert (target_h, target_w) == (16, 16)
     whole = pixels_of(image).flip(2) if flip else pixels_of(image)
@@ -47,16 +47,16 @@ def test_crop_and_geometry_point_at_the_same_pixels(size: tuple[int, int], flip:
 
 def test_resized_sizes_and_crop_coordinates_of_a_landscape_image() -> None:
     """1200 x 800 at 512: resized to 768 x 512, centre crop at left (768 - 512) / 2; SDXL crops after resizing."""
-    _, geometry = prepare(Image.new("RGB", (1200, 800)), 512, 0.5, False)
+    _, geometry = prepare(Image.new("RGB", (1200, 800)), (512, 512), 0.5, False)
     assert geometry == (800, 1200, 0, 128, 512, 512)
 
 
 def test_small_images_are_enlarged_and_large_ones_antialiased() -> None:
-    pixels, geometry = prepare(Image.new("RGB", (10, 12), (255, 0, 0)), 32, 0.5, False)
+    pixels, geometry = prepare(Image.new("RGB", (10, 12), (255, 0, 0)), (32, 32), 0.5, False)
     assert pixels.shape == (3, 32, 32)
     assert geometry == (12, 10, 3, 0, 32, 32)
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (256, 128)))
-    pixels, _ = prepare(stripes.convert("RGB"), 32, 0.5, False)
+    pixels, _ = prepare(stripes.convert("RGB"), (32, 32), 0.5, False)
     assert pixels[:, 2:-2, 2:-2].abs().max() < 0.1  # nearest sampling would give -1 or 1 everywhere
 
 
@@ -66,7 +66,7 @@ def test_both_sides_get_the_same_relative_crop_and_flip() -> None:
     for draw in range(40):
         key = pair_key(0, "id", draw)
         pixels, geometry = prepare_pair(
-            row(encoded(small), encoded(large)), 16, key=key, center_crop=False, random_flip=True
+            row(encoded(small), encoded(large)), (16, 16), key=key, center_crop=False, random_flip=True
         )
         assert geometry[0, 2:].tolist() == geometry[1, 2:].tolist()
         assert (pixels[0] - pixels[1]).abs().mean() < 0.25  # the same place: resampling alone lies between them
@@ -79,7 +79,7 @@ def test_both_sides_get_the_same_relative_crop_and_flip() -> None:
 def test_the_chosen_side_comes_first_and_the_middle_is_cropped() -> None:
     chosen, rejected = picture(1, (40, 16)), picture(2, (16, 30))
     pixels, geometry = prepare_pair(
-        row(encoded(chosen), encoded(rejected)), 16, key=1, center_crop=True, random_flip=False
+        row(encoded(chosen), encoded(rejected)), (16, 16), key=1, center_crop=True, random_flip=False
     )
     torch.testing.assert_close(pixels[0].double(), pixels_of(chosen)[:, :, 12:28], rtol=0, atol=1e-7)
     torch.testing.assert_close(pixels[1].double(), pixels_of(rejected)[:, 7:23], rtol=0, atol=1e-7)
@@ -90,12 +90,13 @@ def test_crop_and_flip_belong_to_the_key() -> None:
     pair = row(encoded(picture(1, (48, 16))), encoded(picture(2, (48, 16))))
 
     def at(draw: int) -> torch.Tensor:
-        return prepare_pair(pair, 16, key=pair_key(3, "id", draw), center_crop=False, random_flip=True)[0]
+        return prepare_pair(pair, (16, 16), key=pair_key(3, "id", draw), center_crop=False, random_flip=True)[0]
 
     assert torch.equal(at(4), at(4))
     assert len({tuple(at(draw)[0, 0, 0].tolist()) for draw in range(8)}) > 4
     centred = [
-        prepare_pair(pair, 16, key=pair_key(3, "id", draw), center_crop=True, random_flip=False) for draw in range(2)
+        prepare_pair(pair, (16, 16), key=pair_key(3, "id", draw), center_crop=True, random_flip=False)
+        for draw in range(2)
     ]
     assert torch.equal(centred[0][0], centred[1][0])
     assert centred[0][1].dtype == torch.int64
@@ -105,7 +106,8 @@ def test_flips_come_up_half_of_the_time() -> None:
     ramp = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))).convert("RGB")
     pair = row(encoded(ramp), encoded(ramp))
     flips = [
-        float(prepare_pair(pair, 16, key=pair_key(0, "id", d), center_crop=True, random_flip=True)[0][0, 0, 0, 0]) > 0
+        float(prepare_pair(pair, (16, 16), key=pair_key(0, "id", d), center_crop=True, random_flip=True)[0][0, 0, 0, 0])
+        > 0
         for d in range(200)
     ]
     assert 70 <= sum(flips) <= 130  # 4 standard deviations of a fair coin
@@ -185,7 +187,7 @@ def test_cmyk_is_converted_and_float_refused() -> None:
 def test_a_side_that_cannot_be_used_names_its_row() -> None:
     with pytest.raises(ImageError, match="row 0 image: 4x16 pixels; each side needs at least 8"):
         prepare_pair(
-            row(encoded(picture(1)), encoded(picture(1, (4, 16)))), 16, key=1, center_crop=True, random_flip=False
+            row(encoded(picture(1)), encoded(picture(1, (4, 16)))), (16, 16), key=1, center_crop=True, random_flip=False
         )
     with pytest.raises(ImageError, match="row 7 jpg_0: does not open as an image"):
         ImageRef(png(1)[:300], None, "row 7 jpg_0").open()
@@ -243,9 +245,9 @@ def test_the_crop_of_a_long_image_is_that_of_the_whole_resized(
     The values leave room for the filter's overshoot: Pillow may take rows or columns first, and clips in between.
     """
     image = picture(1, size).point(lambda value: 64 + value // 2)
-    pixels, geometry = prepare(image, 32, position, flip)
+    pixels, geometry = prepare(image, (32, 32), position, flip)
     monkeypatch.setattr(images, "EXTREME", 10**6)
-    whole, told = prepare(image, 32, position, flip)
+    whole, told = prepare(image, (32, 32), position, flip)
     assert geometry == told
     assert (pixels - whole).abs().max() <= 2.01 / 127.5
 
@@ -256,7 +258,7 @@ def test_a_long_image_costs_no_more_than_its_crop(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, size, *a, **k: made.append(size) or real(self, size, *a, **k)
     )
-    pixels, geometry = prepare(Image.new("RGB", (16000, 8)), 64, 0.5, False)
+    pixels, geometry = prepare(Image.new("RGB", (16000, 8)), (64, 64), 0.5, False)
     assert made == [(64, 64)]
     assert pixels.shape == (3, 64, 64)
     assert geometry == (8, 16000, 0, 63968, 64, 64)

@@ -66,11 +66,11 @@ def test_shares_by_hand(start: float, length: float, cells: int, parts: int, exp
 
 def test_a_grid_of_the_latents_size_is_the_mask_and_ones_stay_ones() -> None:
     grid = torch.randint(-4, 5, (8, 8), generator=torch.Generator().manual_seed(0)).double() / 4
-    assert torch.equal(on_latents(grid, SQUARE, flip=False, side=8, where="row 0"), grid.float())
-    assert torch.equal(on_latents(grid, SQUARE, flip=True, side=8, where="row 0"), grid.float().flip(-1))
+    assert torch.equal(on_latents(grid, SQUARE, flip=False, factor=2, where="row 0"), grid.float())
+    assert torch.equal(on_latents(grid, SQUARE, flip=True, factor=2, where="row 0"), grid.float().flip(-1))
     for shape in ((1, 1), (3, 7), (50, 31)):
-        ones = on_latents(torch.ones(shape, dtype=torch.float64), SQUARE, flip=False, side=7, where="row 0")
-        assert torch.equal(ones, torch.ones(7, 7))
+        ones = on_latents(torch.ones(shape, dtype=torch.float64), SQUARE, flip=False, factor=2, where="row 0")
+        assert torch.equal(ones, torch.ones(8, 8))
 
 
 def test_areas_are_those_of_pils_box_filter() -> None:
@@ -78,10 +78,10 @@ def test_areas_are_those_of_pils_box_filter() -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (16, 40)).astype(np.float32)
     geometry = torch.tensor([16, 40, 0, 11, 16, 16]).expand(2, 6)
     for side in (2, 4, 8, 16):
-        got = on_latents(torch.from_numpy(values).double(), geometry, flip=False, side=side, where="row 0")
+        got = on_latents(torch.from_numpy(values).double(), geometry, flip=False, factor=16 // side, where="row 0")
         torch.testing.assert_close(got, box(values[:, 11:27], side), rtol=1e-5, atol=1e-5)
     mirrored = torch.tensor([16, 40, 0, 40 - 16 - 11, 16, 16]).expand(2, 6)  # as prepare_pair has it
-    got = on_latents(torch.from_numpy(values).double(), mirrored, flip=True, side=4, where="row 0")
+    got = on_latents(torch.from_numpy(values).double(), mirrored, flip=True, factor=4, where="row 0")
     torch.testing.assert_close(got, box(np.ascontiguousarray(values[:, 11:27][:, ::-1]), 4), rtol=1e-5, atol=1e-5)
 
 
@@ -266,9 +266,9 @@ def test_a_mask_needs_images_of_one_shape() -> None:
     with pytest.raises(
         ImageError, match="a mask needs images of the same shape, and these have 24x16 and 16x24 pixels"
     ):
-        on_latents(torch.ones(2, 2).double(), geometry, flip=False, side=4, where="row 0")
+        on_latents(torch.ones(2, 2).double(), geometry, flip=False, factor=4, where="row 0")
     same = torch.tensor([[16, 24, 0, 4, 16, 16], [32, 48, 0, 4, 16, 16]])
-    on_latents(torch.ones(2, 2).double(), same, flip=False, side=4, where="row 0")
+    on_latents(torch.ones(2, 2).double(), same, flip=False, factor=4, where="row 0")
 
 
 def test_negative_masks_stop_a_run_that_cannot_use_them(tmp_path: Path) -> None:

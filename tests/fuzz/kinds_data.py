@@ -52,7 +52,7 @@ def table(rng: Random, folder: Path) -> Run:
 def _pixels(pairs: Any, index: int) -> Any:
     numbers = [pairs.number(part, index) for part in ("weight", "margin")]
     try:
-        pixels, geometry = prepare_pair(pairs[index], SIDE, key=index, center_crop=False, random_flip=True)
+        pixels, geometry = prepare_pair(pairs[index], (SIDE, SIDE), key=index, center_crop=False, random_flip=True)
     except ImageError:  # training takes another pair in its place, and says so
         return 0
     assert pixels.shape == (2, 3, SIDE, SIDE), pixels.shape
@@ -211,7 +211,7 @@ def image(rng: Random, folder: Path) -> Run:
     def run() -> Any:
         opened = ref.open()
         assert opened.mode == "RGB", opened.mode
-        pixels, geometry = prepare(opened, SIDE, 0.5, flip=False)
+        pixels, geometry = prepare(opened, (SIDE, SIDE), 0.5, flip=False)
         assert float(pixels.abs().max()) <= 1.001
         return pixels, geometry
 

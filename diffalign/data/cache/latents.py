@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffalign.data.buckets.sizes import Shapes, square
 from diffalign.data.cache.shards import MANIFEST, OpenShards, read_content
 from diffalign.data.cache.shards import manifest_text as hashed_text
 from diffalign.data.loader.loaded import Loaded, sample_latents
@@ -40,6 +41,7 @@ _REMEDY = {
     "encode again",
     "pairs": "see dataset",
     "resolution": "set the resolution of the cache, or encode again",
+    "buckets": "set data.aspect_buckets as in the cache, or encode again",
     "center_crop": "set center_crop as in the cache, or encode again",
     "random_flip": "set random_flip as in the cache, or encode again",
     "variants": "set the number of variants of the cache, or encode again",
@@ -62,6 +64,7 @@ class CacheKey:
     variants: int | None  # crops and flips per pair; visit `draw` uses variant draw % variants
     run_seed: int | None  # None when nothing about the pixels is random
     dtype: str | None
+    buckets: str = ""  # the table that pairs get their sizes from; empty: squares
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ class CacheSpec:
     run_seed: int = 0  # of the random crops and flips
     variants: int | None = None  # crops and flips stored per pair; None: any where one is opened, 1 where one is made
     dtype: str | None = None  # of moments and embeddings; None: any where one is opened, float32 where one is made
+    buckets: Shapes | None = None  # None: every pair is a square
+
+    @property
+    def shapes(self) -> Shapes:
+        """The size of each pair's images."""
+        return square(self.resolution) if self.buckets is None else self.buckets
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -103,6 +112,7 @@ def cache_key(table: PairTable, fingerprint: str, spec: CacheSpec) -> CacheKey:
         spec.variants,
         spec.run_seed if spec.random else None,
         spec.dtype,
+        spec.shapes.name,
     )
 
 
@@ -116,6 +126,7 @@ class Plan:
     prompts_per_shard: int
     pair_bytes: int = 0  # of all variants; 0: not known
     prompt_bytes: int = 0
+    factor: int = 0  # pixels for a place of the latents, where pairs have several sizes
 
     def moments_shards(self) -> list[str]:
         """Shard files of the pairs, in order."""
@@ -169,8 +180,11 @@ def differences(found: CacheKey, expected: CacheKey) -> list[str]:
     return lines
 
 
-def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
-    """The cache in a folder, if it is complete and what this run needs; otherwise DataError."""
+def open_cache(cache_dir: str | Path, expected: CacheKey, buckets: Shapes | None = None) -> PairCache:
+    """The cache in a folder, if it is complete and what this run needs; otherwise DataError.
+
+    buckets: those of the spec that the cache was filled by.
+    """
     folder = Path(cache_dir)
     found = read_cache_manifest(folder)
     if found is None:
@@ -180,7 +194,7 @@ def open_cache(cache_dir: str | Path, expected: CacheKey) -> PairCache:
         raise DataError("\n".join([f"the latent cache {folder} does not match this run:", *lines]))
     if missing := plan.missing(folder):
         raise _incomplete(folder, plan, missing)
-    return PairCache(folder, key, plan)
+    return PairCache(folder, key, plan, buckets)
 
 
 def _incomplete(folder: Path, plan: Plan, missing: list[str]) -> DataError:
@@ -194,9 +208,10 @@ def _incomplete(folder: Path, plan: Plan, missing: list[str]) -> DataError:
 class PairCache:
     """Encoded pairs by index: moments, geometry and text, without any model."""
 
-    def __init__(self, folder: Path, key: CacheKey, plan: Plan) -> None:
+    def __init__(self, folder: Path, key: CacheKey, plan: Plan, buckets: Shapes | None = None) -> None:
         self.folder, self.key, self.plan = folder, key, plan
         self.pairs = plan.pairs
+        self.shapes = square(key.resolution) if buckets is None else buckets
         self._shards = OpenShards(folder)
 
     @property
@@ -205,8 +220,13 @@ class PairCache:
         return self
 
     @property
+    def factor(self) -> int:
+        """Pixels for a place of the latents, in each direction."""
+        return self.plan.factor or self.key.resolution // self.latent_shape[-1]
+
+    @property
     def latent_shape(self) -> torch.Size:
-        """c, h, w of the latents, where any pair could be read."""
+        """c, h, w of the latents, where any pair could be read and all are squares."""
         shape = self._shards["moments-00000.safetensors"].get_slice("moments").get_shape()
         return torch.Size((shape[3] // 2, *shape[4:]))
 
@@ -235,10 +255,12 @@ class PairCache:
             problem = json.loads(shard.metadata()["unreadable"])[str(row)]
             raise ImageError(problem["kind"], problem["reason"])
         variant = draw % int(self.key.variants or 1)
-        return (
-            shard.get_slice("moments")[row : row + 1, variant][0].float(),
-            shard.get_slice("geometry")[row : row + 1, variant][0],
-        )
+        moments = shard.get_slice("moments")[row : row + 1, variant][0].float()
+        geometry = shard.get_slice("geometry")[row : row + 1, variant][0]
+        if self.plan.factor:  # all sizes are stored at the length of the largest
+            height, width = (int(side) // self.plan.factor for side in geometry[0, 4:])
+            moments = moments[..., : height * width].unflatten(-1, (height, width))
+        return moments, geometry
 
     def text(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Float32 embeddings [1 tokens dim] of a pair's prompt and the pooled one [1 dim], where there is one."""

@@ -25,7 +25,7 @@ class ReferenceErrors:
     def __init__(self, cache: PairCache, folder: Path, pairs_per_shard: int) -> None:
         """`folder` is complete, and the visits of whoever reads it repeat after as many draws as it has."""
         self.cache, self.folder, self.pairs_per_shard = cache, folder, pairs_per_shard
-        self._shards = OpenShards(folder)
+        self._shards, self.shapes = OpenShards(folder), cache.shapes
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
         """One visit of a pair as `PairCache.load` has it, with the reference's errors."""

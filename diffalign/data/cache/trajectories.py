@@ -35,7 +35,7 @@ class Trajectories:
         """`levels` int64 [level] are the timesteps of the stored latents; `visited` as in `Recordable`."""
         self.cache, self.folder, self.pairs_per_shard = cache, folder, pairs_per_shard
         self.levels, self.visited = levels, visited
-        self._shards = OpenShards(folder)
+        self._shards, self.shapes = OpenShards(folder), cache.shapes
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
         """One visit of a pair as `PairCache.load` has it, with its transitions, whose clean end its latents are.

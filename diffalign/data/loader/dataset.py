@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffalign.data.buckets.order import BucketOrder
+from diffalign.data.buckets.sizes import Shapes
 from diffalign.data.loader.loaded import NULL_PROMPT, Loaded
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError, ImageError, Problem
-from diffalign.data.sampler import PairOrder
+from diffalign.data.sampler import Order, PairOrder
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import on_latents, terms_of
 from diffalign.engine.random import pair_key, uniform
@@ -25,6 +27,8 @@ ATTEMPTS = 16  # substitutes tried for one unreadable pair; so many in a row mea
 
 class Content(Protocol):
     """The store of the images of pairs: pixels to decode, or a cache."""
+
+    shapes: Shapes
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
         """One pair at one visit: its images, and its text where that is stored; `prompt` None means the null prompt.
@@ -39,10 +43,14 @@ class Content(Protocol):
 class Visits(Dataset[Loaded]):
     """Positions of the order -> micro-batches. Every random draw belongs to the pair and the visit."""
 
-    def __init__(self, table: PairTable, content: Content, spec: LoaderSpec, latent_side: int | None = None) -> None:
-        """`latent_side` matters only where the data have masks."""
-        self.table, self.content, self.spec, self.latent_side = table, content, spec, latent_side
-        self.order = PairOrder(len(table), spec.run_seed) if spec.order is None else spec.order
+    def __init__(self, table: PairTable, content: Content, spec: LoaderSpec, factor: int | None = None) -> None:
+        """`factor`, pixels for a place of the latents, matters only where the data have masks."""
+        self.table, self.content, self.spec, self.factor = table, content, spec, factor
+        self.order: Order = PairOrder(len(table), spec.run_seed)
+        if spec.order is not None:
+            self.order = spec.order
+        elif content.shapes.bucket is not None:
+            self.order = BucketOrder(content.shapes.groups, spec.run_seed, spec.train_batch_size)
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         """The micro-batch of these positions (`DataLoader` fetches a batch by this one call)."""
@@ -60,7 +68,8 @@ class Visits(Dataset[Loaded]):
                 return self.pair(index, draw, tuple(problems))
             except ImageError as error:
                 problems.append(Problem(self.table.where(index), error.kind, str(error)))
-                index = substitute(self.table.ids[first], attempt, len(self.table))
+                peers = self.content.shapes.peers(first, len(self.table))
+                index = peers[substitute(self.table.ids[first], attempt, len(peers))]
         raise DataError(
             f"{self.table.where(first)} cannot be read and neither can {ATTEMPTS - 1} substitutes (last: "
             f"{problems[-1]}); do the images still exist? `diffalign data check` lists all unreadable "
@@ -92,7 +101,7 @@ class Visits(Dataset[Loaded]):
     def _terms(self, index: int, key: int, draw: int, geometry: Tensor) -> Terms:
         """The pair's terms; its mask on the latents, cropped and flipped as they are at this visit."""
         mask, grid = None, self.table.mask(index)
-        if grid is not None and self.latent_side is not None:
+        if grid is not None and self.factor is not None:
             where = self.table.where(index)
             if not self.spec.signed_masks and bool((grid < 0).any()):
                 raise DataError(
@@ -100,7 +109,7 @@ class Visits(Dataset[Loaded]):
                     "0 to 1"
                 )
             flip = self.content.flip(self.table.ids[index], key, draw)
-            mask = on_latents(grid, geometry, flip=flip, side=self.latent_side, where=where)
+            mask = on_latents(grid, geometry, flip=flip, factor=self.factor, where=where)
         return terms_of(self.table.numbers(index), mask)
 
 

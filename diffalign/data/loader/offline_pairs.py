@@ -56,7 +56,7 @@ class OfflinePairs:
         if isinstance(content, Online):
             self._encode = Encoding(content.encoder)
             self._null_text, self._time_ids = self._encode.null_text, time_ids or content.encoder.time_ids
-            self.visits = Visits(table, Pixels(table, content), spec, content.latent_side if masks else None)
+            self.visits = Visits(table, Pixels(table, content), spec, content.factor if masks else None)
         else:
             cache = content.cache
             if cache.pairs != len(table):
@@ -65,7 +65,7 @@ class OfflinePairs:
                     "both with the same data settings"
                 )
             self._null_text, self._time_ids = cache.null_text, time_ids or _no_time_ids
-            self.visits = Visits(table, content, spec, cache.latent_shape[-1] if masks else None)
+            self.visits = Visits(table, content, spec, cache.factor if masks else None)
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
         """Micro-batches of this process from optimiser step `first_step` on, without end.

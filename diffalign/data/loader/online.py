@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffalign.data.buckets.sizes import Shapes, square
 from diffalign.data.encoder import Encoder
 from diffalign.data.finite import LatentsGuard
 from diffalign.data.loader.loaded import NULL_PROMPT, Loaded, sample_latents
@@ -23,25 +24,37 @@ class Online:
     resolution: int  # pixels
     center_crop: bool = True
     random_flip: bool = False
+    buckets: Shapes | None = None  # None: every pair is a square of `resolution`
 
     @property
-    def latent_side(self) -> int:
-        """Height and width of the latents."""
+    def shapes(self) -> Shapes:
+        """The size of each pair's images."""
+        return square(self.resolution) if self.buckets is None else self.buckets
+
+    @property
+    def factor(self) -> int:
+        """Pixels for a place of the latents, in each direction."""
         with torch.no_grad():
-            return int(self.encoder.moments(torch.zeros(1, 3, self.resolution, self.resolution)).shape[-1])
+            return factor_of(self.encoder, self.shapes)
+
+
+def factor_of(encoder: Encoder, shapes: Shapes) -> int:
+    """Pixels for a place of an encoder's latents, in each direction."""
+    width, height = shapes.sizes[0]
+    return width // int(encoder.moments(torch.zeros(1, 3, height, width)).shape[-1])
 
 
 class Pixels:
     """Images decoded and cropped at every visit."""
 
     def __init__(self, table: PairTable, online: Online) -> None:
-        self.table, self.resolution = table, online.resolution
+        self.table, self.shapes = table, online.shapes
         self.center_crop, self.random_flip = online.center_crop, online.random_flip
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
         pixels, geometry = prepare_pair(
             self.table[index],
-            self.resolution,
+            self.shapes[index],
             key=key,
             center_crop=self.center_crop,
             random_flip=self.random_flip,

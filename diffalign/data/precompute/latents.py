@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from diffalign.data.buckets.sizes import Shapes
 from diffalign.data.cache.latents import (
     DTYPES,
     CacheKey,
@@ -77,10 +79,10 @@ def encode_cache(
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
-    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, len(prompts), work.shard_bytes))
+    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, spec.shapes, len(prompts), work.shard_bytes))
     sweep(folder)
     require_room(folder, plan.missing_bytes(folder), "the latent cache")
-    job = _Job(table, encoder, key, spec.run_seed, plan, prompts, work)
+    job = _Job(table, encoder, key, spec, plan, prompts, work)
     text, images = (work.processes.share(names) for names in (plan.text_shards(), plan.moments_shards()))
     written = fill(folder, text, hashed, "prompts", job.text) + fill(folder, images, hashed, "images", job.moments)
     problems = tuple(problem for _, problem in sorted(job.problems.items()))
@@ -95,7 +97,7 @@ class _Job:
     table: PairTable
     encoder: Encoder
     key: CacheKey
-    run_seed: int
+    spec: CacheSpec
     plan: Plan
     prompts: list[str]  # each once, the null prompt first
     work: Work
@@ -116,8 +118,9 @@ class _Job:
         """Tensors and metadata of one moments shard; pairs that cannot be read go to `problems`."""
         first = int(name[8:13]) * self.plan.pairs_per_shard
         indices = range(first, min(first + self.plan.pairs_per_shard, self.plan.pairs))
-        images = _Pixels(self.table, indices, self.key, self.run_seed)
-        tensors, unreadable = _encode_pixels(self.encoder, images, DTYPES[str(self.key.dtype)], self.work)
+        images = _Pixels(self.table, indices, self.spec)
+        places = self.plan.factor and places_of(self.spec.shapes, self.plan.factor)
+        tensors, unreadable = _encode_pixels(self.encoder, images, places, self.work)
         for row, each in unreadable.items():
             index = indices[int(row)]
             self.problems[index] = Problem(self.table.where(index), each["kind"], each["reason"])
@@ -143,13 +146,15 @@ def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan,
     return found[1], found[2]
 
 
-def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Plan:
+def _plan(encoder: Encoder, key: CacheKey, shapes: Shapes, prompts: int, shard_bytes: int) -> Plan:
     """Shard sizes, from the encoder's answer to one blank image and the null prompt."""
     width = torch.finfo(DTYPES[str(key.dtype)]).bits // 8
     with torch.no_grad():
-        moments = encoder.moments(torch.zeros(1, 3, key.resolution, key.resolution))
+        moments = encoder.moments(torch.zeros(1, 3, *reversed(shapes.sizes[0])))
         text = encoder.prompts([NULL_PROMPT])
-    pair_bytes = 2 * moments.numel() * int(key.variants or 1) * width
+    factor = shapes.sizes[0][0] // moments.shape[-1] if shapes.bucket is not None else 0
+    numbers = moments.shape[1] * places_of(shapes, factor) if factor else moments.numel()
+    pair_bytes = 2 * numbers * int(key.variants or 1) * width
     text_bytes = (text.prompt_embeds.numel() + (0 if text.pooled is None else text.pooled.numel())) * width
     return Plan(
         key.pairs,
@@ -158,14 +163,20 @@ def _plan(encoder: Encoder, key: CacheKey, prompts: int, shard_bytes: int) -> Pl
         max(1, shard_bytes // max(1, text_bytes)),
         pair_bytes,
         text_bytes,
+        factor,
     )
+
+
+def places_of(shapes: Shapes, factor: int) -> int:
+    """The places of the latents of the largest size."""
+    return max((width // factor) * (height // factor) for width, height in shapes.sizes)
 
 
 class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
     """All variants of the pairs of one shard: pixels and geometry, or why the pair cannot be read."""
 
-    def __init__(self, table: PairTable, indices: range, key: CacheKey, run_seed: int) -> None:
-        self.table, self.indices, self.key, self.run_seed = table, indices, key, run_seed
+    def __init__(self, table: PairTable, indices: range, spec: CacheSpec) -> None:
+        self.table, self.indices, self.spec, self.shapes = table, indices, spec, spec.shapes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -175,13 +186,13 @@ class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
         sides = []
         try:
             row = self.table[index]
-            for variant in range(int(self.key.variants or 1)):
+            for variant in range(self.spec.variants or 1):
                 pixels_and_geometry = prepare_pair(
                     row,
-                    self.key.resolution,
-                    key=pair_key(self.run_seed, row.id, variant),
-                    center_crop=self.key.center_crop,
-                    random_flip=self.key.random_flip,
+                    self.shapes[index],
+                    key=pair_key(self.spec.run_seed, row.id, variant),
+                    center_crop=self.spec.center_crop,
+                    random_flip=self.spec.random_flip,
                 )
                 sides.append(pixels_and_geometry)
         except ImageError as error:
@@ -190,9 +201,12 @@ class _Pixels(Dataset[tuple[Tensor, Tensor] | dict[str, str]]):
 
 
 def _encode_pixels(
-    encoder: Encoder, job: _Pixels, dtype: torch.dtype, work: Work
+    encoder: Encoder, job: _Pixels, places: int, work: Work
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
-    """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors)."""
+    """Tensors of one moments shard, and the unreadable pairs by row in the shard (zeros in the tensors).
+
+    places: of the largest latents, where pairs have several sizes; 0 otherwise.
+    """
     loader = DataLoader(
         job,
         work.batch_size,
@@ -203,14 +217,18 @@ def _encode_pixels(
     )
     unreadable: dict[str, dict[str, str]] = {}
     moments: Tensor | None = None
-    variants = int(job.key.variants or 1)
+    variants, dtype = job.spec.variants or 1, DTYPES[str(job.spec.dtype)]
     geometry = torch.zeros(len(job), variants, 2, 6, dtype=torch.int64)
     readable = torch.zeros(len(job), dtype=torch.uint8)
     place = 0
     for batch in Progress(loader, desc="images of a shard", unit=" batches", delay=3.0, mininterval=1.0, leave=False):
-        good = [i for i, each in enumerate(batch) if not isinstance(each, dict)]
-        unreadable |= {str(place + i): each for i, each in enumerate(batch) if isinstance(each, dict)}
-        if good:
+        sizes: dict[torch.Size, list[int]] = {}  # places in the batch of the pairs that can be read, by their size
+        for i, each in enumerate(batch):
+            if isinstance(each, dict):
+                unreadable[str(place + i)] = each
+            else:
+                sizes.setdefault(each[0].shape, []).append(i)
+        for good in sizes.values():
             pixels = torch.stack([batch[i][0] for i in good])  # "pair variant side 3 H W"
             with torch.no_grad():
                 exact = encoder.moments(pixels.flatten(0, 2)).to("cpu")
@@ -219,6 +237,8 @@ def _encode_pixels(
                 index = job.indices[place + good[i]]
                 name = f"pair {job.table.ids[index]} ({job.table.where(index)})"
                 raise _no_number("latents", name, bool(exact.isfinite().all()), dtype)
+            if places:
+                encoded = functional.pad(encoded.flatten(2), (0, places - encoded.shape[2:].numel()))
             if moments is None:
                 moments = torch.zeros(len(job), variants, 2, *encoded.shape[1:], dtype=dtype)
             at = torch.tensor(good) + place

@@ -19,8 +19,7 @@ from diffalign.data.formats.pickapic import Layout
 from diffalign.data.row import DataError, ImageRef, PairRow, Problem
 from diffalign.data.table.examine import Index, stored_images, stored_mask
 from diffalign.data.table.file_hash import file_stat
-
-Size = tuple[int, int]
+from diffalign.data.transforms import Size
 
 
 class PairTable:

@@ -13,13 +13,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from diffalign.data.buckets.sizes import Shapes, cropped, in_buckets, square
 from diffalign.data.formats.two_prompts import FORMAT
 from diffalign.data.row import ImageError, Problem
 from diffalign.data.spec import AS_FOUND, DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.score_aggregation import Aggregate, Axis, use_axes
-from diffalign.data.transforms import EXTREME
+from diffalign.data.transforms import EXTREME, Size
 from diffalign.errors import printable
 
 NAMED = 5  # rows named per kind of problem in the text; the json has all
@@ -35,6 +36,7 @@ class Report:
     verify: str
     resolution: int | None
     table: PairTable
+    buckets: Shapes | None = None  # of the pairs, where the resolution and a table of buckets were given
 
     @property
     def usable(self) -> int:
@@ -82,6 +84,14 @@ class Report:
         """Images whose shorter side is below the resolution and will be enlarged."""
         return None if self.resolution is None else sum(min(size) < self.resolution for size in self.sizes)
 
+    @cached_property
+    def cropped(self) -> dict[str, float] | None:
+        """The mean share of an image's pixels that is cropped, as a square and in buckets; None without sizes."""
+        if not self.sizes:
+            return None
+        found = {"square": cropped(self.table, square(1))}
+        return found if self.buckets is None else found | {"aspect_buckets": cropped(self.table, self.buckets)}
+
     def json(self) -> dict[str, Any]:
         """Everything in `text()`, with every problem."""
         table, sizes, lengths = self.table, self.size_range, self.prompt_range
@@ -102,6 +112,10 @@ class Report:
             "extreme_aspect_ratios": [{"row": where, "size": size} for where, size in self.extreme],
             "resolution": self.resolution,
             "images_smaller_than_resolution": self.smaller,
+            "cropped": self.cropped,
+            "aspect_buckets": None
+            if self.buckets is None
+            else {_size(size): pairs for size, pairs in self.buckets.counts},
             "prompt_characters": dict(zip(("min", "median", "max"), lengths)) if lengths else None,
             "unique_prompts": len(set(table.prompts)),
         }
@@ -127,11 +141,12 @@ class Report:
         if self.extreme:
             some = ", ".join(f"{where} ({size})" for where, size in self.extreme[:NAMED])
             share = f"{len(self.extreme)} of {self.usable} pairs have an image over {EXTREME} times as long as wide"
-            lines.append(f"              {share}, of which training sees a square: {some}")
+            lines.append(f"              {share}, cropped to a square without aspect buckets: {some}")
         if self.smaller is not None and self.sizes:
             lines.append(
                 f"              {self.smaller} of {len(self.sizes)} images are smaller than {self.resolution} px"
             )
+        lines += self._bucket_lines()
         if lengths := self.prompt_range:
             lines.append(f"prompts       {lengths[0]} to {lengths[2]} characters, median {lengths[1]}")
             prompts = Counter(table.prompts)
@@ -144,6 +159,20 @@ class Report:
                 for index in _spread(self.usable, 3)
             ]
         return printable("\n".join(lines))
+
+    def _bucket_lines(self) -> list[str]:
+        if self.buckets is None or self.cropped is None:
+            return []
+        square_share, share = (f"{100 * self.cropped[name]:.1f} %" for name in ("square", "aspect_buckets"))
+        counts = self.buckets.counts
+        most = max(pairs for _, pairs in counts)
+        lines = [
+            f"buckets       {len(counts)} of {len(self.buckets.sizes)} sizes have pairs; {share} of the pixels are "
+            f"cropped, of squares {square_share}"
+        ]
+        for size, pairs in counts:
+            lines.append(f"  {_size(size):>10} {pairs:>8} {'▇' * max(1, round(40 * pairs / most))}")
+        return lines
 
     def _problem_lines(self) -> list[str]:
         lines = []
@@ -184,19 +213,22 @@ def check_pairs(
     spec: DataSpec = AS_FOUND,
     *,
     resolution: int | None = None,
+    buckets: tuple[str, tuple[Size, ...]] | None = None,
     axes: Sequence[Axis] = (),
     aggregate: Aggregate = "sum",
 ) -> Report:
     """Examine a data set as `open_pairs` does, and report.
 
     resolution: count the images that training at this size would enlarge.
+    buckets: name and sizes of a table of aspect buckets: count the pairs of each.
     axes, aggregate: files of scores as a config's data.scores; pairs that all_agree leaves out are among the problems.
     Raises DataError when the file or folder cannot be read as pairs at all.
     """
     table = open_pairs(path, spec)
     if axes:
         use_axes(table, axes, aggregate, relabel=False)
-    return Report(str(path), spec.verify, resolution, table)
+    shapes = None if buckets is None else in_buckets(table, *buckets)
+    return Report(str(path), spec.verify, resolution, table, shapes)
 
 
 def _spread(n: int, count: int) -> list[int]:

@@ -38,6 +38,7 @@ from diffalign.errors import DiffalignError
 from diffalign.models.adapters.save_load import find_tuned
 from diffalign.models.loading.encoder import Encoder
 from diffalign.training.build import build
+from diffalign.training.build_source import buckets_of
 from diffalign.training.heldout.measure import FixedPoints, PointValues
 from diffalign.training.metrics import QUARTERS
 from diffalign.training.open_data import prepared
@@ -112,7 +113,8 @@ def doubtful_pairs(
         with_uncond=run.objective.needs_uncond,
         signed_masks=run.objective.takes_signs,
     )
-    source = OfflinePairs(table, Online(encoder, resolution), loader)
+    content = Online(encoder, resolution, buckets=buckets_of(config.data, table, resolution))
+    source = OfflinePairs(table, content, loader)
     fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size, title="measuring pairs")
     values = fixed.values(run.objective, run.networks)
     held = {place for place, id in enumerate(table.ids) if id in heldout}

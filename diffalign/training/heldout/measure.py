@@ -108,15 +108,16 @@ class FixedPoints:
 
     def _groups(self, device: torch.device) -> Iterator[tuple[int, list[int], PairBatch]]:
         """The batches of this process, each with its first index and those of its readable pairs."""
-        count, size = len(self.source.table), self.batch_size
-        firsts = self.processes.share(list(range(0, count, size)))
-        for first in Progress(firsts, desc=self.title, unit=" batches", delay=3.0, disable=not self.title):
-            index, batch = self._group(range(first, min(first + size, count)))
+        every, size = range(len(self.source.table)), self.batch_size
+        same: Sequence[Sequence[int]] = self.source.visits.content.shapes.groups or [every]
+        parts = self.processes.share([some[i : i + size] for some in same for i in range(0, len(some), size)])
+        for some in Progress(parts, desc=self.title, unit=" batches", delay=3.0, disable=not self.title):
+            index, batch = self._group(some)
             if batch is not None:
-                yield first, index, batch.to(device)
+                yield some[0], index, batch.to(device)
 
-    def _group(self, pairs: range) -> tuple[list[int], PairBatch | None]:
-        if (known := self._batches.get(pairs.start)) is not None:
+    def _group(self, pairs: Sequence[int]) -> tuple[list[int], PairBatch | None]:
+        if (known := self._batches.get(pairs[0])) is not None:
             return [i for i in pairs if self.source.table.where(i) not in self._unreadable], known
         index, loaded = [], []
         for i in pairs:
@@ -131,7 +132,7 @@ class FixedPoints:
         size = sum(x[:1].nbytes if sides_share(x) else x.nbytes for x in batch.tensors())
         if self._bytes + size <= MEMORY:
             self._bytes += size
-            self._batches[pairs.start] = batch
+            self._batches[pairs[0]] = batch
         return index, batch
 
     def _leave_out(self, index: int, error: ImageError) -> None:

@@ -83,6 +83,8 @@ def _pairs(data: DataSection, table: Table, max_train_steps: int) -> str:
     """Where the latents of the data's pairs come from, and what the data have besides images."""
     terms = "".join(f"{part} of each pair, " for part in getattr(table, "terms", ()))
     how = "encoded at every visit" if data.cache_dir is None else f"cache {data.cache_dir}"
+    if data.aspect_buckets is not None:
+        how += f", aspect buckets by {data.aspect_buckets.table}"
     if data.curriculum is not None:
         steps = data.curriculum.steps or max_train_steps
         how += f", easiest first: {data.curriculum.chunks} chunks in {steps} steps"

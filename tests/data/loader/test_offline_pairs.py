@@ -79,7 +79,7 @@ def test_a_batch_holds_what_its_pairs_say(table: PairTable) -> None:
         index, draw = order(place)
         row = table[index]
         key = pair_key(3, row.id, draw)
-        pixels, geometry = prepare_pair(row, 16, key=key, center_crop=False, random_flip=True)
+        pixels, geometry = prepare_pair(row, (16, 16), key=key, center_crop=False, random_flip=True)
         mean, std = encoder.moments(pixels).chunk(2, dim=1)
         noise = normal(torch.tensor([key]), "vae", mean.shape)[0]
         assert batch.ids[place] == row.id

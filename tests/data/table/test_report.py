@@ -127,7 +127,7 @@ def test_long_images_huge_ones_and_the_columns_are_said(tmp_path: Path) -> None:
         "columns       prompt: caption; images: jpg_0, jpg_1; label: label_0",
         "  1 x huge image",
         "row 1: jpg_1: 12000x12000 is 144000000 pixels",
-        "1 of 2 pairs have an image over 4 times as long as wide, of which training sees a square: pairs",
+        "1 of 2 pairs have an image over 4 times as long as wide, cropped to a square without aspect buckets: pairs",
         "red\\x1b[2J fox",
     ):
         assert line in text, f"{line!r} not in\n{text}"

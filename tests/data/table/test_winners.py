@@ -59,8 +59,8 @@ def test_a_winner_is_prepared_as_in_a_pair(random: bool, pair_folder: Path) -> N
     row = open_pairs(pair_folder)[3]
     for key in range(3):
         settings = {"key": key, "center_crop": not random, "random_flip": random}
-        pixels, geometry = prepare_images([row.chosen], 32, **settings)
-        both, boxes = prepare_pair(row, 32, **settings)
+        pixels, geometry = prepare_images([row.chosen], (32, 32), **settings)
+        both, boxes = prepare_pair(row, (32, 32), **settings)
         assert torch.equal(pixels[0], both[0])
         assert torch.equal(geometry[0], boxes[0])
 
