@@ -25,6 +25,7 @@ from diffalign.cli.next_steps import print_next
 from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
 from diffalign.cli.training.relabel import add_relabel, relabel_pairs
 from diffalign.errors import DiffalignError
+from diffalign.io.files import save_text
 
 if TYPE_CHECKING:
     from diffalign.data.spec import DataSpec
@@ -123,7 +124,7 @@ def _write_prompts(args: argparse.Namespace) -> None:
         raise DiffalignError(f"no prompt set is called {args.set!r}; known: {', '.join(SETS)}")
     writable([("--out", args.out)], args.overwrite)
     prompts = set_prompts(*found)
-    args.out.write_text(as_listing(prompts), encoding="utf-8")
+    save_text(args.out, as_listing(prompts))
     print(f"{args.out}: {len(prompts)} prompts, SHA-256 of the text {text_hash(prompts)}")
 
 
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         report.contact_sheet(args.sample)
         print(f"sample: {args.sample}")
     if args.json is not None:
-        args.json.write_text(json.dumps(report.json(), indent=2) + "\n", encoding="utf-8")
+        save_text(args.json, json.dumps(report.json(), indent=2) + "\n")
     if report.usable:
         _print_use(args)
 

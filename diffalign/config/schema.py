@@ -29,6 +29,7 @@ from diffalign.config.sections import (
 from diffalign.config.strict_yaml import ConfigError, dump_yaml, read_yaml
 from diffalign.config.value_types import PathText, Section, Seed, Switch
 from diffalign.errors import DiffalignError
+from diffalign.io.files import save_text
 from diffalign.models.adapters.core_methods import LoRA
 from diffalign.models.adapters.methods import TuningMethod
 from diffalign.objectives import OBJECTIVES
@@ -164,7 +165,7 @@ def settings_of(section: type[_Settings], values: Mapping[str, Any], where: str)
 
 def save_config(config: AnyConfig, path: Path) -> None:
     """Writes the resolved config; loading it gives the same config back."""
-    path.write_text(dump_yaml(config.resolved()), encoding="utf-8")
+    save_text(path, dump_yaml(config.resolved()))
 
 
 def packaged_configs() -> list[tuple[Path, str]]:

@@ -24,6 +24,7 @@ from diffalign.evaluation.recipe import ImageRecipe, Tuned, as_tuned
 from diffalign.evaluation.report import BASE, Result, check_name
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import Scoring, load_judges, write_rows
+from diffalign.io.files import save_text, written_whole
 from diffalign.io.folder_lock import folder_lock
 from diffalign.rewards import Scorer
 from diffalign.rewards.base import check_prompts
@@ -116,9 +117,10 @@ def write_result(
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "scores.jsonl", rows)
     result.write(folder / "result.json")
-    (folder / "table.txt").write_text(result.table() + "\n", encoding="utf-8")
+    save_text(folder / "table.txt", result.table() + "\n")
     shown = result.prompts[:: max(1, -(-len(result.prompts) // GRID_ROWS))]  # evenly over the list
-    comparison_grid(shown, _cells(columns, shown)).save(folder / "grid.png")
+    with written_whole(folder / "grid.png") as partial:
+        comparison_grid(shown, _cells(columns, shown)).save(partial, "PNG")
 
 
 def _title(name: str, run: int, some: Sequence[ImageRecipe]) -> str:

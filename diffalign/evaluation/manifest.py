@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.errors import DiffalignError, MissingFileError
+from diffalign.io.files import save_text
 
 MANIFEST = "manifest.jsonl"
 FIELDS = '{"file": "a.png", "prompt": "...", "seed": 0}'
@@ -94,7 +95,7 @@ def manifest_rows(folder: Path) -> list[dict[str, Any]]:
 def mend_end(folder: Path) -> None:
     """Takes a torn last line off a manifest, so that more can be written behind it."""
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in manifest_rows(folder)]
-    (folder / MANIFEST).write_text("".join(rows), encoding="utf-8")
+    save_text(folder / MANIFEST, "".join(rows))
 
 
 def _lines(file: Path) -> tuple[list[str], bool]:

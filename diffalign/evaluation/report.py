@@ -16,6 +16,7 @@ from typing import Any
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.guards import Look
 from diffalign.evaluation.stats import Estimate, Paired
+from diffalign.io.files import save_text
 
 BASE = "base"  # the name of the model that all others are compared with
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -64,7 +65,7 @@ class Result:
 
     def write(self, file: str | Path) -> None:
         """The JSON to a file."""
-        Path(file).write_text(self.to_json(), encoding="utf-8")
+        save_text(Path(file), self.to_json())
 
     def table(self) -> str:
         """One block per scorer, one line per model; and one block per scorer that groups prompts."""

@@ -14,6 +14,7 @@ from PIL import Image
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.manifest import GeneratedImage, read_image_manifest
 from diffalign.evaluation.sampling import best_device
+from diffalign.io.files import save_text
 from diffalign.io.progress import Progress
 from diffalign.rewards import Scorer, ScorerError, load_scorer
 
@@ -110,7 +111,7 @@ def score_folder(folder: str | Path, scorers: Sequence[Scorer]) -> list[dict[str
 
 def write_rows(file: Path, rows: Sequence[dict[str, object]]) -> None:
     """One JSON object per line."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    save_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _check(name: str, images: Sequence[GeneratedImage], values: Sequence[float]) -> None:

@@ -36,6 +36,7 @@ from diffalign.export.metadata import LoraModule
 from diffalign.export.names import ExportError
 from diffalign.export.single_file import tuned_weights
 from diffalign.export.tuned_run import find_tuned_run
+from diffalign.io.files import PARTIAL, save_text, written_whole
 from diffalign.io.progress import Progress
 from diffalign.models.adapters.lora import write_lora
 from diffalign.models.adapters.lora_file import lora_config
@@ -153,7 +154,7 @@ def extract_lora(
         _write_diffusers(out, modules, loaded, how.dtype)
     report = measure_errors(loaded.unet, tuned, out)
     what = "a LoRA of higher ranks" if tuned_run.tuned.kind == "lora" else "a full tune"
-    errors.write_text(report.to_json(), encoding="utf-8")
+    save_text(errors, report.to_json())
     exported = Exported(out, how.layout, how.dtype, f"Extracted from {what}: {report.summary()}")
     write_export_card(tuned_run, exported, loaded.family.name, overwrite=overwrite)
     return report
@@ -229,9 +230,12 @@ def _write_diffusers(out: Path, modules: Sequence[LoraModule], base: Base, dtype
     for module in modules:
         state[f"{module.name}.lora_A.weight"] = module.down.to(DTYPES[dtype])
         state[f"{module.name}.lora_B.weight"] = module.up.to(DTYPES[dtype])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
-        os.replace(write_lora(lora_config(ranks, ranks), state, partial, base.family), out)
+    needed = sum(tensor.nbytes for tensor in state.values())
+    with (
+        written_whole(out, needed) as partial,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=PARTIAL) as folder,
+    ):
+        os.replace(write_lora(lora_config(ranks, ranks), state, folder, base.family), partial)
 
 
 def _ratio(parts: Iterable[float], whole: Iterable[float]) -> float:

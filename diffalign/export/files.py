@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffalign.export.names import ExportError
+from diffalign.io.files import written_whole
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}  # metadata keys, and what stands before the digits
@@ -52,8 +51,8 @@ def write_entries(out: Path, entries: Sequence[TensorEntry], dtype: torch.dtype,
     """Write the entries to `out`, in `dtype` unless they have their own, each let go before the next is made.
 
     The keys of `HASHES` in `metadata` get the SHA-256 of the tensors' bytes as they lie in the file.
-    Raises ExportError for values that are not finite in that dtype and for two tensors of one name; then, as after
-    any other error, `out` is as it was.
+    Raises ExportError for values that are not finite in that dtype and for two tensors of one name, NoSpaceError where
+    the disk is full; then, as after any other error, `out` is as it was.
     """
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names):
@@ -61,21 +60,16 @@ def write_entries(out: Path, entries: Sequence[TensorEntry], dtype: torch.dtype,
         raise ExportError(f"{len(twice)} names would be given twice, e.g. {twice[0]}")
     # the wider first: readers take a tensor's bytes where they lie, and must find them aligned
     placed = sorted(((e, e.dtype or dtype) for e in entries), key=lambda pair: -pair[1].itemsize)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     digest = hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            file.write(_header(placed, metadata, digest.hexdigest()))
-            for entry, own in placed:
-                content = _bytes(entry, own)
-                digest.update(content)
-                file.write(content)
-            file.seek(0)
-            file.write(_header(placed, metadata, digest.hexdigest()))  # as long as the first
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    needed = sum(prod(entry.shape) * own.itemsize for entry, own in placed)
+    with written_whole(out, needed) as partial, open(partial, "wb") as file:
+        file.write(_header(placed, metadata, digest.hexdigest()))
+        for entry, own in placed:
+            content = _bytes(entry, own)
+            digest.update(content)
+            file.write(content)
+        file.seek(0)
+        file.write(_header(placed, metadata, digest.hexdigest()))  # as long as the first
 
 
 def _header(placed: Sequence[tuple[TensorEntry, torch.dtype]], metadata: Mapping[str, str], digest: str) -> bytes:

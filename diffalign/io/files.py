@@ -57,6 +57,12 @@ def written_whole(path: Path, needed: int = 0, what: str = "", remedy: str = "")
         remove(partial)
 
 
+def save_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, complete or not at all, in place of one that exists."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def take_place(partial: Path, path: Path) -> None:
     """Renames `partial` to `path`, and removes the file or folder that was there."""
     if path.is_dir():  # a folder cannot be renamed onto one that is not empty

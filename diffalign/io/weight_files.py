@@ -11,6 +11,7 @@ A file that we write can be stamped: its SHA-256 is in its own header, so there 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,11 +64,27 @@ def read_header(file: Path) -> bytes:
         return opened.read(length)
 
 
+def order_metadata(file: Path) -> None:
+    """Sorts the metadata in a safetensors file's header, which the library writes in a random order.
+
+    Without it the files of two equal runs have different hashes. The header keeps its length.
+    """
+    old = read_header(file)
+    header = json.loads(old)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    new = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(len(old))
+    assert len(new) == len(old), f"{file}: another JSON than safetensors writes"
+    with file.open("r+b") as opened:
+        opened.seek(8)
+        opened.write(new)
+
+
 def stamp(file: Path) -> None:
     """Writes a safetensors file's hash into its header, where its metadata has `sha256: EMPTY_STAMP`.
 
-    The hash is that of the file with EMPTY_STAMP in its place.
+    The hash is that of the file with EMPTY_STAMP in its place. Equal tensors and metadata give equal files.
     """
+    order_metadata(file)
     place = read_header(file).find(f'"sha256":"{EMPTY_STAMP}"'.encode())
     assert place >= 0, f"{file} was saved without an empty stamp"
     digest = hash_file(file)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from diffalign.errors import DiffalignError
-from diffalign.io.files import written_whole
+from diffalign.io.files import save_text
 
 _ASSETS = Path(__file__).parent / "assets"
 SMALL = 128  # pixels: images up to this side are stored without loss
@@ -99,8 +99,7 @@ def html_page(
 
 def save_page(file: Path, page: str) -> int:
     """Writes a page, whole or not at all, in place of one that is there; returns its size in bytes."""
-    with written_whole(file) as partial:
-        partial.write_text(page, encoding="utf-8")
+    save_text(file, page)
     return len(page.encode())
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from diffalign.io.files import save_text
 from diffalign.rewards.base import Scorer, ScorerError, check_finite, check_lengths, check_prompts, is_finite_number
 
 _EXAMPLE = '{"k": 1.0, "members": [{"scorer": "pickscore", "mean": 20.9, "std": 1.3}, ...]}'
@@ -154,4 +155,4 @@ def write_ensemble(file: Path, k: float, scores: Mapping[str, Sequence[float]], 
     content = {"k": float(k), "members": members, "measured_on": images}
     _spec(file, content)  # what cannot be read again is not written
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_text(file, json.dumps(content, indent=2) + "\n")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.io.files import save_text
 from diffalign.types import CHOSEN, Evidence, Score
 
 METRICS_FILE = "metrics.jsonl"
@@ -113,7 +114,7 @@ class JsonLines:
         """Opens the file and removes the lines of steps after `from_step`, which the resumed run will take again."""
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= from_step]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            save_text(path, "".join(f"{line}\n" for line in lines))
         self._path = path
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

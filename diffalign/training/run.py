@@ -26,6 +26,7 @@ from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.errors import DiffalignError
 from diffalign.export.card.facts import INPUTS, inputs_record
+from diffalign.io.files import save_text
 from diffalign.io.folder_lock import folder_lock
 from diffalign.models.loading.base import Base
 from diffalign.training.build import build
@@ -286,7 +287,7 @@ def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator, inputs
         "command": sys.argv,
         INPUTS: inputs,
     }
-    (output_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save_text(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

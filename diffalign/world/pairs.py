@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import DiffalignError, ExistingFileError
+from diffalign.io.files import written_whole
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, Combination, caption, splits
 from diffalign.world.render import render
@@ -219,10 +220,16 @@ def _write_parquet(path: Path, pairs: list[Pair], quality: int | None) -> None:
     }
     if pairs[0].user is not None:
         columns["user"] = [p.user for p in pairs]
-    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=PAIRS_PER_GROUP)
+    with written_whole(path) as partial:
+        pq.write_table(pa.table(columns), partial, compression="zstd", row_group_size=PAIRS_PER_GROUP)
 
 
 def _write_folder(path: Path, pairs: list[Pair]) -> None:
+    with written_whole(path) as partial:
+        _write_sides(partial, pairs)
+
+
+def _write_sides(path: Path, pairs: list[Pair]) -> None:
     for side in ("chosen", "rejected"):
         (path / side).mkdir(parents=True)
     for p in pairs:

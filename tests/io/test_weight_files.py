@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffalign.contrib.ppd.weights import load_user_attention
 from diffalign.data.table.users import open_users
 from diffalign.errors import ModelError
 from diffalign.export.kohya import export_kohya
-from diffalign.io.weight_files import MAX_HEADER, check_weights
+from diffalign.io.weight_files import MAX_HEADER, check_weights, order_metadata
 from diffalign.models.adapters.lora import load_lora
 from diffalign.models.adapters.merge import merge_tuned
 from diffalign.models.adapters.save_load import find_tuned, load_full
@@ -137,3 +137,17 @@ def test_every_reader_says_the_same(base, tmp_path: Path, reader: str, kind: str
         READERS[reader](base, file)
     assert str(tmp_path) in str(error.value)
     assert remedy in str(error.value)
+
+
+def test_equal_weights_and_metadata_give_equal_files(tmp_path: Path) -> None:
+    """safetensors itself writes the metadata in a random order: eight keys would be equal once in 40,320 times."""
+    file = tmp_path / "w.safetensors"
+    metadata = {f"key{i}": f'{{"é": "a\\n{i}"}}' for i in range(8)}
+    written = set()
+    for _ in range(3):
+        save_file({"w": torch.arange(3.0)}, file, metadata)
+        order_metadata(file)
+        written.add(file.read_bytes())
+    assert len(written) == 1
+    assert dict(check_weights(file).metadata) == metadata
+    assert torch.equal(load_file(file)["w"], torch.arange(3.0))

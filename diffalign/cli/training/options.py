@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.common import overwrite_argument, path
 from diffalign.errors import DiffalignError
+from diffalign.io.files import save_text
 
 if TYPE_CHECKING:
     from diffalign.config.schema import Config
@@ -37,7 +38,7 @@ def json_arguments(parser: argparse.ArgumentParser) -> None:
 def write_json(args: argparse.Namespace, values: Any) -> None:
     """Writes the results where a file was named."""
     if args.json is not None:
-        args.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        save_text(args.json, json.dumps(values, indent=2) + "\n")
 
 
 def load_objective_config(args: argparse.Namespace, needs: str) -> Config:

@@ -18,7 +18,7 @@ from diffalign.contrib.ppd.user_attention import (
     user_parameters,
 )
 from diffalign.io.loaded_weights import is_finite
-from diffalign.io.weight_files import check_weights
+from diffalign.io.weight_files import check_weights, order_metadata
 from diffalign.models.adapters.methods import WeightLayout
 from diffalign.models.kernels.attention import cross_attentions
 from diffalign.models.loading.family import Family, ModelError
@@ -74,6 +74,7 @@ def save_user_attention(unet: UNet, directory: str | Path) -> Path:
     file = Path(directory) / USER_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, file, metadata={"format": "pt", _METADATA_KEY: facts})
+    order_metadata(file)
     return file
 
 

@@ -22,6 +22,7 @@ from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.score_aggregation import Aggregate, Axis, use_axes
 from diffalign.data.transforms import EXTREME, Size
 from diffalign.errors import printable
+from diffalign.io.files import written_whole
 
 NAMED = 5  # rows named per kind of problem in the text; the json has all
 CELL, CAPTION = 256, 48  # pixels of an image and of the prompt below it on the contact sheet
@@ -203,8 +204,8 @@ class Report:
                 caption = textwrap.wrap(f"unreadable: {error}", 80)[:2]
             draw.multiline_text((4, top + CELL), "\n".join(caption), fill="black", font=font)
         place_to = Path(path)
-        place_to.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(place_to, "PNG")
+        with written_whole(place_to) as partial:
+            sheet.save(partial, "PNG")
         return place_to
 
 

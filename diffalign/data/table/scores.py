@@ -18,6 +18,7 @@ from PIL.Image import Image
 from diffalign.data.formats.text_files import lines_of, parse_json, read_text
 from diffalign.data.row import DataError, ImageError
 from diffalign.data.table.pairs import PairTable
+from diffalign.io.files import save_text
 from diffalign.io.folder_lock import folder_lock
 from diffalign.io.progress import Progress
 
@@ -45,8 +46,7 @@ def _score_pairs(
 ) -> tuple[int, int]:
     there = read_scores(out, scorer) if out.exists() else {}
     if not there:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"scorer": scorer} | ({} if span is None else {"span": span})) + "\n")
+        save_text(out, json.dumps({"scorer": scorer} | ({} if span is None else {"span": span})) + "\n")
     todo = [index for index, name in enumerate(table.ids) if name not in there]
     scored = unreadable = 0
     with (
@@ -91,7 +91,7 @@ def read_scores(path: str | Path, scorer: str | None = None) -> Scores:
     if scorer is not None and made_by != scorer:
         raise DataError(f"{path} has scores by {made_by}, and {scorer} was requested; name another file")
     if unfinished:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        save_text(path, "".join(f"{line}\n" for line in lines))
     return found
 
 

@@ -20,6 +20,7 @@ from diffalign.evaluation.published.weights import release_path
 from diffalign.evaluation.report import Result
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import load_judges
+from diffalign.io.files import save_text
 from diffalign.models.adapters.save_load import find_tuned
 from diffalign.rewards import Scorer
 
@@ -78,12 +79,12 @@ def evaluate_published(
         sampling=sampling,
     )
     lines = lines_beside(result, run.base, our_protocol(prompts, seeds, sampling), known)
-    (out_dir / "published.json").write_text(json.dumps(as_json(lines), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    save_text(out_dir / "published.json", json.dumps(as_json(lines), indent=2, ensure_ascii=False) + "\n")
     notes = [f"- {verdict}" for verdict in verdicts(lines, run.base, known)]
     text = "\n\n".join(
         [f"# Released weights on {base.title}", *(["\n".join(notes)] if notes else []), as_markdown(lines)]
     )
-    (out_dir / "published.md").write_text(text + "\n", encoding="utf-8")
+    save_text(out_dir / "published.md", text + "\n")
     return result, lines
 
 

@@ -17,6 +17,7 @@ from diffalign.export.card.facts import CardFacts, Exported
 from diffalign.export.card.text import CardParts, card_text
 from diffalign.export.names import ExportError
 from diffalign.export.tuned_run import TunedRun, recorded_run
+from diffalign.io.files import save_text, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +127,10 @@ def _write(file: Path, parts: CardParts, evaluation: Evaluation | None, *, strip
     prompts: list[str] = []
     if drawn is not None:
         image, prompts = drawn
-        image.save(file.with_name(strip), quality=92, subsampling=0)
+        with written_whole(file.with_name(strip)) as partial:
+            image.save(partial, "JPEG", quality=92, subsampling=0)
     whole = replace(parts, evaluation=evaluation, strip=prompts, strip_file=strip)
-    file.write_text(sealed(card_text(whole)), encoding="utf-8")
+    save_text(file, sealed(card_text(whole)))
     return file
 
 

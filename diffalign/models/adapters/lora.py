@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from diffalign.io.weight_files import order_metadata
 from diffalign.models.adapters.dora import MAGNITUDE, reset_magnitudes
 from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, read_lora
 from diffalign.models.loading.family import Family, ModelError
@@ -146,6 +147,7 @@ def write_lora(config: Any, state: dict[str, Tensor], directory: str | Path, fam
         unet_lora_adapter_metadata=_adapter_metadata(config),
         safe_serialization=True,
     )
+    order_metadata(Path(directory) / LORA_FILE)
     return Path(directory) / LORA_FILE
 
 

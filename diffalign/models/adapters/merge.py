@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.io.files import remove, room_for, save_text, share, sync, take_place, temporary
 from diffalign.models.adapters.dora import MAGNITUDE, dora_weight, refuse_factors
 from diffalign.models.adapters.lora import write_lora
 from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, is_dora, lora_config, read_lora
@@ -70,17 +71,24 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     for name in (LORA_FILE, f"{UNET_FOLDER}/config.json", "config.json", "model_index.json"):
         if (folder / name).exists():
             raise ModelError(f"{folder} already contains {name}, and nothing is overwritten; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if all(tuned.kind == "lora" and not is_dora(tuned.path) for tuned, _ in found):
-        config, state = _merge_loras(base.unet, found)
-        written = write_lora(config, state, folder, base.family)
-    else:
-        _merge_into(base.unet, found)
-        written = folder / UNET_FOLDER
-        base.unet.save_pretrained(written, safe_serialization=True)
     record = {"base": base.source, "parts": [{"tuned": str(tuned.path), "weight": w} for tuned, w in found]}
-    (folder / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    return written
+    place = temporary(folder / "merged")
+    try:
+        with room_for(folder, 0, "the merged weights"):
+            place.mkdir(parents=True)
+            if all(tuned.kind == "lora" and not is_dora(tuned.path) for tuned, _ in found):
+                written = write_lora(*_merge_loras(base.unet, found), place, base.family)
+            else:
+                _merge_into(base.unet, found)
+                written = place / UNET_FOLDER
+                base.unet.save_pretrained(written, safe_serialization=True)
+            share(written)
+            sync(written)
+            save_text(folder / MERGE_FILE, json.dumps(record, indent=2) + "\n")  # first: weights mean a finished merge
+        take_place(written, folder / written.name)
+    finally:
+        remove(place)
+    return folder / written.name
 
 
 def merge_into(unet: UNet, parts: Parts) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from diffalign.config.health_section import HealthSection
+from diffalign.io.files import save_text
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.health import NOT_FINITE, Finding, Watch, broken_metric
 from diffalign.training.callbacks.health_rules import Limits
@@ -122,7 +123,7 @@ class Health(Callback):
         if accelerator.is_main_process:
             events = _before(_read(self.path), start)
             if self.path.exists():
-                self.path.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+                save_text(self.path, "".join(f"{json.dumps(event)}\n" for event in events))
             lines = [x for x in _read(self.run.output_dir / METRICS_FILE) if x["step"] <= start]
             found = [(events, lines)]
         if accelerator.num_processes > 1:

@@ -35,8 +35,9 @@ class RunRecords(Callback):
             folder = state.run.output_dir
             self.files = JsonLines(folder / MARGINS_FILE, state.step), JsonLines(folder / TIMING_FILE, state.step)
             if self.began is None:  # a return to an earlier checkpoint costs time too
-                self.began = self.clock() - _seconds_before(folder / TIMING_FILE)
-                if state.step == 0:
+                before = _seconds_before(folder / TIMING_FILE)
+                self.began = self.clock() - (before or 0.0)
+                if before is None and state.step == 0:  # a run killed before its first checkpoint has this line
                     self._time(state, 0)
 
     def on_log(self, state: TrainingState) -> None:
@@ -60,7 +61,7 @@ class RunRecords(Callback):
         self.files[1].write(state.step, line)
 
 
-def _seconds_before(path: Path) -> float:
-    """Seconds of the run's earlier sessions, at the step that it resumes from."""
+def _seconds_before(path: Path) -> float | None:
+    """Seconds of the run's earlier sessions, at the step that it resumes from; None where there are none."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+    return float(json.loads(lines[-1])["seconds"]) if lines else None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from diffalign.config.sections import ValidationSection
+from diffalign.io.files import written_whole
 from diffalign.models.adapters.save_load import make_pipeline
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.distributed.vital_signs import long_work
+from diffalign.training.processes import on_main
 from diffalign.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,13 @@ class Validation(Callback):
 
     def __init__(self, settings: ValidationSection) -> None:
         self.settings = settings
+
+    def on_train_begin(self, state: TrainingState) -> None:
+        """Draws what a stop right after the checkpoint left out."""
+        run, step = state.run, state.step
+        due = 0 < step < run.config.training.max_train_steps and step % self.settings.every == 0
+        if due and on_main(run.accelerator, lambda: not _file(run, step).exists()):
+            self.draw(state)
 
     def on_step_end(self, state: TrainingState) -> None:
         """Draws where it is due; after the last step the final weights are written first."""
@@ -39,6 +49,10 @@ class Validation(Callback):
             if state.run.accelerator.is_main_process:
                 validate(state.run, self.settings, state.step)
         state.run.accelerator.wait_for_everyone()
+
+
+def _file(run: Trainable, step: int) -> Path:
+    return run.output_dir / "validation" / f"step-{step:06d}.png"
 
 
 def validate(run: Trainable, settings: ValidationSection, step: int) -> None:
@@ -59,9 +73,8 @@ def validate(run: Trainable, settings: ValidationSection, step: int) -> None:
             ),
             autocast=run.networks.autocast_dtype,
         )
-        folder = run.output_dir / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        comparison_grid(settings.prompts, {f"step {step}": images}).save(folder / f"step-{step:06d}.png")
+        with written_whole(_file(run, step)) as partial:
+            comparison_grid(settings.prompts, {f"step {step}": images}).save(partial, "PNG")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         log.warning("no validation images at step %d, training continues: %s", step, error)
         return

@@ -175,3 +175,23 @@ def test_what_cannot_be_merged_is_refused(model: Model, models, tmp_path: Path) 
     save_file(state | extra, tmp_path / "with_text.safetensors")
     with pytest.raises(ModelError, match="text_encoder"):
         merge_tuned(model.base, [(str(tmp_path / "with_text.safetensors"), 1.0)], tmp_path / "out")
+
+
+def test_a_merge_that_was_killed_is_made_again(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = write_lora(model, tmp_path / "lora", seed=0, rank=2, alpha=2)
+    moves: list[Path] = []
+
+    def stopped(partial: Path, path: Path) -> None:
+        moves.append(path)
+        raise KeyboardInterrupt
+
+    out, parts = tmp_path / "out", [(lora, 0.5)]
+    monkeypatch.setattr("diffalign.models.adapters.merge.take_place", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        merge_tuned(model.base, parts, out)
+    assert moves == [out / LORA_FILE]
+    assert [path.name for path in out.iterdir()] == ["merge.json"]
+    monkeypatch.undo()
+    assert merge_tuned(model.base, parts, out) == out / LORA_FILE
+    with pytest.raises(ModelError, match="already contains"):
+        merge_tuned(model.base, parts, out)

@@ -81,9 +81,13 @@ def test_a_callback_is_called_with_steps_metrics_and_files(tmp_path: Path) -> No
     assert last["mine"] == 8.0
 
 
-def test_validation_images_come_from_a_python_run(tmp_path: Path) -> None:
-    trainer(tmp_path).train()
-    assert {p.name for p in (tmp_path / "validation").iterdir()} == {"step-000003.png", "step-000004.png"}
+def test_validation_images_come_from_a_python_run_also_of_a_step_that_it_was_stopped_at(tmp_path: Path) -> None:
+    trainer(tmp_path, checkpointing_steps=3).train()
+    images = {p.name: p.read_bytes() for p in (tmp_path / "validation").iterdir()}
+    assert images.keys() == {"step-000003.png", "step-000004.png"}
+    (tmp_path / "validation/step-000003.png").unlink()  # as if stopped once the checkpoint of step 3 was written
+    trainer(tmp_path, checkpointing_steps=3, resume_from_checkpoint="latest").train()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "validation").iterdir()} == images
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_log"])

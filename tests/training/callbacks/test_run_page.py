@@ -64,6 +64,11 @@ def test_a_resumed_run_continues_its_records(make_config: MakeConfig, tiny_sd: P
     parts = {"output_dir": str(tmp_path / "parts"), "training.checkpointing_steps": 2}
     run_training(make_config(tiny_sd, {**parts, "training.max_train_steps": 3}))
     first = lines(parts["output_dir"], "timing")
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early/timing.jsonl").write_text(json.dumps(first[0]) + "\n")  # killed before the first checkpoint
+    early = {"output_dir": str(tmp_path / "early"), "training.resume_from_checkpoint": "latest"}
+    run_training(make_config(tiny_sd, {**early, "training.max_train_steps": 1}))
+    assert [line["step"] for line in lines(early["output_dir"], "timing")] == [0, 1]
     resumed = {**parts, "training.resume_from_checkpoint": str(tmp_path / "parts/checkpoint-2")}
     run_training(make_config(tiny_sd, resumed))
     assert lines(parts["output_dir"], "margins") == lines(whole.output_dir, "margins")

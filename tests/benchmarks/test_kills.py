@@ -1,0 +1,66 @@
+"""A kill and what is compared after it; a campaign's own faults are found; the committed campaign and soak."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.forked import Death
+from benchmarks.kill_kinds import KINDS
+from benchmarks.kills import Campaign, differences, state_of
+from benchmarks.models import pairs_file
+from benchmarks.soak import sample, slope, soak
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+
+
+@pytest.fixture
+def scoring(tmp_path: Path) -> Campaign:
+    """`data score` of twelve pairs."""
+    pairs_file(tmp_path / "inputs/pairs.parquet", 12, 32)
+    return Campaign("data score", KINDS["data score"], tmp_path, tmp_path / "inputs")
+
+
+def test_a_command_that_is_killed_while_it_writes_ends_as_its_twin(scoring: Campaign) -> None:
+    state, whole = scoring.twin()
+    assert list(state) == ["scores.jsonl"]
+    scoring.start()
+    torn = scoring.run(Death(operation=whole.operations - 2, torn=True))
+    assert torn.code == -9
+    assert differences(state_of(scoring.place), state)
+    assert scoring.run(again=True).code == 0
+    assert state_of(scoring.place) == state
+
+
+def test_differences_are_found(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / name).mkdir()
+        torch.save({"step": [1, torch.tensor(value)]}, tmp_path / name / "training_state.pt")
+        (tmp_path / name / "timing.jsonl").write_text(json.dumps({"step": 1, "seconds": random.random()}) + "\n")
+    a, b, c = (state_of(tmp_path / name) for name in "abc")
+    assert differences(b, a) == []
+    assert differences(c, a) == ["training_state.pt differs"]
+    assert differences({}, {"x": ""}) == ["x is missing"]
+    assert differences({"x": ""}, {}) == ["x is not the twin's"]
+
+
+def test_slopes_and_samples(tmp_path: Path) -> None:
+    assert slope([0, 1, 2, 3], [1, 3, 5, 7]) == (2.0, 0.0)
+    before = sample(0, tmp_path, tmp_path)
+    with (tmp_path / "x").open("w") as opened:
+        opened.write("four")
+        opened.flush()
+        after = sample(1, tmp_path, tmp_path)
+    assert after.files == before.files + 1
+    assert (after.cache, after.output) == (4e-6, 4e-6)
+
+
+def test_a_short_soak(tmp_path: Path) -> None:
+    found = soak("steps", 5, tmp_path / "soak")
+    assert [one["step"] for one in found["samples"]] == [1, 2, 3, 4, 5]
+    assert {one["files"] for one in found["samples"][1:]} == {found["samples"][1]["files"]}
+    assert found["samples"][-1]["cache"] > 1  # the latents of 1,008 pairs
