@@ -160,6 +160,19 @@ def named_paths(texts: Sequence[str], option: str) -> dict[str, list[str]]:
     return found
 
 
+def weighted_paths(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """PATH=WEIGHT arguments; raises DiffalignError for any other form."""
+    found = []
+    for text in texts:
+        place, _, weight = text.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise DiffalignError(f"{text}: write PATH=WEIGHT, e.g. {text}=0.5") from None
+        found.append((expanded(place), value))
+    return found
+
+
 def column_names(parts: Sequence[str]) -> dict[str, str]:
     """PART=COLUMN words as a mapping; raises DiffalignError for a word of another form."""
     for part in parts:

@@ -25,6 +25,7 @@ from diffalign.config.value_types import (
     Fraction,
     Guidance,
     LearningRate,
+    MergeWeight,
     NotNegative,
     PathText,
     Pixels,
@@ -79,6 +80,8 @@ class ModelSection(Section):
     variant: Text | None = None  # e.g. fp16
     single_file_config: PathText | None = None  # folder with the configs of a single-file checkpoint, for work offline
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # null: the scheduler config's
+    # LoRA files (paths or Hub ids) that become part of the base, each with its weight
+    merge_lora: dict[PathText, MergeWeight] = {}  # noqa: RUF012 - pydantic copies it
     scheduler: SchedulerSection | None = None  # other settings in place of the scheduler config's
     # training alone, for bases whose release trained and sampled differently; null: the base's own
     rescale_betas_zero_snr: Switch | None = None  # SDXL-Turbo in Diffusion-DPO's release: true

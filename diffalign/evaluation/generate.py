@@ -73,6 +73,7 @@ def _generate_missing(
         recipe.model,
         pretrained_vae_model_name_or_path=sampling.vae,
         prediction_type=sampling.prediction_type,
+        merge_lora=sampling.merge_lora,
         scheduler=sampling.scheduler_config,
     )
     place: dict[str, Any] = {"torch_dtype": sampling.torch_dtype, "device": sampling.device}

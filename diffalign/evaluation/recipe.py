@@ -63,6 +63,10 @@ class ImageRecipe:
                 f"the negative weights {self.tuned.negative} compute the unconditional branch, and guidance_scale "
                 f"{self.sampling.guidance_scale} has none; give one above 1"
             )
+        if self.tuned.negative is not None and self.sampling.merge_lora:
+            raise DiffalignError(
+                "merge_lora is not supported beside negative weights, whose branch has a base of its own"
+            )
         _ = self.settings  # a path without weights is an error now
 
     @cached_property
@@ -77,6 +81,7 @@ class ImageRecipe:
         return {
             **weights,
             "fingerprint": {name: weights_fingerprint(path) for name, path in weights.items() if path},
+            "merge_lora": _merged(self.sampling.merge_lora),
             **self.sampling.recorded(),
             "user": None if self.tuned.user is None else _user_hash(self.tuned.user),
             "strength": None if self.tuned.strength == 1 else self.tuned.strength,
@@ -91,7 +96,9 @@ class ImageRecipe:
 def tag_of(settings: Mapping[str, Any]) -> str:
     """The `tag` of a recipe with these settings, as a result or a manifest has them."""
     given = {
-        k: v for k, v in settings.items() if v is not None or k not in ("user", "strength", "text", "scheduler_config")
+        k: v
+        for k, v in settings.items()
+        if v is not None or k not in ("user", "strength", "text", "scheduler_config", "merge_lora")
     }
     known = {k: v for k, v in given.items() if k not in PATHS}
     return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -100,6 +107,11 @@ def tag_of(settings: Mapping[str, Any]) -> str:
 def as_tuned(tuned: str | Path | Tuned | None) -> Tuned:
     """Weights that are named by their path alone, or by a record."""
     return tuned if isinstance(tuned, Tuned) else Tuned(tuned)
+
+
+def _merged(loras: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The weight of each LoRA by its fingerprint."""
+    return {weights_fingerprint(str(_weights_at(path))): weight for path, weight in loras.items()} if loras else None
 
 
 def _weights_at(path: str | Path | None) -> str | None:

@@ -58,6 +58,7 @@ class Sampling:
     device: str = field(default_factory=best_device)
     vae: str | None = None  # another VAE, e.g. an fp16-safe one
     prediction_type: str | None = None  # in place of the scheduler config's
+    merge_lora: Mapping[str, float] | None = None  # LoRAs that are part of the base, each with its weight
     scheduler_config: Mapping[str, Any] | None = None  # other settings in place of the scheduler config's
     max_token_length: int | None = None  # these four as in `TextSpec`
     chunk_layout: str = "kohya"

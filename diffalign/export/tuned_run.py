@@ -69,6 +69,8 @@ class TunedRun:
             "diffalign.tuned": f"{shown(str(self.folder))}/{self.tuned.path.name}",
             "diffalign.base": shown(self.base.pretrained_model_name_or_path),
         }
+        if self.base.merge_lora:
+            facts["diffalign.merge_lora"] = ", ".join(f"{shown(p)}={w:g}" for p, w in self.base.merge_lora.items())
         return facts | ({"diffalign.objective": self.objective} if self.objective else {})
 
 

@@ -18,6 +18,7 @@ class ModelSpec:
     variant: str | None = None  # of the weight files, e.g. fp16
     single_file_config: str | None = None  # local folder with the configs of a single file's pipeline
     prediction_type: str | None = None  # in place of the scheduler config's
+    merge_lora: Mapping[str, float] | None = None  # LoRA files that become part of the base, each with its weight
     scheduler: Mapping[str, Any] | None = None  # other settings in place of its own (`engine/scheduler_override.py`)
 
     @property

@@ -89,6 +89,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     if isinstance(table, PairTable):
         require_terms(objective, margin="margin" in table.terms, signs=table.negative_masks)
     config.tuning.check()
+    if base is not None and config.model.merge_lora:
+        raise DiffalignError("model.merge_lora: the model is an open pipeline; merge there, with its fuse_lora()")
     base = load_run_base(config.model) if base is None else trained_as(base, config.model)
     config = settled(config, device, base.family.name)
     training = config.training

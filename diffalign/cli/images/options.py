@@ -18,6 +18,7 @@ from diffalign.cli.common import (
     seeds,
     steps,
     tie,
+    weighted_paths,
     whole,
 )
 from diffalign.errors import DiffalignError
@@ -58,6 +59,13 @@ def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, A
     parser.add_argument("--vae", type=path_text, help="another VAE, e.g. an fp16-safe one")
     parser.add_argument(
         "--prediction-type", choices=PREDICTIONS, help=("override the prediction type of the scheduler config")
+    )
+    parser.add_argument(
+        "--merge-lora",
+        action="append",
+        default=[],
+        metavar="PATH=WEIGHT",
+        help="a LoRA that is part of the base, as model.merge_lora in training; may be repeated",
     )
     parser.add_argument(
         "--scheduler-config",
@@ -118,12 +126,21 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
         device=device_of(args.device),
         vae=args.vae,
         prediction_type=args.prediction_type,
+        merge_lora=_merge_lora(args.merge_lora),
         scheduler_config=_scheduler_config(args.scheduler_config, args.prediction_type),
         max_token_length=args.max_token_length,
         chunk_layout=args.chunk_layout,
         clip_skip=args.clip_skip,
         prompt_weights=args.prompt_weights,
     )
+
+
+def _merge_lora(texts: Sequence[str]) -> dict[str, float] | None:
+    """The LoRAs of `--merge-lora` with their weights. Raises DiffalignError for one that is given twice."""
+    pairs = weighted_paths(texts)
+    if twice := [path for path, _ in pairs if [other for other, _ in pairs].count(path) > 1]:
+        raise DiffalignError(f"--merge-lora {twice[0]} is given twice; give it once, with the sum of its weights")
+    return dict(pairs) or None
 
 
 def _scheduler_config(texts: Sequence[str], prediction_type: str | None) -> dict[str, Any] | None:

@@ -44,6 +44,8 @@ def sampled_as(config: Config) -> list[str]:
         options += ["--vae", str(model.pretrained_vae_model_name_or_path)]
     if model.prediction_type is not None:
         options += ["--prediction-type", model.prediction_type]
+    for path, weight in model.merge_lora.items():
+        options += ["--merge-lora", f"{path}={weight:g}"]
     for name, value in ({} if model.scheduler is None else model.scheduler.given).items():
         options += ["--scheduler-config", f"{name}={str(value).lower()}"]
     for name, value in model.text.recorded.items():

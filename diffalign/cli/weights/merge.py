@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from diffalign.cli.common import path, path_text
+from diffalign.cli.common import path, path_text, weighted_paths
 from diffalign.cli.next_steps import export_commands, print_next
-from diffalign.errors import DiffalignError
-from diffalign.io.paths import expanded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.models.adapters.merge import check_factors, merge_tuned
     from diffalign.models.loading.base import load_base
 
-    parts = []
-    for text in args.parts:
-        tuned, _, weight = text.rpartition("=")
-        try:
-            value = float(weight)
-        except ValueError:
-            raise DiffalignError(f"{text}: write PATH=WEIGHT, e.g. {text}=0.5") from None
-        parts.append((expanded(tuned), value))
+    parts = weighted_paths(args.parts)
     check_factors(parts)  # before the base is read
     written = merge_tuned(load_base(args.base, vae_and_text=False), parts, args.out)
     total = sum(weight for _, weight in parts)

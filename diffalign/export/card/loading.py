@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from diffalign.export.card.facts import CardFacts, Source
+from diffalign.export.tuned_run import shown
 
 HERE = "here = {}  # this folder, or the repository's id on the Hub"
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -46,6 +47,12 @@ def diffusers_lines(facts: CardFacts, prompt: str | None, family: str | None) ->
             lines.append(f"vae = AutoencoderKL.from_pretrained({_text(_vae(facts))})")
             parts.append("vae=vae")
         lines.append(f"pipeline = {loader}({', '.join(parts)})")
+        for place, weight in model.merge_lora.items() if facts.kind == "lora" else ():
+            repository, _, inside = place.partition("::")
+            name = f", weight_name={_text(inside)}" if inside else ""
+            lines.append(f"pipeline.load_lora_weights({_text(shown(repository))}{name})  # part of the base")
+            lines.append(f"pipeline.fuse_lora(lora_scale={weight:g})")
+            lines.append("pipeline.unload_lora_weights()")
         if facts.kind == "lora":
             lines.append(f"pipeline.load_lora_weights(here, weight_name={_text(facts.weights.name)})")
     scheduler = {} if model.scheduler is None else model.scheduler.given

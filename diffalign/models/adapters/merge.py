@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,21 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
 def merge_into(unet: UNet, parts: Parts) -> None:
     """Put base + Σ w (tuned − base) onto a base's UNet without LoRA layers, in place. Raises ModelError."""
     _merge_into(unet, _found(parts))
+
+
+def merge_loras_into(unet: UNet, loras: Mapping[str, float]) -> None:
+    """Put LoRAs at their weights onto a base's UNet, in place. Raises ModelError for weights that are no LoRA."""
+    found = _found(list(loras.items()))
+    if whole := [str(tuned.path) for tuned, _ in found if tuned.kind != "lora"]:
+        raise ModelError(
+            f"merge_lora: {whole[0]} is a full UNet; use it as tuned weights, or make it part of a base with "
+            "`diffalign merge` and `diffalign export --to single-file`"
+        )
+    changes = [(lora_changes(unet, tuned.path), weight) for tuned, weight in found]
+    with torch.no_grad():
+        for name, own in unet.named_parameters():
+            if used := [(change[name], weight) for change, weight in changes if name in change]:
+                own.copy_(own.double() + torch.stack([weight * change(own) for change, weight in used]).sum(0))
 
 
 def lora_updates(unet: UNet, file: Path) -> Iterator[tuple[str, Tensor, Tensor, float]]:

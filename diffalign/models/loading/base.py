@@ -53,6 +53,8 @@ def load_base(
 ) -> Base:
     """Load an SD- or SDXL-like model: a diffusers folder, a Hub id or one .safetensors file, or a spec of one.
 
+    The spec's LoRAs are merged into the UNet: base + Σ weight · (LoRA's update), summed in float64.
+
     `vae_and_text=False` loads the UNet and schedule alone, for training on a cache.
 
     Raises ModelError (a ValueError) when something is missing, pickled, or of a kind that is not tuned here.
@@ -60,7 +62,12 @@ def load_base(
     hide_loading_bars()
     spec = spec_of(model)
     load = _from_single_file if is_single_file(spec.name) else _from_folder
-    return checked(load(spec, vae_and_text, torch_dtype))
+    base = checked(load(spec, vae_and_text, torch_dtype))
+    if spec.merge_lora:
+        from diffalign.models.adapters.merge import merge_loras_into  # which loads bases
+
+        merge_loras_into(base.unet, spec.merge_lora)
+    return base
 
 
 def checked(base: Base) -> Base:
