@@ -22,6 +22,7 @@ from diffalign.cli.common import (
     writable,
 )
 from diffalign.cli.next_steps import print_next
+from diffalign.cli.pairs.rewrite import add_rewrites, rewrite_pairs
 from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
 from diffalign.cli.training.relabel import add_relabel, relabel_pairs
 from diffalign.errors import DiffalignError
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", type=device, help="default: cuda where there is one")
     add_doubtful(actions)
     add_relabel(actions)
+    add_rewrites(actions)
     sub = actions.add_parser("world", help="write preference pairs of the embedded world")
     sub.add_argument("out", type=path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
     sub.add_argument("--pairs", type=whole(1, 10**7), default=1024)
@@ -138,6 +140,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.action == "relabel":
         relabel_pairs(args)
+        return
+    if args.action in ("convert", "split", "dedupe"):
+        rewrite_pairs(args)
         return
     if args.action == "prompts":
         _write_prompts(args)

@@ -23,12 +23,12 @@ def prompt_key(prompt: str) -> str:
 
 
 def split_by_prompt(
-    prompts: Sequence[str], share: float, seed: int, limit: int | None = None
+    prompts: Sequence[str], share: float, seed: int, limit: int | None = None, setting: str = "validation.pairs"
 ) -> tuple[list[int], list[int]]:
     """Indices of the pairs to train on and of the held-out ones, each ascending.
 
     At most `share` of all are held out, and at most `limit`. Prompts are taken in the order of a hash of seed and text,
-    those that would exceed these left out.
+    those that would exceed these left out. setting: of the share, for messages.
     Raises DataError where fewer than LEAST_PROMPTS prompts fit the share.
     """
     groups: defaultdict[str, list[int]] = defaultdict(list)
@@ -47,7 +47,7 @@ def split_by_prompt(
         of_limit = "" if limit is None else f" (validation.max_pairs: {limit})"
         sizes = sorted(len(group) for group in groups.values())
         raise DataError(
-            f"validation.pairs: a share of {share:g} is {wanted} of {len(prompts)} pairs{of_limit}; these have "
+            f"{setting}: a share of {share:g} is {wanted} of {len(prompts)} pairs{of_limit}; these have "
             f"{len(groups)} prompts, each with {sizes[0]} to {sizes[-1]} pairs, and at least {LEAST_PROMPTS} prompts "
             "must be held out and one trained on. Give another share, or the path of other pairs"
         )

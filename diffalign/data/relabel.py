@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from diffalign.data.row import DataError
 from diffalign.data.table.open import open_columns
 from diffalign.data.table.pairs import PairTable
-from diffalign.data.write_pairs import LabelledPair
+from diffalign.data.write_pairs import Label, LabelledPair
 
 Choice = Literal["keep", "swap", "drop"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
@@ -142,10 +142,16 @@ def relabelled(table: PairTable, decisions: Mapping[str, Decision]) -> Iterator[
         yield LabelledPair(
             table.prompts[place],
             table.stored(place),
-            "second" if table.index.first[place] ^ (choice == "swap") else "first",
+            _label(table, place, choice),
             uids=(own[0], own[1]) if own and all(own) and "None" not in own else None,
             more=more,
         )
+
+
+def _label(table: PairTable, place: int, choice: Choice) -> Label:
+    if table.tie(place):
+        return "tie"
+    return "second" if table.index.first[place] ^ (choice == "swap") else "first"
 
 
 def counts(table: PairTable, decisions: Mapping[str, Decision]) -> str:

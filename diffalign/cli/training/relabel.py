@@ -89,7 +89,7 @@ def relabel_pairs(args: argparse.Namespace) -> None:
         given = None if args.pairs is None else (args.pairs, _spec(args))
 
         def may(table: PairTable, place: str) -> None:
-            _not_the_source(args.out, place)
+            not_the_source(args.out, place)
             check_swaps(table, place, str(args.by))
             check_columns(args.out, columns_of(table))
 
@@ -122,13 +122,13 @@ def _check(args: argparse.Namespace, listed: Path | None) -> None:
     if args.pairs is None and reading:
         raise DiffalignError(f"--{reading[0]} belongs to PAIRS; those of the run are read as its config says")
     if args.pairs is not None:
-        _not_the_source(args.out, args.pairs)
+        not_the_source(args.out, args.pairs)
     check_pairs_out(args.out, replace=args.overwrite and bool(args.out.suffix))
     files = [("--out", args.out)] if args.out.suffix else []
     writable([*files, ("decisions beside --out:", listed)], args.overwrite)
 
 
-def _not_the_source(out: Path, pairs: str) -> None:
+def not_the_source(out: Path, pairs: str) -> None:
     """Raises DiffalignError where the new pairs would replace those that they come from, or be among them."""
     source, place = Path(pairs).resolve(), out.resolve()
     if source.exists() and (place == source or source in place.parents or place in source.parents):

@@ -1,0 +1,1 @@
+"""Commands of `diffalign data` that write pairs anew."""

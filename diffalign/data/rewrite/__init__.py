@@ -1,0 +1,1 @@
+"""Pairs written anew: without duplicates."""
