@@ -1,27 +1,22 @@
-"""`diffalign data check | score | doubtful | relabel | world | prompts`: check, score, rank, relabel, write pairs."""
+"""`diffalign data …`: check, score, rank, relabel, convert, split and write pairs, and write prompt sets."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from diffalign.cli.common import (
     LAST_SEED,
-    column_names,
-    count,
     device,
     device_of,
     overwrite_argument,
     path,
-    path_text,
     scorer,
     whole,
     writable,
 )
 from diffalign.cli.next_steps import print_next
+from diffalign.cli.pairs.check import add_check, check, pairs_arguments, spec_of
 from diffalign.cli.pairs.rewrite import add_rewrites, rewrite_pairs
 from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
 from diffalign.cli.training.relabel import add_relabel, relabel_pairs
@@ -29,30 +24,15 @@ from diffalign.errors import DiffalignError
 from diffalign.io.files import save_text
 
 if TYPE_CHECKING:
-    from diffalign.data.spec import DataSpec
+    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    sub = actions.add_parser("check", help="how many pairs are usable, why the others are not, sizes, a sample")
-    _pairs_arguments(sub)
-    sub.add_argument(
-        "--scores", type=path_text, nargs="+", default=[], metavar="FILE", help=("files of scores, as in data.scores")
-    )
-    sub.add_argument("--aggregate", choices=("sum", "min", "all_agree"), default="sum", help="as data.aggregate")
-    sub.add_argument("--full", action="store_true", help="decode every image instead of reading headers")
-    sub.add_argument("--resolution", type=count, help="count the images that are smaller than this")
-    sub.add_argument(
-        "--aspect-buckets",
-        choices=("sdxl", "kohya"),
-        help="count the pairs of each bucket at --resolution, as data.aspect_buckets",
-    )
-    sub.add_argument("--sample", type=path, metavar="PNG", help="write a contact sheet of a few pairs")
-    sub.add_argument("--json", type=path, metavar="FILE", help="write the report, with every problem, as JSON")
-    overwrite_argument(sub)
+    add_check(actions)
     sub = actions.add_parser("score", help=("score both images of every pair, into a file for data.scores"))
-    _pairs_arguments(sub)
+    pairs_arguments(sub)
     sub.add_argument("--scorer", type=scorer, required=True, help="`diffalign list scorers`")
     sub.add_argument(
         "--out", type=path, required=True, metavar="JSONL", help=("file of scores; an interrupted run continues")
@@ -91,22 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overwrite_argument(sub)
 
 
-def _pairs_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", type=path_text, help="file, folder or Hub id")
-    sub.add_argument("--format", default="auto", help="of the rows (default: recognised from the files)")
-    sub.add_argument("--split", default="train", help="of a Hub data set (default: %(default)s)")
-    sub.add_argument(
-        "--columns", nargs="*", default=[], metavar="PART=COLUMN", help=("column names that differ, e.g. prompt=text")
-    )
-    sub.add_argument("--max-pairs", type=count, help="examine at most this many usable pairs")
-
-
 def _score_pairs(args: argparse.Namespace) -> None:
     from diffalign.data.table.open import open_pairs
     from diffalign.data.table.scores import score_pairs
     from diffalign.rewards import load_scorer, span_of
 
-    table = open_pairs(args.path, _spec(args))
+    table = open_pairs(args.path, spec_of(args))
     table.require_usable()
     judge = load_scorer(args.scorer, device_of(args.device))
     scored, unreadable = score_pairs(
@@ -158,56 +128,4 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.pairs} pairs in {args.out}")
         print_next(["data", "check", str(args.out)])
         return
-
-    writable([("--sample", args.sample), ("--json", args.json)], args.overwrite)
-    from diffalign.config.data_sections import BucketsSection
-    from diffalign.data.table.report import check_pairs
-    from diffalign.data.table.score_aggregation import Axis
-
-    buckets = None
-    if args.aspect_buckets is not None:
-        if args.resolution is None:
-            raise DiffalignError("--aspect-buckets needs --resolution, the side of the square in pixels")
-        section = BucketsSection(table=args.aspect_buckets)
-        buckets = section.name(), section.sizes(args.resolution)
-    report = check_pairs(
-        args.path,
-        replace(_spec(args), verify="full" if args.full else "header"),
-        resolution=args.resolution,
-        buckets=buckets,
-        axes=[Axis(file, file) for file in args.scores],
-        aggregate=args.aggregate,
-    )
-    print(report.text())
-    if args.sample is not None:
-        report.contact_sheet(args.sample)
-        print(f"sample: {args.sample}")
-    if args.json is not None:
-        save_text(args.json, json.dumps(report.json(), indent=2) + "\n")
-    if report.usable:
-        _print_use(args)
-
-
-def _print_use(args: argparse.Namespace) -> None:
-    """What comes next: `init`, or the keys of a config where options say how the pairs are read (init has none)."""
-    from diffalign.config.strict_yaml import quoted
-
-    columns = ", ".join(f"{quoted(part)}: {quoted(column)}" for part, column in column_names(args.columns).items())
-    keys = {
-        "format": args.format != "auto" and quoted(args.format),
-        "split": args.split != "train" and quoted(args.split),
-        "columns": columns and f"{{{columns}}}",
-        "scores": args.scores and f"[{', '.join(map(quoted, args.scores))}]",
-        "aggregate": args.aggregate != "sum" and args.aggregate,
-    }
-    words = [f"data.{key}={value}" for key, value in keys.items() if value]
-    if words:
-        print(f"in a config: {shlex.join([f'data.path={quoted(args.path)}', *words])}")
-    else:
-        print_next(["init", "my.yaml", "--pairs", args.path])
-
-
-def _spec(args: argparse.Namespace) -> DataSpec:
-    from diffalign.data.spec import DataSpec
-
-    return DataSpec(format=args.format, split=args.split, columns=column_names(args.columns), max_pairs=args.max_pairs)
+    check(args)

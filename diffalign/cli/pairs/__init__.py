@@ -1,1 +1,1 @@
-"""Commands of `diffalign data` that write pairs anew."""
+"""Commands of `diffalign data` that look at pairs, or write them anew."""

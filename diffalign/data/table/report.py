@@ -157,7 +157,7 @@ class Report:
             lines.append("sample")
             lines += [
                 f"  {table.where(index)}  [{table.ids[index][:24]}]  {_short(table.prompts[index])}"
-                for index in _spread(self.usable, 3)
+                for index in spread(self.usable, 3)
             ]
         return printable("\n".join(lines))
 
@@ -180,14 +180,14 @@ class Report:
         for kind, found in self.by_kind.items():
             kept = "" if found[0].dropped else " (kept)"
             lines.append(f"  {len(found)} x {kind}{kept}")
-            lines += [f"      {each.where}: {_without(each.where, each.reason)}" for each in found[:NAMED]]
+            lines += [f"      {each.where}: {without(each.where, each.reason)}" for each in found[:NAMED]]
             if len(found) > NAMED:
                 lines.append(f"      … and {len(found) - NAMED} more")
         return ["not usable" if any(p.dropped for p in self.problems) else "notes", *lines] if lines else []
 
     def contact_sheet(self, path: str | Path, pairs: int = 6) -> Path:
         """Write a PNG with some pairs, spread over the data: chosen left, rejected right, the prompt below."""
-        indices = _spread(self.usable, pairs)
+        indices = spread(self.usable, pairs)
         sheet = Image.new("RGB", (2 * CELL, HEADING + max(1, len(indices)) * (CELL + CAPTION)), "white")
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
         for column, side in enumerate(("chosen", "rejected")):
@@ -232,7 +232,7 @@ def check_pairs(
     return Report(str(path), spec.verify, resolution, table, shapes)
 
 
-def _spread(n: int, count: int) -> list[int]:
+def spread(n: int, count: int) -> list[int]:
     """Up to `count` indices spread evenly over n."""
     return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)}) if n else []
 
@@ -245,6 +245,6 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, 70, placeholder=" …") or repr(text)
 
 
-def _without(where: str, reason: str) -> str:
+def without(where: str, reason: str) -> str:
     """The reason without the row's name, where it begins with it."""
     return reason.removeprefix(where).lstrip(" :") or reason
