@@ -87,10 +87,9 @@ def test_every_command_of_the_page_of_models(here: Path, monkeypatch: pytest.Mon
     shutil.copytree("base", "hub/stabilityai/stable-diffusion-xl-base-1.0")
     shutil.copytree(full, "hub/mhdang/dpo-sdxl-text2image-v1/unet")
     shutil.copytree(full, "hub/mapo-t2i/mapo-beta")
-    for folder in ("hub/OWNER/NAME", "hub/AIDC-AI/Diffusion-SDPO"):
-        Path(folder).mkdir(parents=True)
+    Path("hub/OWNER/NAME").mkdir(parents=True)
     shutil.copyfile(f"runs/a/{LORA_FILE}", f"hub/OWNER/NAME/{LORA_FILE}")
-    torch.save(model.unet().state_dict(), "hub/AIDC-AI/Diffusion-SDPO/unet.pth")
+    torch.save(model.unet().state_dict(), "hub/OWNER/NAME/unet.pth")
     stand_in = StandIn(here / "hub", here / "cache-of-the-hub")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in.snapshot_download)
     hub._fetched.cache_clear()
@@ -102,7 +101,7 @@ def test_every_command_of_the_page_of_models(here: Path, monkeypatch: pytest.Mon
     assert len(list(here.glob("images-*/*.png"))) == sum(words[0] == "generate" for words in found)
     assert len(list(here.glob("runs/trained-*/run.html"))) == sum(words[0] == "train" for words in found)
     assert all(
-        Path(name).exists() for name in ("model.safetensors", "runs/sdpo/unet", "new_pipeline", "start.safetensors")
+        Path(name).exists() for name in ("model.safetensors", "runs/theirs/unet", "new_pipeline", "start.safetensors")
     )
 
 

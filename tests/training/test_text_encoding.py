@@ -16,8 +16,10 @@ from diffalign.data.row import DataError
 from diffalign.models.adapters.lora import LORA_FILE
 from diffalign.models.loading.family import ModelError
 from diffalign.training.build import build
+from diffalign.training.inspect.dry_run import describe_run
 from diffalign.training.run import run_training
 
+ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 TEXT = {"model.max_token_length": 150, "model.clip_skip": 1, "training.max_train_steps": 2}
 
 
@@ -33,8 +35,11 @@ def test_a_run_with_and_without_a_cache(make_config: Callable[..., Config], tiny
     assert any(
         not torch.equal(value, online[name]) for name, value in trained("plain", {**TEXT, "model.clip_skip": 0}).items()
     )
-    with pytest.raises(DataError, match="VAE or text encoders differ"):
+    with pytest.raises(DataError, match="how prompts are encoded differ"):
         build(make_config(tiny_sd, TEXT | cache | {"model.clip_skip": 0}), Accelerator(cpu=True))
+    described = describe_run(build(make_config(tiny_sd, TEXT | {"model.scheduler": ZERO}), Accelerator(cpu=True)))
+    assert "prompts  max_token_length 150, clip_skip 1" in described
+    assert "timestep_spacing trailing; SNR at the last timestep 0\n" in described
     assert "TextSpec(max_token_length=150, clip_skip=1)" in (tmp_path / "online" / "README.md").read_text()
 
 

@@ -35,7 +35,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Field of the key -> what to do when it differs.
 _REMEDY = {
     "format_version": "encode again with this version of diffalign",
-    "encoder": "the VAE or text encoders differ: encode again with this model",
+    "encoder": "the VAE, the text encoders or how prompts are encoded differ (settings of `model`): encode again "
+    "with this model",
     "dataset": "pairs, prompts, labels, order or image files differ: use the data settings (path, "
     "split, columns, keep_ties, invert_preference, max_pairs, verify) of the encode run, or "
     "encode again",

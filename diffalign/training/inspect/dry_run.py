@@ -59,6 +59,9 @@ def describe_run(run: Run, start: int = 0) -> str:
         ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, {how}"),
         ("files", f"{run.output_dir}/ {', '.join(files)}"),
     ]  # fmt: skip
+    if config.model.merge_lora:
+        loras = ", ".join(f"{weight:g} x {path}" for path, weight in config.model.merge_lora.items())
+        rows.insert(2, ("merged", f"{loras}, part of the base"))
     if config.model.scheduler is not None:
         settings = ", ".join(f"{name} {value}" for name, value in config.model.scheduler.given.items())
         last = float(run.base.schedule.alphas_cumprod[-1])
