@@ -112,5 +112,8 @@ def test_what_cannot_be_relabelled_is_refused(tmp_path: Path, capsys: pytest.Cap
         ([*relabel[:2], "--by", str(tmp_path), "--out", out], "so it is no run"),
     ):
         assert said in fails(capsys, *command)
+    everything = tmp_path / "all.csv"
+    everything.write_text("id,decision\n" + "".join(f"u{i}0:u{i}1,drop\n" for i in range(ROWS)))
+    assert "all 4 pairs of" in fails(capsys, *relabel[:4], str(everything), "--out", out)
     main([*relabel, out, "--without", "margin"])
     assert chosen(open_pairs(out, DataSpec()))["p0, a"] == (100, 0)

@@ -99,6 +99,8 @@ def relabel_pairs(args: argparse.Namespace) -> None:
         print(f"{args.by}: labels pairs of {place} whose |score| is {least:.3g} or more")
     check_decisions(decisions, table, place)
     check_columns(args.out, columns_of(table))
+    if all(id in decisions and decisions[id].choice == "drop" for id in table.ids):
+        raise DiffalignError(f"all {len(table)} pairs of {place} would be dropped; {args.out} is not written")
     write_pairs(args.out, relabelled(table, decisions), columns_of(table))
     print(f"{args.out}: {counts(table, decisions)}")
     if listed is not None:
@@ -123,7 +125,7 @@ def _check(args: argparse.Namespace, listed: Path | None) -> None:
         raise DiffalignError(f"--{reading[0]} belongs to PAIRS; those of the run are read as its config says")
     if args.pairs is not None:
         not_the_source(args.out, args.pairs)
-    check_pairs_out(args.out, replace=args.overwrite and bool(args.out.suffix))
+    check_pairs_out(args.out, replace=args.overwrite and bool(args.out.suffix) and args.out.is_file())
     files = [("--out", args.out)] if args.out.suffix else []
     writable([*files, ("decisions beside --out:", listed)], args.overwrite)
 
