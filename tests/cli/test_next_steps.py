@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import pytest
 
+from diffalign.cli.images.options import given_sampling
+from diffalign.cli.main import parse
 from diffalign.cli.training.train import sampled_as
-from diffalign.config.schema import Config, load_config, packaged_config
+from diffalign.config.schema import Config, load_config, packaged_config, save_config
 
 
 @pytest.mark.parametrize(
@@ -30,3 +35,23 @@ def test_images_are_sampled_as_the_run_was_trained(name: str, overrides: list[st
     assert isinstance(config, Config)
     assert sampled_as(config)[: len(options)] == options
     assert len(sampled_as(config)) == len(options) + ("--user" in options)
+
+
+def test_images_in_another_way_than_the_run_was_trained_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ["model.max_token_length=28", "model.scheduler.timestep_spacing=trailing"]
+    config = load_config(packaged_config("world/dpo.yaml"), settings)
+    assert isinstance(config, Config)
+    save_config(config, tmp_path / "config.yaml")
+    common = ["--prompts", "p", "--out", "o", "--device", "cpu"]
+    with caplog.at_level(logging.WARNING):
+        given_sampling(parse(["generate", "b", "--tuned", str(tmp_path), *common, *sampled_as(config)]))
+        given_sampling(parse(["generate", "b", "--tuned", str(tmp_path / "not there"), *common]))
+        assert caplog.messages == []
+        given_sampling(
+            parse(["evaluate", "b", "--tuned", f"dpo={tmp_path}", "--scorer", "world", "--clip-skip", "1", *common])
+        )
+    (said,) = caplog.messages
+    assert "was trained with another scheduler, clip_skip, max_token_length than these images have" in said
+    assert said.endswith("--scheduler-config timestep_spacing=trailing --max-token-length 28")

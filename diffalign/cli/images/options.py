@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.common import (
@@ -26,6 +28,8 @@ from diffalign.errors import DiffalignError
 if TYPE_CHECKING:
     from diffalign.evaluation.sampling import Sampling
     from diffalign.rewards import Scorer
+
+log = logging.getLogger(__name__)
 
 FOLDER_HELP = "folder of images with a manifest.jsonl, as written by `diffalign generate`"
 SCHEDULERS = ("ddim", "euler", "dpmsolver")  # a test compares these with what the package knows
@@ -112,10 +116,11 @@ def sampling_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, A
 
 
 def given_sampling(args: argparse.Namespace) -> Sampling:
-    """How images are sampled. Raises DiffalignError for a device that does not exist."""
+    """How images are sampled; the log names runs that were trained in another way. Raises DiffalignError for a device
+    that does not exist."""
     from diffalign.evaluation.sampling import Sampling
 
-    return Sampling(
+    sampling = Sampling(
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         scheduler=args.scheduler,
@@ -133,6 +138,41 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
         clip_skip=args.clip_skip,
         prompt_weights=args.prompt_weights,
     )
+    tuned = getattr(args, "tuned", None) or []
+    for run in [tuned] if isinstance(tuned, str) else [text.partition("=")[2] for text in tuned]:
+        _name_differences(run, sampling)
+    return sampling
+
+
+def _name_differences(run: str, sampling: Sampling) -> None:
+    """Logs which settings of a run's model its images would not have."""
+    from diffalign.cli.training.train import sampled_as
+    from diffalign.config.schema import Config, load_config
+
+    file = Path(run) / "config.yaml"
+    config = load_config(file) if file.is_file() else None
+    if not isinstance(config, Config):
+        return
+    model = config.model
+    trained = {
+        "prediction_type": model.prediction_type,
+        "scheduler": None if model.scheduler is None else model.scheduler.given,
+        "merge_lora": model.merge_lora or None,
+        **dict.fromkeys(sampling.text.recorded),
+        **model.text.recorded,
+    }
+    here = {
+        "prediction_type": sampling.prediction_type,
+        "scheduler": sampling.scheduler_config,
+        "merge_lora": sampling.merge_lora,
+        **dict.fromkeys(model.text.recorded),
+        **sampling.text.recorded,
+    }
+    if different := [name for name, value in trained.items() if here[name] != value]:
+        log.warning(
+            "%s was trained with another %s than these images have; its own options are: %s",
+            *(run, ", ".join(different), " ".join(sampled_as(config)) or "none"),
+        )
 
 
 def _merge_lora(texts: Sequence[str]) -> dict[str, float] | None:

@@ -46,6 +46,6 @@ def run(args: argparse.Namespace) -> None:
         done = convert_file(args.source, args.out, args.key)
     for each in done.left_out:
         print(f"left out: {each}")
-    print(f"{done.path}: {done.tensors} tensors")
+    print(f"{done.path}: {done.tensors} tensor{'s' * (done.tensors != 1)}")
     if args.base:
         print_next(["generate", args.base, "--tuned", str(args.out), "--prompts", "prompts.txt", "--out", "images"])
