@@ -75,8 +75,9 @@ class Pairs:
 def load_pairs(source: Any, **settings: Any) -> Pairs:
     """Usable preference pairs, with how a run uses them.
 
-    source: a file, folder or Hub id in any layout of docs/data.md, a `datasets.Dataset`, or a list of rows such as
-        `{"prompt": "a cat", "chosen": "a.png", "rejected": "b.png"}` (paths, bytes or PIL images).
+    source: a file, folder or Hub id in any layout of docs/data.md, a data set of `datasets` or torch, or a list of rows
+        such as `{"prompt": "a cat", "chosen": "a.png", "rejected": "b.png"}` (paths, bytes or PIL images). A stream
+        is read to its end into memory; `stream.take(n)` bounds it.
     settings: fields of a config's `data` section: split, columns, max_pairs, resolution, center_crop, random_flip,
         cache_dir, ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import escape
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +14,7 @@ from diffalign.data.formats.arrow_values import plain
 from diffalign.data.formats.columns import Columns, ListColumns
 from diffalign.data.row import DataError
 from diffalign.io.hub import why_not_fetched
+from diffalign.io.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -104,23 +105,43 @@ def lay_out(builder: DatasetBuilder) -> Dataset:
 
 
 def object_columns(rows: Any) -> Columns:
-    """Rows of a `datasets.Dataset`, or of a list of dictionaries; images may be paths, bytes or PIL images.
+    """Rows of a `datasets.Dataset` or IterableDataset, a torch data set, or a list of dictionaries.
 
-    Raises DataError for anything else, for a DatasetDict without a split, and for a stream.
+    Images may be paths, bytes or PIL images. All but a `datasets.Dataset` are read into memory, a stream to its end:
+    a run visits pairs in a seeded order, epoch after epoch, and continues where it was killed.
+    Raises DataError for anything else, for a DatasetDict without a split, and for a row that is no dictionary.
     """
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+    from torch.utils.data import Dataset as TorchDataset
 
     if isinstance(rows, Dataset):
         return ArrowColumns(rows, storage="data set", where=DatasetRow())
-    if isinstance(rows, DatasetDict):
+    if isinstance(rows, DatasetDict | IterableDatasetDict):
         raise DataError(f"a DatasetDict has several splits; give one of them: dataset[{next(iter(rows), 'train')!r}]")
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        encoded = [{name: _encoded(value) for name, value in row.items()} for row in rows]
-        return ListColumns(encoded, [f"row {i}" for i in range(len(rows))], storage="list of rows", base=None)
-    raise DataError(
-        f"pairs cannot be read from {type(rows).__module__}.{type(rows).__name__}; give a path, a Hub id, a "
-        "datasets.Dataset or a list of dictionaries with prompt, chosen and rejected"
-    )
+    if isinstance(rows, IterableDataset):
+        for name, feature in (rows.features or {}).items():
+            if isinstance(feature, Image):  # else every image would be decoded, and encoded again
+                rows = rows.cast_column(name, Image(decode=False))
+    elif not isinstance(rows, list | TorchDataset):
+        raise DataError(
+            f"pairs cannot be read from {type(rows).__module__}.{type(rows).__name__}; give a path, a Hub id, a data "
+            "set of datasets or torch, or a list of dictionaries with prompt, chosen and rejected"
+        )
+    read = [_row(number, row) for number, row in enumerate(_each(rows))]
+    return ListColumns(read, [f"row {i}" for i in range(len(read))], storage="list of rows", base=None)
+
+
+def _each(rows: Any) -> Iterable[Any]:
+    """The rows in order; a torch data set without an iterator is asked for each number below its length."""
+    known = len(rows) if hasattr(rows, "__len__") else None
+    found = rows if hasattr(rows, "__iter__") or known is None else (rows[i] for i in range(known))
+    return Progress(found, total=known, desc="reading rows", unit=" rows", delay=3.0)
+
+
+def _row(number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"row {number} is {type(row).__name__}; a row is a dictionary with prompt, chosen and rejected")
+    return {name: _encoded(value) for name, value in row.items()}
 
 
 def _encoded(value: Any) -> Any:
