@@ -18,10 +18,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 IMPORTED = (
@@ -95,15 +96,21 @@ def in_child(work: Callable[[], object]) -> None:
         raise RuntimeError(f"{work} failed in a child")
 
 
-def run_forked(words: Sequence[str], place: Path, death: Death | None = None, processes: int = 1) -> Ended:
+def run_forked(
+    words: Sequence[str],
+    place: Path,
+    death: Death | None = None,
+    processes: int = 1,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Ended:
     """`diffalign WORDS` in `place`, to its end or to its death, in one process or in several joined by gloo."""
     side, log, port = place.parent / f"{place.name}.side", place.parent / f"{place.name}.log", _free_port()
     side.unlink(missing_ok=True)
     began, death = time.monotonic(), death or Death()
-    deaths = [death, *[Death()] * (processes - 1)]  # at an operation of the first process
+    deaths = [death, *[Death()] * (processes - 1)]  # an operation is the first process's
     children = [
-        _fork(partial(_command, words, place, log, deaths[rank], side, (rank, processes, port)))
-        for rank in range(processes)
+        _fork(partial(_command, words, place, log, Watch(place, deaths[rank], side), joined))
+        for rank, joined in enumerate(_joined(processes, port, environment))
     ]
     code = _wait(children, began, death.seconds)
     seconds = time.monotonic() - began
@@ -150,22 +157,26 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _command(
-    words: Sequence[str], place: Path, log: Path, death: Death, side: Path, ranks: tuple[int, int, int]
-) -> int:
+def _joined(processes: int, port: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """The variables of each process, as a launcher sets them."""
+    if processes == 1:
+        return [dict(environment)]
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**environment, **sizes, **place, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+
+
+def _command(words: Sequence[str], place: Path, log: Path, watch: Watch, environment: Mapping[str, str]) -> int:
     """In the child: the command's exit status."""
-    rank, processes, port = ranks
-    with log.open("a" if rank else "w") as opened:
+    first = environment.get("RANK", "0") == "0"
+    with log.open("w" if first else "a") as opened:
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
     sys.argv = ["diffalign", *words]
     os.chdir(place)
-    if processes > 1:
-        joined = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ.update({name: str(value) for name, value in joined.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"})
-    watch = Watch(place, death, side)
-    if rank == 0:
+    os.environ.update(environment)
+    watch.pid = os.getpid()
+    if first:
         sys.addaudithook(watch)
     from diffalign.cli.main import main
 
@@ -179,7 +190,7 @@ def _command(
 
         traceback.print_exc()
         code = 1
-    if rank == 0:
+    if first:
         watch.note()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

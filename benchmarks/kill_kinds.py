@@ -35,6 +35,7 @@ class Kind:
     again: str = ""  # words that continuing adds
     settings: Mapping[str, Any] = field(default_factory=dict)  # of a training run, beside `SHARED`
     processes: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)  # of the processes
     finished: str = ""  # words of the refusal to replace what a finished command left
     copied: tuple[str, ...] = ()  # inputs that the command writes into: each attempt has its own
 
@@ -66,6 +67,7 @@ SHARED: dict[str, Any] = {
     },
 }
 FULL = {"tuning": {"method": "full"}}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CACHED = {"cache_dir": "cache", "cache_variants": 1}
 
 KINDS: dict[str, Kind] = {
@@ -146,6 +148,10 @@ KINDS: dict[str, Kind] = {
             "source": {"name": "online_pairs", **ROUND, "samples_per_prompt": 2, "min_gap": 0.0},
             "data": {"path": "{inputs}/prompts.txt"},
         },
+    ),
+    "train, two processes, FSDP2": Kind(processes=2, settings=FULL, environment=FSDP2),
+    "train, two processes, FSDP2, LoRA, EMA, cache": Kind(
+        processes=2, settings={"data": CACHED, "training": {"ema_decay": 0.9}}, environment=FSDP2
     ),
     "encode": Kind("encode {inputs}/{name}.yaml", settings={"data": {**CACHED, "cache_variants": 1}}),
     "encode, two processes": Kind("encode {inputs}/{name}.yaml", processes=2, settings={"data": CACHED}),

@@ -7,7 +7,7 @@ An attempt starts in an empty folder. It is killed at a random instant, or at a 
 with a torn write), continued with its own command, maybe killed again (up to three times), and ends. Then every file is
 compared with the twin's, to the byte: weights, optimiser states, logs with their counters, tables, images and pages.
 Not compared: `run.json` (the command of the last start), `run.html` and the seconds in `timing.jsonl`. What a kill
-leaves and no command reads is counted: temporary files, and checkpoints that were set aside.
+leaves and no command reads is counted: temporary files, locks, and checkpoints that were set aside.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.kill_kinds import KINDS, Kind, prepare, slug
 NOT_COMPARED = ("run.json", "run.html")
 MODES = ("instant", "file operation", "torn write")
 MOST = 3  # kills of one attempt
-LEFT = (".partial", ".abandoned")  # in names of what a kill leaves and nothing reads
+LEFT = (".partial", ".abandoned", ".diffalign.lock")  # in names of what a kill leaves and nothing reads
 
 
 def state_of(folder: Path) -> dict[str, str]:
@@ -110,7 +110,7 @@ class Campaign:
     def run(self, death: Death | None = None, again: bool = False) -> Ended:
         """The command once, maybe killed."""
         words = [*self.words, *(self.kind.again.split() if again else [])]
-        return run_forked(words, self.place, death, self.kind.processes)
+        return run_forked(words, self.place, death, self.kind.processes, self.kind.environment)
 
     def twin(self) -> tuple[dict[str, str], Ended]:
         """The state of an uninterrupted run. Raises RuntimeError where it fails."""

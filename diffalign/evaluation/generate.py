@@ -18,6 +18,7 @@ from diffalign.errors import DiffalignError, out_of_memory
 from diffalign.evaluation.manifest import MANIFEST, GeneratedImage, manifest_rows, mend_end
 from diffalign.evaluation.recipe import PATHS, ImageRecipe, Tuned, as_tuned
 from diffalign.evaluation.sampling import Guidance, Sampling, default_batch, default_resolution, sample_images
+from diffalign.io.files import written_whole
 from diffalign.io.folder_lock import folder_lock
 from diffalign.io.plugins import imported
 from diffalign.io.progress import Progress
@@ -95,7 +96,8 @@ def _generate_missing(
             images = sample_images(pipe, texts, own, sampling, guidance=guidance)
             for (prompt, seed), image in zip(keys, images, strict=True):
                 file = f"{numbers.setdefault(prompt, len(numbers)):05d}_{seed}.png"
-                image.save(folder / file, compress_level=1)  # level 6 costs .3 s more at 1024 pixels
+                with written_whole(folder / file) as partial:  # on the disk before its line
+                    image.save(partial, "PNG", compress_level=1)  # level 6 costs .3 s more at 1024 pixels
                 line = {"file": file, "prompt": prompt, "seed": seed, "noise_seed": noise_seed(prompt, seed)}
                 manifest.write(json.dumps({**line, "settings": recipe.settings}, ensure_ascii=False) + "\n")
                 made[prompt, seed] = GeneratedImage(prompt, seed, folder / file)

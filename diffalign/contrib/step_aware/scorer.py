@@ -107,6 +107,9 @@ def save_step_aware(model: StepAwareClip, tokenizer: Any, folder: Path, dtype: t
 
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # its last call's settings are no part
+        backend.no_padding()
+        backend.no_truncation()
     tokenizer.save_pretrained(folder)
     state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -29,6 +29,7 @@ SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs a
 _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
 PAIRS_PER_GROUP = 16  # rows of a row group that is written, which is what reading one row costs
 MEMORY_BYTES = 128 << 20  # of row groups in memory, in each process
+FOOTER_BYTES = 16 << 20  # of footers as they are stored; parsed, they take several times as much
 
 
 class ParquetColumns:
@@ -70,7 +71,8 @@ class ParquetColumns:
         self.names = tuple(schema.names) if schema is not None else ()
         self._memory: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
         self._memory_bytes = 0
-        self._footer: tuple[int, pq.FileMetaData] | None = None  # of the file read last
+        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()  # by the number of the file, last used last
+        self._footer_bytes = 0
 
     def __len__(self) -> int:
         return self.rows
@@ -98,17 +100,26 @@ class ParquetColumns:
             self._memory.move_to_end(key)
             return self._memory[key]
         number, in_file, _ = self._groups[group]
-        if self._footer is None or self._footer[0] != number:
-            self._footer = number, _metadata(self.files[number])
         # The file is opened anew: open handles do not survive a fork into loader workers, and neither does pyarrow's
         # thread pool. What takes long about it is parsing the footer, and that does survive.
-        with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer[1]) as file:
+        with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer(number)) as file:
             table = _read_group(file, self.files[number], in_file, list(names))
         self._memory[key] = table
         self._memory_bytes += table.nbytes
         while len(self._memory) > 1 and self._memory_bytes > MEMORY_BYTES:
             self._memory_bytes -= self._memory.popitem(last=False)[1].nbytes
         return table
+
+    def _footer(self, number: int) -> pq.FileMetaData:
+        """The parsed footer of a file: parsing one takes longer than reading a row."""
+        if number in self._footers:
+            self._footers.move_to_end(number)
+            return self._footers[number]
+        footer = self._footers[number] = _metadata(self.files[number])
+        self._footer_bytes += footer.serialized_size
+        while len(self._footers) > 1 and self._footer_bytes > FOOTER_BYTES:
+            self._footer_bytes -= self._footers.popitem(last=False)[1].serialized_size
+        return footer
 
     def read_all(self) -> None:
         """Read everything once. Raises DataError for a row group that is damaged."""
@@ -129,7 +140,14 @@ class ParquetColumns:
         return self.files[self._groups[bisect_right(self._starts, row) - 1][0]].parent
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_memory": OrderedDict(), "_memory_bytes": 0, "_footer": None}
+        return (
+            self.__dict__
+            | {"_memory": OrderedDict(), "_memory_bytes": 0}
+            | {
+                "_footers": OrderedDict(),
+                "_footer_bytes": 0,
+            }
+        )
 
 
 def open_parquet(files: Sequence[Path]) -> Columns:

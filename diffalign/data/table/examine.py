@@ -24,6 +24,7 @@ from diffalign.data.formats.text_files import odd
 from diffalign.data.row import BAD_ROW, DUPLICATE, IDENTICAL, TIE, ImageError, ImageRef, Problem, check_size
 from diffalign.data.spec import DataSpec, Verify
 from diffalign.data.table.file_hash import Files, file_stat
+from diffalign.data.table.texts import Texts, hash_texts
 from diffalign.data.weights import TERMS, Number, read_mask
 from diffalign.io.progress import Progress
 
@@ -38,8 +39,8 @@ class Index:
 
     examined_rows: int = 0
     problems: list[Problem] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)  # equal prompts are one object
+    ids: Sequence[str] = field(default_factory=list)  # `Texts` in a large table
+    prompts: Sequence[str] = field(default_factory=list)  # equal prompts are one object
     rows: array[int] = field(default_factory=lambda: array("q"))  # the stored row of each pair
     first: bytearray = field(default_factory=bytearray)  # which of its two stored images is the chosen one
     ties: bytearray = field(default_factory=bytearray)
@@ -50,13 +51,14 @@ class Index:
     negative_masks: bool = False  # whether a mask has a value below 0; with verify="none" masks are not read
     files: Files = field(default_factory=Files)  # image files whose contents the ids do not cover
     by_file: array[int] = field(default_factory=lambda: array("q"))  # places of the pairs that name them
+    hashes: dict[str, str] = field(default_factory=dict)  # of all ids and all prompts, where they are packed
 
     def select(self, places: Sequence[int]) -> Index:
-        """Some of the pairs, with the same problems; `files` and `by_file` are empty."""
+        """Some of the pairs, with the same problems; `files`, `by_file` and `hashes` are empty."""
         return replace(
             self,
-            ids=[self.ids[i] for i in places],
-            prompts=[self.prompts[i] for i in places],
+            ids=_some(self.ids, places),
+            prompts=_some(self.prompts, places),
             rows=array("q", (self.rows[i] for i in places)),
             first=bytearray(self.first[i] for i in places),
             ties=bytearray(self.ties[i] for i in places),
@@ -65,7 +67,17 @@ class Index:
             sizes=array("i", (x for i in places for x in self.sizes[4 * i : 4 * i + 4])),
             files=Files(),
             by_file=array("q"),
+            hashes={},
         )
+
+    def pack(self) -> None:
+        """Puts ids and prompts into blocks of bytes, which take less memory, and notes their hashes."""
+        self.ids, self.prompts = Texts.of(self.ids), Texts.of(self.prompts)
+        self.hashes = {"ids": hash_texts(self.ids), "prompts": hash_texts(self.prompts)}
+
+
+def _some(texts: Sequence[str], places: Sequence[int]) -> Sequence[str]:
+    return texts.select(places) if isinstance(texts, Texts) else [texts[i] for i in places]
 
 
 class SmallColumns:
@@ -133,7 +145,11 @@ class SmallColumns:
 def examine(columns: Columns, layout: Layout, spec: DataSpec) -> Index:
     """Examines the rows, in order, until there are `spec.max_pairs` usable ones."""
     small, seen = SmallColumns(columns, layout), Counter[str]()
+    ids: list[str] = []
+    prompts: list[str] = []
     index = Index(
+        ids=ids,
+        prompts=prompts,
         scores=[] if layout.scores or spec.keep_ties else None,
         numbers={part: array("d") for part in layout.terms if TERMS[part] is not None},
     )
@@ -141,7 +157,7 @@ def examine(columns: Columns, layout: Layout, spec: DataSpec) -> Index:
     if spec.verify != "none" and len(columns) >= MANY_ROWS and spec.max_pairs is None:
         log.info("checking the images of all %d rows (verify=%r); verify='none' skips it", len(columns), spec.verify)
     for row in Progress(range(len(columns)), desc="examining rows", unit=" rows", delay=3.0, mininterval=1.0):
-        if spec.max_pairs is not None and len(index.ids) >= spec.max_pairs:
+        if spec.max_pairs is not None and len(ids) >= spec.max_pairs:
             break
         index.examined_rows += 1
         try:
@@ -167,13 +183,13 @@ def examine(columns: Columns, layout: Layout, spec: DataSpec) -> Index:
             name = f"{name}#{seen[name]}"
         if found.files is not None:
             index.files.add(*found.files)
-            index.by_file.append(len(index.ids))
+            index.by_file.append(len(ids))
         first = 0 if preferred is None else preferred ^ spec.invert_preference
         index.rows.append(row)
         index.first.append(first)
         index.ties.append(preferred is None)
-        index.ids.append(name)
-        index.prompts.append(unique.setdefault(prompt, prompt))
+        ids.append(name)
+        prompts.append(unique.setdefault(prompt, prompt))
         for part, value in numbers.items():
             index.numbers[part].append(value)
         if index.scores is not None:

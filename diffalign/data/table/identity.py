@@ -6,8 +6,6 @@ labels, scores, sizes of the image files) and reads the files of a few pairs, sp
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from diffalign.data.row import ImageError, ImageRef
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
+from diffalign.data.table.texts import hash_parts, hash_texts
 
 SAMPLES = 32  # pairs whose image files are read
 
@@ -34,15 +33,16 @@ WORDS = {
 
 def data_identity(table: Table, contents: bool = False) -> dict[str, str]:
     """Hashes of a table's parts by name, a key of WORDS; `contents`: with the contents of all image files."""
+    known = table.index.hashes if isinstance(table, PairTable) else {}
     facts = {
         "pairs": str(len(table)),
-        "ids": _hash([text.encode() for text in table.ids]),
-        "prompts": _hash([text.encode(errors="surrogatepass") for text in table.prompts]),
+        "ids": known.get("ids") or hash_texts(table.ids),
+        "prompts": known.get("prompts") or hash_texts(table.prompts),
     }
     if isinstance(table, PairTable):
-        facts |= {name: _hash(parts) for name, parts in table.parts().items()}
+        facts |= {name: hash_parts(parts) for name, parts in table.parts().items()}
     if samples := list(_samples(table)):
-        facts["samples"] = _hash(samples)
+        facts["samples"] = hash_parts(samples)
     if contents:
         facts["contents"] = table.identity
     return facts
@@ -74,11 +74,3 @@ def _read(refs: Callable[[], Iterable[ImageRef]]) -> list[bytes]:
         return [ref.read() for ref in refs()]
     except ImageError:
         return []
-
-
-def _hash(parts: Iterable[bytes | bytearray | array[Any]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        raw = part.tobytes() if isinstance(part, array) else bytes(part)
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ import logging
 import os
 import uuid
 from array import array
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import astuple
 from functools import cache
@@ -28,13 +29,15 @@ from diffalign.data.formats.columns import Columns
 from diffalign.data.row import Problem
 from diffalign.data.table.examine import Index
 from diffalign.data.table.file_hash import files_state, remembered
+from diffalign.data.table.texts import Texts
 from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FROM_ROWS = 10_000  # below, examining takes a second or two
-_TEXTS = ("problems", "ids", "prompts", "names_files", "negative_masks", "examined_rows")
+_FACTS = ("problems", "hashes", "names_files", "negative_masks", "examined_rows")
+_PACKED = ("ids", "prompts")
 _TYPES = {"i": torch.int32, "q": torch.int64, "d": torch.float64}  # of array codes
 
 
@@ -59,20 +62,21 @@ def _code() -> str:
 
 
 def remember(note: Path, index: Index) -> None:
-    """Writes an index; where that fails a warning is logged, and the next start examines the rows again."""
-    texts = {name: getattr(index, name) for name in _TEXTS}
-    texts["problems"] = [astuple(problem) for problem in index.problems]
-    unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(index.prompts))}
-    texts["prompts"] = list(unique)
+    """Writes an index that is packed; where that fails a warning is logged, and the next start examines the rows."""
+    facts = {name: getattr(index, name) for name in _FACTS}
+    facts["problems"] = [astuple(problem) for problem in index.problems]
     tensors = {
-        "texts": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
-        "prompt_of": torch.tensor([unique[prompt] for prompt in index.prompts], dtype=torch.int64),
+        "facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8),
         "first": torch.tensor(list(index.first), dtype=torch.uint8),
         "ties": torch.tensor(list(index.ties), dtype=torch.uint8),
         "sizes": _tensor(index.sizes),
         "rows": _tensor(index.rows),
         **{f"numbers.{part}": _tensor(values) for part, values in index.numbers.items()},
     }
+    for name in _PACKED:
+        texts = getattr(index, name)
+        parts = {"content": texts.content, "ends": texts.ends, "places": texts.places}
+        tensors |= {f"{name}.{part}": value for part, value in parts.items() if value is not None}
     if index.scores is not None:
         tensors["scores"] = torch.tensor(index.scores, dtype=torch.float64).reshape(-1, 2)
     partial = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
@@ -94,15 +98,12 @@ def recall(note: Path) -> Index | None:
             return None
         with safe_open(note, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        texts = json.loads(bytes(tensors["texts"].numpy()))
-        prompts, scores = texts["prompts"], tensors.get("scores")
+        facts, scores = json.loads(bytes(tensors["facts"].numpy())), tensors.get("scores")
         numbers = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith("numbers.")}
         return Index(
-            **texts
-            | {
-                "problems": [Problem(*problem) for problem in texts["problems"]],
-                "prompts": [prompts[place] for place in tensors["prompt_of"].tolist()],
-            },
+            **facts | {"problems": [Problem(*problem) for problem in facts["problems"]]},
+            ids=_texts(tensors, "ids"),
+            prompts=_texts(tensors, "prompts"),
             first=bytearray(tensors["first"].numpy()),
             ties=bytearray(tensors["ties"].numpy()),
             sizes=_array("i", tensors["sizes"]),
@@ -112,6 +113,10 @@ def recall(note: Path) -> Index | None:
         )
     except (OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError):
         return None
+
+
+def _texts(tensors: Mapping[str, Tensor], name: str) -> Texts:
+    return Texts(tensors[f"{name}.content"], tensors[f"{name}.ends"], tensors.get(f"{name}.places"))
 
 
 def _tensor(values: array[Any]) -> Tensor:

@@ -25,7 +25,7 @@ from diffalign.data.formats.webdataset import open_shards
 from diffalign.data.row import DataError
 from diffalign.data.spec import AS_FOUND, DataSpec
 from diffalign.data.table.examine import examine
-from diffalign.data.table.index_cache import recall, remember, remembered_at
+from diffalign.data.table.index_cache import FROM_ROWS, recall, remember, remembered_at
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import TERMS
 
@@ -56,6 +56,8 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
         log.info("%s: rows examined earlier, result read from %s", stored.storage, note)
     else:
         index = examine(stored, layout, spec)
+        if note is not None or len(index.ids) >= FROM_ROWS:
+            index.pack()
         if note is not None and not index.names_files:
             remember(note, index)
     return PairTable(stored, layout, index, invert_preference=spec.invert_preference)

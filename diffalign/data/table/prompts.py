@@ -36,8 +36,14 @@ class PromptError(DataError):
 class Table(Protocol):
     """A table of a run, of pairs, of winners or of prompts alone: rows with an id and a prompt."""
 
-    ids: list[str]
-    prompts: list[str]
+    @property
+    def ids(self) -> Sequence[str]:
+        """The id of each row."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """The prompt of each row."""
+
     problems: list[Problem]
     total_rows: int
     heldout: PairTable | None  # pairs that a run on this table measures and does not train on

@@ -248,12 +248,13 @@ def test_a_run_that_was_killed_before_its_final_weights_writes_them(make: Make) 
     config = make({"training.checkpointing_steps": 4})
     run_training(config)
     out = Path(config.output_dir)
-    whole = weights(out)
+    whole, tokenizer = weights(out), (out / "preference_model/tokenizer.json").read_bytes()
     shutil.rmtree(out / "preference_model")
     (out / "manifest.json").unlink()
     run_training(make({"training.checkpointing_steps": 4, "training.resume_from_checkpoint": "latest"}))
     assert is_finished(out)
     assert all(torch.equal(weights(out)[name], value) for name, value in whole.items())
+    assert (out / "preference_model/tokenizer.json").read_bytes() == tokenizer
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
 
 

@@ -58,7 +58,7 @@ def test_without_room_for_an_arrow_copy_parquet_is_read_directly(
     assert caplog.text == ""
 
 
-def test_a_footer_is_parsed_once_in_a_row_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_footer_is_parsed_once_as_long_as_footers_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [write_parquet(tmp_path / f"{name}.parquet", pick_rows(9), row_group_size=1) for name in "ab"]
     stored = parquet.ParquetColumns(files)
     parsed = []
@@ -66,6 +66,15 @@ def test_a_footer_is_parsed_once_in_a_row_of_groups(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(pq, "read_metadata", lambda file: parsed.append(file) or real(file))
     assert [stored.cells(row, ["jpg_0"]) for row in range(18)] == 2 * [[png(2 * i)] for i in range(9)]
     assert parsed == files
+    assert [stored.cells(row, ["jpg_1"]) for row in (0, 9, 1, 10)] == [[png(2 * i + 1)] for i in (0, 0, 1, 1)]
+    assert parsed == files
+    monkeypatch.setattr(parquet, "FOOTER_BYTES", 1)
+    stored = parquet.ParquetColumns(files)
+    parsed.clear()
+    for row in (0, 9, 1, 10):
+        stored.cells(row, ["jpg_1"])
+    assert parsed == files * 2
+    assert len(stored._footers) == 1
 
 
 def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
