@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.data_scale import LAYOUTS, measured, prompt
 from benchmarks.forked import Death
 from benchmarks.kill_kinds import KINDS
 from benchmarks.kills import Campaign, differences, state_of
 from benchmarks.models import pairs_file
 from benchmarks.soak import sample, slope, soak
+from diffalign.data.table.open import open_pairs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
@@ -60,7 +62,14 @@ def test_slopes_and_samples(tmp_path: Path) -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    found = soak("steps", 5, tmp_path / "soak")
-    assert [one["step"] for one in found["samples"]] == [1, 2, 3, 4, 5]
+    found = soak("steps", 3, tmp_path / "soak")
+    assert [one["step"] for one in found["samples"]] == [1, 2, 3]
     assert {one["files"] for one in found["samples"][1:]} == {found["samples"][1]["files"]}
     assert found["samples"][-1]["cache"] > 1  # the latents of 1,008 pairs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_of_every_layout_are_read_as_they_were_written(layout: str, tmp_path: Path) -> None:
+    path = LAYOUTS[layout](tmp_path, 7)
+    assert measured(path, check=False).keys() == {"start", "identity", "ms/pair", "memory"}
+    assert [row.prompt for row in open_pairs(path)] == [prompt(i) for i in range(7)]
