@@ -3,9 +3,7 @@
     SD     CompVis' latent-diffusion         model.diffusion_model, first_stage_model, cond_stage_model
     SDXL   Stability's generative-models     model.diffusion_model, first_stage_model, conditioner.embedders
 
-The original UNet numbers its blocks through: input_blocks has the first convolution, then each level's resnets (with
-the transformer behind each, if the level has them) and its downsampler; output_blocks likewise, but an upsampler stands
-in the block of its level's last resnet. Nothing here knows tensors; `layout` does.
+`models/ldm_names.py` has the places of the UNet's modules. Nothing here knows tensors; `layout` does.
 """
 
 from __future__ import annotations
@@ -15,27 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffalign.errors import DiffalignError
+from diffalign.models.ldm_names import unet_place
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_ENDS = ("conv_in", "conv_out", "conv_norm_out")
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP_LAYER = {
@@ -45,7 +27,6 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_UNET_PLACE = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
 _VAE_PLACE = re.compile(r"(encoder|decoder)\.(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)")
 
 
@@ -59,30 +40,9 @@ def unet_module(name: str, config: Mapping[str, Any]) -> str:
     `config` is the UNet's: its `layers_per_block` and `up_block_types` are read.
     Raises ExportError for a module that the original layout has no place for.
     """
-    if name in _UNET_ENDS:
-        return _UNET_ENDS[name]
-    layers = config["layers_per_block"]
-    found = _UNET_PLACE.fullmatch(name)
-    if found is None or not isinstance(layers, int):
+    if (place := unet_place(name, config)) is None:
         raise _homeless(f"the UNet's {name}")
-    side, level, kind, index, inner = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    if kind == "resnets":
-        if inner not in _RESNET:
-            raise _homeless(f"the UNet's {name}")
-        inner = _RESNET[inner]
-    per_level = layers + 1  # a downsampler below the resnets, or one resnet more above
-    if side is None and kind in ("resnets", "attentions"):
-        return f"middle_block.{2 * index if kind == 'resnets' else 2 * index + 1}.{inner}"
-    first = level * per_level + (side == "down")
-    blocks = "input_blocks" if side == "down" else "output_blocks"
-    if side is not None and kind in ("resnets", "attentions"):
-        return f"{blocks}.{first + index}.{int(kind == 'attentions')}.{inner}"
-    if (side, kind, inner) == ("down", "downsamplers", "conv"):
-        return f"input_blocks.{first + layers}.0.op"
-    if (side, kind, inner) == ("up", "upsamplers", "conv"):
-        behind_attention = "CrossAttn" in config["up_block_types"][level]
-        return f"output_blocks.{first + layers}.{1 + behind_attention}.conv"
-    raise _homeless(f"the UNet's {name}")
+    return place
 
 
 def vae_module(name: str, levels: int) -> str:

@@ -7,8 +7,8 @@
 
 A module without an alpha has alpha = rank, as in diffusers and sd-scripts. A file is used completely or refused:
 libraries only warn of tensors that match no layer, and apply the rest. A DoRA (`dora.py`) is read in the first three
-layouts. Refused everywhere alike: kohya's DoRA, LoHa, LoKr and other LyCORIS kinds, biases, and adapters whose training
-changed the base (PiSSA, OLoRA).
+layouts. Kohya's DoRA, LoHa, LoKr and LoCon with a middle become part of a base alone (`lycoris.py`). Refused everywhere
+alike: other LyCORIS kinds, biases, and adapters whose training changed the base (PiSSA, OLoRA).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from diffalign.io.loaded_weights import NAMED, is_finite, named
 from diffalign.io.weight_files import check_weights
 from diffalign.models.adapters.dora import MAGNITUDE, check_use_dora, has_magnitudes, magnitude_faults
 from diffalign.models.adapters.lora_names import PART, converted_names, is_alpha, module_of_alpha, text_peft_name
+from diffalign.models.adapters.lycoris import is_lycoris
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import TextModel, UNet
 
@@ -188,9 +189,8 @@ def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str
     for piece, kind in _OTHER_KINDS.items():
         found = [name for name in weights if piece in name]
         if found:
-            raise _other_kind(
-                file, kind, f"{len(found)} of its {len(weights)} tensors have such names, e.g. {found[0]}"
-            )
+            why = f"{len(found)} of its {len(weights)} tensors have such names, e.g. {found[0]}"
+            raise _other_kind(file, kind, why, mergeable=is_lycoris(weights))
     if not any("lora" in name for name in weights):
         example = f" (e.g. {next(iter(weights))})" if weights else ""
         raise ModelError(f"{file} is not a LoRA: none of its {len(weights)} tensors has a LoRA name{example}")
@@ -205,7 +205,12 @@ def _check_kind(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str
         raise _other_kind(file, "an adapter whose training changed the base", f"init_lora_weights = {init!r}")
 
 
-def _other_kind(file: Path, kind: str, why: str) -> ModelError:
+def _other_kind(file: Path, kind: str, why: str, *, mergeable: bool = False) -> ModelError:
+    if mergeable:
+        return ModelError(
+            f"{file} is {kind}, and not a plain LoRA ({why}); it can become part of a base: model.merge_lora, "
+            f"--merge-lora {file}=1, or `diffalign merge`"
+        )
     return ModelError(
         f"{file} is {kind}, and not a plain LoRA ({why}); it is not supported, because a part of it "
         "would be lost. Use a plain LoRA, or make this adapter part of the base with the program that "

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from diffalign.io.files import remove, room_for, save_text, share, sync, take_place, temporary
+from diffalign.io.weight_files import check_weights
 from diffalign.models.adapters.dora import MAGNITUDE, dora_weight, refuse_factors
 from diffalign.models.adapters.lora import write_lora
 from diffalign.models.adapters.lora_file import LORA_FILE, LoraFile, is_dora, lora_config, read_lora
+from diffalign.models.adapters.lycoris import is_lycoris, lycoris_changes
 from diffalign.models.adapters.save_load import UNET_FOLDER, TunedWeights, find_tuned, load_full
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.family import ModelError
@@ -76,7 +78,7 @@ def merge_tuned(base: Base, parts: Parts, output_dir: str | Path) -> Path:
     try:
         with room_for(folder, 0, "the merged weights"):
             place.mkdir(parents=True)
-            if all(tuned.kind == "lora" and not is_dora(tuned.path) for tuned, _ in found):
+            if all(tuned.kind == "lora" and _is_sum(tuned.path) for tuned, _ in found):
                 written = write_lora(*_merge_loras(base.unet, found), place, base.family)
             else:
                 _merge_into(base.unet, found)
@@ -126,6 +128,8 @@ def lora_changes(unet: UNet, file: Path) -> dict[str, Callable[[Tensor], Tensor]
 
     Raises ModelError where the file does not fit.
     """
+    if is_lycoris(check_weights(file).shapes):
+        return lycoris_changes(unet, file)
     lora = read_lora(file, unet).unet_only()
     return {f"{name}.weight": partial(_change, lora, name) for name in lora.alphas}
 
@@ -138,6 +142,11 @@ def _change(lora: LoraFile, name: str, weight: Tensor) -> Tensor:
         return update
     own = weight.double()
     return dora_weight(own, update, magnitude.double()) - own
+
+
+def _is_sum(file: Path) -> bool:
+    """Whether a LoRA file is a plain one, whose update is B A."""
+    return not is_dora(file) and not is_lycoris(check_weights(file).shapes)
 
 
 def _found(parts: Parts) -> list[tuple[TunedWeights, float]]:
