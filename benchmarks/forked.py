@@ -102,6 +102,7 @@ def run_forked(
     death: Death | None = None,
     processes: int = 1,
     environment: Mapping[str, str] = MappingProxyType({}),
+    watch: type[Watch] | None = None,
 ) -> Ended:
     """`diffalign WORDS` in `place`, to its end or to its death, in one process or in several joined by gloo."""
     side, log, port = place.parent / f"{place.name}.side", place.parent / f"{place.name}.log", _free_port()
@@ -109,7 +110,7 @@ def run_forked(
     began, death = time.monotonic(), death or Death()
     deaths = [death, *[Death()] * (processes - 1)]  # an operation is the first process's
     children = [
-        _fork(partial(_command, words, place, log, Watch(place, deaths[rank], side), joined))
+        _fork(partial(_command, words, place, log, (watch or Watch)(place, deaths[rank], side), joined))
         for rank, joined in enumerate(_joined(processes, port, environment))
     ]
     code = _wait(children, began, death.seconds)
@@ -172,6 +173,7 @@ def _command(words: Sequence[str], place: Path, log: Path, watch: Watch, environ
     with log.open("w" if first else "a") as opened:
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     sys.argv = ["diffalign", *words]
     os.chdir(place)
     os.environ.update(environment)
@@ -208,13 +210,9 @@ class Watch:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Called by Python for every audit event."""
-        if self.busy or os.getpid() != self.pid or (event != "open" and event not in CHANGES):
+        if self.busy or os.getpid() != self.pid:
             return
-        first = arguments[0]
-        if not isinstance(first, str | os.PathLike):
-            return
-        path = os.path.abspath(first)
-        if not path.startswith(self.root) or (event == "open" and not self._writes(path, arguments[2])):
+        if (path := self.changed(event, arguments)) is None:
             return
         if self.writing is not None:
             self._end()
@@ -227,6 +225,15 @@ class Watch:
                 if not flushing:
                     return
             self._end()
+
+    def changed(self, event: str, arguments: tuple[Any, ...]) -> str | None:
+        """The path below the folder that an event changes, or None for any other event."""
+        if (event != "open" and event not in CHANGES) or not isinstance(arguments[0], str | os.PathLike):
+            return None
+        path = os.path.abspath(arguments[0])
+        if not path.startswith(self.root):
+            return None
+        return None if event == "open" and not self._writes(path, arguments[2]) else path
 
     def _writes(self, path: str, flags: int) -> bool:
         return bool(flags & WRITING) or ".partial" in path[len(self.root) :]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.data_scale import LAYOUTS, measured, prompt
+from benchmarks.faults import ERRORS, FAULTS, attempt
 from benchmarks.forked import Death
 from benchmarks.kill_kinds import KINDS
 from benchmarks.kills import Campaign, differences, state_of
@@ -17,6 +20,7 @@ from benchmarks.models import pairs_file
 from benchmarks.soak import sample, slope, soak
 from diffalign.data.table.open import open_pairs
 
+AT_ONCE: Any = SimpleNamespace(randint=lambda *_: 2)  # a fault from the second operation on
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
@@ -36,6 +40,23 @@ def test_a_command_that_is_killed_while_it_writes_ends_as_its_twin(scoring: Camp
     assert differences(state_of(scoring.place), state)
     assert scoring.run(again=True).code == 0
     assert state_of(scoring.place) == state
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_disk_ends_in_one_message_and_is_gone_with_its_cause(fault: str, scoring: Campaign) -> None:
+    found = attempt(scoring, fault, scoring.twin(), AT_ONCE)
+    assert found["wrong"] == []
+    assert found["code"] == (2 if fault in ERRORS else 0)
+    if fault in ERRORS:
+        assert "scores.jsonl" in found["said"][0]
+
+
+def test_a_traceback_and_a_wrong_end_are_found(scoring: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = scoring.twin()
+    monkeypatch.setattr("diffalign.data.table.scores.save_text", lambda *_: 1 / 0)
+    wrong = attempt(scoring, "full disk", twin, AT_ONCE)["wrong"]
+    assert "ZeroDivisionError" in wrong[0]
+    assert "scores.jsonl is missing" in wrong
 
 
 def test_differences_are_found(tmp_path: Path) -> None:
