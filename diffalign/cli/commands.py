@@ -32,7 +32,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "data check my/pairs --sample pairs.png",
         ),
         "label": (
-            "images.label",
+            "labels.label",
             "make pairs from images, by a scorer or by eye",
             "label images --scorer pickscore --out pairs.parquet",
         ),
@@ -78,7 +78,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
             "compare images/base dpo=images/dpo --scorer pickscore",
         ),
         "votes": (
-            "images.votes",
+            "labels.votes",
             "report votes by eye: progress, agreement, win rates",
             "votes votes --reveal",
         ),

@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | str:
         content, stated = dict(found["content"]), found["sha256"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is not readable"
     if stated != _hash(content):
         return f"{MANIFEST} has another content than was written (its SHA-256 differs)"

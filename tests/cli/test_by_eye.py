@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffalign.cli.images import by_eye
+from diffalign.cli.labels import by_eye
 from diffalign.cli.main import main
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs

@@ -192,7 +192,7 @@ def _stand_ins(folder: Path) -> Iterator[None]:
             ("evaluation.generate.sample_images", blank),
             ("arena.arena.run_arena", enough),
             ("cli.demo.run_demo", nothing),
-            ("cli.images.by_eye._serve", nothing),
+            ("cli.labels.by_eye._serve", nothing),
         ):
             stack.enter_context(mock.patch(f"diffalign.{name}", stand_in))
         yield

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 from diffalign.cli.common import device_of, named_paths, overwrite_argument, path, writable
-from diffalign.cli.images import by_eye
 from diffalign.cli.images.options import FOLDER_HELP, judging_arguments, scorer_arguments
 from diffalign.cli.images.pages import PAGE_HELP, PAGE_OPTIONS, check_page, page_arguments, write_page
+from diffalign.cli.labels import by_eye
 from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffalign.cli.common import count, path, path_text, writable
-from diffalign.cli.images import by_eye
+from diffalign.cli.labels import by_eye
 from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from diffalign.cli.common import overwrite_argument, path, tie, writable
-from diffalign.cli.images import by_eye, label_by_eye
 from diffalign.cli.images.options import FOLDER_HELP, load_scorers, scorer_arguments
+from diffalign.cli.labels import by_eye, label_by_eye
 from diffalign.cli.next_steps import print_next
 from diffalign.errors import DiffalignError
 

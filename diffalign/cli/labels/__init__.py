@@ -1,0 +1,1 @@
+"""Commands for labels by scorers and by eye, and for the votes."""
