@@ -21,6 +21,8 @@ def check_together(config: Any) -> None:
     check_training(config.training)
     reference_batch_fits(config)
     check_model(config.model)
+    if getattr(config.tuning, "quantize_base", None) is not None:
+        check_quantized(config)
     if config.training.bf16_weights:
         can_train_in_bf16(config)
     check_data(config.data)
@@ -59,6 +61,17 @@ def check_model(model: ModelSection) -> None:
         )
     if model.fused_kernels:
         can_fuse_kernels(model)
+
+
+def check_quantized(config: Any) -> None:
+    """Raises DiffalignError for ways to compute a model that read its weights themselves."""
+    kind, model = config.tuning.quantize_base, config.model
+    for setting in ("compile", "fused_kernels"):
+        if getattr(model, setting):
+            raise DiffalignError(
+                f"tuning.quantize_base: {kind} is not supported with model.{setting}, which was made for plain linear "
+                "layers; set one of the two to null or false"
+            )
 
 
 def check_data(data: DataSection) -> None:

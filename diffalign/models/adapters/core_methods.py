@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from diffalign.models.adapters.merge import merge_into
 from diffalign.models.adapters.methods import Start, TuningMethod
 from diffalign.models.adapters.save_load import check_tuned, find_tuned
 from diffalign.models.kernels.checkpointing import store_for_autocast
+from diffalign.models.kernels.quantized import quantize
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.reference import FrozenCopy, LoraOff, OtherLora, Reference
@@ -46,6 +48,7 @@ class LoRA(TuningMethod):
     resume_lora: str | None = field(default=None, metadata=PATH)  # LoRA weights to start from
     reference: str | None = field(default=None, metadata=PATH)  # LoRA weights of the reference; the policy starts there
     use_dora: bool = False  # the lengths of the weights' rows are trained too (DoRA, arXiv 2402.09353)
+    quantize_base: Literal["int8", "nf4"] | None = None  # the frozen transformer blocks are stored in so few bits
 
     @property
     def lora_alpha(self) -> float:
@@ -58,7 +61,12 @@ class LoRA(TuningMethod):
         return self.resume_lora is None
 
     def check(self) -> None:
-        """Raises ModelError for a full UNet as the reference."""
+        """Raises ModelError for a full UNet as the reference, and for a DoRA on codes."""
+        if self.use_dora and self.quantize_base is not None:
+            raise ModelError(
+                "tuning.quantize_base: a DoRA reads the lengths of the base's rows at each step, and codes would be "
+                "restored for that; set tuning.use_dora: false, or leave quantize_base out"
+            )
         if self.reference is not None and find_tuned(self.reference).kind == UNET.kind:
             raise ModelError(
                 f"tuning.reference: {self.reference} is a full UNet, and a LoRA on top of it would not be one of the "
@@ -95,6 +103,8 @@ class LoRA(TuningMethod):
                     found.r,
                     found.lora_alpha,
                 )
+        if self.quantize_base is not None:
+            quantize(unet, self.quantize_base)
         fuse_lora(unet)
 
     def after_placement(self, unet: UNet) -> None:
@@ -115,7 +125,8 @@ class LoRA(TuningMethod):
     def describe(self, unet: UNet) -> str:
         """Rank and alpha in force, also where they came with `resume_lora`."""
         adapter = unet.peft_config[ADAPTER]
-        return f"{'DoRA' if self.use_dora else self.method} rank {adapter.r} alpha {adapter.lora_alpha:g}"
+        base = "" if self.quantize_base is None else f" on a base in {self.quantize_base}"
+        return f"{'DoRA' if self.use_dora else self.method} rank {adapter.r} alpha {adapter.lora_alpha:g}{base}"
 
 
 @dataclass(frozen=True)

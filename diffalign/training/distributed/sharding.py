@@ -87,6 +87,10 @@ def _unsupported(config: Config) -> dict[str, str]:
         and "a graph of a block would contain weights that are gathered and freed outside of it; use false",
         "model.channels_last: true": model.channels_last and "FSDP2 takes weights in the contiguous layout only",
         f"tuning.method: {method}": method not in ("full", "lora") and "only full and lora are supported",
+        f"tuning.quantize_base: {getattr(config.tuning, 'quantize_base', None)}": bool(
+            getattr(config.tuning, "quantize_base", None)
+        )
+        and "codes are no weights that FSDP2 shards; each process would hold all of them",
         "tuning.use_dora: true": bool(getattr(config.tuning, "use_dora", False))
         and "the lengths of rows need the whole weight outside of a block's forward",
     }
