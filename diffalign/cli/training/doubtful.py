@@ -43,6 +43,9 @@ def add_doubtful(actions: Any) -> None:
     sub.add_argument(
         "--points", type=whole(4, 256, multiple=4), default=8, help="(t, noise) of each pair (default: %(default)s)"
     )
+    sub.add_argument(
+        "--checkpoints", type=whole(0), metavar="N", help="measure the newest N beside the final weights (default: all)"
+    )
     sub.add_argument("--batch-size", type=count, help="pairs in a forward (default: the run's)")
     overwrite_argument(sub)
 
@@ -54,11 +57,11 @@ def write_doubtful(args: argparse.Namespace) -> None:
     from diffalign.training.processes import one_process
 
     one_process("data doubtful")
-    doubts = doubtful_pairs(args.run_dir, points=args.points, batch_size=args.batch_size)
+    doubts = doubtful_pairs(args.run_dir, points=args.points, batch_size=args.batch_size, newest=args.checkpoints)
     against = sum(doubt.score < 0 for doubt in doubts.ranked)
     summary = (
-        f"{len(doubts.ranked)} pairs of {doubts.pairs} at {args.points} points each; the model of {args.run_dir} "
-        f"ranks {against} of them against their label"
+        f"{len(doubts.ranked)} pairs of {doubts.pairs} at {args.points} points each; the models of "
+        f"{args.run_dir} ({', '.join(doubts.weights)}) rank {against} of them against their label"
     )
     _write_csv(args.out, doubts)
     print(f"{args.out}: {summary}")

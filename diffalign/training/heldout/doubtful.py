@@ -2,22 +2,25 @@
 
 A wrong label is memorised in the end, but later and less than the right ones, because these agree with each
 other. So the tuned model's margin (reward of the chosen image less that of the rejected one) tells wrong labels apart,
-better after few visits of each pair than after many: prefer a run with `validation.load_best_model_at_end`, or an early
-checkpoint.
+better after few visits of each pair than after many. Which visit is best is not known, and the weights of one step rank
+by chance as well. So the final weights and those of all checkpoints are measured at the same points, and their margins
+are averaged, as in the area under the margin (Pleiss et al., arXiv 2001.10528).
 
 The margins of a pair at its points (t, ε) have very different sizes, and those at low noise are memorised first.
-Each is divided by the spread over all pairs at that point and bounded by tanh, so that no point decides alone. A point
-counts by how well the margins there predict the held-out pairs of the run (accuracy less ½); without held-out pairs, or
-where none is predicted, all count alike.
+Each is divided by the spread over all pairs with those weights at that point and bounded by tanh, so that none decides
+alone. It counts by how well the margins there predict the held-out pairs of the run (accuracy less ½); without held-out
+pairs, or where none is predicted, all count alike.
 
-Left out: cross-fitting (a run for every fold, each on the other folds), which needs several trainings.
+Differs from the paper: margins are those of a few checkpoints, not of every epoch, and no threshold is learned from
+pairs with a label that was swapped on purpose. Left out: cross-fitting (a run for every fold, each on the other folds),
+which needs several trainings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +38,12 @@ from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
+from diffalign.io.manifest import read_manifest
 from diffalign.models.adapters.save_load import find_tuned
 from diffalign.models.loading.encoder import Encoder
 from diffalign.training.build import build
 from diffalign.training.build_source import buckets_of
+from diffalign.training.checkpoints.checkpoint import STATE_FILE, checkpoints
 from diffalign.training.heldout.measure import FixedPoints, PointValues
 from diffalign.training.metrics import QUARTERS
 from diffalign.training.open_data import prepared
@@ -54,7 +59,7 @@ class Doubt:
     index: int  # in the table
     score: float  # in [-1, 1]: mean of the bounded margins; below 0 the model ranks the pair against its label
     error: float  # standard error of the score over the pair's points
-    margin: float  # mean margin, in the objective's unit
+    margin: float  # mean margin over points and weights, in the objective's unit
     agreeing: float  # share of points at which the chosen image has the higher reward
     worst_quarter: int | None  # of t, 1 to 4, with the lowest bounded margin; None where points have several timesteps
     heldout: bool  # whether the run did not train on it
@@ -69,6 +74,7 @@ class Doubts:
     pairs: str  # the pairs' path
     spec: DataSpec  # how they were read
     trained: frozenset[str] = frozenset()  # ids of the pairs that the run trained on
+    weights: tuple[str, ...] = ()  # the measured ones: names of checkpoints, and "final weights"
 
 
 def doubtful_pairs(
@@ -76,19 +82,20 @@ def doubtful_pairs(
     *,
     points: int = 8,
     batch_size: int | None = None,
-    seed: int = 0,
+    newest: int | None = None,
     pairs: tuple[str, DataSpec] | None = None,
     check: Callable[[PairTable, str], None] | None = None,
 ) -> Doubts:
-    """Every pair of a run, or of one of its checkpoints, ordered by how strongly the weights there disagree with it.
+    """Every pair of a run, ordered by how strongly its weights disagree with it: the final ones and all checkpoints'.
 
-    points: (t, ε) of each pair, a multiple of 4. batch_size: pairs in a forward; None: the run's. pairs: a path and how
+    run_dir: a run, or one of its checkpoints, which is measured alone. points: (t, ε) of each pair, a multiple of 4.
+    batch_size: pairs in a forward; None: the run's. newest: so many of the checkpoints; None: all. pairs: a path and how
     it is read, for other pairs than the run's. check: called with the pairs and their path before any is measured.
     Raises DiffalignError for a folder without a run, and for a run without labelled pairs or whose objective does not
-    compare the images of a pair; ModelError where there are no tuned weights.
+    compare the images of a pair; ModelError where there are no tuned weights, or damaged ones.
     """
     config = _config(Path(run_dir))
-    find_tuned(run_dir)
+    folders = weight_folders(Path(run_dir), newest)
     accelerator = make_accelerator(config)
     run = build(config, accelerator)
     assert isinstance(run.table, PairTable), "a run with a source is refused"
@@ -104,11 +111,10 @@ def doubtful_pairs(
         table = prepared(_reading(config, path), table)
     if check is not None:
         check(table, path)
-    run.load_weights(Path(run_dir))
     resolution = config.data.resolution or run.base.family.default_resolution
     encoder = Encoder(run.base, accelerator.device)
     loader = LoaderSpec(
-        run_seed=seed,
+        run_seed=0,
         train_batch_size=1,
         with_uncond=run.objective.needs_uncond,
         signed_masks=run.objective.takes_signs,
@@ -116,11 +122,16 @@ def doubtful_pairs(
     content = Online(encoder, resolution, buckets=buckets_of(config.data, table, resolution))
     source = OfflinePairs(table, content, loader)
     fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size, title="measuring pairs")
-    values = fixed.values(run.objective, run.networks)
+    values: list[PointValues] = []
+    for place, folder in enumerate(folders.values()):
+        run.load_weights(folder)
+        found = fixed.values(run.objective, run.networks)
+        values += [replace(value, point=place * points + value.point) for value in found]
     held = {place for place, id in enumerate(table.ids) if id in heldout}
     timesteps = run.networks.schedule.num_train_timesteps
     trained = frozenset(run.table.ids) - heldout
-    return Doubts(table, ranked(values, held, timesteps), path, spec, trained)
+    order = ranked(values, held, timesteps, len(folders))
+    return Doubts(table, order, path, spec, trained, tuple(folders))
 
 
 def _reading(config: Config, path: str) -> Config:
@@ -129,9 +140,28 @@ def _reading(config: Config, path: str) -> Config:
     return config.model_copy(update={"data": data, "training": training.model_copy(update={"train_batch_size": 1})})
 
 
-def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int) -> list[Doubt]:
+def weight_folders(run_dir: Path, newest: int | None = None) -> dict[str, Path]:
+    """The folders of a run's weights by name, by step: its checkpoints (the newest so many) and the final weights.
+
+    A checkpoint of the same step as the final weights is left out. Raises ModelError for weights that are missing or
+    damaged.
+    """
+    final = read_manifest(run_dir)
+    step = None if isinstance(final, str) else final["step"]
+    there = [folder for folder in checkpoints(run_dir) if folder.name != f"checkpoint-{step}"]
+    if newest is not None:
+        there = there[max(len(there) - newest, 0) :]
+    last = run_dir.name if (run_dir / STATE_FILE).is_file() else "final weights"
+    found = {folder.name: folder for folder in there} | {last: run_dir}
+    for folder in found.values():
+        find_tuned(folder)
+    return found
+
+
+def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int, weights: int = 1) -> list[Doubt]:
     """Measured pairs, the most doubtful first; `heldout` are the indices of those that were not trained on.
 
+    weights: how many were measured; a pair's points are those of the first weights, then the same of the next ones.
     Raises DiffalignError where nothing was measured, and for margins that are not finite.
     """
     ordered = sorted(values, key=lambda value: (value.pair, value.point))
@@ -148,9 +178,12 @@ def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int) -> 
     held = np.array([pair in heldout for pair in pairs])
     spread = margins.std(0)
     bounded = np.tanh(margins / np.where(spread > 0, spread, 1.0))
-    weights = point_weights(margins, held)
-    scores = bounded @ weights
-    errors = np.sqrt(((bounded - scores[:, None]) ** 2 * weights**2).sum(1))
+    counts = point_weights(margins, held)
+    scores = bounded @ counts
+    # the weights of a run are measured at the same points, so their mean at a point is one observation
+    of_points = counts.reshape(weights, -1).sum(0)
+    at_points = (bounded * counts).reshape(len(pairs), weights, -1).sum(1) / np.where(of_points > 0, of_points, 1.0)
+    errors = np.sqrt(((at_points - scores[:, None]) ** 2 * of_points**2).sum(1))
     return [
         Doubt(
             index=pairs[i],

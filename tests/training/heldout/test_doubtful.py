@@ -45,6 +45,20 @@ def test_the_ranking_by_hand() -> None:
     assert middle.error == pytest.approx(t / math.sqrt(2))  # two points at ±t: deviations t, each with weight 1/2
 
 
+def test_weights_are_averaged_by_hand() -> None:
+    """Two weights at one point: bounded margins of ±t each, and the points' error counts one observation."""
+    values = points(
+        np.array([[1.0, -9.0], [-1.0, -9.0], [1.0, 9.0], [-1.0, 9.0]])
+    )  # columns: the first, the last weights
+    t = math.tanh(1.0)
+    doubts = ranked(values, set(), 1000, weights=2)
+    assert [doubt.index for doubt in doubts] == [1, 0, 3, 2]
+    assert [doubt.score for doubt in doubts] == pytest.approx([-t, 0, 0, t])
+    assert [doubt.error for doubt in doubts] == pytest.approx([0, 0, 0, 0])  # a single point has no error
+    # the last weights alone predict the held-out pairs 2 and 3, so they alone count
+    assert [d.score for d in ranked(values, {2, 3}, 1000, weights=2)] == pytest.approx([-t, -t, t, t])
+
+
 def test_what_cannot_be_ranked_is_refused() -> None:
     with pytest.raises(DiffalignError, match="none of the run's pairs can be read"):
         ranked([], set(), 1000)
@@ -77,9 +91,11 @@ def test_the_command_ranks_every_pair_and_shows_the_first(
 ) -> None:
     run = tmp_path / "run"
     few = {**FEW, "output_dir": str(run), "training.max_train_steps": 2, "training.learning_rate": 1e-2}
-    run_training(make_config(base_path(), {**few, "data.cache_dir": str(tmp_path / "cache")}))
+    few |= {"data.cache_dir": str(tmp_path / "cache"), "training.checkpointing_steps": 1}
+    run_training(make_config(base_path(), few))
     out, page = tmp_path / "doubtful.csv", tmp_path / "doubtful.html"
     main(["data", "doubtful", str(run), "--out", str(out), "--page", str(page), "--top", "3", "--points", "4"])
+    assert f"{run} (checkpoint-1, final weights) rank" in capsys.readouterr().out  # checkpoint-2 is the final weights
     rows = list(csv.DictReader(out.open()))
     table = open_pairs(pairs_path(), DataSpec(max_pairs=24, verify="none"))
     assert {row["id"]: (row["row"], row["prompt"]) for row in rows} == {
@@ -92,6 +108,13 @@ def test_the_command_ranks_every_pair_and_shows_the_first(
     assert [rows[k]["id"] in text for k in (0, 2, 3)] == [True, True, False]
     with pytest.raises(SystemExit):  # an existing file is not replaced
         main(["data", "doubtful", str(run), "--out", str(out)])
+    alone = [doubtful_pairs(run / "checkpoint-1", points=4), doubtful_pairs(run, points=4, newest=0)]
+    assert [doubts.weights for doubts in alone] == [("checkpoint-1",), ("final weights",)]
+    first, last = ({doubt.index: doubt.margin for doubt in doubts.ranked} for doubts in alone)
+    for row in rows:
+        i = int(row["row"])
+        assert first[i] != last[i]
+        assert float(row["margin"]) == pytest.approx((first[i] + last[i]) / 2, rel=1e-4)
     with pytest.raises(SystemExit):  # nor is one file written twice
         main(["data", "doubtful", str(run), "--out", f"{out}x", "--page", f"{tmp_path}/../{tmp_path.name}/{out.name}x"])
     assert "--out and --page are both" in capsys.readouterr().err
