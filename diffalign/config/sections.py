@@ -224,6 +224,7 @@ class ValidationSection(Section):
     early_stopping_confidence: Confidence | None = 0.95  # that a change is not chance; null: any change counts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
     metric_for_best_model: Literal["score", "accuracy", "loss"] = "score"  # of the held-out pairs
+    window_for_best_model: Count = 1  # measurements; the mean of the last so many decides which weights are the best
 
     @property
     def stops_or_loads(self) -> bool:

@@ -9,9 +9,10 @@ which counts prompts, is on the better side of 0, and the difference is above th
 give a new best value every few measurements, and a run that has stopped learning would go on. Changes too small to be
 sure of add up.
 
-The best measurement is the one with the best value, improvement or not, as in transformers. The list of measurements is
-in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience counts for the measurements there
-were before.
+The best measurement is the one with the best value, improvement or not, as in transformers. With a window, it is the
+one with the best mean of its value and those just before it: the best of many noisy values is best by its noise as
+well. The list of measurements is in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience
+counts for the measurements there were before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ class EarlyStopping(Callback):
 
     @property
     def best(self) -> Entry | None:
-        """The first of the best finite values."""
-        finite = [entry for entry in self.history if math.isfinite(entry.value)]
+        """The first of the best finite values, each the mean over the window that ends there."""
+        means = moving_means([entry.value for entry in self.history], self.settings.window_for_best_model)
+        entries = [replace(entry, value=mean) for entry, mean in zip(self.history, means, strict=True)]
+        finite = [entry for entry in entries if math.isfinite(entry.value)]
         return min(finite, key=lambda entry: entry.value if self.rule.lower else -entry.value, default=None)
 
     @property
@@ -113,7 +116,8 @@ class EarlyStopping(Callback):
         self.history.append(Entry(state.step, value, better))
         if better:
             self.improved = now
-        if self.settings.load_best_model_at_end and self.best is self.history[-1]:
+        best = self.best
+        if self.settings.load_best_model_at_end and best is not None and best.step == state.step:
             save_best(self.run)
         if self.exhausted and not state.should_stop:
             state.should_stop = True
@@ -125,7 +129,7 @@ class EarlyStopping(Callback):
         if not self.settings.load_best_model_at_end or best is None:
             return
         if self.run.accelerator.is_main_process:
-            log.info("the final weights are those of step %d: %s %.4g", best.step, self.metric, best.value)
+            log.info("the final weights are those of step %d: %s", best.step, self._named(best))
         if best.step != state.step:
             load_best(self.run)
             state.weights_of = best.step
@@ -160,6 +164,11 @@ class EarlyStopping(Callback):
                 shutil.copytree(folder / BEST, partial, copy_function=_link)
         self.run.accelerator.wait_for_everyone()
 
+    def _named(self, best: Entry) -> str:
+        """The best value, and of what it is the mean."""
+        window = self.settings.window_for_best_model
+        return f"{best.value:.4g}" + (f" (mean in a window of {window})" if window > 1 else "")
+
     def _report(self, step: int) -> None:
         """Logs why the run ends, and adds it to the events of the run."""
         patience, threshold = self.settings.early_stopping_patience, self.settings.early_stopping_threshold
@@ -168,7 +177,7 @@ class EarlyStopping(Callback):
         best = (
             "no measurement was a finite number"
             if self.best is None
-            else f"the best is {self.best.value:.4g} at step {self.best.step}"
+            else f"the best is {self._named(self.best)} at step {self.best.step}"
         )
         says = (
             f"early stopping: {self.metric} has not improved{by} in {patience} measurements; it is "
@@ -178,6 +187,11 @@ class EarlyStopping(Callback):
             log.info("step %d: %s", step, says)
             event = {"step": step, "rule": "early_stopping", "action": "end", "says": says}
             add_event(self.run.output_dir / HEALTH_FILE, event)
+
+
+def moving_means(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and those before it, at most `window` in all. NaN where one of them is."""
+    return [float(np.mean(values[max(end - window, 0) : end])) for end in range(1, len(values) + 1)]
 
 
 def save_best(run: Trainable) -> None:

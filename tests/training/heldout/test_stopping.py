@@ -6,17 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from diffalign.config.schema import Config
+from diffalign.config.sections import ValidationSection
 from diffalign.io.files import list_files
 from diffalign.io.manifest import read_manifest, write_manifest
 from diffalign.training.callbacks.base import TrainingState
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.heldout.callback import HeldOut
-from diffalign.training.heldout.stopping import Rule
+from diffalign.training.heldout.stopping import EarlyStopping, Rule
 from diffalign.training.run import run_training
 from diffalign.world import base_path
 from tests.training.heldout.test_measure import FEW
@@ -53,6 +55,45 @@ def test_pairs_of_one_prompt_count_as_one_and_only_common_pairs_are_compared() -
     assert Rule(False).improves(before, now, ["a"] * 20)  # no interval: any rise counts
     assert Rule(False).improves(before, {3: 0.1, 99: -1.0}, ["a"] * 100)
     assert not Rule(False).improves(before, {99: 1.0}, ["a"] * 100)
+
+
+@pytest.mark.parametrize(
+    ("metric", "window", "values", "best", "saved"),
+    [
+        ("score", 1, [0.1, 0.3, 0.1, 0.2, 0.25], (2, 0.3), [1, 2]),
+        ("score", 2, [0.1, 0.3, 0.1, 0.2, 0.25], (5, 0.225), [1, 2, 5]),  # means .1, .2, .2, .15, .225
+        ("score", 3, [0.1, 0.3, NAN, 0.2, 0.25, 0.3, 0.25], (7, 0.8 / 3), [1, 2, 6, 7]),  # of windows without the NaN
+        ("loss", 2, [3.0, 1.0, 1.2, 0.9, 1.4], (4, 1.05), [1, 2, 3, 4]),  # means 3, 2, 1.1, 1.05, 1.15
+        ("loss", 9, [3.0, 1.0, 5.0], (2, 2.0), [1, 2]),
+    ],
+)
+def test_the_best_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+    metric: str,
+    window: int,
+    values: list[float],
+    best: tuple[int, float],
+    saved: list[int],
+) -> None:
+    """The best mean of a window, and the steps at which weights are stored."""
+    settings = ValidationSection.model_validate(
+        {"pairs": 0.5, "load_best_model_at_end": True, "metric_for_best_model": metric, "window_for_best_model": window}
+    )
+    heldout = SimpleNamespace(
+        of_pairs={f"heldout/{metric}": {}},
+        points=SimpleNamespace(source=SimpleNamespace(table=SimpleNamespace(prompts=[]))),
+    )
+    stopping, stored = EarlyStopping(cast(Any, None), settings, cast(Any, heldout)), list[int]()
+    monkeypatch.setattr(
+        "diffalign.training.heldout.stopping.save_best", lambda run: stored.append(stopping.history[-1].step)
+    )
+    for at, value in enumerate(values, start=1):
+        state = SimpleNamespace(step=at, metrics={f"heldout/{metric}": value}, should_stop=False)
+        stopping.on_log(cast(Any, state))
+    assert stopping.best is not None
+    assert stopping.best.step == best[0]
+    assert stopping.best.value == pytest.approx(best[1])
+    assert stored == saved
 
 
 @pytest.fixture
