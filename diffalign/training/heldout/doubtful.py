@@ -89,8 +89,8 @@ def doubtful_pairs(
     """Every pair of a run, ordered by how strongly its weights disagree with it: the final ones and all checkpoints'.
 
     run_dir: a run, or one of its checkpoints, which is measured alone. points: (t, ε) of each pair, a multiple of 4.
-    batch_size: pairs in a forward; None: the run's. newest: so many of the checkpoints; None: all. pairs: a path and how
-    it is read, for other pairs than the run's. check: called with the pairs and their path before any is measured.
+    batch_size: pairs in a forward; None: the run's. newest: so many of the checkpoints; None: all. pairs: a path and
+    how it is read, for other pairs than the run's. check: called with the pairs and their path before any is measured.
     Raises DiffalignError for a folder without a run, and for a run without labelled pairs or whose objective does not
     compare the images of a pair; ModelError where there are no tuned weights, or damaged ones.
     """
