@@ -50,6 +50,7 @@ ONLY_IN = {
     "accelerate": {"training", "contrib", "cli/main.py"},
     "datasets": {"data"},
     "pyarrow": {"data", "world"},
+    "fsspec": {"data"},
     "PIL": {
         "data",
         "rewards",

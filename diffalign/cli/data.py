@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from diffalign.cli.common import (
     LAST_SEED,
@@ -22,9 +22,6 @@ from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
 from diffalign.cli.training.relabel import add_relabel, relabel_pairs
 from diffalign.errors import DiffalignError
 from diffalign.io.files import save_text
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

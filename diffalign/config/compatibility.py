@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffalign.config.data_sections import check_remote
 from diffalign.config.health_section import can_roll_back
 from diffalign.config.sections import ADAM_ONLY, DataSection, ModelSection, TrainingSection
 from diffalign.errors import DiffalignError
@@ -26,6 +27,7 @@ def check_together(config: Any) -> None:
     if config.training.bf16_weights:
         can_train_in_bf16(config)
     check_data(config.data)
+    check_remote(config.data, config.validation.pairs, config.source)
     if config.data.cache_trajectories:
         can_keep_trajectories(config)
     if config.data.cache_reference_errors:

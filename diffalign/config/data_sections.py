@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from diffalign.config.value_types import LARGEST, Count, PathText, Positive, Section, Text
 from diffalign.data.buckets.sizes import kohya_sizes, sdxl_sizes
+from diffalign.data.spec import is_remote
 from diffalign.data.table.score_aggregation import Axis
 from diffalign.data.transforms import Size
 from diffalign.errors import DiffalignError
@@ -103,3 +104,27 @@ def share_or_path(node: Any) -> Any:
     raise DiffalignError(
         "give a share of the training pairs, a number between 0 and 1 such as 0.1, or the path of other pairs"
     )
+
+
+def check_remote(data: Any, heldout: str | float | None = None, source: Any = None) -> None:
+    """Raises DiffalignError for settings that data on a remote store exclude, or that only these have."""
+    if not is_remote(data.path):
+        if data.shuffle_buffer is not None:
+            raise DiffalignError(
+                f"data.shuffle_buffer is for remote shards, and data.path is {data.path}, whose pairs are all mixed; "
+                "remove it"
+            )
+        return
+    if source is not None:
+        raise DiffalignError(
+            f"source: {source.name} visits rows of all of {data.path} by turns; copy its prompts or rows here"
+        )
+    if data.verify != "none":
+        raise DiffalignError(f"data.verify: {data.verify} would fetch every shard of {data.path} first; set it to none")
+    if data.curriculum is not None:
+        raise DiffalignError("data.curriculum visits pairs of all shards by turns; copy the data here, or remove it")
+    if data.cache_dir is None and (isinstance(heldout, float) or is_remote(str(heldout))):
+        raise DiffalignError(
+            "validation.pairs: held-out pairs of remote shards would be fetched at every measurement; set "
+            "data.cache_dir, or name local pairs"
+        )

@@ -119,7 +119,7 @@ class DataSection(Section):
 
     _shipped = field_validator("path", "users", mode="before")(packaged_asset)
 
-    path: PathText  # file, folder or Hub id
+    path: PathText  # file, folder, Hub id, or the URL of parquet shards
     format: Text = "auto"
     split: Text = "train"
     # part -> column where names differ, e.g. {prompt: text, chosen: winner}
@@ -144,6 +144,7 @@ class DataSection(Section):
     draws_per_pair: Count | None = None  # a pair's visits repeat after so many: latent, t, noise; null: never
     cache_reference_errors: Switch = False  # evaluate the reference once for each draw and cache its errors
     dataloader_num_workers: Workers = 0
+    shuffle_buffer: Count | None = None  # of remote shards: pairs that are mixed; null: 1,024
     curriculum: CurriculumSection | None = None  # null: every pair from the start
 
     _scores = field_validator("scores", mode="before")(checked_scores)

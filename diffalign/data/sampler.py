@@ -8,6 +8,7 @@ pairs of a step does not depend on how many processes share it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -54,6 +55,56 @@ class PairOrder:
             self._permutation = torch.randperm(self.n, generator=generator(key, "order"))
             self._epoch = epoch
         return int(self._permutation[place]), epoch
+
+
+class BlockOrder:
+    """As `PairOrder`, with the pairs of a few blocks of the storage at a time, for data that are fetched when used.
+
+    An epoch permutes the shards, and the blocks in each; so many blocks in a row as have `buffer` pairs or more are one
+    pool, which is visited in a permutation. Each pair is visited once in an epoch, and the position alone tells which.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[int, int]], seed: int, buffer: int) -> None:
+        """blocks: shard and block of each pair, the pairs of a block in a row. buffer: pairs that are mixed."""
+        self.n, self.seed, self.buffer = len(blocks), seed, buffer
+        starts = [i for i in range(self.n) if i == 0 or blocks[i] != blocks[i - 1]]
+        self._blocks = [(blocks[a][0], a, b) for a, b in zip(starts, [*starts[1:], self.n])]
+        self._epoch, self._ends = -1, list[int]()  # and where each of its pools ends
+        self._pools: list[list[int]] = []  # the blocks of each
+        self._drawn: tuple[int, list[int]] = (-1, [])  # a pool and its pairs in order
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """The pair at `position` and how many times it was visited before."""
+        epoch, place = divmod(position, self.n)
+        if epoch != self._epoch:
+            self._begin(epoch)
+        pool = bisect_right(self._ends, place)
+        if pool != self._drawn[0]:
+            self._drawn = pool, self._mixed(pool)
+        return self._drawn[1][place - (self._ends[pool - 1] if pool else 0)], epoch
+
+    def _begin(self, epoch: int) -> None:
+        key = pair_key(self.seed, "order", epoch)
+        shards = sorted({shard for shard, _, _ in self._blocks})
+        turns = torch.randperm(len(shards), generator=generator(key, "shards")).tolist()
+        turn = dict(zip(shards, turns))
+        line = torch.randperm(len(self._blocks), generator=generator(key, "blocks")).tolist()
+        line.sort(key=lambda block: turn[self._blocks[block][0]])  # stable: shard by shard
+        self._epoch, self._drawn = epoch, (-1, [])
+        self._pools, self._ends = [], []
+        pool, size = list[int](), 0
+        for place, block in enumerate(line):
+            _, start, end = self._blocks[block]
+            pool, size = [*pool, block], size + end - start
+            if size >= self.buffer or place == len(line) - 1:
+                self._pools.append(pool)
+                self._ends.append(size + (self._ends[-1] if self._ends else 0))
+                pool, size = [], 0
+
+    def _mixed(self, pool: int) -> list[int]:
+        pairs = [i for block in self._pools[pool] for i in range(*self._blocks[block][1:])]
+        key = pair_key(self.seed, "order", self._epoch)
+        return [pairs[i] for i in torch.randperm(len(pairs), generator=generator(key, f"pool {pool}")).tolist()]
 
 
 class CurriculumOrder:

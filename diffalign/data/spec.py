@@ -33,3 +33,8 @@ class DataSpec:
 
 
 AS_FOUND = DataSpec()
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is the URL of a store."""
+    return "://" in path

@@ -21,7 +21,7 @@ from diffalign.data.cache.reference_errors import ReferenceErrors
 from diffalign.data.cache.trajectories import Trajectories
 from diffalign.data.loader.offline_pairs import LatentSource, OfflinePairs
 from diffalign.data.loader.online import Online
-from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.loader.spec import SHUFFLE_BUFFER, LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
 from diffalign.data.precompute.recording import Work, cache_of
 from diffalign.data.precompute.reference_errors import record_reference, reference_key
@@ -182,6 +182,7 @@ def _loader_spec(config: Config, accelerator: Accelerator) -> LoaderSpec:
         train_batch_size=training.train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         processes=processes_of(accelerator),
+        shuffle_buffer=data.shuffle_buffer or SHUFFLE_BUFFER,
         draws=data.draws_per_pair,
         prompt_dropout=data.proportion_empty_prompts,
         with_uncond=config.objective.needs_uncond,

@@ -120,9 +120,14 @@ def test_a_run_killed_after_it_made_a_round_ends_where_its_twin_ends(
     killed = shutil.copytree(tmp_path / "twin", tmp_path / "killed")
     for step in (4, 6, 8):  # as if killed after round 2, or 1, was made and before the next checkpoint
         shutil.rmtree(killed / f"checkpoint-{step}", ignore_errors=True)
+    replaced = killed / "source/history/.policy-00001.replaced"  # as if killed before it was removed
+    if source["name"] == "selfplay":
+        assert (killed / "source/history/policy-00001").is_dir()
+        replaced.mkdir()
     run_training(
         make_config(tiny_sd, {**limited, "output_dir": str(killed), "training.resume_from_checkpoint": "latest"})
     )
+    assert not replaced.exists()
     assert metrics(killed) == metrics(twin.output_dir)
     assert same(weights(killed), weights(twin.output_dir))
 

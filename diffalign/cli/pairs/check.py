@@ -68,10 +68,12 @@ def pairs_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def spec_of(args: argparse.Namespace) -> DataSpec:
-    """How the pairs are read, by the options of `pairs_arguments`."""
-    from diffalign.data.spec import DataSpec
+    """How the pairs are read, by the options of `pairs_arguments`; images of remote shards are not fetched."""
+    from diffalign.data.spec import DataSpec, is_remote
 
-    return DataSpec(format=args.format, split=args.split, columns=column_names(args.columns), max_pairs=args.max_pairs)
+    names = column_names(args.columns)
+    found = DataSpec(format=args.format, split=args.split, columns=names, max_pairs=args.max_pairs)
+    return replace(found, verify="none") if is_remote(args.path) else found
 
 
 def check(args: argparse.Namespace) -> None:
@@ -116,7 +118,7 @@ def _checked(args: argparse.Namespace, place: str, scores: Sequence[str] = ()) -
         buckets = section.name(), section.sizes(args.resolution)
     return check_pairs(
         place,
-        replace(spec_of(args), verify="full" if args.full else "header"),
+        replace(spec_of(args), verify="full") if args.full else spec_of(args),
         resolution=args.resolution,
         buckets=buckets,
         axes=[Axis(file, file) for file in scores],

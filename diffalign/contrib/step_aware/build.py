@@ -20,7 +20,7 @@ from diffalign.contrib.step_aware.clip import StepAwareClip
 from diffalign.contrib.step_aware.scorer import WEIGHTS_FILE, WEIGHTS_FOLDER, save_step_aware
 from diffalign.contrib.step_aware.step import judge_step
 from diffalign.data.loader.online import Online
-from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.loader.spec import SHUFFLE_BUFFER, LoaderSpec
 from diffalign.data.sampler import Processes
 from diffalign.data.table.pairs import PairTable
 from diffalign.errors import DiffalignError
@@ -175,6 +175,7 @@ def _source(
             train_batch_size=config.training.train_batch_size,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
             processes=Processes(accelerator.process_index, accelerator.num_processes),
+            shuffle_buffer=data.shuffle_buffer or SHUFFLE_BUFFER,
             with_uncond=config.preference_model.guidance_scale != 1.0,
             num_workers=data.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",

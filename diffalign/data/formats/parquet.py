@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +27,7 @@ from diffalign.io.files import written_whole
 log = logging.getLogger(__name__)
 
 SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs about as much as decoding the pair
-_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
 PAIRS_PER_GROUP = 16  # rows of a row group that is written, which is what reading one row costs
 MEMORY_BYTES = 128 << 20  # of row groups in memory, in each process
 FOOTER_BYTES = 16 << 20  # of footers as they are stored; parsed, they take several times as much
@@ -47,7 +48,7 @@ class ParquetColumns:
         self.row_bytes = 0  # of a row in that group
         schema: pa.Schema | None = None
         for number, file in enumerate(self.files):
-            metadata = _metadata(file)
+            metadata = self.read_footer(number)
             found = metadata.schema.to_arrow_schema()
             if schema is not None and found.names != schema.names:
                 raise DataError(
@@ -77,13 +78,21 @@ class ParquetColumns:
     def __len__(self) -> int:
         return self.rows
 
+    def read_footer(self, number: int) -> pq.FileMetaData:
+        """The footer of a file. Raises DataError."""
+        return _metadata(self.files[number])
+
+    def local(self, number: int) -> Path:
+        """A file on this machine."""
+        return self.files[number]
+
     def column(self, name: str) -> list[Any]:
         values: list[Any] = []
         for file in self.files:
             with pq.ParquetFile(file, memory_map=True) as opened:
                 try:
                     table = opened.read(columns=[name], use_threads=False)
-                except _UNREADABLE as error:
+                except UNREADABLE as error:
                     raise _damage(opened, file, [name], error) from error
                 values += plain(table[name])
         return values
@@ -102,8 +111,9 @@ class ParquetColumns:
         number, in_file, _ = self._groups[group]
         # The file is opened anew: open handles do not survive a fork into loader workers, and neither does pyarrow's
         # thread pool. What takes long about it is parsing the footer, and that does survive.
-        with pq.ParquetFile(self.files[number], memory_map=True, metadata=self._footer(number)) as file:
-            table = _read_group(file, self.files[number], in_file, list(names))
+        local = self.local(number)
+        with pq.ParquetFile(local, memory_map=True, metadata=self._footer(number)) as file:
+            table = _read_group(file, local, in_file, list(names))
         self._memory[key] = table
         self._memory_bytes += table.nbytes
         while len(self._memory) > 1 and self._memory_bytes > MEMORY_BYTES:
@@ -115,7 +125,7 @@ class ParquetColumns:
         if number in self._footers:
             self._footers.move_to_end(number)
             return self._footers[number]
-        footer = self._footers[number] = _metadata(self.files[number])
+        footer = self._footers[number] = _metadata(self.local(number))
         self._footer_bytes += footer.serialized_size
         while len(self._footers) > 1 and self._footer_bytes > FOOTER_BYTES:
             self._footer_bytes -= self._footers.popitem(last=False)[1].serialized_size
@@ -128,10 +138,20 @@ class ParquetColumns:
                 for group in range(opened.num_row_groups):
                     _read_group(opened, file, group, opened.schema_arrow.names)
 
-    def where(self, row: int) -> str:
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of a row's file, and its place in it."""
         group = bisect_right(self._starts, row) - 1
         number, _, first = self._groups[group]
-        return f"{self.files[number].name} row {row - self._starts[group] + first}"
+        return number, row - self._starts[group] + first
+
+    def blocks(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """The file and the row group of each of some rows."""
+        groups = np.searchsorted(np.array(self._starts), np.asarray(rows), side="right") - 1
+        return [(self._groups[group][0], int(group)) for group in groups]
+
+    def where(self, row: int) -> str:
+        number, at = self.place(row)
+        return f"{self.files[number].name} row {at}"
 
     def fault(self, row: int) -> str | None:
         return None
@@ -192,7 +212,7 @@ def _read_group(opened: pq.ParquetFile, file: Path, group: int, names: list[str]
     """A row group. Raises DataError for one that is damaged."""
     try:
         return opened.read_row_group(group, columns=names, use_threads=False)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{file}: row group {group} of {opened.num_row_groups} is damaged ({reason}); download the file again"
@@ -214,7 +234,7 @@ def _metadata(file: Path) -> pq.FileMetaData:
         metadata = pq.read_metadata(file)
         metadata.schema.to_arrow_schema()
         return metadata
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         with open(file, "rb") as opened:
             if (instead := stand_in(opened.read(64))) is not None:
                 raise DataError(f"{file}: {instead}") from error

@@ -15,8 +15,9 @@ from diffalign.data.buckets.order import BucketOrder
 from diffalign.data.buckets.sizes import Shapes
 from diffalign.data.loader.loaded import NULL_PROMPT, Loaded
 from diffalign.data.loader.spec import LoaderSpec
+from diffalign.data.remote_shards import RemoteParquet
 from diffalign.data.row import DataError, ImageError, Problem
-from diffalign.data.sampler import Order, PairOrder
+from diffalign.data.sampler import BlockOrder, Order, PairOrder
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import on_latents, terms_of
 from diffalign.engine.random import pair_key, uniform
@@ -49,6 +50,8 @@ class Visits(Dataset[Loaded]):
         self.order: Order = PairOrder(len(table), spec.run_seed)
         if spec.order is not None:
             self.order = spec.order
+        elif isinstance(table.columns, RemoteParquet):
+            self.order = BlockOrder(table.columns.blocks(table.index.rows), spec.run_seed, spec.shuffle_buffer)
         elif content.shapes.bucket is not None:
             self.order = BucketOrder(content.shapes.groups, spec.run_seed, spec.train_batch_size)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from diffalign.data.sampler import ALONE, Order, Processes
 
+SHUFFLE_BUFFER = 1024
+
 
 @dataclass(frozen=True)
 class LoaderSpec:
@@ -16,6 +18,7 @@ class LoaderSpec:
     gradient_accumulation_steps: int = 1  # micro-batches of an optimiser step
     processes: Processes = ALONE
     order: Order | None = None  # which pair is visited when; None: one permutation of the table per epoch
+    shuffle_buffer: int = SHUFFLE_BUFFER  # of remote shards: pairs that are mixed, `sampler.BlockOrder`
     draws: int | None = None  # a pair's visits repeat after so many: visit n draws what n % draws did; None: never
     prompt_dropout: float = 0.0  # share of visits that see the null prompt, both sides alike
     with_uncond: bool = False  # add the null prompt's conditioning, for objectives that guide

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.data.formats.columns import Columns
+from diffalign.data.remote_shards import RemoteParquet
 from diffalign.data.row import Problem
 from diffalign.data.table.examine import Index
 from diffalign.data.table.file_hash import files_state, remembered
@@ -45,7 +46,7 @@ def remembered_at(stored: Columns, settings: dict[str, Any]) -> Path | None:
     """The file of the note on some rows opened with some settings; None for rows that have none."""
     if len(stored) < FROM_ROWS or not stored.files:
         return None
-    state = files_state(stored.files)
+    state = stored.state if isinstance(stored, RemoteParquet) else files_state(stored.files)
     if state is None:
         return None
     facts = json.dumps([FORMAT_VERSION, _code(), state, len(stored), settings], sort_keys=True)

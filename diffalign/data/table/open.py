@@ -22,8 +22,9 @@ from diffalign.data.formats.pickapic import Layout
 from diffalign.data.formats.splits import has_no_splits, of_split
 from diffalign.data.formats.text_files import SUFFIXES, open_listing
 from diffalign.data.formats.webdataset import open_shards
+from diffalign.data.remote_shards import RemoteParquet, open_remote
 from diffalign.data.row import DataError
-from diffalign.data.spec import AS_FOUND, DataSpec
+from diffalign.data.spec import AS_FOUND, DataSpec, is_remote
 from diffalign.data.table.examine import examine
 from diffalign.data.table.index_cache import FROM_ROWS, recall, remember, remembered_at
 from diffalign.data.table.pairs import PairTable
@@ -42,12 +43,16 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
     """The usable pairs of a file, a folder or a Hub data set; `.problems` names every other row.
 
     path: parquet, jsonl, csv, tsv, json or tar file; a folder of parquet or tar shards, of chosen/ and
-        rejected/ images, or written by `save_to_disk`; a Hub id; or rows that are open already (`object_columns`).
+        rejected/ images, or written by `save_to_disk`; a Hub id; the URL of remote parquet shards; or rows that are
+        open already (`object_columns`).
 
     Raises DataError when the file or folder cannot be read as pairs at all.
     """
     stored = open_columns(path, spec.split) if isinstance(path, str | Path) else path
+    remote = isinstance(stored, RemoteParquet)
     stored, layout = find_layout(stored, spec.format, spec.columns)
+    if remote:
+        _streamable(str(path), stored, layout, spec)
     flags = [spec.keep_ties, spec.invert_preference, spec.verify, spec.max_pairs]
     names = [spec.format, spec.split, sorted(spec.columns.items()), repr(layout)]
     note = remembered_at(stored, {"flags": flags, "names": names})
@@ -63,8 +68,24 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
     return PairTable(stored, layout, index, invert_preference=spec.invert_preference)
 
 
+def _streamable(path: str, stored: Columns, layout: Layout, spec: DataSpec) -> None:
+    """Raises DataError for remote rows that cannot be used without fetching all of them first."""
+    if not isinstance(stored, RemoteParquet):
+        raise DataError(f"{path}: rows with two prompts are not streamed; copy the data here and name the folder")
+    if spec.verify != "none":
+        raise DataError(
+            f"{path}: verify={spec.verify!r} reads every image, so all shards would be fetched first; set it to none "
+            "(data.verify in a config)"
+        )
+    if not layout.uids or "mask" in layout.terms:
+        what = "a mask column" if layout.uids else "no uid columns, so ids would be hashes of all images"
+        raise DataError(f"{path} has {what}, and is not streamed; copy the data here and name the folder")
+
+
 def open_columns(path: str | Path, split: str = "train") -> Columns:
-    """The stored rows behind a path or Hub id, whatever their columns. Raises DataError."""
+    """The stored rows behind a path, URL or Hub id, whatever their columns. Raises DataError."""
+    if is_remote(str(path)):
+        return open_remote(str(path), split)
     try:
         place = Path(path).expanduser()
     except RuntimeError as error:  # ~NAME of somebody who is not there

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffalign.config.schema import save_config
 from diffalign.models.policy.sharding import joined
+from diffalign.training.build_source import SOURCE_FOLDER
 from diffalign.training.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -97,7 +98,8 @@ def resume(run: Trainable) -> int:
     """
     wanted = run.config.training.resume_from_checkpoint
     if run.accelerator.is_main_process:
-        remove_partial(run.output_dir)
+        for place in (run.output_dir, *(run.output_dir / SOURCE_FOLDER).glob("*/")):
+            remove_partial(place)
     run.accelerator.wait_for_everyone()
     if wanted is None:
         return 0
