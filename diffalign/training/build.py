@@ -32,6 +32,7 @@ from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, Reference
 from diffalign.models.policy.sharding import HostCopy, parts, shard
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
+from diffalign.models.text.notices import counted
 from diffalign.objectives.base import require_terms
 from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
@@ -92,6 +93,8 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     if base is not None and config.model.merge_lora:
         raise DiffalignError("model.merge_lora: the model is an open pipeline; merge there, with its fuse_lora()")
     base = load_run_base(config.model) if base is None else trained_as(base, config.model)
+    if base.text is not None and accelerator.is_main_process and (said := counted(base.text, table.prompts)):
+        log.warning("%s", said)
     config = settled(config, device, base.family.name)
     training = config.training
     config.tuning.check_base(base.unet)

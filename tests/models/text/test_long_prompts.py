@@ -27,7 +27,7 @@ from diffalign.export.kohya import export_kohya
 from diffalign.models.adapters.save_load import make_pipeline
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import ModelError, TextEncoders
-from diffalign.models.text.notices import PromptNotices
+from diffalign.models.text.notices import PromptNotices, counted
 from diffalign.models.text.spec import TextSpec
 from tests.models.adapters.test_merge import PIPELINES, write_lora
 from tests.models.conftest import Model
@@ -164,6 +164,18 @@ def test_the_fingerprint_of_a_cache_follows_the_text(model: Model) -> None:
     prints = [encoder_of(model, spec).fingerprint for spec in specs]
     assert prints[0] == prints[1] == Encoder(replace(model.base, text=encoders_of(model, TextSpec()))).fingerprint
     assert len(set(prints)) == 4
+
+
+def test_prompts_of_the_data_are_counted_before_a_run_begins(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [*PROMPTS, "(a:1.5)", *PROMPTS]
+    said = counted(encoders_of(model, TextSpec()), prompts)
+    assert said.startswith("of 10 prompts examined, 5 are longer than 75 tokens and lose up to 150 of them")
+    assert said.endswith("and 1 have weights such as (word:1.2), which are plain text (model.prompt_weights)")
+    whole = TextSpec(max_token_length=225, prompt_weights="literal")
+    assert counted(encoders_of(model, whole), prompts) == counted(encoders_of(model, TextSpec()), []) == ""
+    monkeypatch.setattr("diffalign.models.text.notices.EXAMINED", 3)
+    said = counted(encoders_of(model, TextSpec()), prompts)  # the first, fifth and ninth: of 0, 76 and 225 tokens
+    assert said.startswith("of 3 prompts examined, 2 are longer")
 
 
 def test_what_cannot_be_is_refused(model: Model) -> None:
