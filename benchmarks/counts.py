@@ -24,6 +24,7 @@ from diffalign.engine.random import pair_key
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.adapters.lora import add_lora, fuse_lora, lora_layers
 from diffalign.models.kernels.attention import set_attention
+from diffalign.training.inspect.meta_forward import unet_inputs
 from diffalign.types import Conditioning, PairBatch, Transitions
 from tests.gpu_models import SDXL_SCHEDULER
 
@@ -81,28 +82,6 @@ def meta_unet(config: dict[str, Any], lora_rank: int | None) -> nn.Module:
     add_lora(unet, lora_rank)
     fuse_lora(unet)
     return unet.train()
-
-
-def unet_inputs(
-    unet: nn.Module, rows: int, side: int, device: str = "meta", prompts: int | None = None
-) -> dict[str, Any]:
-    """Random arguments of a forward over rows of latents with `side` x `side` places; by default each has a prompt."""
-    config = unet.config
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device)
-
-    told: dict[str, Any] = {
-        "sample": normal(rows, config.in_channels, side, side),
-        "timestep": torch.full((rows,), 500, device=device),
-        "encoder_hidden_states": normal(prompts or rows, 77, config.cross_attention_dim),
-        "return_dict": False,
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        ids = torch.tensor([8.0 * side, 8.0 * side, 0.0, 0.0, 8.0 * side, 8.0 * side], device=device)
-        told["added_cond_kwargs"] = {"text_embeds": normal(rows, pooled), "time_ids": ids.expand(rows, 6)}
-    return told
 
 
 def flops_of(unet: nn.Module, side: int, sharing: int = 1) -> NetworkFlops:

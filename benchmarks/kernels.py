@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counts import unet_inputs
 from benchmarks.memory import autocast_unet, table
 from benchmarks.timing import copy_rate, take_turns
 from diffalign.experimental.fused_geglu import geglu, geglu_eager
@@ -30,6 +29,7 @@ from diffalign.experimental.fused_norm import NHWC, group_norm_silu, group_norm_
 from diffalign.experimental.fusing import fuse_kernels
 from diffalign.models.kernels.checkpointing import Checkpointing, set_checkpointing
 from diffalign.training.inspect.activation_memory import SavedForBackward
+from diffalign.training.inspect.meta_forward import unet_inputs
 from diffalign.training.run import environment
 from tests.gpu_models import SDXL_UNET
 

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.counts import meta_unet, unet_inputs
+from benchmarks.counts import meta_unet
 from benchmarks.peak import Peak
 from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.experimental.fusing import fuse_kernels
-from diffalign.models.kernels.checkpointing import set_checkpointing, store_for_autocast
+from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.training.inspect.activation_memory import SavedForBackward
-from diffalign.training.inspect.dry_run import OPTIMIZER_BYTES
+from diffalign.training.inspect.memory_plan import OPTIMIZER_BYTES
+from diffalign.training.inspect.meta_forward import FusedAttention, cast_as_autocast, half_inputs, unet_inputs
 from diffalign.training.run import environment
 from tests.gpu_models import SDXL_UNET
 
@@ -39,45 +40,11 @@ PRESETS = Path(__file__).parent.parent / "training_configs" / "sdxl" / "memory"
 VAE_FACTOR = 8  # pixels to a latent's place
 
 
-class FusedAttention:
-    """Attention with one operation for the product, as a fused kernel has it; `meta` knows only the plain form."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """As diffusers' AttnProcessor2_0 for the UNets of SD and SDXL."""
-        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = [
-            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for x in (attn.to_q(hidden_states), attn.to_k(told), attn.to_v(told))
-        ]
-        out = torch.ops.aten._scaled_dot_product_flash_attention(*heads)[0]
-        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(-2)))
-
-
 def autocast_unet(unet_config: dict[str, Any], lora_rank: int | None) -> nn.Module:
     """A UNet without weights that casts as CUDA's autocast to bfloat16 does: `meta` has none."""
     unet = meta_unet(unet_config, lora_rank)
     unet.set_attn_processor(FusedAttention())
-    trained = [p.requires_grad for p in unet.parameters()]
-    store_for_autocast(unet.requires_grad_(False), torch.bfloat16)
-    for p, was in zip(unet.parameters(), trained, strict=True):
-        p.requires_grad_(was)
-    for layer in unet.modules():
-        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            layer.register_forward_pre_hook(_norm_casts)
-        elif isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "base_layer"):
-            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
-    return unet
-
-
-def _norm_casts(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Autocast computes torch's norms in float32; one whose class was swapped (fused kernels) casts as it likes."""
-    return (inputs[0].to(torch.float32), *inputs[1:]) if type(layer) in (nn.GroupNorm, nn.LayerNorm) else None
+    return cast_as_autocast(unet)
 
 
 def activations(unet: nn.Module, checkpointing: str, pictures: int, side: int) -> tuple[int, int]:
@@ -86,10 +53,7 @@ def activations(unet: nn.Module, checkpointing: str, pictures: int, side: int) -
     Gradients are there before, as in every micro-step but the first.
     """
     set_checkpointing(unet, checkpointing)  # type: ignore[arg-type]
-    inputs = {
-        name: x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in unet_inputs(unet, pictures, side).items()
-    }
+    inputs = half_inputs(unet_inputs(unet, pictures, side))
     for p in unet.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
     with SavedForBackward() as kept:

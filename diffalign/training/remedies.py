@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from diffalign.config.schema import Config, PreferenceModelConfig
 from diffalign.errors import DiffalignError, lost_worker, out_of_memory
 
@@ -20,7 +22,7 @@ def with_remedies(config: Config | PreferenceModelConfig) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if (cause := out_of_memory(error)) is not None:
-            raise ResourceError(f"{cause}. {_smaller(config)}") from error
+            raise ResourceError(f"{cause}. {_counted(config, error) or _smaller(config)}") from error
         if (cause := lost_worker(error)) is not None:
             now = config.data.dataloader_num_workers
             raise ResourceError(
@@ -28,6 +30,15 @@ def with_remedies(config: Config | PreferenceModelConfig) -> Iterator[None]:
                 "machine more memory; in a container, more shared memory (docker run --shm-size=8g)"
             ) from error
         raise
+
+
+def _counted(config: Config | PreferenceModelConfig, error: BaseException) -> str | None:
+    """What the run holds and what would save most, as numbers; None where they are not known."""
+    if not isinstance(config, Config):
+        return None
+    from diffalign.training.inspect.memory_advice import memory_advice
+
+    return memory_advice(config, torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"))
 
 
 def _smaller(config: Config | PreferenceModelConfig) -> str:

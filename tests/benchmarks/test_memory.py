@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import GIB, FusedAttention, activations, autocast_unet, card_of, count, presets
+from benchmarks.memory import GIB, activations, autocast_unet, card_of, count, presets
 from benchmarks.memory_run import main, preset_config
 from benchmarks.models import pairs_file
 from benchmarks.ours import Ours
@@ -18,6 +18,7 @@ from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.models.kernels.checkpointing import set_checkpointing
 from diffalign.models.policy.reference import FrozenCopy
 from diffalign.training.inspect.activation_memory import SavedForBackward
+from diffalign.training.inspect.meta_forward import FusedAttention
 from tests.test_training_configs import header
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_the_activations_are_those_of_autocast(checkpointing: str, tiny_sdxl: Pa
     """`meta` casts by hooks; CUDA's own autocast keeps the same bytes."""
     from diffusers import UNet2DConditionModel
 
-    from benchmarks.counts import unet_inputs
+    from diffalign.training.inspect.meta_forward import unet_inputs
 
     unet = UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet").train().to("cuda")
     counted, _ = activations(autocast_unet(dict(unet.config), None), checkpointing, 2, 32)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counts import kept_bytes, meta_unet, unet_inputs
+from benchmarks.counts import kept_bytes, meta_unet
 from diffalign.config.schema import Config, ConfigError
 from diffalign.experimental.fused_norm import NHWC
 from diffalign.experimental.fusing import fuse_kernels
@@ -27,6 +27,7 @@ from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.training.build import prepare_policy
 from diffalign.training.build_source import _kernels
 from diffalign.training.inspect.activation_memory import SavedForBackward
+from diffalign.training.inspect.meta_forward import unet_inputs
 from diffalign.types import Conditioning
 from tests.models.conftest import Model, move_lora
 

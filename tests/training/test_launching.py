@@ -156,11 +156,22 @@ def test_a_folder_in_use_is_refused_before_any_work(
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-            ["2.00 GiB", "training.train_batch_size (now 2;", "gradient_checkpointing: full (now none)"],
+            [
+                "the device is out of memory",
+                "2.00 GiB",
+                "By our count this run needs about",
+                "= weights ",
+                "activations ",
+            ],
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
-            ["the machine is out of memory", "training.mixed_precision: bf16 (now no)"],
+            [
+                "the machine is out of memory",
+                "What would save most, by the same count:",
+                "  model.gradient_checkpointing=full: ",
+                "  training.train_batch_size=1 training.gradient_accumulation_steps=2: ",
+            ],
         ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

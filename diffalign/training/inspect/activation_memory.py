@@ -29,9 +29,11 @@ class SavedForBackward(TorchDispatchMode):
         self.casts = 0  # weights in autocast's dtype
         self._shapes = {shape for p in weights if p.ndim > 1 for shape in (p.shape, p.shape[::-1])}
         self._made: dict[int, tuple[StorageWeakRef, int, bool]] = {}
+        self._backward = False  # there was one: what is made after the last is an optimiser's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._current_graph_task_id() != -1:
+            self._backward = True
             self._count()
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
@@ -44,7 +46,8 @@ class SavedForBackward(TorchDispatchMode):
         return out
 
     def __exit__(self, *error: Any) -> None:
-        self._count()
+        if not self._backward:
+            self._count()
         super().__exit__(*error)
 
     def _count(self) -> None:

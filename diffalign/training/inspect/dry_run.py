@@ -9,19 +9,13 @@ from diffalign.config.sections import DataSection, TrainingSection, ValidationSe
 from diffalign.data.table.prompts import Table
 from diffalign.training.build import Run
 from diffalign.training.inspect.activation_memory import SavedForBackward
+from diffalign.training.inspect.memory_plan import memory_parts, sizes_of
 from diffalign.training.metrics import Meter
 from diffalign.training.optim.optimizers import effective_batch
 from diffalign.training.step import optimizer_step
 from diffalign.types import PairBatch
 
 TINY_LATENT = 32  # side of the dry run's latents on a CPU; its activations are scaled up to the run's
-OPTIMIZER_BYTES = {
-    "adamw": 8.0,
-    "adamw_8bit": 2.0,
-    "adamw_bf16": 8.0,
-    "adamw_8bit_bf16": 2.0 + 2 * 4 / 256,  # two codes, and a share of two scales
-    "adafactor": 4.0,
-}  # state per trained parameter, at most
 
 
 def describe_run(run: Run, start: int = 0) -> str:
@@ -132,32 +126,22 @@ def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
 
 def _memory(run: Run, activations: float, casts: int) -> str:
     """An estimate of the peak on one device: weights and states, plus the activations of one micro-batch."""
-    weights = sum(p.numel() * p.element_size() for p in run.unet.parameters())
-    trained = sum(p.numel() for p in run.parameters)
-    reference = 0
-    if run.reference_kind == "copy" or (run.reference_kind == "former" and run.config.tuning.trains_base):
-        reference = (
-            weights if run.networks.autocast_dtype is None else 2 * sum(p.numel() for p in run.unet.parameters())
-        )
     unloaded = run.config.data.cache_dir is not None and not run.config.validation.prompts
     other = [] if unloaded else [run.base.vae, *(run.base.text.models if run.base.text else ())]
     encoders = sum(p.numel() * p.element_size() for module in other if module is not None for p in module.parameters())
-    parts = {
-        "weights": weights,
-        "reference": reference,
-        "VAE and text": encoders,
-        "gradients": sum(p.numel() * p.element_size() for p in run.parameters),
-        "optimizer": OPTIMIZER_BYTES[run.config.training.optimizer] * trained,
-        "EMA": 0 if run.ema is None else 4 * trained,
-        "weight casts": casts,
-        "activations": activations,
-    }
-    listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
-    total = f"about {_size(sum(parts.values()))}, an estimate; kernels and fragmentation come on top"
+    parts = memory_parts(sizes_of(run.unet), run.config, run.reference_kind, encoders)
+    return described({**parts, "weight casts": casts, "activations": activations})
+
+
+def described(parts: dict[str, float]) -> str:
+    """The sum of the parts of a memory, and each of them."""
+    listed = ", ".join(f"{name} {size_of(value)}" for name, value in parts.items() if value)
+    total = f"about {size_of(sum(parts.values()))}, an estimate; kernels and fragmentation come on top"
     return f"{total}\n{'':>16}= {listed}"
 
 
-def _size(n: float) -> str:
+def size_of(n: float) -> str:
+    """Bytes for a reader."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 / 10 else f"{n / 2**20:.2f} MiB"
 
 

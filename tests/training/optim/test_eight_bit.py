@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.peak import Peak
 from diffalign.config.schema import Config
-from diffalign.training.inspect.dry_run import OPTIMIZER_BYTES
+from diffalign.training.inspect.memory_plan import OPTIMIZER_BYTES
 from diffalign.training.optim import eight_bit
 from diffalign.training.optim.eight_bit import BLOCK, SMALL, EightBitAdamW, decode, dynamic_map, encode
 from diffalign.training.optim.stochastic_rounding import StochasticAdamW
