@@ -8,7 +8,8 @@ early     Diffusion-DPO on 128 pairs at three times the learning rate of trainin
           pairs of other prompts held out. A run ends by early stopping; then it is resumed without it to the full
           length, and all checkpoints and the final weights of early stopping are compared with the base.
 shuffled  the packaged run on pairs whose labels were dealt out again at random, a share of them held out.
-flipped   a tenth of the labels is swapped; `diffalign data doubtful` ranks the pairs of a run on them.
+flipped   a tenth of the labels is swapped; `diffalign data doubtful` ranks the pairs of a run on them, by its final
+          weights alone and by its checkpoints as well.
 
 A finished part of a seed is a file in OUT and is not repeated.
 """
@@ -43,7 +44,7 @@ from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, write_pairs
 
 PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 16  # of the part `early`
-PATIENCE = 4
+PATIENCE, WINDOW = 4, 3
 CHECKPOINTS = 40  # steps between them
 PICTURES = 4  # of each prompt and model
 FLIPPED_PAIRS, FLIPPED_STEPS, FLIPPED_SHARE = 2048, 400, 0.1  # of the part `flipped`
@@ -83,6 +84,7 @@ def early(out: Path, seed: int) -> dict[str, Any]:
         f"validation.pairs_every={EVERY}",
         f"validation.points_per_pair={POINTS}",
         "validation.load_best_model_at_end=true",
+        f"validation.window_for_best_model={WINDOW}",
     ]
     if not stopped.exists():
         run_config(run, [*shared, "overwrite_output_dir=true", f"validation.early_stopping_patience={PATIENCE}"])
@@ -156,14 +158,18 @@ def flipped(out: Path, seed: int) -> dict[str, Any]:
         changes = [f"training.max_train_steps={FLIPPED_STEPS}", "validation.pairs=0.1", "validation.pairs_every=50"]
         changes += ["validation.load_best_model_at_end=true", "overwrite_output_dir=true"]
         run_config(run, [f"seed={seed}", f"data.path={out / 'pairs.parquet'}", *changes])
-    doubts = doubtful_pairs(run, points=8, batch_size=32)
-    hits = [doubts.table.index.rows[doubt.index] in swapped for doubt in doubts.ranked]
+    found = []
+    for newest in (0, None):
+        doubts = doubtful_pairs(run, points=8, batch_size=32, newest=newest)
+        hits = [doubts.table.index.rows[doubt.index] in swapped for doubt in doubts.ranked]
+        shares = {f"{share:g}": sum(hits[: round(share * len(hits))]) / sum(hits) for share in FIRST}
+        found.append({"weights": list(doubts.weights), "found": shares})
     best = read_manifest(run)
     assert not isinstance(best, str)
     return {
-        "pairs": len(hits),
-        "swapped": sum(hits),
-        "found": {f"{share:g}": sum(hits[: round(share * len(hits))]) / sum(hits) for share in FIRST},
+        "pairs": n,
+        "swapped": len(swapped),
+        "rankings": found,
         "weights_of": best["step"],
         "heldout": [[line["step"], line["heldout/loss"], line["heldout/accuracy"]] for line in lines(run)],
     }
@@ -226,12 +232,16 @@ def write_table(out: Path) -> None:
         "",
         "## A tenth of the labels swapped",
         "",
-        "| seed | pairs | weights | found in the first " + " | ".join(f"{share:.0%}" for share in FIRST) + " |",
+        "| seed | pairs | ranked by | found in the first " + " | ".join(f"{share:.0%}" for share in FIRST) + " |",
         "|" + "---|" * (3 + len(FIRST)),
     ]
     for seed, found in done["flipped"]:
-        shares = " | ".join(f"{value:.2f}" for value in found["found"].values())
-        text.append(f"| {seed} | {found['pairs']} | step {found['weights_of']} | {shares} |")
+        for ranking in found["rankings"]:
+            names = ", ".join(ranking["weights"]).replace(
+                "final weights", f"final weights (step {found['weights_of']})"
+            )
+            shares = " | ".join(f"{value:.2f}" for value in ranking["found"].values())
+            text.append(f"| {seed} | {found['pairs']} | {names} | {shares} |")
     (out / "table.md").write_text("\n".join(text) + "\n")
     (out / "result.json").write_text(json.dumps(done, indent=2) + "\n")
     print("\n".join(text))

@@ -8,8 +8,10 @@ are averaged, as in the area under the margin (Pleiss et al., arXiv 2001.10528).
 
 The margins of a pair at its points (t, ε) have very different sizes, and those at low noise are memorised first.
 Each is divided by the spread over all pairs with those weights at that point and bounded by tanh, so that none decides
-alone. It counts by how well the margins there predict the held-out pairs of the run (accuracy less ½); without held-out
-pairs, or where none is predicted, all count alike.
+alone. It counts by how well the margins there predict the held-out pairs of the run: by the square of their mean
+bounded margin, 0 where that is negative. In units of the spread over all pairs this mean is small where the training
+pairs are memorised, even if the held-out pairs' accuracy is not; and points share much of their noise, so the better
+ones count more than in proportion. Without held-out pairs, or where none is predicted, all count alike.
 
 Differs from the paper: margins are those of a few checkpoints, not of every epoch, and no threshold is learned from
 pairs with a label that was swapped on purpose. Left out: cross-fitting (a run for every fold, each on the other folds),
@@ -178,7 +180,7 @@ def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int, wei
     held = np.array([pair in heldout for pair in pairs])
     spread = margins.std(0)
     bounded = np.tanh(margins / np.where(spread > 0, spread, 1.0))
-    counts = point_weights(margins, held)
+    counts = point_weights(bounded, held)
     scores = bounded @ counts
     # the weights of a run are measured at the same points, so their mean at a point is one observation
     of_points = counts.reshape(weights, -1).sum(0)
@@ -198,11 +200,11 @@ def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int, wei
     ]
 
 
-def point_weights(margins: Floats, heldout: NDArray[np.bool_]) -> Floats:
-    """The weights of points from margins [pair, point]: the held-out pairs' accuracy there less ½, over their sum."""
-    points = margins.shape[1]
+def point_weights(bounded: Floats, heldout: NDArray[np.bool_]) -> Floats:
+    """How much points count, from bounded margins [pair, point]: the held-out pairs' squared mean there; sum 1."""
+    points = bounded.shape[1]
     if heldout.any():
-        gained = np.clip((margins[heldout] > 0).mean(0) - 0.5, 0, None)
+        gained = np.clip(bounded[heldout].mean(0), 0, None) ** 2
         if gained.any():
             return np.asarray(gained / gained.sum())
     return np.full(points, 1 / points)

@@ -67,13 +67,13 @@ def test_what_cannot_be_ranked_is_refused() -> None:
 
 
 def test_points_count_by_what_they_predict_of_held_out_pairs() -> None:
-    margins = np.array([[1.0, 1.0, 5.0], [1.0, -1.0, -5.0], [1.0, 1.0, -5.0], [-1.0, 1.0, -5.0]])
+    bounded = np.array([[0.3, 0.3, 0.9], [0.3, -0.3, -0.9], [0.3, 0.3, -0.9], [-0.3, 0.3, -0.9]])
     heldout = np.array([True, True, True, False])
-    assert point_weights(margins, heldout) == pytest.approx([0.75, 0.25, 0.0])  # accuracies 1, 2/3 and 1/3
-    assert point_weights(margins, ~heldout) == pytest.approx([0.0, 1.0, 0.0])
-    assert point_weights(-margins, heldout) == pytest.approx([0.0, 0.0, 1.0])
-    assert point_weights(-np.abs(margins), heldout) == pytest.approx([1 / 3] * 3)
-    (only,) = [doubt for doubt in ranked(points(margins[:, :2]), {0, 1, 2}, 1000) if not doubt.heldout]
+    assert point_weights(bounded, heldout) == pytest.approx([0.9, 0.1, 0.0])  # means .3, .1 and -.3
+    assert point_weights(bounded, ~heldout) == pytest.approx([0.0, 1.0, 0.0])
+    assert point_weights(-bounded, heldout) == pytest.approx([0.0, 0.0, 1.0])
+    assert point_weights(-np.abs(bounded), heldout) == pytest.approx([1 / 3] * 3)
+    (only,) = [doubt for doubt in ranked(points(bounded[:, :2]), {0, 1, 2}, 1000) if not doubt.heldout]
     assert only.index == 3
 
 
