@@ -1,0 +1,172 @@
+"""Bytes that each process holds of a fully tuned UNet under FSDP2, over 1, 2, 4 and 8 processes.
+
+    python -m benchmarks.sharded_memory --out benchmarks/results/sharded_memory
+
+counted    SDXL's UNet in its real sizes on the meta device, in a group of processes that is not there: the parts of
+           the process that has most. Gathered: the largest block in bfloat16, what belongs to no block, and the norms,
+           which come on top during a forward.
+measured   a small UNet in SDXL's structure, processes joined by gloo, after a step in bf16: the storage of every tensor
+           that Python can reach in the process that has most, with and without weights, gradients and states.
+
+Activations are left out: they do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.models import SMALL_UNET, unet_config
+from diffalign.models.policy.sharding import UNITS, parts, shard
+
+PROCESSES = (1, 2, 4, 8)
+PARTS = ("weights", "gradients", "states")
+
+
+def held(unet: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of this process's parts."""
+    states = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
+    return {
+        "weights": _bytes(parts(unet.parameters())),
+        "gradients": _bytes(parts(p.grad for p in unet.parameters() if p.grad is not None)),
+        "states": _bytes(parts(states)),
+    }
+
+
+def counted(config: dict[str, Any], processes: int) -> dict[str, int]:
+    """A UNet on the meta device, cut for the first of so many processes: it has the largest parts."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    unit_bytes = [2 * sum(p.numel() for p in m.parameters()) for m in unet.modules() if type(m).__name__ in UNITS]
+    in_units = {id(p) for m in unet.modules() if type(m).__name__ in UNITS for p in m.parameters()}
+    rest = 2 * sum(p.numel() for p in unet.parameters() if id(p) not in in_units)
+    norms = 4 * sum(
+        p.numel() for m in unet.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)
+    )
+    torch.distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        shard(unet, init_device_mesh("cpu", (processes,)), torch.bfloat16)
+        optimizer = torch.optim.AdamW(unet.parameters())
+        for parameter in unet.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return {**held(unet, optimizer), "gathered": max(unit_bytes) + rest + norms}
+    finally:
+        torch.distributed.destroy_process_group()
+        _clear_sharding_prop_cache()
+
+
+def step(processes: int) -> dict[str, int]:
+    """Two steps of the small UNet in this process; what it holds after the second backward, and in all."""
+    unet = UNet2DConditionModel(**SMALL_UNET)
+    shard(unet, init_device_mesh("cpu", (processes,)), torch.bfloat16)
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
+    width = SMALL_UNET["projection_class_embeddings_input_dim"] - 6 * SMALL_UNET["addition_time_embed_dim"]
+    added = {"text_embeds": torch.randn(2, width), "time_ids": torch.ones(2, 6)}
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 7, SMALL_UNET["cross_attention_dim"])
+    for last in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = unet(*inputs, added_cond_kwargs=added)[0]
+        out.float().square().mean().backward()
+        del out
+        if not last:
+            optimizer.step()
+            optimizer.zero_grad()
+    gc.collect()
+    alive = _bytes(x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu")
+    return {**held(unet, optimizer), "alive": alive}
+
+
+def measured(processes: int, folder: Path) -> dict[str, int]:
+    """The largest of all processes, part by part."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    files = [folder / f"{processes}-{rank}.json" for rank in range(processes)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.sharded_memory", "--rank-file", str(file)],
+            env={**os.environ, **shared, "RANK": str(rank)},
+        )
+        for rank, file in enumerate(files)
+    ]
+    for process in started:
+        if process.wait():
+            raise RuntimeError(f"a process of {processes} ended with {process.returncode}")
+    found = [json.loads(file.read_text()) for file in files]
+    return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each once."""
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, in MiB."""
+    lines = [
+        "| UNet | processes | weights | gradients | states | their sum | × processes, of one process | besides |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    one = {row["unet"]: total(row) for row in rows if row["processes"] == 1}
+    for row in rows:
+        own = " | ".join(f"{row[name] / 2**20:.2f}" for name in PARTS)
+        share = row["processes"] * total(row) / one[row["unet"]]
+        besides = (
+            f"gathered {row['gathered'] / 2**20:.0f}" if "gathered" in row else f"all alive {row['alive'] / 2**20:.2f}"
+        )
+        lines.append(
+            f"| {row['unet']} | {row['processes']} | {own} | {total(row) / 2**20:.2f} | {share:.4f} | {besides} |"
+        )
+    return "\n".join(lines)
+
+
+def total(row: dict[str, Any]) -> int:
+    """Weights, gradients and states."""
+    return sum(row[name] for name in PARTS)
+
+
+def main() -> None:
+    """Counts and measures, and writes OUT.json and OUT.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sharded_memory"))
+    parser.add_argument("--rank-file", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_file is not None:
+        torch.distributed.init_process_group("gloo")
+        args.rank_file.write_text(json.dumps(step(int(os.environ["WORLD_SIZE"]))))
+        torch.distributed.destroy_process_group()
+        return
+    rows = [{"unet": "SDXL, counted", "processes": n, **counted(unet_config("sdxl"), n)} for n in PROCESSES]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = args.out.parent / "ranks"
+    folder.mkdir(exist_ok=True)
+    rows += [{"unet": "small, measured", "processes": n, **measured(n, folder)} for n in PROCESSES]
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    summary = (__doc__ or "").split("\n\n", 2)[2]
+    head = f"# Bytes of each process under FSDP2\n\ntorch {torch.__version__}, MiB\n\n{summary}"
+    args.out.with_suffix(".md").write_text(f"{head}\n{table(rows)}\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
