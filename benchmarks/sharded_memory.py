@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,25 @@ def measured(processes: int, folder: Path) -> dict[str, int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     files = [folder / f"{processes}-{rank}.json" for rank in range(processes)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sharded_memory", "--rank-file", str(file)],
-            env={**os.environ, **shared, "RANK": str(rank)},
-        )
-        for rank, file in enumerate(files)
-    ]
+    fork = multiprocessing.get_context("fork")  # torch is imported once
+    started = [fork.Process(target=_rank, args=(rank, processes, port, file)) for rank, file in enumerate(files)]
     for process in started:
-        if process.wait():
-            raise RuntimeError(f"a process of {processes} ended with {process.returncode}")
+        process.start()
+    for process in started:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"a process of {processes} ended with {process.exitcode}")
     found = [json.loads(file.read_text()) for file in files]
     return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def _rank(rank: int, processes: int, port: str, file: Path) -> None:
+    """One of the processes."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "RANK": str(rank)}
+    torch.distributed.init_process_group("gloo")
+    file.write_text(json.dumps(step(processes)))
+    torch.distributed.destroy_process_group()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -146,21 +151,12 @@ def main() -> None:
     """Counts and measures, and writes OUT.json and OUT.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sharded_memory"))
-    parser.add_argument("--rank-file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_file is not None:
-        torch.distributed.init_process_group("gloo")
-        args.rank_file.write_text(json.dumps(step(int(os.environ["WORLD_SIZE"]))))
-        torch.distributed.destroy_process_group()
-        return
+    torch.set_num_threads(1)
     rows = [{"unet": "SDXL, counted", "processes": n, **counted(unet_config("sdxl"), n)} for n in PROCESSES]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    folder = args.out.parent / "ranks"
-    folder.mkdir(exist_ok=True)
-    rows += [{"unet": "small, measured", "processes": n, **measured(n, folder)} for n in PROCESSES]
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+    with tempfile.TemporaryDirectory() as folder:
+        rows += [{"unet": "small, measured", "processes": n, **measured(n, Path(folder))} for n in PROCESSES]
     args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     summary = (__doc__ or "").split("\n\n", 2)[2]
     head = f"# Bytes of each process under FSDP2\n\ntorch {torch.__version__}, MiB\n\n{summary}"

@@ -184,6 +184,7 @@ class TrainingSection(Section):
     ema_decay: Decay | None = None  # null: no EMA
     checkpointing_steps: Count | None = None  # null: only the final weights
     checkpoints_total_limit: Count | None = None
+    async_checkpoints: Switch = False  # flush, hash and rename beside the next steps
     resume_from_checkpoint: PathText | None = None  # a checkpoint folder, or "latest"
     logging_steps: Count = 10
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"

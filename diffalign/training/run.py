@@ -340,6 +340,7 @@ _FREE = {
     "training.reference_batch_size",
     "training.checkpointing_steps",
     "training.checkpoints_total_limit",
+    "training.async_checkpoints",
     "training.resume_from_checkpoint",
     "training.logging_steps",
     "training.report_to",

@@ -25,6 +25,7 @@ from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.sharding import HostCopy, is_sharded, parts
 from diffalign.objectives import Objective
 from diffalign.sources import Source
+from diffalign.training.checkpoints.background import Background
 from diffalign.training.checkpoints.identity import Identity
 from diffalign.training.heldout.measure import FixedPoints
 from diffalign.training.metrics import Meter
@@ -61,6 +62,7 @@ class Trainable(ABC):
     callback_states: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of the callbacks, from the checkpoint that the run was restored from; by name."""
     restored_from: Path | None = None  # that checkpoint
+    background: Background = field(default_factory=Background)  # where `training.async_checkpoints` are finished
 
     @property
     @abstractmethod

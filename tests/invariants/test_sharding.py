@@ -39,6 +39,7 @@ BESIDE = {
     "training.ema_decay": 0.5,
     "training.checkpointing_steps": 1,
     "training.checkpoints_total_limit": 2,
+    "training.async_checkpoints": True,
     "validation.prompts": ["a red circle"],  # drawn by the main process alone
     "validation.every": 1,
     "validation.num_inference_steps": 1,
@@ -104,6 +105,7 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_continues_to_the
     assert "sharded/__1_0.distcp" in str(damage(again / "checkpoint-3"))
     assert damage(again / "checkpoint-2") is None
     size = {"training.train_batch_size": 1, "output_dir": str(again), "training.resume_from_checkpoint": "latest"}
+    size["training.async_checkpoints"] = False
     in_two(pool, make_config(tiny_sd, {**BESIDE, **size}), tmp_path / "again.yaml", "train_sharded")
     assert same(weights(again), weights(runs["two"]))
     assert metrics(again)[-1] == metrics(runs["two"])[-1]

@@ -26,7 +26,7 @@ from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.health import NOT_FINITE, Finding, Watch, broken_metric
 from diffalign.training.callbacks.health_rules import Limits
 from diffalign.training.checkpoints.checkpoint import checkpoints, newest_intact
-from diffalign.training.checkpoints.run_state import diverged
+from diffalign.training.checkpoints.run_state import diverged, finish_saving
 from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE
 from diffalign.training.optim.optimizers import set_rates
 from diffalign.training.trainable import Trainable, TrainingError
@@ -66,6 +66,7 @@ class Health(Callback):
         line = {**values, "step": float(step)}
         broken = broken_metric(line)
         if broken is not None:
+            finish_saving(self.run)
             before = max((int(p.name.partition("-")[2]) for p in checkpoints(self.run.output_dir)), default=0)
             return self._act(step, line, Finding(NOT_FINITE, broken, before, True))
         if self.settings.action == "none":
@@ -81,6 +82,7 @@ class Health(Callback):
 
     def _act(self, step: int, line: Mapping[str, float], finding: Finding) -> Path | None:
         """The checkpoint to return to, recorded; raises where there is none to return to."""
+        finish_saving(self.run)
         there = [p for p in checkpoints(self.run.output_dir) if int(p.name.partition("-")[2]) <= finding.since]
         good = newest_intact(there)
         s = self.settings

@@ -20,7 +20,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from diffalign.errors import DiffalignError
 from diffalign.io import manifest
 from diffalign.io.files import PARTIAL, list_files, remove, sync, written_whole
 from diffalign.io.manifest import MANIFEST
+from diffalign.training.checkpoints.background import at_once
 
 log = logging.getLogger(__name__)
 
@@ -65,24 +66,38 @@ class Checkpoint:
     weights_bytes: int = 0  # size of what `save_weights` writes
 
 
-def save_checkpoint(output_dir: Path, content: Checkpoint, total_limit: int | None = None) -> Path:
+def save_checkpoint(
+    output_dir: Path,
+    content: Checkpoint,
+    total_limit: int | None = None,
+    finish: Callable[[Callable[[], None]], None] = at_once,
+) -> Path:
     """Writes checkpoint-`content.step`, then removes the oldest beyond `total_limit`.
 
+    finish: is given what is left to do once the files are written, down to the removal; see `background.py`.
     Raises NoSpaceError, which leaves the earlier checkpoints as they are.
     """
     final = output_dir / f"checkpoint-{content.step}"
     state = {**content.state, "step": content.step, "manifest": manifest.FORMAT}
-    with written_whole(final, content.weights_bytes + tensor_bytes(state), final.name, NO_ROOM) as partial:
+    with ExitStack() as writing:
+        needed = content.weights_bytes + tensor_bytes(state)
+        partial = writing.enter_context(written_whole(final, needed, final.name, NO_ROOM))
         partial.mkdir()
         content.save_weights(partial)
         torch.save(state, partial / STATE_FILE)
         if content.source:
             (partial / SOURCE_FILE).write_text(json.dumps(content.source) + "\n")
-        sync(partial)
-        files = {"step": content.step, "identity": content.identity, "files": list_files(partial)}
-        manifest.write_manifest(partial, files)
-    if total_limit is not None:
-        _remove_beyond(output_dir, total_limit, final)
+        rest = writing.pop_all()
+
+    def end() -> None:
+        with rest:
+            sync(partial)
+            files = {"step": content.step, "identity": content.identity, "files": list_files(partial)}
+            manifest.write_manifest(partial, files)
+        if total_limit is not None:
+            _remove_beyond(output_dir, total_limit, final)
+
+    finish(end)
     return final
 
 
@@ -205,9 +220,10 @@ def load_source_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def source_states(output_dir: Path) -> list[dict[str, Any]]:
-    """The source's state in each finished checkpoint that has one; damaged files are ignored."""
+    """The source's state in each checkpoint that has one, also while it is written; damaged files are ignored."""
     states = []
-    for checkpoint in checkpoints(output_dir):
+    unfinished = [path.parent for path in output_dir.glob(f".checkpoint-*{PARTIAL}/{SOURCE_FILE}")]
+    for checkpoint in [*unfinished, *checkpoints(output_dir)]:  # in this order: one that is finished now is seen
         with suppress(ValueError):
             states.append(load_source_state(checkpoint))
     return [state for state in states if state]

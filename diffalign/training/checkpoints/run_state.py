@@ -16,6 +16,7 @@ from torch import Tensor
 from diffalign.config.schema import save_config
 from diffalign.models.policy.sharding import joined
 from diffalign.training.build_source import SOURCE_FOLDER
+from diffalign.training.checkpoints.background import at_once
 from diffalign.training.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -45,10 +46,13 @@ def _no_states(folder: Path) -> dict[str, dict[str, Any]]:
 def save_run(run: Trainable, step: int, callback_states: CallbackStates = _no_states) -> Path:
     """Writes checkpoint-`step` and returns its folder. Raises TrainingError for weights that are not finite.
 
+    With `training.async_checkpoints` the folder is there after `finish_saving`.
+
     callback_states: writes the callbacks' files into a folder and returns their states by name.
     """
     ensure_finite(run.parameters, run.output_dir, step)
     training, forwards = run.config.training, run.unet_forwards()
+    finish_saving(run)
 
     states: dict[str, dict[str, Any]] = {}
 
@@ -77,14 +81,23 @@ def save_run(run: Trainable, step: int, callback_states: CallbackStates = _no_st
             content = Checkpoint(
                 step, save_weights, state, run.source.state_dict(), run.identity, tensor_bytes(run.parameters)
             )
-            save_checkpoint(run.output_dir, content, training.checkpoints_total_limit)
+            finish = run.background.begin if training.async_checkpoints else at_once
+            save_checkpoint(run.output_dir, content, training.checkpoints_total_limit, finish)
     run.accelerator.wait_for_everyone()
     return run.output_dir / f"checkpoint-{step}"
+
+
+def finish_saving(run: Trainable) -> None:
+    """Returns when the last checkpoint is complete. Every process calls it; raises what stopped the writing."""
+    if run.config.training.async_checkpoints:
+        run.background.wait()
+        run.accelerator.wait_for_everyone()
 
 
 def save_final(run: Trainable, step: int) -> None:
     """Writes the final weights, the EMA's where there is one. Raises TrainingError for weights that are not finite."""
     ensure_finite(run.parameters, run.output_dir, step)
+    finish_saving(run)
     with run.averaged_weights(), run.ready_to_save():
         if run.accelerator.is_main_process:
             save_final_weights(run.output_dir, step, run.save_weights, tensor_bytes(run.parameters))
@@ -114,6 +127,7 @@ def resume(run: Trainable) -> int:
 
 def restore(run: Trainable, folder: Path) -> int:
     """The run as it was when it wrote a checkpoint; later ones are set aside. Returns the steps taken by then."""
+    finish_saving(run)
     state, training = load_training_state(folder), run.config.training
     step, pairs, ema = int(state["step"]), state["pairs_per_step"], state.get("ema")
     if step > training.max_train_steps:

@@ -10,6 +10,7 @@ only its own few classes are read from it.
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ def save_shards(run: Trainable, step: int, shards: dict[str, Tensor]) -> Path | 
     """
     if not shards:
         return None
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = run.output_dir / f".checkpoint-{step}.shards{PARTIAL}"
@@ -81,8 +83,14 @@ def save_shards(run: Trainable, step: int, shards: dict[str, Tensor]) -> Path | 
     run.accelerator.wait_for_everyone()
     needed = tensor_bytes(parts(shards.values()))
     with room_for(run.output_dir, needed, f"checkpoint-{step}", NO_ROOM):
-        save(shards, checkpoint_id=folder)
+        save(shards, storage_writer=FileSystemWriter(folder, sync_files=not _synced_later(run)))
     return folder
+
+
+def _synced_later(run: Trainable) -> bool:
+    """Whether the main process flushes all files beside the next steps: it can do so for its own machine's."""
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == run.accelerator.num_processes
+    return run.config.training.async_checkpoints and one_machine
 
 
 def put_back(run: Trainable, folder: Path, state: dict[str, Any]) -> dict[str, Any]:

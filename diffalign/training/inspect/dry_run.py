@@ -53,6 +53,8 @@ def describe_run(run: Run, start: int = 0) -> str:
         ("data", f"{config.data.path}, {pairs} usable of {run.table.total_rows} rows, {how}"),
         ("files", f"{run.output_dir}/ {', '.join(files)}"),
     ]  # fmt: skip
+    if run.host is not None:
+        rows.insert(4, ("sharding", f"FSDP2: weights, gradients and states in {run.accelerator.num_processes} parts"))
     if config.model.merge_lora:
         loras = ", ".join(f"{weight:g} x {path}" for path, weight in config.model.merge_lora.items())
         rows.insert(2, ("merged", f"{loras}, part of the base"))

@@ -24,6 +24,7 @@ from diffalign.models.kernels.checkpointing import Checkpointing, set_checkpoint
 from diffalign.models.loading.base import outline_base
 from diffalign.models.loading.components import TEXT_STEM, find_folder
 from diffalign.models.loading.stored import UNET_STEM, choose_weights
+from diffalign.models.policy.sharding import parts
 from diffalign.models.spec import ModelSpec
 from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.inspect.meta_forward import FusedAttention, cast_as_autocast, half_inputs, unet_inputs
@@ -52,11 +53,12 @@ Counted = tuple[Sizes, float, float]  # and bytes of casts, and of one image's a
 
 
 def sizes_of(unet: nn.Module) -> Sizes:
-    """Of a UNet that is prepared for training."""
-    trained = [p for p in unet.parameters() if p.requires_grad]
+    """Of a UNet that is prepared for training; where it is sharded, of this process's part."""
+    own = parts(unet.parameters())
+    trained = parts(p for p in unet.parameters() if p.requires_grad)
     return Sizes(
-        parameters=sum(p.numel() for p in unet.parameters()),
-        weights=sum(p.numel() * p.element_size() for p in unet.parameters()),
+        parameters=sum(p.numel() for p in own),
+        weights=sum(p.numel() * p.element_size() for p in own),
         trained=sum(p.numel() for p in trained),
         gradients=sum(p.numel() * p.element_size() for p in trained),
     )
