@@ -176,8 +176,9 @@ def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference 
 
 def shard_networks(unet: UNet, reference: Reference | None, mesh: Any, autocast_dtype: torch.dtype | None) -> None:
     """Shards the policy, and the reference where it is a network of its own."""
-    if isinstance(reference, FrozenCopy | FormerCopy):
-        shard(reference.module, mesh, autocast_dtype)
+    own = getattr(reference, "module", None)
+    if own is not None:
+        shard(own, mesh, autocast_dtype)
     shard(unet, mesh, autocast_dtype)
 
 
