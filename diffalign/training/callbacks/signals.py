@@ -52,8 +52,8 @@ class Stopping(Callback):
         state.should_save = state.should_save or bool(self.signum)
 
     def on_checkpoint(self, state: TrainingState, folder: Path) -> None:
-        """Raises Interrupted where a signal came."""
-        if self.signum:
+        """Raises Interrupted where a signal came and this is the checkpoint of it, not one that is completed late."""
+        if self.signum and folder.name == f"checkpoint-{state.step}":
             steps, command = state.run.config.training.max_train_steps, resume_command()
             how = command or "the same command with training.resume_from_checkpoint=latest"
             if self._several and self.before:  # a launcher sends it to the others when the first has ended

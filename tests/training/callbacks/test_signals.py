@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +169,15 @@ def test_all_processes_stop_for_the_signal_of_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with Stopping(_Two()) as stopping:
         assert [stopping.now(), stopping.now()] == [0, signal.SIGTERM]
+
+
+def test_a_checkpoint_of_an_earlier_step_does_not_end_the_run() -> None:
+    stopping, config = Stopping(_Two()), SimpleNamespace(training=SimpleNamespace(max_train_steps=9))
+    stopping.signum = signal.SIGTERM
+    state = SimpleNamespace(step=4, run=SimpleNamespace(config=config))
+    stopping.on_checkpoint(state, Path("out/checkpoint-2"))
+    with pytest.raises(Interrupted, match="after step 4 of 9; out/checkpoint-4"):
+        stopping.on_checkpoint(state, Path("out/checkpoint-4"))
 
 
 @pytest.mark.gpu
