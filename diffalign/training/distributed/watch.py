@@ -174,21 +174,28 @@ class Watch(Callback):
             return None
         minutes = round(self.signs.still * BEAT / 60)
         for signs in others:
-            if not signs.waits and signs.still >= (LONG_PATIENCE if signs.work else PATIENCE):
+            if not self._waits(signs) and self._still(signs) >= (LONG_PATIENCE if signs.work else PATIENCE):
                 return f"{signs.name} has stood still for {minutes} minutes while others wait for it, at {signs.doing}"
-        if all(signs.waits and signs.still >= PATIENCE for signs in others):
+        if all(self._waits(signs) and self._still(signs) >= PATIENCE for signs in others):
             places = "; ".join(f"{signs.name} at {signs.doing}" for signs in [self.signs, *others])
             return f"all processes have waited for each other for {minutes} minutes: {places}"
         return None
+
+    def _still(self, signs: Signs) -> int:
+        """Beats since a process moved, or at least said so: a stopped one is silent."""
+        return signs.still + self.silent[signs.rank]
+
+    def _waits(self, signs: Signs) -> bool:
+        return signs.waits and self.silent[signs.rank] < LAGS
 
     def _warn(self) -> None:
         """Names those that lag, once a step; the first process that waits for them does it."""
         if not self.signs.waits or self.signs.still < LAGS:
             return
-        if any(signs.waits and signs.rank < self.rank for signs in self.others.values()):
+        if any(self._waits(signs) and signs.rank < self.rank for signs in self.others.values()):
             return
         for signs in self.others.values():
-            if signs.waits or signs.work or signs.ended or (signs.rank, signs.step) in self.warned:
+            if self._waits(signs) or signs.work or signs.ended or (signs.rank, signs.step) in self.warned:
                 continue
             self.warned.add((signs.rank, signs.step))
             waited = round(self.signs.still * BEAT)

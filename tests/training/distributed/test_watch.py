@@ -57,8 +57,12 @@ def waits_for(file: Path, seconds: float) -> Fault:
     return wait
 
 
+def is_stopped() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 class Warned(logging.StreamHandler):
-    """Makes a file with a log line."""
+    """Makes a file with a log line, and continues the process that it is about."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -67,6 +71,7 @@ class Warned(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
         self.file.touch()
+        os.kill(int(re.search(r"pid (\d+)", record.getMessage())[1]), signal.SIGCONT)
 
 
 def group(fault: Fault, work: str = "", victim: int = 1) -> Callable[[PartialState, Path], None]:
@@ -137,6 +142,14 @@ def test_a_process_that_lags_is_named_once_and_long_work_is_not(
         assert (one, two, own) == (0, 0, "")
         found = re.findall(rf"{OTHER} lags: others have waited \d+ s for it; it is at {at}\n", said)
         assert len(found) == (not work), said
+
+
+def test_a_process_that_was_stopped_lags_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-Z; continued with the others it counts on, and nothing ends."""
+    monkeypatch.setattr(watch, "PATIENCE", 10_000)
+    (one, said), (two, own) = in_two(group(is_stopped), tmp_path)
+    assert (one, two, own) == (0, 0, "")
+    assert len(re.findall(rf"{OTHER} lags", said)) == 1
 
 
 def test_a_process_that_stands_still_ends_all_of_them_after_patience(tmp_path: Path) -> None:
