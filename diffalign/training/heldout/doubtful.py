@@ -123,10 +123,11 @@ def doubtful_pairs(
     )
     content = Online(encoder, resolution, buckets=buckets_of(config.data, table, resolution))
     source = OfflinePairs(table, content, loader)
-    fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size, title="measuring pairs")
+    fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size)
     values: list[PointValues] = []
-    for place, folder in enumerate(folders.values()):
+    for place, (name, folder) in enumerate(folders.items()):
         run.load_weights(folder)
+        fixed.title = f"measuring pairs with {name}"
         found = fixed.values(run.objective, run.networks)
         values += [replace(value, point=place * points + value.point) for value in found]
     held = {place for place, id in enumerate(table.ids) if id in heldout}
