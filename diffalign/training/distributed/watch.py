@@ -51,6 +51,7 @@ class Watch(Callback):
     def __init__(self, processes: Any) -> None:
         """processes: accelerate's state or accelerator."""
         self.rank, self.size = int(processes.process_index), int(processes.num_processes)
+        self.alone = self.size == 1 or "MASTER_ADDR" not in os.environ  # MPI's groups have no store
         self.signs, self.step = own_signs(self.rank), 0
         self.others: dict[int, Signs] = {}
         self.silent: dict[int, int] = {}
@@ -65,7 +66,7 @@ class Watch(Callback):
         self.step = state.step
 
     def __enter__(self) -> Watch:
-        if self.size > 1:
+        if not self.alone:
             from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's own docs import it so
 
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -83,7 +84,7 @@ class Watch(Callback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Raises LostProcessError where an error of the group has another process as its cause."""
-        if self.size == 1:
+        if self.alone:
             return
         if error is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, because another process has ended

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from diffalign.config.schema import Config, parse_config
-from diffalign.errors import DiffalignError
 from diffalign.models.loading.base import outline_base
+from diffalign.training.distributed.launcher_settings import shards
 from diffalign.training.inspect.dry_run import described, size_of
 from diffalign.training.inspect.memory_plan import Counted, plan_memory
 from diffalign.training.settle import settled
@@ -63,7 +63,8 @@ def _need(config: Config, change: Change, known: dict[str, Counted]) -> float | 
     try:
         changed = parse_config(tree)
         return sum(plan_memory(changed, known).values()) if isinstance(changed, Config) else None
-    except DiffalignError:
+    except Exception as error:  # also what no check foresees; the run's own error matters more
+        log.debug("%s was not counted", change, exc_info=error)
         return None
 
 
@@ -88,7 +89,7 @@ def _changes(config: Config, resolution: int) -> Iterator[Change]:
         yield Change({"training.ema_decay": None}, "the last weights are the final ones")
     if config.tuning.trains_base:
         yield Change({"tuning.method": "lora"}, "trains adapters in place of all weights")
-    for optimizer in ("adamw_8bit", "adamw_8bit_bf16"):
+    for optimizer in () if shards() else ("adamw_8bit", "adamw_8bit_bf16"):  # FSDP2 refuses them
         if optimizer != training.optimizer and not training.optimizer.startswith("adamw_8bit"):
             weights = ", weights in bfloat16" if optimizer.endswith("bf16") else ""
             yield Change({"training.optimizer": optimizer}, f"states in 8 bits{weights}")

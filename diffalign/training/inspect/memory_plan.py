@@ -26,8 +26,10 @@ from diffalign.models.loading.components import TEXT_STEM, find_folder
 from diffalign.models.loading.stored import UNET_STEM, choose_weights
 from diffalign.models.policy.sharding import parts
 from diffalign.models.spec import ModelSpec
+from diffalign.training.distributed.launcher_settings import shards
 from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.inspect.meta_forward import FusedAttention, cast_as_autocast, half_inputs, unet_inputs
+from diffalign.training.processes import launched_processes
 
 OPTIMIZER_BYTES = {
     "adamw": 8.0,
@@ -102,6 +104,9 @@ def plan_memory(config: Config, known: dict[str, Counted] | None = None) -> dict
     sizes, casts, activations = known[repr(network)]
     unloaded = config.data.cache_dir is not None and not config.validation.prompts
     parts = memory_parts(sizes, config, _reference_kind(config), 0 if unloaded else _encoder_bytes(model.spec))
+    if (processes := launched_processes()) > 1 and shards():  # FSDP2 cuts all of them
+        parts = {name: size if name == "VAE and text" else size / processes for name, size in parts.items()}
+        casts /= processes
     images = _sides(config) * training.train_batch_size * (getattr(config.objective, "points_per_forward", 1) or 1)
     return {**parts, "weight casts": casts, "activations": activations * images}
 

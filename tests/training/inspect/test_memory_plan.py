@@ -58,6 +58,19 @@ def test_a_plan_is_what_the_dry_run_measures(make_config: MakeConfig, tiny_sd: P
     assert plan["activations"] == pytest.approx(measured, rel=0.1)
 
 
+def test_sharded_parts_are_divided(make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tiny_sd, {"tuning.method": "full"})
+    whole = plan_memory(config)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert plan_memory(config) == whole  # DDP
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = plan_memory(config)
+    for name in ("weights", "reference", "gradients", "optimizer"):
+        assert sharded[name] == whole[name] / 4
+    assert (sharded["activations"], sharded["VAE and text"]) == (whole["activations"], whole["VAE and text"])
+    assert "adamw_8bit" not in str(memory_advice(config, torch.device("cpu")))
+
+
 def test_advice_is_the_difference_of_two_plans(make_config: MakeConfig, tiny_sdxl: Path) -> None:
     config = make_config(tiny_sdxl, {"tuning.method": "full", "training.train_batch_size": 4})
     advice = memory_advice(config, torch.device("cpu"))
