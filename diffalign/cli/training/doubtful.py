@@ -76,7 +76,8 @@ def write_doubtful(args: argparse.Namespace) -> None:
     write_doubtful_page(args.page, _shown(doubts, args.top), title=title, note=summary, next_command=command)
     shown = min(args.top, len(doubts.ranked))
     print(f"{args.page}: the first {shown} with their pictures; mark them, and save decisions.csv")
-    print_next(relabel)
+    judge = ["label", "--pairs", doubts.pairs, "--only", str(args.out), "--by-eye", "--keep-unjudged"]
+    print_next(relabel, [*judge, "--out", "judged.parquet"])
 
 
 def _read_as(spec: DataSpec) -> list[str]:
