@@ -107,6 +107,8 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_continues_to_the
     size = {"training.train_batch_size": 1, "output_dir": str(again), "training.resume_from_checkpoint": "latest"}
     size["training.async_checkpoints"] = False
     in_two(pool, make_config(tiny_sd, {**BESIDE, **size}), tmp_path / "again.yaml", "train_sharded")
+    for path in (again / "checkpoint-3" / SHARDS).iterdir():
+        assert path.read_bytes() == (runs["two"] / path.relative_to(again)).read_bytes(), path.name
     assert same(weights(again), weights(runs["two"]))
     assert metrics(again)[-1] == metrics(runs["two"])[-1]
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffalign.training.trainable import Trainable
 
 SHARDS = "sharded"
+INDEX = ".metadata"  # of DCP, in that folder
 MARKER = "sharded:"  # and the name of the tensor in the folder
 _CLASSES = {  # of DCP's index
     "torch": {"Size", "device", "float32", "bfloat16", "strided", "contiguous_format"},
@@ -84,7 +85,24 @@ def save_shards(run: Trainable, step: int, shards: dict[str, Tensor]) -> Path | 
     needed = tensor_bytes(parts(shards.values()))
     with room_for(run.output_dir, needed, f"checkpoint-{step}", NO_ROOM):
         save(shards, storage_writer=FileSystemWriter(folder, sync_files=not _synced_later(run)))
+        if run.accelerator.is_main_process:
+            _forget_the_occasion(folder / INDEX)
     return folder
+
+
+def _forget_the_occasion(index: Path) -> None:
+    """Writes DCP's index without the folder's former name and a random id: a repeated run writes the same bytes."""
+    metadata = _read_index(index)
+    metadata.storage_meta = None
+    with index.open("wb") as file:
+        pickle.dump(metadata, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_index(index: Path) -> Any:
+    with index.open("rb") as file:
+        return _Unpickler(file).load()
 
 
 def _synced_later(run: Trainable) -> bool:
@@ -142,14 +160,12 @@ def _read(run: Trainable, folder: Path, names: list[str]) -> dict[str, Tensor]:
 def _reader(folder: Path) -> Any:
     """DCP's reader of files, whose index may name its own classes alone."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with (folder / ".metadata").open("rb") as file:
-                metadata = _Unpickler(file).load()
-            if getattr(metadata, "storage_meta", None) is None:
-                raise pickle.UnpicklingError("the index has no storage")
-            metadata.storage_meta.load_id = self.load_id
+            metadata = _read_index(folder / INDEX)
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
             return metadata
 
     return Reader(folder)
