@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from diffalign.evaluation.sampling import Sampling as Sampling
     from diffalign.evaluation.scoring import Scoring as Scoring
     from diffalign.io.progress import disable_progress_bars as disable_progress_bars
+    from diffalign.objectives import DMPO as DMPO
     from diffalign.objectives import DSODRO as DSODRO
+    from diffalign.objectives import DSPO as DSPO
     from diffalign.objectives import FDPO as FDPO
     from diffalign.objectives import IPO as IPO
     from diffalign.objectives import KTO as KTO
@@ -53,8 +55,8 @@ if TYPE_CHECKING:
     from diffalign.types import Score as Score
 
 _OBJECTIVES = (
-    "ConservativeDPO DiffusionDPO DiffusionDRO DSODRO FDPO InPO InversionDPO IPO KTO LinearDPO MaPO PolyDPO RobustDPO "
-    "SePPO SFT SmPO SPO"
+    "ConservativeDPO DiffusionDPO DiffusionDRO DMPO DSODRO DSPO FDPO InPO InversionDPO IPO KTO LinearDPO MaPO PolyDPO "
+    "RobustDPO SePPO SFT SmPO SPO"
 )
 _HOME = {
     "NoiseSchedule": "diffalign.engine.schedule",

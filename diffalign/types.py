@@ -257,9 +257,14 @@ class Probe(Record):
     guidance: float = 1.0  # classifier-free guidance scale of both predictions; 1 = one conditional call
     uncond: Conditioning | None = None  # required when guidance != 1
     points_per_forward: int | None = None  # so many points of each pair in one forward with grad; None = all
+    needs_distance: bool = False  # whether the loss depends on `Evidence.distance`
+    needs_alignment: bool = False  # whether it depends on `Evidence.alignment`
+    scale: Tensor | None = field(default=None, metadata=axes("pair [point]"))  # see `Evidence.scale`
     terms: Terms = NO_TERMS  # the batch's
     reference: Tensor | None = field(default=None, metadata=axes("side pair [point]"))
     """The reference's errors where they are known: it is not asked."""
+    reference_answer: Tensor | None = field(default=None, metadata=axes("side pair [point] c h w"))
+    """The reference's predictions where they are known; one side if the sides share their inputs."""
 
     @property
     def points(self) -> int | None:
@@ -268,12 +273,20 @@ class Probe(Record):
 
     def evidence(self, policy: Tensor, reference: Tensor | None) -> Evidence:
         """The evidence of errors that were measured at these points."""
-        return Evidence(policy, reference, self.t, self.weight, self.terms)
+        return Evidence(policy, reference, self.t, self.weight, self.terms, scale=self.scale)
 
 
 @dataclass(frozen=True)
 class Evidence(Record):
-    """Squared errors of policy and reference, mean over c, h, w: all that a loss may depend on."""
+    """Squared errors of policy and reference, mean over c, h, w, and two inner products: all that a loss may depend on.
+
+    With e = prediction - target, two identities give every inner product of the residuals at a point:
+
+        <e_policy, e_reference> = (policy + reference - distance) / 2      on each side
+        <e_chosen, e_rejected>  = alignment[REJECTED]                      of the policy
+
+    A mask multiplies squares and products alike, and enters `alignment` twice (see `engine.measure`).
+    """
 
     policy: Tensor = field(metadata=axes("side pair [point]"))  # float32 or better, carries grad
     reference: Tensor | None = field(default=None, metadata=axes("side pair [point]"))
@@ -281,6 +294,12 @@ class Evidence(Record):
     t: Tensor | None = field(default=None, metadata=axes("pair [point]"))  # int64
     weight: Tensor | None = field(default=None, metadata=axes("pair [point]"))  # the probe's
     terms: Terms = NO_TERMS  # the probe's
+    distance: Tensor | None = field(default=None, metadata=axes("side pair [point]"))
+    """(policy - reference)^2, mean over c, h, w; carries grad. None unless the probe needs it."""
+    alignment: Tensor | None = field(default=None, metadata=axes("side pair [point]"))
+    """<e_chosen, e_side> of the policy, mean over c, h, w; no grad. None unless the probe needs it."""
+    scale: Tensor | None = field(default=None, metadata=axes("pair [point]"))
+    """By which the scale of the logit is multiplied at this t; None: 1."""
 
     @property
     def margin(self) -> Tensor:

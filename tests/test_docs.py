@@ -144,15 +144,17 @@ def test_what_may_change_on_resuming_is_listed() -> None:
 def test_every_logged_metric_is_explained() -> None:
     """Each name a run writes, from a step of every objective on toy networks."""
     from diffalign.engine.measure import measure
+    from diffalign.objectives.base import ask
+    from diffalign.objectives.modified import modified
     from diffalign.training.metrics import observe
     from tests.toy import toy_batch, toy_models
 
     text = part("objectives.md", "What the metrics mean")
     explained = set(re.findall(r"`([\w/]+)`", text))
     models = toy_models()
-    for cls in OBJECTIVES.values():
-        objective: Any = cls()
-        evidence = measure(models, objective.probe(toy_batch(), models))
+    every = modified(OBJECTIVES["dpo"](), safeguard_mu=0.5, sft_weight=1.0, distance_weight=1.0)
+    for objective in (*(cls() for cls in OBJECTIVES.values()), every):
+        evidence = measure(models, ask(objective, toy_batch(), models))
         names = {re.sub(r"q[1-4]$", "q1", n) for n in observe(evidence, objective.score(evidence), 1000)}
         assert sorted(names - explained) == []
 

@@ -71,6 +71,8 @@ _SPECIAL = {
     "robust_dpo": Entry("robust_dpo", "world/robust_dpo.yaml", scale="objective.beta", scales=_BETAS),
     "poly_dpo": Entry("poly_dpo", "world/poly_dpo.yaml", scale="objective.alpha", scales=(-1.0, -0.5)),
     "linear_dpo": Entry("linear_dpo", "world/linear_dpo.yaml", scale="objective.beta", scales=(50.0, 1000.0)),
+    "dmpo": Entry("dmpo", "world/dmpo.yaml", scale="objective.beta", scales=_BETAS),
+    "dspo": Entry("dspo", "world/dspo.yaml", scale="objective.beta", scales=(0.1, 1.0)),
     "kto": Entry("kto", "world/kto.yaml", scale="objective.beta", scales=(250.0, 4000.0)),
     "mapo": Entry("mapo", "world/mapo.yaml", scale="objective.beta", scales=(0.02, 0.5)),
     "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.link", scales=("forward_kl",)),

@@ -243,6 +243,11 @@ def can_keep_errors(config: Any) -> None:
             f"data.cache_reference_errors: {config.objective.name} has no reference, or a network computes its "
             f"points; only errors at randomly drawn points can be cached ({', '.join(drawn)})"
         )
+    if config.objective.needs_distance:
+        raise DiffalignError(
+            f"data.cache_reference_errors: {config.objective.name} with these settings depends on the distance between "
+            "policy and reference, which errors alone do not give; set it to false"
+        )
     if config.data.draws_per_pair is None:
         raise DiffalignError("data.cache_reference_errors needs data.draws_per_pair: without it no draw ever repeats")
     if config.data.cache_dir is None:

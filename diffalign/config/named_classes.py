@@ -7,7 +7,8 @@ The class is a dataclass, and its fields are the node's other keys. A field's me
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, ValidationError, create_model
@@ -17,6 +18,8 @@ from diffalign.config.value_types import Section, strict
 from diffalign.errors import DiffalignError
 from diffalign.io.plugins import name_of, nearest, resolve
 from diffalign.models.adapters.methods import TuningMethod, find_method, known_methods
+from diffalign.objectives import OBJECTIVES
+from diffalign.objectives.modified import MODIFIERS, Modified, Modifiers, modified, plain_objective
 
 BOUNDS = ("ge", "gt", "le", "lt")
 _NEEDED = {
@@ -25,8 +28,34 @@ _NEEDED = {
 }
 
 
-def parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
-    """The objective or source called `name`, made from the node's other keys. Raises DiffalignError."""
+def parse_objective(node: Any) -> Any:
+    """The objective called `name` with the node's modifiers (`objectives/modified.py`). Raises DiffalignError."""
+    if isinstance(node, Modified):
+        parse_named(node.objective, OBJECTIVES, "objective")
+        return node
+    if not isinstance(node, dict):
+        return parse_named(node, OBJECTIVES, "objective")
+    objective = parse_named({k: v for k, v in node.items() if k not in MODIFIERS}, OBJECTIVES, "objective", MODIFIERS)
+    own = {f.name for f in dataclasses.fields(objective)}
+    if clash := sorted(own & MODIFIERS.keys()):
+        raise DiffalignError(
+            f"objective {node['name']}: {', '.join(clash)} is the name of a modifier; rename the field"
+        )
+    given = {k: v for k, v in node.items() if k in MODIFIERS}
+    return _make(partial(modified, objective), given, str(node["name"]), checked_by=Modifiers)
+
+
+def plain_objective_node(objective: Any) -> dict[str, Any]:
+    """An objective and those of its modifiers that are set, as YAML-ready values."""
+    changes = objective.modifiers.changes if isinstance(objective, Modified) else {}
+    return {**plain_named(plain_objective(objective), OBJECTIVES), **changes}
+
+
+def parse_named(node: Any, known: Mapping[str, Any], what: str, others: Iterable[str] = ()) -> Any:
+    """The objective or source called `name`, made from the node's other keys. Raises DiffalignError.
+
+    others: keys that the node may have besides, for the message about an unknown one.
+    """
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         _complete(node, what)
         name_of(type(node), known)  # a saved config must find it again
@@ -39,10 +68,11 @@ def parse_named(node: Any, known: Mapping[str, Any], what: str) -> Any:
         raise DiffalignError(f"{what} {name!r} is not a dataclass; make it one, its fields are its settings")
     _complete(cls, what)
     settings = {k: v for k, v in node.items() if k != "name"}
-    allowed = [f.name for f in dataclasses.fields(cls)]
+    allowed = [*(f.name for f in dataclasses.fields(cls)), *others]
     if faults := [f"{k}: {name} has no such setting{nearest(k, allowed)}" for k in settings if k not in allowed]:
         raise DiffalignError("; ".join(faults))
-    return _make(cls, settings, str(name))
+    make: Any = cls
+    return _make(make, settings, str(name))
 
 
 def parse_tuning(node: Any) -> TuningMethod:
@@ -90,11 +120,13 @@ def _of_another(key: str, value: Any, own: list[str]) -> str | None:
     return f"{key}: only tuning.method: {' or '.join(defaults)} has this setting; remove it"
 
 
-def _make(cls: Any, settings: dict[str, Any], name: str) -> Any:
-    """The dataclass with its settings checked. Raises DiffalignError naming every fault."""
-    make: Callable[..., Any] = cls
+def _make(make: Callable[..., Any], settings: dict[str, Any], name: str, checked_by: Any = None) -> Any:
+    """The dataclass with its settings checked. Raises DiffalignError naming every fault.
+
+    checked_by: the dataclass that says what the settings are, where `make` is a function.
+    """
     try:
-        return make(**_checked(cls, settings))
+        return make(**_checked(checked_by or make, settings))
     except ValidationError as e:
         raise DiffalignError("; ".join(describe_fault(fault, Section) for fault in e.errors())) from None
     except DiffalignError as e:

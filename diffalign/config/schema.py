@@ -15,7 +15,14 @@ from pydantic import BaseModel, InstanceOf, ValidationError, field_validator, mo
 from diffalign.config.compatibility import check_together
 from diffalign.config.data_sections import packaged_asset as packaged_asset
 from diffalign.config.health_section import HealthSection
-from diffalign.config.named_classes import parse_named, parse_tuning, plain_fields, plain_named
+from diffalign.config.named_classes import (
+    parse_named,
+    parse_objective,
+    parse_tuning,
+    plain_fields,
+    plain_named,
+    plain_objective_node,
+)
 from diffalign.config.overrides import describe_fault, override
 from diffalign.config.sections import (
     OBJECTIVE_ONLY,
@@ -32,7 +39,6 @@ from diffalign.errors import DiffalignError
 from diffalign.io.files import save_text
 from diffalign.models.adapters.core_methods import LoRA
 from diffalign.models.adapters.methods import TuningMethod
-from diffalign.objectives import OBJECTIVES
 from diffalign.sources import SOURCES
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -61,7 +67,7 @@ class Config(Section):
     @field_validator("objective", mode="before")
     @classmethod
     def _objective(cls, node: Any) -> Any:
-        return parse_named(node, OBJECTIVES, "objective")
+        return parse_objective(node)
 
     @field_validator("source", mode="before")
     @classmethod
@@ -78,7 +84,7 @@ class Config(Section):
         return {
             **self.model_dump(mode="json", exclude={"tuning", "objective", "source"}),
             "tuning": {"method": self.tuning.method, **plain_fields(self.tuning)},
-            "objective": plain_named(self.objective, OBJECTIVES),
+            "objective": plain_objective_node(self.objective),
             "source": None if self.source is None else plain_named(self.source, SOURCES),
         }
 

@@ -14,11 +14,15 @@ once for both, and its prediction is compared with both targets.
 
 The data's terms of a pair act here, so that no objective has to apply them: the mask multiplies the squared errors
 before their mean, and the weight multiplies the loss.
+
+Some losses depend on two more numbers, which are computed for those alone (`Probe.needs_distance`, `needs_alignment`):
+the squared distance between the predictions of policy and reference on each side, and the inner product of the sides'
+gradients in the space of predictions, where a masked error has the gradient mask · e.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -53,8 +57,7 @@ def measure(models: Models, probe: Probe) -> Evidence:
 
     The reference comes first, so that its activations are freed before the policy's graph is built.
     """
-    reference = _reference_errors(models, probe, [probe])
-    return probe.evidence(errors(models.policy, probe), reference)
+    return compare(_with_reference(models, probe), _predict(models.policy, _asked_once(probe)))
 
 
 def measure_and_backward(
@@ -94,17 +97,50 @@ def _two_passes(
 ) -> tuple[Evidence, Score]:
     """All errors without grad and the slope of the loss at them, then a chunk of points at a time with grad."""
     assert probe.points_per_forward is not None
-    chunks = point_chunks(probe, probe.points_per_forward)
     with torch.no_grad():
-        reference = _reference_errors(models, probe, chunks)
-        evidence = probe.evidence(joined_errors(models.policy, chunks), reference)
-    leaf = evidence.policy.requires_grad_()
-    scored, total = loss(replace(evidence, policy=leaf))
-    (slope,) = torch.autograd.grad(total, leaf)
-    for i, (chunk, g) in enumerate(zip(chunks, slope.split(probe.points_per_forward, dim=-1), strict=True)):
+        chunks, evidence = seen_in_chunks(models, probe, point_chunks(probe, probe.points_per_forward))
+    evidence, leaves = with_leaves(evidence)
+    scored, total = loss(evidence)
+    slopes = torch.autograd.grad(total, leaves)
+    parts = zip(*(slope.split(probe.points_per_forward, dim=-1) for slope in slopes), strict=True)
+    for i, (chunk, slope) in enumerate(zip(chunks, parts, strict=True)):
         with nullcontext() if i == len(chunks) - 1 else no_sync():
-            backward((errors(models.policy, chunk) * g).sum())
+            backward(along(chunk, models.policy, slope))
     return evidence, scored
+
+
+def seen_in_chunks(models: Models, probe: Probe, chunks: list[Probe]) -> tuple[list[Probe], Evidence]:
+    """The chunks with the reference's part in each, and the evidence of all of them; call it without grad.
+
+    What is kept of a point is no more than its x_t and target: where the loss depends on the distance between the
+    networks, the reference's prediction.
+    """
+    chunks = [_with_reference(models, chunk) for chunk in chunks]
+    parts = [compare(chunk, _predict(models.policy, _asked_once(chunk))) for chunk in chunks]
+    if len(parts) == 1:
+        return chunks, parts[0]
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values, dim=-1)
+
+    whole = probe.evidence(torch.cat([part.policy for part in parts], dim=-1), joined("reference"))
+    return chunks, replace(whole, distance=joined("distance"), alignment=joined("alignment"))
+
+
+def with_leaves(evidence: Evidence) -> tuple[Evidence, list[Tensor]]:
+    """The evidence with its parts that carry grad as leaves, and these: the slope of a loss is its gradient there."""
+    policy = evidence.policy.detach().requires_grad_()
+    distance = None if evidence.distance is None else evidence.distance.detach().requires_grad_()
+    leaves = [policy] if distance is None else [policy, distance]
+    return replace(evidence, policy=policy, distance=distance), leaves
+
+
+def along(probe: Probe, network: Network, slopes: Sequence[Tensor]) -> Tensor:
+    """Σ slope · part over the parts of the evidence that carry grad: its gradient is the loss's, at these points."""
+    seen = compare(probe, _predict(network, _asked_once(probe)))
+    total = (seen.policy * slopes[0]).sum()
+    return total if seen.distance is None else total + (seen.distance * slopes[1]).sum()
 
 
 def weighed(score: Score, evidence: Evidence) -> Score:
@@ -123,10 +159,13 @@ def ask_reference(models: Models, probes: list[Probe]) -> list[Probe]:
     first = probes[0]
     if not first.needs_reference or first.reference is not None or first.points is not None or len(probes) == 1:
         return probes
-    with torch.no_grad():
-        found = errors(models.reference, cat(probes))
     sizes = [probe.t.shape[0] for probe in probes]
-    return [replace(probe, reference=e) for probe, e in zip(probes, found.split(sizes, dim=1), strict=True)]
+    with torch.no_grad():
+        whole = cat(probes)
+        answer = _predict(models.reference, _asked_once(whole))
+        found = squared_errors(answer, whole).split(sizes, dim=1)
+    answers = answer.split(sizes, dim=1) if first.needs_distance else [None] * len(probes)
+    return [replace(p, reference=e, reference_answer=a) for p, e, a in zip(probes, found, answers, strict=True)]
 
 
 def errors(network: Network, probe: Probe) -> Tensor:
@@ -139,11 +178,40 @@ def errors(network: Network, probe: Probe) -> Tensor:
 
 def squared_errors(prediction: Tensor, probe: Probe) -> Tensor:
     """The errors of predictions "side pair [point] c h w" at the points of a probe; see `errors`."""
-    square = (prediction - probe.target) ** 2
-    if probe.terms.mask is not None:
-        places = probe.terms.mask.to(square)[:, None]  # "pair c h w", all channels alike
-        square = square * (places if probe.points is None else places[:, None])
-    return square.mean(dim=(-3, -2, -1))
+    return _masked_mean((prediction - probe.target) ** 2, probe)
+
+
+def compare(probe: Probe, prediction: Tensor) -> Evidence:
+    """The evidence of the policy's predictions "side pair [point] c h w" and of the reference's part in the probe.
+
+    Where both sides have the same inputs, one side of a prediction is enough. Raises DiffalignError where the loss
+    depends on the distance between the networks and only the reference's errors are known.
+    """
+    evidence = probe.evidence(squared_errors(prediction, probe), probe.reference)
+    if probe.needs_distance:
+        if probe.reference_answer is None:
+            raise DiffalignError(
+                "the loss depends on the distance between policy and reference, and only the reference's errors were "
+                "cached; set data.cache_reference_errors: false, or remove what asks for the distance"
+            )
+        apart = _masked_mean((prediction - probe.reference_answer) ** 2, probe)
+        evidence = replace(evidence, distance=apart.expand(evidence.policy.shape))
+    if probe.needs_alignment:
+        gradient = _masked(prediction.detach() - probe.target, probe)  # of each error in its prediction, but for 2/chw
+        evidence = replace(evidence, alignment=(gradient[:1] * gradient).mean(dim=(-3, -2, -1)))
+    return evidence
+
+
+def _masked_mean(square: Tensor, probe: Probe) -> Tensor:
+    return _masked(square, probe).mean(dim=(-3, -2, -1))
+
+
+def _masked(x: Tensor, probe: Probe) -> Tensor:
+    """ "side pair [point] c h w" times the mask "pair h w", all channels alike."""
+    if probe.terms.mask is None:
+        return x
+    places = probe.terms.mask.to(x)[:, None]
+    return x * (places if probe.points is None else places[:, None])
 
 
 def _asked_once(probe: Probe) -> Probe:
@@ -165,20 +233,14 @@ def predictions(network: Network, probe: Probe) -> Tensor:
     return torch.cat([_predict(network, chunk) for chunk in chunks], dim=2)
 
 
-def _reference_errors(models: Models, probe: Probe, chunks: list[Probe]) -> Tensor | None:
-    """The reference's errors that the probe carries, or else those measured on its chunks; None without a reference."""
-    if not probe.needs_reference:
-        return None
-    if probe.reference is not None:
-        return probe.reference
+def _with_reference(models: Models, probe: Probe) -> Probe:
+    """The probe with the reference's part in its evidence, which the reference is asked for where it is not known."""
+    if not probe.needs_reference or probe.reference is not None:
+        return probe
     with torch.no_grad():
-        return joined_errors(models.reference, chunks)
-
-
-def joined_errors(network: Network, chunks: list[Probe]) -> Tensor:
-    """The errors of all chunks, joined along the point axis."""
-    found = [errors(network, chunk) for chunk in chunks]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        answer = _predict(models.reference, _asked_once(probe))
+        known = answer if probe.needs_distance else None
+        return replace(probe, reference=squared_errors(answer, probe), reference_answer=known)
 
 
 def _predict(network: Network, probe: Probe) -> Tensor:
@@ -229,7 +291,8 @@ def point_chunks(probe: Probe, size: int) -> list[Probe]:
 
 
 def _detached(evidence: Evidence) -> Evidence:
-    return replace(evidence, policy=evidence.policy.detach())
+    distance = None if evidence.distance is None else evidence.distance.detach()
+    return replace(evidence, policy=evidence.policy.detach(), distance=distance)
 
 
 def _detached_score(score: Score) -> Score:

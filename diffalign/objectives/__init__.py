@@ -5,8 +5,10 @@ from __future__ import annotations
 from diffalign.objectives.base import Objective
 from diffalign.objectives.cdpo import ConservativeDPO
 from diffalign.objectives.diffusion_dro import DiffusionDRO
+from diffalign.objectives.dmpo import DMPO
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.dso_dro import DSODRO
+from diffalign.objectives.dspo import DSPO
 from diffalign.objectives.f_dpo import FDPO
 from diffalign.objectives.inpo import InPO
 from diffalign.objectives.inversion_dpo import InversionDPO
@@ -32,6 +34,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
         RobustDPO,
         PolyDPO,
         LinearDPO,
+        DMPO,
+        DSPO,
         FDPO,
         KTO,
         DSODRO,
@@ -45,7 +49,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 __all__ = [
+    "DMPO",
     "DSODRO",
+    "DSPO",
     "FDPO",
     "IPO",
     "KTO",

@@ -11,15 +11,16 @@ refuses a margin or a mask with negative values if the objective does not declar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from diffalign.engine.measure import Models
-from diffalign.engine.random import integers, normal, on_device
+from diffalign.engine.random import integers, normal, on_device, uniform
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
+from diffalign.objectives.timesteps import TimestepDensity
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
 Compared = Literal["images", "chosen images", "steps"]  # steps: transitions that a sampler recorded
@@ -34,6 +35,9 @@ class Objective(Protocol):
     compares: ClassVar[Compared] = "images"  # what it uses of a pair
     takes_margin: ClassVar[bool] = False  # True: its loss is of log σ(logit), less the margin in the logit
     takes_signs: ClassVar[bool] = False  # True: the loss depends on a difference of the sides; a mask of −1 swaps them
+    takes_safeguard: ClassVar[bool] = False  # True: its loss is of the difference of the sides' errors (`modified.py`)
+    needs_distance: ClassVar[bool] = False  # True: the loss depends on `Evidence.distance`
+    needs_alignment: ClassVar[bool] = False  # True: it depends on `Evidence.alignment`
     scale_field: ClassVar[str | None] = None  # the field that scales the logit near the reference, for `calibrate`
     scale_spread: ClassVar[float] = 1.0  # the spread of logits that `diffalign calibrate` sets
     scale_in_logit: ClassVar[bool] = True  # False: the reported logit is the difference of errors, without scale
@@ -63,6 +67,10 @@ class Objective(Protocol):
     def probe(self, batch: PairBatch, models: Models) -> Probe:
         """The points at which the networks are evaluated; computed without grad."""
         ...
+
+    def weigh(self, probe: Probe, schedule: NoiseSchedule) -> Probe:
+        """Points that were drawn for it, with what `score` needs to know of their timesteps."""
+        return probe
 
     def score(self, evidence: Evidence) -> Score:
         """The loss of each pair from its errors; a pure function."""
@@ -96,16 +104,24 @@ class SharedNoise:
     timesteps: tuple[int, ...] | None = None  # the values of t to draw from; None: all
     sides: int = 2  # 1: the chosen images alone
     needs_reference: bool = True
+    density: TimestepDensity | None = None  # of t; None: uniform
 
     @property
     def drawn(self) -> dict[str, Any]:
         """See `Objective.drawn`."""
         found = {"points": "shared_noise", "timesteps": None if self.timesteps is None else list(self.timesteps)}
+        if self.density is not None:
+            found |= self.density.drawn
         return found if self.sides == 2 else {**found, "sides": self.sides}
 
     def __call__(self, batch: PairBatch, schedule: NoiseSchedule) -> Probe:
         return shared_noise(
-            batch, schedule, timesteps=self.timesteps, sides=self.sides, needs_reference=self.needs_reference
+            batch,
+            schedule,
+            timesteps=self.timesteps,
+            sides=self.sides,
+            needs_reference=self.needs_reference,
+            density=self.density,
         )
 
 
@@ -138,15 +154,19 @@ def shared_noise(
     timesteps: tuple[int, ...] | None = None,
     sides: int = 2,
     needs_reference: bool = True,
+    density: TimestepDensity | None = None,
 ) -> Probe:
     """A probe at one uniform t and one normal ε for each pair, shared by its sides; the target follows from ε.
 
-    t is one of `timesteps` (for a distilled model, those it was trained at), or of 0 … T−1 if that is None. With
-    `sides` = 1 the probe has the chosen images alone. Source: Diffusion-DPO (arXiv 2311.12908), eq. 14 and released
-    code.
+    t is one of `timesteps` (for a distilled model, those it was trained at), or of 0 … T−1 if that is None. A `density`
+    replaces the uniform one. With `sides` = 1 the probe has the chosen images alone. Source: Diffusion-DPO
+    (arXiv 2311.12908), eq. 14 and released code.
     """
     x0 = batch.latents[:sides]
-    if timesteps is None:
+    if density is not None:
+        allowed = torch.arange(schedule.num_train_timesteps) if timesteps is None else torch.tensor(sorted(timesteps))
+        t = allowed[density.places(uniform(batch.keys, "t"), len(allowed))]
+    elif timesteps is None:
         t = integers(batch.keys, "t", 0, schedule.num_train_timesteps)
     else:
         t = torch.tensor(timesteps)[integers(batch.keys, "t", 0, len(timesteps))]
@@ -163,8 +183,10 @@ def shared_noise(
 
 def shared_points(objective: Objective) -> SharedNoise | None:
     """The settings of an objective's points where it draws t and ε itself; None where it has its own `probe`."""
-    own = type(objective).probe is not OnSharedNoise.probe
-    return None if own else cast("OnSharedNoise", objective).points
+    if OnSharedNoise in type(objective).__mro__ and type(objective).probe is not OnSharedNoise.probe:
+        return None
+    found = getattr(objective, "points", None)
+    return found if isinstance(found, SharedNoise) else None
 
 
 def ask(objective: Objective, batch: PairBatch, models: Models, points: SharedNoise | None = None) -> Probe:
@@ -179,8 +201,17 @@ def ask(objective: Objective, batch: PairBatch, models: Models, points: SharedNo
     if batch.terms.mask is not None:
         _require_size(batch.terms.mask, (batch.pairs, *batch.latents.shape[-2:]))
     with torch.no_grad():
-        probe = objective.probe(batch, models) if points is None else points(batch, models.schedule)
-    return replace(probe, terms=batch.terms, reference=batch.reference)
+        if points is None:
+            probe = objective.probe(batch, models)
+        else:
+            probe = objective.weigh(points(batch, models.schedule), models.schedule)
+    return replace(
+        probe,
+        terms=batch.terms,
+        reference=batch.reference,
+        needs_distance=objective.needs_distance,
+        needs_alignment=objective.needs_alignment,
+    )
 
 
 def _require_size(mask: Tensor, size: tuple[int, ...]) -> None:

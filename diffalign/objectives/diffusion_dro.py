@@ -41,6 +41,7 @@ class DiffusionDRO(OnSharedNoise):
         "(Diffusion-DRO), arXiv 2510.18353"
     )
     takes_signs: ClassVar[bool] = True
+    takes_safeguard: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("margin", self.margin)

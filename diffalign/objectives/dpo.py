@@ -35,6 +35,7 @@ class DiffusionDPO(OnSharedNoise):
     scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
+    takes_safeguard: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

@@ -57,6 +57,7 @@ class InPO(Objective):
     scale_field: ClassVar[str | None] = "beta"
     takes_margin: ClassVar[bool] = True
     takes_signs: ClassVar[bool] = True
+    takes_safeguard: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

@@ -103,6 +103,11 @@ class InversionDPO(Recordable):
             raise DiffalignError(f"points_per_forward = {self.points_per_forward}: must be at least 1, or null for all")
 
     @property
+    def takes_safeguard(self) -> bool:  # type: ignore[override]  # of the other objectives it is a trait of the class
+        """Only its residual form lowers the chosen image's error."""
+        return self.form == "residual"
+
+    @property
     def needs_uncond(self) -> bool:
         """Whether batches must contain the null prompt."""
         return self.guidance != 1.0

@@ -30,6 +30,7 @@ class IPO(OnSharedNoise):
     scale_field: ClassVar[str | None] = "tau"
     scale_in_logit: ClassVar[bool] = False
     takes_signs: ClassVar[bool] = True
+    takes_safeguard: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)

@@ -40,6 +40,7 @@ class LinearDPO(OnSharedNoise):
     )
     scale_field: ClassVar[str | None] = "beta"
     takes_signs: ClassVar[bool] = True
+    takes_safeguard: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

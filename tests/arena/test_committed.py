@@ -13,7 +13,12 @@ from diffalign.arena.entries import FULL, PREFERENCES, QUICK, entries
 
 ROOT = Path(__file__).parents[2]
 QUICK_RESULT, FULL_RESULT = ROOT / "assets/arena/result.json", ROOT / "benchmarks/results/arena.json"
-SINCE = {"poly_dpo", "linear_dpo"}  # objectives that are newer than the committed results, as docs/arena.md says
+SINCE = {
+    "poly_dpo",
+    "linear_dpo",
+    "dmpo",
+    "dspo",
+}  # objectives that are newer than the committed results, as docs/arena.md says
 RESULTS = {"quick": (QUICK_RESULT, QUICK), "full": (FULL_RESULT, FULL)}
 
 

@@ -40,6 +40,8 @@ ROWS = {
     "robust_dpo": (2, 0, 2),
     "poly_dpo": (2, 0, 2),
     "linear_dpo": (2, 0, 2),
+    "dmpo": (2, 0, 2),
+    "dspo": (2, 0, 2),
     "f_dpo": (2, 0, 2),
     "kto": (2, 0, 2),
     "dso_dro": (2, 0, 2),

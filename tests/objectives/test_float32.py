@@ -63,6 +63,11 @@ def spo(c: Any, r: Any, weight: Any = 2) -> Any:
     return of_logit(10 * kept(c) - 10 * kept(r))
 
 
+def kl(p: Any, rest: Any) -> Any:
+    """The divergence from a coin of 3/4, with `rest` = 1 - p to all digits."""
+    return p * mp.log(p / mpf(0.75)) + rest * mp.log(rest / mpf(0.25))
+
+
 # objective -> ways it is set, each with its loss as a function of the rewards r = −10·(E_policy − E_reference)
 STATEMENTS: dict[str, list[tuple[dict[str, Any], Statement]]] = {
     "dpo": [({"beta": BETA}, lambda c, r: of_logit(c - r))],
@@ -87,6 +92,7 @@ STATEMENTS: dict[str, list[tuple[dict[str, Any], Statement]]] = {
         for a in (1.0, -0.5)
     ],
     "linear_dpo": [({"beta": BETA, "eta": 0.001}, None)],  # below
+    "dmpo": [({"beta": BETA, "alpha": 0.25}, lambda c, r: kl(sigma(c - r), sigma(r - c)))],
     "f_dpo": [
         ({"beta": BETA, "link": "reverse_kl"}, link("reverse_kl")),
         ({"beta": BETA, "link": "js"}, link("js")),
@@ -109,7 +115,7 @@ CASES = [(name, *case) for name, cases in STATEMENTS.items() for case in cases]
 
 
 def test_every_objective_has_a_statement() -> None:
-    assert {*STATEMENTS, "mapo"} == set(OBJECTIVES)  # mapo's loss is no function of rewards: below
+    assert {*STATEMENTS, "mapo", "dspo"} == set(OBJECTIVES)  # the losses of these are no functions of rewards: below
 
 
 @pytest.mark.parametrize(("name", "settings", "statement"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
@@ -138,7 +144,7 @@ def test_loss_and_slope(
     expected = [-10 * mpmath.diff(statement, tuple(exact), side) for side in ((1, 0), (0, 1))]
     # an exponent of x has float32's relative rounding of x, a few times over: 1e-7·x in e^x
     far = 1e-6 * (1 + max(abs(x) for x in rewards))
-    sums = ("cdpo", "robust_dpo", "ipo", "linear_dpo", "sft", "dso_dro")  # of terms of about 1
+    sums = ("cdpo", "robust_dpo", "ipo", "linear_dpo", "dmpo", "sft", "dso_dro")  # of terms of about 1
     one = far if name in sums else 1e-35
     assert slope == pytest.approx([float(x) for x in expected], rel=far, abs=one)
     assert loss == pytest.approx(float(statement(*exact)), rel=far, abs=one)
@@ -161,6 +167,23 @@ def test_mapo(errors: tuple[float, float]) -> None:
     # T·q has a rounding of 1000 · 6e-8 in the logit
     assert slope == pytest.approx(expected, rel=2e-4)
     assert loss == pytest.approx(float(statement(*exact)), rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.001, 1.0, 8.0])
+def test_dspo(beta: float) -> None:
+    errors, reference, apart = (0.5, 0.75), (0.625, 0.5), 0.03125
+    policy = torch.tensor(errors)[:, None].requires_grad_()
+    seen = Evidence(policy, torch.tensor(reference)[:, None], distance=torch.full((2, 1), apart))
+    loss, slope = in_float32(OBJECTIVES["dspo"](beta=beta), seen)
+    mp.dps = 60
+
+    def statement(c: Any, r: Any) -> Any:
+        g = mpf(beta) * sigma(mpf(beta) / 2 * ((c - reference[0]) - (r - reference[1])))
+        return (1 - g) * c + g * reference[0] - g * (1 - g) * mpf(apart)
+
+    expected = [float(mpmath.diff(statement, errors, side)) for side in ((1, 0), (0, 1))]
+    assert slope == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert loss == pytest.approx(float(statement(*errors)), rel=1e-6)
 
 
 def in_float32(objective: Objective, seen: Evidence) -> tuple[float, list[float]]:

@@ -10,6 +10,8 @@ import torch
 
 from diffalign.engine.measure import measure
 from diffalign.objectives import (
+    DMPO,
+    DSPO,
     IPO,
     OBJECTIVES,
     SFT,
@@ -21,6 +23,7 @@ from diffalign.objectives import (
     RobustDPO,
     SePPO,
 )
+from diffalign.objectives.base import ask
 from diffalign.objectives.mapo import bounded_likelihood
 from diffalign.types import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
@@ -145,6 +148,39 @@ def test_linear_dpo_is_a_quadratic_utility_of_predictions() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_dmpo_by_hand() -> None:
+    """The reverse KL divergence of two coins, and a minimum of 0 where the policy is as sure as the label."""
+    coins = [torch.distributions.Bernoulli(torch.tensor(p).double()) for p in (1 / (1 + math.exp(-1)), 0.8)]
+    loss = DMPO(beta=20.0, alpha=0.2).score(evidence([0.4, 0.5], [0.5, 0.5])).loss  # h = 1
+    assert float(loss) == pytest.approx(float(torch.distributions.kl_divergence(*coins)), rel=1e-6)
+    h = math.log(0.99 / 0.01)
+    errors = torch.tensor([[-h / 10], [0.0]], dtype=torch.float64, requires_grad=True)
+    loss = DMPO(beta=20.0).score(Evidence(errors, torch.zeros(2, 1).double())).loss
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-15)
+    assert torch.autograd.grad(loss.sum(), errors)[0].flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-14)
+
+
+def test_dmpo_weighs_neither_pairs_that_are_lost_nor_those_that_are_won() -> None:
+    slopes = []
+    for h in (-12.0, -1.0, 1.0, 12.0):
+        errors = torch.tensor([[-h / 10], [0.0]], dtype=torch.float64, requires_grad=True)
+        loss = DMPO(beta=20.0).score(Evidence(errors, torch.zeros(2, 1).double())).loss
+        (slope,) = torch.autograd.grad(loss.sum(), errors)
+        p, target = 1 / (1 + math.exp(-h)), math.log(0.99 / 0.01)
+        assert float(slope[0]) == pytest.approx(-10 * p * (1 - p) * (h - target), rel=1e-9)
+        slopes.append(abs(float(slope[0])))
+    assert max(slopes[0], slopes[3]) < 0.01 * min(slopes[1], slopes[2])
+
+
+def test_dspo_by_hand() -> None:
+    seen = replace(evidence([0.4, 0.5], [0.5, 0.5]), distance=torch.tensor([[0.02], [9.0]], dtype=torch.float64))
+    g = 1 / (1 + math.exp(0.05))
+    expected = (1 - g) * 0.4 + g * 0.5 - g * (1 - g) * 0.02
+    assert float(DSPO(beta=1.0).score(seen).loss) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="no distance between policy and reference"):
+        DSPO().score(evidence([0.4, 0.5], [0.5, 0.5]))
+
+
 def test_mapo_by_hand() -> None:
     score = MaPO(beta=1.0, num_train_timesteps=1).score(evidence([0.0, 1e4]))
     assert float(score.loss) == pytest.approx(math.log(1 + math.exp(-1)))
@@ -220,18 +256,20 @@ def test_bounded_likelihood_gradient() -> None:
 def test_equal_weights_start(name: str) -> None:
     """At the reference: log 2 to the last bit (or the objective's own start), and a gradient that is not zero."""
     objective, models = OBJECTIVES[name](), toy_models(torch.float32)
-    seen = measure(models, objective.probe(toy_batch(4, torch.float32), models))
+    seen = measure(models, ask(objective, toy_batch(4, torch.float32), models))
     score = objective.score(seen)
     own = {
         "ipo": lambda: (torch.full((4,), 1 / (2 * objective.tau))) ** 2,
         "poly_dpo": lambda: torch.full((4,), 2.0).log() + objective.alpha / 2,
         "linear_dpo": lambda: (seen.policy[0] - seen.policy[1]) / 2,
+        "dspo": lambda: seen.policy[0],
+        "dmpo": lambda: torch.full((4,), 0.5 * math.log(0.25 / (0.99 * 0.01))),
         "kto": lambda: torch.full((4,), (objective.lambda_desirable + objective.lambda_undesirable) / 4),
         "dso_dro": lambda: seen.policy[0] - seen.policy[1],
         "diffusion_dro": lambda: torch.full((4,), objective.margin),
     }
     expected = own[name]() if name in own else torch.full((4,), 2.0).log()
-    if name == "ipo":
+    if name in ("ipo", "dmpo", "dspo"):  # not exact in float32
         torch.testing.assert_close(score.loss, expected, rtol=1e-6, atol=0)
     else:
         assert torch.equal(score.loss, expected)
@@ -243,7 +281,7 @@ def test_equal_weights_start(name: str) -> None:
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_swapped_sides_negate_the_margin(name: str) -> None:
     objective, models = OBJECTIVES[name](), toy_models(apart=0.1)
-    seen = measure(models, objective.probe(toy_batch(), models))
+    seen = measure(models, ask(objective, toy_batch(), models))
     reference = None if seen.reference is None else seen.reference.flip(0)
     swapped = replace(seen, policy=seen.policy.flip(0), reference=reference)
     torch.testing.assert_close(objective.score(swapped).logit, -objective.score(seen).logit, rtol=0, atol=0)
@@ -256,7 +294,7 @@ def test_batch_is_its_singletons(name: str) -> None:
 
     def run(part: PairBatch) -> tuple[list[float], list[torch.Tensor]]:
         models = toy_models(apart=0.02)
-        loss = objective.score(measure(models, objective.probe(part, models))).loss
+        loss = objective.score(measure(models, ask(objective, part, models))).loss
         loss.mean().backward()
         return loss.tolist(), [p.grad for p in models.net.parameters()]
 
@@ -313,6 +351,7 @@ def test_objectives_are_frozen_and_every_field_has_a_default() -> None:
         (lambda: RobustDPO(label_smoothing=0.5), "label_smoothing = 0.5"),
         (lambda: IPO(tau=-1), "tau = -1"),
         (lambda: LinearDPO(eta=0.5), "eta = 0.5"),
+        (lambda: DMPO(alpha=0.0), "alpha = 0"),
         (lambda: PolyDPO(alpha=math.nan), "alpha = nan"),
         (lambda: MaPO(snr=0), "snr = 0"),
         (lambda: SePPO(flip="both"), "flip = 'both'"),

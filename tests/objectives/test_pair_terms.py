@@ -105,6 +105,10 @@ def test_a_margin_is_subtracted_from_the_logit(name: str) -> None:
         "cdpo": lambda: 0.9 * right + 0.1 * wrong,
         "robust_dpo": lambda: (0.9 * right - 0.1 * wrong) / 0.8,
         "poly_dpo": lambda: right + 1 / (1 + x.exp()),
+        "dmpo": lambda: torch.distributions.kl_divergence(
+            torch.distributions.Bernoulli(logits=x),
+            torch.distributions.Bernoulli(torch.tensor(0.99, dtype=x.dtype)),
+        ),
         "mapo": lambda: seen.policy[0] + 0.1 * right,
     }.get(name, lambda: right)()
     torch.testing.assert_close(score.loss, expected, rtol=1e-9, atol=1e-12)
@@ -123,8 +127,10 @@ def test_an_objective_that_is_no_difference_refuses_negative_masks(name: str) ->
 
 
 def test_which_objectives_take_what() -> None:
-    assert {"sft", "kto", "ipo", "linear_dpo", "dso_dro", "diffusion_dro"} == OBJECTIVES.keys() - set(TAKES_MARGIN)
-    assert {"sft", "mapo", "kto", "dso_dro", "f_dpo", "seppo"} == OBJECTIVES.keys() - set(TAKES_SIGNS)
+    assert {"sft", "kto", "ipo", "linear_dpo", "dspo", "dso_dro", "diffusion_dro"} == OBJECTIVES.keys() - set(
+        TAKES_MARGIN
+    )
+    assert {"sft", "mapo", "kto", "dspo", "dso_dro", "f_dpo", "seppo"} == OBJECTIVES.keys() - set(TAKES_SIGNS)
 
 
 def test_masked_errors_by_hand() -> None:

@@ -25,7 +25,7 @@ from diffalign.models.loading.base import Base, load_base
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.objectives import OBJECTIVES, DiffusionDPO
-from diffalign.objectives.base import shared_noise
+from diffalign.objectives.base import ask, shared_noise
 from diffalign.training import build as setup
 from diffalign.training.build import Run
 from diffalign.training.metrics import Meter, observe
@@ -276,7 +276,7 @@ def micro_step(networks: Networks, objective: Any, batch: PairBatch, device: str
     """What a step does for one micro-batch: to the device, probe, measure, backward, metrics."""
     batch = batch.to(device)
     with torch.no_grad():
-        probe = objective.probe(batch, networks)
+        probe = ask(objective, batch, networks)
     evidence, score = measure_and_backward(networks, probe, objective.score)
     Meter().add(observe(evidence, score, networks.schedule.num_train_timesteps))
 

@@ -101,8 +101,13 @@ def start_loss(config: AnyConfig) -> float | None:
     objective: Any = config.objective if isinstance(config, Config) else None
     if objective is None or not objective.needs_reference:
         return None
-    equal = torch.full((2, 1), 0.5)
+    losses = []
     try:
-        return float(objective.score(Evidence(policy=equal, reference=equal, t=torch.zeros(1, dtype=torch.int64))).loss)
+        for error in (0.5, 0.25):
+            equal = torch.full((2, 1), error)
+            t = torch.zeros(1, dtype=torch.int64)
+            start = Evidence(equal, equal, t, distance=torch.zeros(2, 1), alignment=equal)
+            losses.append(float(objective.score(start).loss))
+        return losses[0] if losses[0] == losses[1] else None
     except (DiffalignError, RuntimeError, IndexError, AttributeError):  # its loss depends on more than the errors
         return None

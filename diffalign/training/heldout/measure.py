@@ -99,8 +99,8 @@ class FixedPoints:
         if shared is not None:
             shared = in_stratum(shared, place[1], self.points, networks.schedule.num_train_timesteps)
         probe = ask(objective, batch, networks, shared)
-        if objective.drawn is None or not probe.needs_reference:  # a network determines its points, which move
-            return probe
+        if objective.drawn is None or not probe.needs_reference or probe.needs_distance:
+            return probe  # its points move with a network that determines them, or errors alone do not serve the loss
         if place not in self._reference:
             with torch.no_grad():
                 self._reference[place] = errors(networks.reference, probe)
@@ -144,7 +144,10 @@ class FixedPoints:
 
 
 def in_stratum(points: SharedNoise, point: int, strata: int, timesteps: int) -> SharedNoise:
-    """Points in one of so many equal parts of the range of t, or of the timesteps that the objective draws from."""
+    """Points in one of so many equal parts of the range of t, or of the timesteps that the objective draws from.
+
+    Within a part every t is as likely as any other, whatever the density of the training is.
+    """
     allowed = tuple(range(timesteps)) if points.timesteps is None else tuple(sorted(points.timesteps))
     first, end = point * len(allowed) // strata, (point + 1) * len(allowed) // strata
-    return replace(points, timesteps=allowed[first : max(end, first + 1)])
+    return replace(points, timesteps=allowed[first : max(end, first + 1)], density=None)

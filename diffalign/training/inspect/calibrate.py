@@ -32,12 +32,13 @@ from torch import Tensor
 
 from diffalign.config.schema import Config
 from diffalign.config.sections import TrainingSection
-from diffalign.engine.measure import measure_and_backward, predictions, squared_errors
+from diffalign.engine.measure import compare, measure_and_backward, predictions, squared_errors
 from diffalign.errors import DiffalignError
 from diffalign.io.progress import Progress
 from diffalign.models.policy.networks import Networks
 from diffalign.objectives import Objective
 from diffalign.objectives.base import ask
+from diffalign.objectives.modified import Modified
 from diffalign.training.build import Run
 from diffalign.training.inspect.calibration_report import LARGEST_STEP, MOVEMENT, Calibration, Point
 from diffalign.training.optim.optimizers import make_lr_scheduler, make_optimizer
@@ -194,7 +195,7 @@ def _observed(networks: Networks, unit: Objective, views: Sequence[_View]) -> _O
         change += float(((now - view.base) ** 2).mean())
         base += view.base_square
         reference = view.base_errors if view.probe.needs_reference else None
-        evidence = view.probe.evidence(squared_errors(now, view.probe), reference)
+        evidence = compare(replace(view.probe, reference=reference, reference_answer=view.base), now)
         logits.append(_logit(unit.score(evidence)).double())
     joined = torch.cat(logits).cpu()
     return _Observed(math.sqrt(change / base), _spread(joined), joined)
@@ -331,6 +332,8 @@ def _logit(score: Score) -> Tensor:
 
 def _with(objective: Any, field: str, value: float) -> Any:
     """The objective with another scale; a count stays a count."""
+    if isinstance(objective, Modified):
+        return replace(objective, objective=_with(objective.objective, field, value))
     whole = next(f.type for f in fields(objective) if f.name == field) in ("int", int)
     return replace(objective, **{field: max(1, round(value)) if whole else float(value)})
 

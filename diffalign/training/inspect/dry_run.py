@@ -7,6 +7,8 @@ from typing import Any
 
 from diffalign.config.sections import DataSection, TrainingSection, ValidationSection
 from diffalign.data.table.prompts import Table
+from diffalign.objectives import Objective
+from diffalign.objectives.modified import Modified, plain_objective
 from diffalign.training.build import Run
 from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.inspect.memory_plan import memory_parts, sizes_of
@@ -41,7 +43,7 @@ def describe_run(run: Run, start: int = 0) -> str:
     checkpoints = ["checkpoint-N/"] if training.checkpointing_steps else []
     files = [*weights, "config.yaml", "run.json", "metrics.jsonl", RUN_PAGE, *checkpoints]
     rows = [
-        ("objective", f"{run.objective.name} {_settings(run.objective)}".strip()),
+        ("objective", _objective(run.objective)),
         ("model", f"{config.model.pretrained_model_name_or_path} ({run.base.family.name}, "
                   f"{run.base.schedule.prediction_type}), {total / 1e6:.2f} M parameters"),
         ("training", f"{config.tuning.describe(run.unet)}: {trained / 1e6:.3f} M parameters, reference: {reference}"),
@@ -150,6 +152,13 @@ def size_of(n: float) -> str:
 def _warmup(training: TrainingSection) -> str:
     inside = training.lr_warmup_steps >= training.max_train_steps
     return f"{training.lr_warmup_steps} warm-up steps{' (the run ends inside them)' if inside else ''}"
+
+
+def _objective(objective: Objective) -> str:
+    """Its name and settings, and the modifiers that are set."""
+    changes = objective.modifiers.changes if isinstance(objective, Modified) else {}
+    with_ = f", with {', '.join(f'{name}={value!r}' for name, value in changes.items())}" if changes else ""
+    return f"{objective.name} {_settings(plain_objective(objective))}".strip() + with_
 
 
 def _settings(chosen: Any) -> str:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.engine.measure import errors, joined_errors, point_chunks, weighed
+from diffalign.engine.measure import Models, along, point_chunks, seen_in_chunks, weighed, with_leaves
 from diffalign.engine.random import pair_key
 from diffalign.errors import DiffalignError
 from diffalign.io.progress import Progress
+from diffalign.models.policy.networks import Networks
 from diffalign.objectives import DiffusionDPO, Objective
 from diffalign.objectives.base import ask
 from diffalign.training.build import Run
@@ -100,6 +101,14 @@ def direction_values(found: list[Direction]) -> list[dict[str, Any]]:
     return [asdict(d) for d in found]
 
 
+class _SelfReferenced:
+    """The networks of a run without a reference, with the policy in its place."""
+
+    def __init__(self, networks: Networks) -> None:
+        self.schedule = networks.schedule
+        self.policy = self.reference = networks.policy
+
+
 class _Sums:
     """Gradients and errors of one objective, by quarter of the timestep range."""
 
@@ -116,25 +125,23 @@ class _Sums:
         quarter = (probe.t * QUARTERS // networks.schedule.num_train_timesteps).expand(probe.xt.shape[:-3])
         size = probe.points_per_forward or probe.points or 1
         chunks = [probe] if probe.points is None else point_chunks(probe, size)
+        # a run that has no reference starts where DPO's would be: at the policy's own errors
+        models: Models = _SelfReferenced(networks) if self.run.reference_kind == "none" else networks
         with torch.no_grad():
-            policy = joined_errors(networks.policy, chunks)
-            # a run that has no reference starts where DPO's would be: at the policy's own errors
-            frozen = networks.policy if self.run.reference_kind == "none" else networks.reference
-            reference = joined_errors(frozen, chunks) if probe.needs_reference else None
-        leaf = policy.requires_grad_()
-        evidence = probe.evidence(leaf, reference)
-        (slope,) = torch.autograd.grad(weighed(objective.score(evidence), evidence).loss.mean(), leaf)
+            chunks, evidence = seen_in_chunks(models, probe, chunks)
+        evidence, leaves = with_leaves(evidence)
+        slopes = torch.autograd.grad(weighed(objective.score(evidence), evidence).loss.mean(), leaves)
         for q in range(QUARTERS):
-            inside = (quarter == q).to(slope.device)
+            inside = (quarter == q).to(slopes[0].device)
             if not bool(inside.any()):
                 continue
-            weights = slope * inside
-            for chunk, weight in zip(chunks, [weights] if probe.points is None else weights.split(size, -1)):
-                found = errors(networks.policy, chunk)
-                grads = torch.autograd.grad((found * weight).sum(), parameters, allow_unused=True)
+            weights = [slope * inside for slope in slopes]
+            parts = [weights] if probe.points is None else zip(*(w.split(size, -1) for w in weights))
+            for chunk, part in zip(chunks, parts):
+                grads = torch.autograd.grad(along(chunk, networks.policy, part), parameters, allow_unused=True)
                 flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
                 self.gradient[q] += torch.cat([g.flatten() for g in flat]).float()
-        self._observe(probe, policy.detach(), quarter)
+        self._observe(probe, evidence.policy.detach(), quarter)
 
     def mean(self, name: str, part: slice, root: bool = False) -> tuple[float, float]:
         """Chosen and rejected side's mean over the points of some quarters."""
