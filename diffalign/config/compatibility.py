@@ -35,6 +35,7 @@ def check_together(config: Any) -> None:
     check_users(config)
     if config.tuning.reference is not None:
         can_have_a_reference(config)
+    can_move_the_reference(config)
     if config.source is not None:
         usable_together(config)
     can_hold_out(config)
@@ -215,6 +216,37 @@ def can_have_a_reference(config: Any) -> None:
             "tuning.reference: data.cache_trajectories and data.cache_reference_errors store results of the base; "
             "set them to false"
         )
+
+
+def can_move_the_reference(config: Any) -> None:
+    """Raises DiffalignError for a reference that cannot follow the policy, or settings of one that does not."""
+    training, objective = config.training, config.objective
+    own = type(training).model_fields
+    if training.ref_model_sync_steps is None:
+        for name in ("ref_model_mixup_alpha", "ref_model_max_distance"):
+            if getattr(training, name) != own[name].default:
+                raise DiffalignError(f"training.{name}: needs training.ref_model_sync_steps; without it nothing moves")
+        return
+    reason = None
+    if not objective.needs_reference:
+        reason = f"objective {objective.name} has no reference"
+    elif config.source is not None and config.source.own_reference:
+        reason = f"source {config.source.name} chooses the reference itself"
+    elif not config.tuning.may_follow:
+        reason = f"tuning.method {config.tuning.method} does not support it; use lora or full"
+    elif not config.tuning.starts_at_reference:
+        reason = "with tuning.resume_lora the policy does not start at its reference; give the file as tuning.reference"
+    elif config.data.cache_trajectories or config.data.cache_reference_errors:
+        reason = "data.cache_trajectories and data.cache_reference_errors store results of a fixed reference"
+    elif training.bf16_weights and training.ref_model_mixup_alpha < 1:
+        reason = "an average in bfloat16 would not move; use adamw, or training.ref_model_mixup_alpha: 1"
+    elif config.validation.pairs is not None and (objective.drawn is None or objective.needs_distance):
+        reason = (
+            f"validation.pairs are compared with the reference at its start, and {objective.name} with these settings "
+            "needs the reference itself at every measurement; remove validation.pairs"
+        )
+    if reason is not None:
+        raise DiffalignError(f"training.ref_model_sync_steps: {reason}")
 
 
 def can_keep_trajectories(config: Any) -> None:

@@ -63,7 +63,14 @@ OBJECTIVE_ONLY = {
         "users",
         "proportion_empty_prompts",
     ),
-    "training": ("ema_decay", "max_unet_forwards", "reference_batch_size"),
+    "training": (
+        "ema_decay",
+        "max_unet_forwards",
+        "reference_batch_size",
+        "ref_model_sync_steps",
+        "ref_model_mixup_alpha",
+        "ref_model_max_distance",
+    ),
 }
 STORED_BEFORE = {"gradient_checkpointing": "none"}  # 0.1.0's default, which its preference-model runs stored
 ADAM_ONLY = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -169,6 +176,10 @@ class TrainingSection(Section):
     train_batch_size: Count = 1  # pairs per device and micro-step
     gradient_accumulation_steps: Count = 1
     reference_batch_size: Count | None = None  # pairs in one forward of the reference; null: train_batch_size
+    # the reference follows the policy: (1 - alpha) reference + alpha policy after every so many steps; TRL's names
+    ref_model_sync_steps: Count | None = None  # null: the reference stays as it is
+    ref_model_mixup_alpha: Annotated[Fraction, Field(gt=0)] = 1.0  # 1: a copy of the policy
+    ref_model_max_distance: Positive | None = None  # of the reference from its start, relative; null: no bound
     learning_rate: LearningRate = 1e-5
     scale_lr: Switch = False  # learning_rate × processes × accumulation × batch
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"

@@ -8,9 +8,10 @@ h = −(β/2)(D^c − D^r); here w = ½ − .4·h takes the place of σ(−h), a
 has no gradient; at η > 0 each pair has some, however large its margin is. The loss is 0 on average at the start, and
 its value says little.
 
-As the released code (WhynotChen0105/Linear-DPO, train/train_sd_dpo.py), whose constants .2 and .5 these are. Differs:
-the reference is fixed. The paper moves it, as an exponential moving average of the policy; so does the release's SD1.5
-script, while its SDXL script has a fixed one.
+As the released code (WhynotChen0105/Linear-DPO, train/train_sd_dpo.py), whose constants .2 and .5 these are. The
+paper's reference is an exponential moving average of the policy; so is that of the release's SD1.5 script, while its
+SDXL script has a fixed one. Here `training.ref_model_sync_steps: 1` with `ref_model_mixup_alpha: 0.005` is that
+average.
 
 By hand: E_policy = (.4, .6), E_reference = (.5, .5), β = 2 → D^c − D^r = −.2, h = .2, w = .5 − .08 = .42,
 loss = .42·(.4 − .6) = −.084.

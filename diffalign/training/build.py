@@ -28,6 +28,7 @@ from diffalign.models.loading.components import complete_scheduler
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import Family, check_resolution
 from diffalign.models.loading.modules import UNet
+from diffalign.models.policy.moving_reference import MovingReference, ReferenceSync
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, Reference
 from diffalign.models.policy.sharding import HostCopy, parts, shard
@@ -115,8 +116,9 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     reference = make_run_reference(config, unet, base.family)
     if config.model.compile:
         compile_blocks(unet)
-        if isinstance(reference, FrozenCopy | FormerCopy):
-            compile_blocks(reference.module)
+        second = getattr(reference, "module", None)  # a UNet of the reference's own
+        if second is not None:
+            compile_blocks(second)
     if config.data.cache_dir is not None and not config.validation.prompts:
         encoder.unload()
     host = None
@@ -131,9 +133,10 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         autocast_dtype=AUTOCAST[training.mixed_precision],
         device=device,
     )
-    if heldout is not None and config.data.cache_reference_errors:
+    moving = reference if isinstance(reference, MovingReference) else None
+    if heldout is not None and (config.data.cache_reference_errors or moving is not None):
         with networks.gathered():
-            heldout.ask_reference(objective, networks)  # building the source frees the reference
+            heldout.ask_reference(objective, networks)  # building the source frees the reference, or it will move
     parameters = [p for p in unet.parameters() if p.requires_grad]
     lr = effective_lr(training, accelerator.num_processes)
     undecayed = config.tuning.undecayed(unet)
@@ -154,6 +157,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         scaler=torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16"),
         ema=None if training.ema_decay is None else make_ema(parts(parameters), training.ema_decay),
         reference_kind="none" if reference is None else reference.kind,
+        moving_reference=moving,
         lr=lr,
         table=table,
         heldout=heldout,
@@ -165,12 +169,16 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
 def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference | None:
     """The network that the policy is compared with, from the policy's unwrapped UNet before training.
 
-    A snapshot of the policy if the source chooses one, else the tuning method's reference. None for an objective
-    without a reference.
+    A snapshot of the policy if the source chooses one, one that follows it if the config says so, else the tuning
+    method's reference. None for an objective without a reference.
     """
     autocast = AUTOCAST[config.training.mixed_precision]
     if config.source is not None and config.source.own_reference:
         return make_former(unet, family, autocast)
+    training = config.training
+    if training.ref_model_sync_steps is not None:
+        alpha, most = training.ref_model_mixup_alpha, training.ref_model_max_distance
+        return MovingReference(unet, ReferenceSync(training.ref_model_sync_steps, alpha, most))
     return config.tuning.make_reference(unet, autocast) if config.objective.needs_reference else None
 
 

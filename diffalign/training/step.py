@@ -89,6 +89,8 @@ def accumulate_and_update(
         run.lr_scheduler.step()
         if run.ema is not None:
             run.ema.step(parts(run.parameters))
+        if run.moving_reference is not None:
+            run.moving_reference.after_update()
     if run.scaler.is_enabled():
         meter.add({"skipped_steps": torch.tensor([float(not updated)])})
 

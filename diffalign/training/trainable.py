@@ -21,6 +21,7 @@ from diffalign.errors import DiffalignError
 from diffalign.models.adapters.save_load import load_tuned, save_tuned
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.modules import UNet
+from diffalign.models.policy.moving_reference import MovingReference
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.sharding import HostCopy, is_sharded, parts
 from diffalign.objectives import Objective
@@ -57,6 +58,7 @@ class Trainable(ABC):
     lr_scheduler: LRScheduler
     scaler: torch.amp.GradScaler  # disabled unless fp16
     ema: Any | None = None  # diffusers' EMAModel
+    moving_reference: MovingReference | None = None  # a reference that follows the policy
     lr: float  # in force, after scale_lr
     identity: Identity = field(default_factory=dict)  # hashes of data and base, for the checkpoints
     callback_states: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -43,9 +43,17 @@ def started(config: Config, processes: int, where: Path) -> subprocess.Completed
 
 OBJECTIVES = {
     "dpo": {"name": "dpo", "beta": 500.0},
+    "dspo": {"name": "dspo", "beta": 0.5},  # its loss depends on the distance of policy and reference
     "inpo": {"name": "inpo", "beta": 500.0, "steps": 4},
     # guided, and its points backpropagated one at a time: all but the last without synchronising
-    "inversion_dpo": {"name": "inversion_dpo", "beta": 500.0, "steps": 3, "substeps": 2, "guidance": 2.0},
+    "inversion_dpo": {
+        "name": "inversion_dpo",
+        "beta": 500.0,
+        "steps": 3,
+        "substeps": 2,
+        "guidance": 2.0,
+        "safeguard_mu": 0.5,
+    },
     "seppo": {"name": "seppo", "beta": 500.0, "flip": "none"},  # a flip would turn rounding at D = 0 into a sign
 }
 # two iterations of one step; the second has the first one's policy as reference, written by the main process
@@ -60,7 +68,7 @@ SELFPLAY = {
 
 @pytest.mark.parametrize(
     ("method", "objective"),
-    [("lora", "dpo"), ("full", "dpo"), ("lora", "inpo"), ("full", "inversion_dpo"), ("lora", "seppo")],
+    [("lora", "dspo"), ("full", "dpo"), ("lora", "inpo"), ("full", "inversion_dpo"), ("lora", "seppo")],
 )
 def test_two_processes_give_the_update_of_one(
     method: str, objective: str, make_config: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path, pool: Pool
@@ -75,6 +83,8 @@ def test_two_processes_give_the_update_of_one(
     }
     if objective == "seppo":
         shared["source"] = SELFPLAY
+    if objective == "dspo":  # and with a reference that follows the policy
+        shared |= {"training.ref_model_sync_steps": 1, "training.ref_model_mixup_alpha": 0.5}
     if (method, objective) == ("full", "dpo"):  # and once through the cache, whose shards the processes share out
         shared["data.cache_dir"] = str(tmp_path / "cache")
     runs = {}

@@ -41,6 +41,7 @@ class LoRA(TuningMethod):
     """Low-rank adapters on the UNet's attention; the reference is the policy with its adapter switched off."""
 
     layout = LORA
+    may_follow = True
 
     rank: int = field(default=16, metadata={"ge": 1})
     alpha: float | None = field(default=None, metadata={"gt": 0})  # None: equal to rank
@@ -135,6 +136,7 @@ class FullFineTuning(TuningMethod):
 
     layout = UNET
     trains_base = True
+    may_follow = True
 
     reference: str | None = field(default=None, metadata=PATH)  # tuned weights; the policy starts there
 

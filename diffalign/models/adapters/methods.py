@@ -101,6 +101,9 @@ class TuningMethod:
 
     layout: ClassVar[WeightLayout]
     needs_users: ClassVar[bool] = False  # each pair has a user, and batches carry the users' embeddings
+    may_follow: ClassVar[bool] = (
+        False  # a reference can follow the policy: `models/policy/moving_reference.py` knows how
+    )
     trains_base: ClassVar[bool] = False  # the base's own weights change; False: they are frozen
     reference: str | None = None  # tuned weights of the reference, for methods with such a setting
 

@@ -4,6 +4,7 @@
     other_lora the policy's own network with other LoRA weights in its adapter, such as those of a soup
     copy       a frozen copy, made before training starts
     former     a snapshot of an earlier policy, which a source chooses (`snapshot_reference.py`)
+    moving     an average or copy of the policy that follows it during the run (`moving_reference.py`)
 
 A tuning method makes its own reference (`TuningMethod.make_reference`), and may have a kind of its own.
 With equal weights reference and policy give bitwise the same output: same kernels, same dtypes.
@@ -98,6 +99,11 @@ class OtherLora:
         if not own:
             raise ModelError("reference other_lora: this UNet has no LoRA layers for other weights; use reference copy")
         self.use({name: p.detach().clone() for name, p in own.items()} if weights is None else weights)
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The other weights by parameter name, which may be changed in place."""
+        return self._other
 
     def use(self, weights: Mapping[str, Tensor]) -> None:
         """From now on predicts with these weights, moved to the device and dtype of the adapter's own."""

@@ -73,6 +73,7 @@ def save_run(run: Trainable, step: int, callback_states: CallbackStates = _no_st
                 "lr_scheduler": run.lr_scheduler.state_dict(),
                 "scaler": run.scaler.state_dict(),
                 "ema": trained["ema"],
+                "reference": None if run.moving_reference is None else run.moving_reference.state_dict(),
                 "pairs_per_step": run.pairs_per_step,
                 "unet_forwards": forwards,
                 "max_train_steps": training.max_train_steps,
@@ -152,6 +153,12 @@ def restore(run: Trainable, folder: Path) -> int:
     if run.ema is not None:
         run.ema.load_state_dict(ema)
         run.ema.to(run.accelerator.device)
+    if run.moving_reference is not None:
+        if state.get("reference") is None:
+            raise TrainingError(
+                f"{folder} has no reference that follows the policy; unset training.ref_model_sync_steps"
+            )
+        run.moving_reference.load_state_dict(state["reference"])
     run.source.load_state_dict(load_source_state(folder))
     run.callback_states, run.restored_from = state.get("callbacks", {}), folder
     run.networks.image_forwards = state.get("unet_forwards", 0) if run.accelerator.is_main_process else 0

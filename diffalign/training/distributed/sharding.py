@@ -93,6 +93,8 @@ def _unsupported(config: Config) -> dict[str, str]:
         and "codes are no weights that FSDP2 shards; each process would hold all of them",
         "tuning.use_dora: true": bool(getattr(config.tuning, "use_dora", False))
         and "the lengths of rows need the whole weight outside of a block's forward",
+        "training.ref_model_sync_steps": training.ref_model_sync_steps is not None
+        and "a reference that follows the policy is not cut into shards yet",
     }
     return {key: reason for key, reason in found.items() if reason}
 
