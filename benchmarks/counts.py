@@ -24,6 +24,7 @@ from diffalign.engine.random import pair_key
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.adapters.lora import add_lora, fuse_lora, lora_layers
 from diffalign.models.kernels.attention import set_attention
+from diffalign.objectives.base import ask
 from diffalign.training.inspect.meta_forward import unet_inputs
 from diffalign.types import Conditioning, PairBatch, Transitions
 from tests.gpu_models import SDXL_SCHEDULER
@@ -161,7 +162,7 @@ def objective_rows(objective: Any, *, recompute: bool = False, transitions: bool
     if not transitions:
         batch = dataclasses.replace(batch, transitions=None)
     with torch.no_grad():
-        probe = objective.probe(batch, asked)
+        probe = ask(objective, batch, asked)
     measure_and_backward(asked, probe, objective.score)
     per_pair = {name: rows // pairs for name, rows in asked.rows.items()}
     return Rows(
