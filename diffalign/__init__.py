@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffalign.objectives import RobustDPO as RobustDPO
     from diffalign.objectives import SePPO as SePPO
     from diffalign.objectives import SmPO as SmPO
+    from diffalign.objectives.modified import modified as modified
     from diffalign.training.callbacks.base import Callback as Callback
     from diffalign.training.callbacks.base import TrainingState as TrainingState
     from diffalign.training.trainer import FullFineTuning as FullFineTuning
@@ -70,6 +71,7 @@ _HOME = {
     "disable_progress_bars": "diffalign.io.progress",
     **dict.fromkeys(("Callback", "TrainingState"), "diffalign.training.callbacks.base"),
     **dict.fromkeys(_OBJECTIVES.split(), "diffalign.objectives"),
+    "modified": "diffalign.objectives.modified",
     **dict.fromkeys(("Conditioning", "Evidence", "PairBatch", "Probe", "Score"), "diffalign.types"),
     **dict.fromkeys(
         ("FullFineTuning", "LoRA", "Trainer", "TrainingArguments", "load_pairs"), "diffalign.training.trainer"

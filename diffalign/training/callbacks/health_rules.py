@@ -146,7 +146,8 @@ RULES = {
         report="likelihood displacement: {displacement:.0%} of the chosen images are less likely than under the "
         "reference (rewards/chosen {rewards/chosen:.3g}) while margins grow ({rewards/margins:.3g}). The policy "
         "becomes worse at everything, only at the rejected images faster. Try a lower training.learning_rate, a "
-        "larger objective.beta, fewer steps, or an objective with a term for the chosen images (docs/objectives.md)",
+        "larger objective.beta, fewer steps, objective.safeguard_mu, or a term for the chosen images "
+        "(docs/objectives.md)",
         lower_lr=True,
     ),
     # Most logits are so large that σ no longer weighs pairs: those won have no gradient, those lost a full one.
