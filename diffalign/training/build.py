@@ -30,7 +30,7 @@ from diffalign.models.loading.family import Family, check_resolution
 from diffalign.models.loading.modules import UNet
 from diffalign.models.policy.moving_reference import MovingReference, ReferenceSync
 from diffalign.models.policy.networks import Networks
-from diffalign.models.policy.reference import FrozenCopy, Reference
+from diffalign.models.policy.reference import Reference
 from diffalign.models.policy.sharding import HostCopy, parts, shard
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
 from diffalign.models.text.notices import counted
