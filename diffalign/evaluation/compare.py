@@ -15,7 +15,7 @@ from diffalign.data.table.prompts import unique
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.guards import Look, look, mean_distance, pixel_features
 from diffalign.evaluation.manifest import GeneratedImage
-from diffalign.evaluation.report import BASE, ModelResult, Result, check_name, versions
+from diffalign.evaluation.report import BASE, ModelResult, Result, check_name, run_title, versions
 from diffalign.evaluation.scoring import Judges, Scoring, load_judges, score_images
 from diffalign.evaluation.stats import Paired, paired, ratio
 from diffalign.rewards import Scorer, tie_of
@@ -56,10 +56,13 @@ def compare(
     for name in tuned:
         check_name(name)
     judges = scorers if isinstance(scorers, Judges) else load_judges(scorers)
-    of_base = _measure(base, judges.every)
+    of_base = _measure(base, judges.every, BASE)
     rows, models = of_base.rows(BASE, 0), []
     for name, runs in tuned.items():
-        measured = [_measure(in_order(name, run, base), judges.every) for run in runs]
+        measured = [
+            _measure(in_order(name, run, base), judges.every, run_title(name, number, len(runs)))
+            for number, run in enumerate(runs, 1)
+        ]
         rows += [row for number, run in enumerate(measured) for row in run.rows(name, number)]
         models.append(_against_base(name, measured, of_base, judges))
     prompts = unique(image.prompt for image in base)
@@ -122,7 +125,8 @@ def in_order(name: str, run: Sequence[GeneratedImage], base: Sequence[GeneratedI
     return [found[key] for key in keys]
 
 
-def _measure(images: Sequence[GeneratedImage], judges: Sequence[Scorer]) -> _Measured:
+def _measure(images: Sequence[GeneratedImage], judges: Sequence[Scorer], name: str) -> _Measured:
+    """name: of the model, for the progress."""
     embed = next((judge.embed_images for judge in judges if hasattr(judge, "embed_images")), pixel_features)
     looks, features = [], []
 
@@ -130,7 +134,7 @@ def _measure(images: Sequence[GeneratedImage], judges: Sequence[Scorer]) -> _Mea
         looks.append(look(opened))
         features.append(embed(opened))
 
-    scores = score_images(images, judges, also=also)
+    scores = score_images(images, judges, also=also, title=f"score {name}")
     places: dict[str, list[int]] = {}
     for i, image in enumerate(images):
         places.setdefault(image.prompt, []).append(i)

@@ -21,7 +21,7 @@ from diffalign.evaluation.generate import generate_by
 from diffalign.evaluation.grid import comparison_grid
 from diffalign.evaluation.manifest import GeneratedImage
 from diffalign.evaluation.recipe import ImageRecipe, Tuned, as_tuned
-from diffalign.evaluation.report import BASE, Result, check_name
+from diffalign.evaluation.report import BASE, Result, check_name, run_title
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import Scoring, load_judges, write_rows
 from diffalign.io.files import save_text, written_whole
@@ -95,7 +95,13 @@ def evaluation(
     with folder_lock(folder, "an evaluation"):
         images = {
             name: [
-                generate_by(one, prompts, seeds, folder / "images" / f"{name}-{one.tag}", title=_title(name, run, some))
+                generate_by(
+                    one,
+                    prompts,
+                    seeds,
+                    folder / "images" / f"{name}-{one.tag}",
+                    title=run_title(name, run, len(some)),
+                )
                 for run, one in enumerate(some, 1)
             ]
             for name, some in recipes.items()
@@ -121,11 +127,6 @@ def write_result(
     shown = result.prompts[:: max(1, -(-len(result.prompts) // GRID_ROWS))]  # evenly over the list
     with written_whole(folder / "grid.png") as partial:
         comparison_grid(shown, _cells(columns, shown)).save(partial, "PNG")
-
-
-def _title(name: str, run: int, some: Sequence[ImageRecipe]) -> str:
-    """A model as its progress names it: by the name that was given, and of several runs which."""
-    return name if len(some) == 1 else f"{name}, run {run} of {len(some)}"
 
 
 def _listed(some: Weights | Sequence[Weights]) -> Sequence[Weights]:

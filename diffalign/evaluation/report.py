@@ -33,6 +33,11 @@ def check_name(name: str) -> None:
         )
 
 
+def run_title(name: str, run: int, runs: int) -> str:
+    """A model as progress lines name it: by the name that was given and, of several training runs, which (from 1)."""
+    return name if runs == 1 else f"{name}, run {run} of {runs}"
+
+
 @dataclass(frozen=True)
 class ModelResult:
     """One tuned model (or several training runs of one) against the base."""

@@ -65,17 +65,19 @@ def score_images(
     scorers: Sequence[Scorer],
     *,
     also: Callable[[Sequence[Image.Image]], None] | None = None,
+    title: str = "score",
 ) -> dict[str, NDArray[np.float64]]:
     """Scores [image] by scorer name. Raises ScorerError naming the image whose score is not finite.
 
-    `also` is called with each batch of opened images, so that other measures need not open them again.
+    `also` is called with each batch of opened images, so that other measures need not open them again. title: of
+    the progress.
     """
     scores: dict[str, list[float]] = {scorer.name: [] for scorer in scorers}
     if len(scores) < len(scorers):
         raise ScorerError(
             f"two scorers have the same name: {[scorer.name for scorer in scorers]}; name each scorer once"
         )
-    with Progress(total=len(images), desc="score", unit="img", delay=1.0) as bar:
+    with Progress(total=len(images), desc=title, unit="img", delay=1.0) as bar:
         for start in range(0, len(images), BATCH):
             some = images[start : start + BATCH]
             opened, prompts = [image.open() for image in some], [image.prompt for image in some]
