@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from diffalign.config.health_section import HealthSection
 from diffalign.config.schema import Config, parse_config, settings_of
 from diffalign.config.sections import DataSection, ModelSection, TrainingSection, ValidationSection
@@ -37,6 +39,7 @@ from diffalign.models.adapters.core_methods import LoRA as LoRA
 from diffalign.models.adapters.methods import TuningMethod
 from diffalign.models.loading.base import Base
 from diffalign.models.loading.from_pipeline import base_of_pipeline
+from diffalign.models.policy.sharding import is_sharded
 from diffalign.objectives import Objective
 from diffalign.training.callbacks.base import Callback, TrainingState, check_callbacks
 from diffalign.training.callbacks.run_page import print_summary
@@ -241,11 +244,21 @@ class Trainer:
         return evaluate(model, tuned, prompts, seeds, scorers=scorers, out_dir=folder, sampling=sampling)
 
     def save_model(self, folder: str | Path) -> Path:
-        """Writes the policy's weights as they are (the EMA's where there is one) in diffusers' layout."""
+        """Writes the policy's weights as they are (the EMA's where there is one) in diffusers' layout.
+
+        Every process calls it, and the main one writes. Raises DiffalignError before there are weights, and after a
+        sharded run has ended.
+        """
         if self.run is None:
             raise DiffalignError("save_model: nothing was trained yet; call train() first")
-        with self.run.averaged_weights():
-            self.run.save_weights(Path(folder))
+        if is_sharded(self.run.module) and not torch.distributed.is_initialized():
+            raise DiffalignError(
+                f"save_model: each process has a part of the weights, and the group of processes has ended; the final "
+                f"weights are in {self.output_dir}"
+            )
+        with self.run.averaged_weights(), self.run.ready_to_save():
+            if self.run.accelerator.is_main_process:
+                self.run.save_weights(Path(folder))
         return Path(folder)
 
     def _model_path(self) -> str:

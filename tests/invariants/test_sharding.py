@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from diffalign import Trainer
 from diffalign.config.schema import Config
 from diffalign.errors import DiffalignError
 from diffalign.models.loading.base import load_base
@@ -212,6 +213,14 @@ def test_what_sharding_does_not_support_is_refused_by_name(
     assert mesh_of(SimpleNamespace(num_processes=1)) is None
     with pytest.raises(DiffalignError, match=message):
         check_sharding(make_config(tiny_sd, changes))
+
+
+def test_weights_in_parts_cannot_be_joined_once_the_processes_have_ended() -> None:
+    trainer = Trainer.__new__(Trainer)
+    trainer.config = SimpleNamespace(output_dir="runs/mine")
+    trainer.run = SimpleNamespace(module=SimpleNamespace(reset_iter_state=None))
+    with pytest.raises(DiffalignError, match="final weights are in runs/mine"):
+        trainer.save_model("elsewhere")
 
 
 def test_whole_weights_pass_through() -> None:
