@@ -138,6 +138,8 @@ def relabelled(table: PairTable, decisions: Mapping[str, Decision]) -> Iterator[
         if (mask := table.mask(place)) is not None:
             more["mask"] = mask.tolist()
         more |= {name: values[place] for name, values in users.items()}
+        if more.get("user") is not None:
+            more["user"] = str(more["user"])  # ids may be numbers, and are compared as text
         own = tuple(str(values[place]) for values in uids)
         yield LabelledPair(
             table.prompts[place],

@@ -42,8 +42,8 @@ def chosen(table: PairTable) -> dict[str, tuple[int, int]]:
 def test_marks_change_the_labels_that_they_name_and_nothing_else(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = ["--without", "score_0"] if name == "new" else []  # a folder has no place for scores
-    source, out, marks = write_source(tmp_path), tmp_path / name, tmp_path / "decisions.csv"
+    without = ["--without", "score_0", "user"] if name == "new" else []  # a folder has no place for them
+    source, out, marks = write_source(tmp_path, user=7), tmp_path / name, tmp_path / "decisions.csv"
     before = source.read_bytes()
     marks.write_text(f'{HEAD}\nu00:u01,swap,"p0, a",0\nu20:u21,drop,"p2, a",1\nu30:u31,keep,"p3, a",1\n')
     command = ["data", "relabel", str(source), "--decisions", str(marks), "--out", str(out)]
@@ -62,6 +62,7 @@ def test_marks_change_the_labels_that_they_name_and_nothing_else(
     if name != "new":
         assert table.ids == ["u00:u01", "u10:u11", "u30:u31"]  # so that random draws stay
         assert [table.scores(i) for i in range(3)] == [(0, 0), (-1, 1), (-3, 3)]
+        assert table.column("user") == ["7"] * 3
         marks.write_text(marks.read_text().replace('u20:u21,drop,"p2, a",1\n', ""))
         assert "applied already" in fails(capsys, *command[:2], str(out), *command[3:-1], str(tmp_path / "again.jsonl"))
     assert ("exists; name another" if name == "new.parquet" else "is not an empty folder") in fails(capsys, *command)
