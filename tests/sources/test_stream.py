@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -215,7 +216,7 @@ def test_a_round_that_is_found_counts_and_says_what_making_it_did(
     """A round of a killed run is logged and counted as if it were made now. A damaged one is made again."""
 
     def source() -> Any:
-        networks = SimpleNamespace(image_forwards=0)
+        networks = SimpleNamespace(image_forwards=0, gathered=nullcontext)
         made_here: Any = toy_source(toy_context(tmp_path, networks=networks))
         roll = made_here.roll
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ def toy_context(folder: Path, **changes: Any) -> Context:
     spec = {"run_seed": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
     spec |= {f.name: changes.pop(f.name) for f in fields(LoaderSpec) if f.name in changes}
     context = Context(
-        networks=SimpleNamespace(image_forwards=0),
+        networks=SimpleNamespace(image_forwards=0, gathered=nullcontext),
         unet=None,
         former=None,
         family=None,
