@@ -149,6 +149,9 @@ KINDS: dict[str, Kind] = {
             "data": {"path": "{inputs}/prompts.txt"},
         },
     ),
+    "train, asynchronous checkpoints": Kind(
+        settings={"training": {"async_checkpoints": True, "checkpoints_total_limit": 1}}
+    ),
     "train, two processes, FSDP2": Kind(processes=2, settings=FULL, environment=FSDP2),
     "train, two processes, FSDP2, LoRA, EMA, cache": Kind(
         processes=2, settings={"data": CACHED, "training": {"ema_decay": 0.9}}, environment=FSDP2
