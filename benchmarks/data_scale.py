@@ -31,12 +31,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from diffalign.data.table.file_hash import SETTLED
+
 ROWS = (100, 1_000, 10_000, 100_000)
 SHARD = 10_000  # rows of a file
 GROUP = 100  # rows of a row group
 FILES = 512  # image files of the jsonl layout, which its rows share two by two
 READ, UNTIMED = 600, 100  # pairs
-DAY = 86_400.0  # seconds
 
 
 def images(count: int) -> list[bytes]:
@@ -182,8 +183,7 @@ def row_of(layout: str, rows: int, work: Path, check: bool) -> dict[str, Any]:
     (work / "data").mkdir(parents=True)
     os.environ["XDG_CACHE_HOME"] = str(work / "notes")
     path = LAYOUTS[layout](work / "data", rows)
-    for file in (work / "data").rglob("*"):
-        os.utime(file, (time.time() - DAY, time.time() - DAY))  # notes are made of files that nobody writes any more
+    time.sleep(SETTLED + 0.5)  # notes are made of files that nobody writes any more
     first = _in_child(work, path, check=False)
     line = {"layout": layout, "rows": rows, "first": first["start"], **_in_child(work, path, check=False)}
     if check:

@@ -28,6 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from benchmarks.forked import Death, Ended, import_all, run_forked
 from benchmarks.kill_kinds import KINDS, Kind, prepare, slug
@@ -61,13 +62,16 @@ def _digest(file: Path) -> str:
     """A hash. torch.save's bytes depend on which strings are one object, so states are compared by their values."""
     if file.suffix == ".pt":
         return _hash_of(torch.load(file, map_location="cpu", weights_only=True))
+    if file.name == ".metadata":  # of sharded states: where each part lies, with a random id
+        found = FileSystemReader(file.parent).read_metadata()
+        return hashlib.sha256(repr((found.state_dict_metadata, found.storage_data)).encode()).hexdigest()
     content = file.read_bytes()
     if file.name == "timing.jsonl":
         lines = [json.loads(line) for line in content.splitlines()]
         content = repr([{k: v for k, v in line.items() if k != "seconds"} for line in lines]).encode()
     if file.name == "manifest.json" and "content" in (tree := json.loads(content)):  # a run's: hashes of its files
         files = tree["content"]["files"]
-        states = {name: None for name in files if name.endswith(".pt")}
+        states = {name: None for name in files if name.endswith((".pt", ".metadata"))}
         content = repr(tree["content"] | {"files": files | states}).encode()
     return hashlib.sha256(content).hexdigest()
 

@@ -15,9 +15,9 @@ from benchmarks.data_scale import LAYOUTS, measured, prompt
 from benchmarks.faults import ERRORS, FAULTS, attempt
 from benchmarks.forked import Death
 from benchmarks.kill_kinds import KINDS
-from benchmarks.kills import Campaign, differences, state_of
+from benchmarks.kills import Campaign, differences, state_of, table
 from benchmarks.models import pairs_file
-from benchmarks.soak import sample, slope, soak
+from benchmarks.soak import STEPS_PER_ROUND, rows_of, sample, slope, soak
 from diffalign.data.table.open import open_pairs
 
 AT_ONCE: Any = SimpleNamespace(randint=lambda *_: 2)  # a fault from the second operation on
@@ -94,3 +94,23 @@ def test_data_of_every_layout_are_read_as_they_were_written(layout: str, tmp_pat
     path = LAYOUTS[layout](tmp_path, 7)
     assert measured(path, check=False).keys() == {"start", "identity", "ms/pair", "memory"}
     assert [row.prompt for row in open_pairs(path)] == [prompt(i) for i in range(7)]
+
+
+def test_the_committed_campaign_has_no_difference() -> None:
+    rows = json.loads((RESULTS / "kills.json").read_text())["kinds"]
+    assert len(rows) >= 14
+    assert sum(row["kills"] for row in rows) >= 300
+    assert all(row["equal"] == row["attempts"] and not row["faults"] for row in rows)
+    assert {row["kind"] for row in rows} <= KINDS.keys()
+    assert any("FSDP2" in row["kind"] and row["processes"] == 2 for row in rows)
+    assert table(rows) in (RESULTS / "kills.md").read_text()
+
+
+def test_the_committed_soak_opens_no_more_files() -> None:
+    found = json.loads((RESULTS / "soak.json").read_text())
+    assert (found["steps"]["steps"], found["rounds"]["steps"]) == (3000, 30 * STEPS_PER_ROUND)
+    text = (RESULTS / "soak.md").read_text()
+    for row in rows_of({name: found[name] for name in ("steps", "rounds")}):
+        assert " | ".join(row) in text
+    for name in ("steps", "rounds"):
+        assert abs(found[name]["per_1000_steps"]["files"]["slope"]) < 1e-9
