@@ -198,6 +198,7 @@ LAUNCH = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ({}, {"model.compile": True}, "model.compile"),
         ({}, {"model.channels_last": True}, "contiguous"),
         ({}, {"tuning.use_dora": True}, "tuning.use_dora"),
+        ({}, {"training.ref_model_sync_steps": 16}, "ref_model_sync_steps: 16 with FSDP"),
     ],
 )
 def test_what_sharding_does_not_support_is_refused_by_name(

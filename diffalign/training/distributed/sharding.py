@@ -91,6 +91,8 @@ def _unsupported(config: Config) -> dict[str, str]:
             getattr(config.tuning, "quantize_base", None)
         )
         and "codes are no weights that FSDP2 shards; each process would hold all of them",
+        f"training.ref_model_sync_steps: {training.ref_model_sync_steps}": training.ref_model_sync_steps is not None
+        and "a reference that follows the policy holds the weights as they were before they were cut; use null",
         "tuning.use_dora: true": bool(getattr(config.tuning, "use_dora", False))
         and "the lengths of rows need the whole weight outside of a block's forward",
         "training.ref_model_sync_steps": training.ref_model_sync_steps is not None
