@@ -19,6 +19,7 @@ from diffalign.cli.main import main, parse
 from diffalign.config.schema import Config, PreferenceModelConfig, load_config
 from diffalign.models.adapters.methods import known_methods
 from diffalign.objectives import OBJECTIVES
+from diffalign.objectives.modified import MODIFIERS
 from diffalign.sources import SOURCES
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +157,8 @@ def test_every_config_key_that_a_page_names_exists(page: Path) -> None:
 def exists(section: str, key: str) -> bool:
     if section in ("objective", "source"):
         classes = OBJECTIVES if section == "objective" else SOURCES
-        return key == "name" or any(key in cls.__dataclass_fields__ for cls in classes.values())
+        modifier = section == "objective" and key in MODIFIERS
+        return modifier or key == "name" or any(key in cls.__dataclass_fields__ for cls in classes.values())
     if section == "tuning":
         return key == "method" or any(key in cls.__dataclass_fields__ for cls in known_methods().values())
     hint = {**PreferenceModelConfig.model_fields, **Config.model_fields}[section].annotation

@@ -13,6 +13,7 @@ import diffalign
 from diffalign.config.schema import Config, PreferenceModelConfig
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.objectives import OBJECTIVES
+from diffalign.objectives.modified import MODIFIERS
 from diffalign.sources import SOURCES
 
 PACKAGE = Path(diffalign.__file__).parent
@@ -31,6 +32,7 @@ def sections() -> dict[str, set[str]]:
                 found.setdefault(name, set()).update(part.model_fields)
     for name, known in (("objective", OBJECTIVES), ("source", SOURCES)):
         found[name] = {"name"}.union(*({field.name for field in fields(each)} for each in known.values()))
+    found["objective"] |= MODIFIERS.keys()
     return found
 
 

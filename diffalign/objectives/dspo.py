@@ -39,7 +39,8 @@ class DSPO(OnSharedNoise):
 
     name: ClassVar[str] = "dspo"
     paper: ClassVar[str] = (
-        "Zhu et al., DSPO: Direct Score Preference Optimization for Diffusion Model Alignment, ICLR 2025"
+        "Zhu et al., DSPO: Direct Score Preference Optimization for Diffusion Model Alignment (ICLR 2025), "
+        "https://openreview.net/forum?id=xyfb9HHvMe"
     )
     takes_safeguard: ClassVar[bool] = True  # as in SDPO's release: λ on the rejected image's part of h
     needs_distance: ClassVar[bool] = True
