@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 SHARDS = 8  # of a data set in the cache folder
 READERS = 8  # footers read at a time
 ATTEMPTS = 3
+PATIENCE = 3600.0  # seconds that another process may take for a shard
 PAUSE = 0.05  # seconds between two looks at whether another process has fetched a shard
 
 
@@ -101,7 +102,7 @@ class RemoteParquet(ParquetColumns):
 
     def local(self, number: int) -> Path:
         """A shard on this machine, fetched if it is not here. Raises DataError, and NoSpaceError."""
-        file = Path(self.files[number])
+        file, began = Path(self.files[number]), time.monotonic()
         while not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -109,6 +110,8 @@ class RemoteParquet(ParquetColumns):
                     if not file.exists():
                         self._fetch(number, file)
             except FolderInUseError:
+                if time.monotonic() - began > PATIENCE:  # its owner may have ended on another machine
+                    raise
                 time.sleep(PAUSE)
         if number != self._used:
             with suppress(OSError):  # removed meanwhile: a file that is open stays readable
