@@ -115,7 +115,8 @@ class RemoteParquet(ParquetColumns):
                 time.sleep(PAUSE)
         if number != self._used:
             with suppress(OSError):  # removed meanwhile: a file that is open stays readable
-                os.utime(file)
+                now = time.time_ns()  # the system's own clock of files is too coarse to tell two uses apart
+                os.utime(file, ns=(now, now))
             self._used = number
         return file
 
