@@ -27,7 +27,10 @@ from benchmarks.counts import meta_unet
 from benchmarks.peak import Peak
 from diffalign.config.schema import Config, ConfigError, load_config
 from diffalign.experimental.fusing import fuse_kernels
+from diffalign.models.adapters.core_methods import LoRA
+from diffalign.models.adapters.methods import Start
 from diffalign.models.kernels.checkpointing import set_checkpointing
+from diffalign.models.kernels.quantized import Kind
 from diffalign.training.inspect.activation_memory import SavedForBackward
 from diffalign.training.inspect.memory_plan import OPTIMIZER_BYTES
 from diffalign.training.inspect.meta_forward import FusedAttention, cast_as_autocast, half_inputs, unet_inputs
@@ -40,9 +43,13 @@ PRESETS = Path(__file__).parent.parent / "training_configs" / "sdxl" / "memory"
 VAE_FACTOR = 8  # pixels to a latent's place
 
 
-def autocast_unet(unet_config: dict[str, Any], lora_rank: int | None) -> nn.Module:
+def autocast_unet(unet_config: dict[str, Any], lora_rank: int | None, quantized: Kind | None = None) -> nn.Module:
     """A UNet without weights that casts as CUDA's autocast to bfloat16 does: `meta` has none."""
-    unet = meta_unet(unet_config, lora_rank)
+    if quantized is None:
+        unet = meta_unet(unet_config, lora_rank)
+    else:
+        unet = meta_unet(unet_config, None).requires_grad_(False)
+        LoRA(rank=lora_rank or LoRA.rank, quantize_base=quantized).prepare(unet, Start())
     unet.set_attn_processor(FusedAttention())
     return cast_as_autocast(unet)
 
@@ -85,7 +92,8 @@ def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
         raise ConfigError("counted are bf16 runs of LoRA or of all weights, without EMA and without a source")
     if getattr(config.objective, "points_per_forward", 1) != 1:
         raise ConfigError("objective.points_per_forward: one point of a pair in a forward is counted here, set it to 1")
-    unet = autocast_unet(unet_config, config.tuning.rank if method == "lora" else None)
+    codes = getattr(config.tuning, "quantize_base", None)
+    unet = autocast_unet(unet_config, config.tuning.rank if method == "lora" else None, codes)
     if config.model.fused_kernels:
         fuse_kernels(unet.to(memory_format=torch.channels_last), "meta")
     n = _sizes(unet)
@@ -95,7 +103,7 @@ def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
     pictures, side = 2 * training.train_batch_size, (config.data.resolution or 1024) // VAE_FACTOR
     kept, peak = activations(unet, config.model.gradient_checkpointing, pictures, side)
     parts = {
-        "weights": trained + 2 * n["frozen half"] + 4 * n["frozen other"],
+        "weights": trained + 2 * n["frozen half"] + 4 * n["frozen other"] + sum(x.nbytes for x in unet.buffers()),
         "casts": 0 if training.bf16_weights else 2 * n["trained half"],
         "reference": 2 * n["trained half"] + 4 * n["trained other"] if asked and method == "full" else 0,
         "gradients": trained,

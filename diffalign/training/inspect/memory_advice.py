@@ -89,6 +89,8 @@ def _changes(config: Config, resolution: int) -> Iterator[Change]:
         yield Change({"training.ema_decay": None}, "the last weights are the final ones")
     if config.tuning.trains_base:
         yield Change({"tuning.method": "lora"}, "trains adapters in place of all weights")
+    if getattr(config.tuning, "quantize_base", "") is None and not shards():
+        yield Change({"tuning.quantize_base": "nf4"}, "the base's transformer blocks in 4 bits; slower")
     for optimizer in () if shards() else ("adamw_8bit", "adamw_8bit_bf16"):  # FSDP2 refuses them
         if optimizer != training.optimizer and not training.optimizer.startswith("adamw_8bit"):
             weights = ", weights in bfloat16" if optimizer.endswith("bf16") else ""

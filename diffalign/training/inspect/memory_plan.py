@@ -55,12 +55,15 @@ Counted = tuple[Sizes, float, float]  # and bytes of casts, and of one image's a
 
 
 def sizes_of(unet: nn.Module) -> Sizes:
-    """Of a UNet that is prepared for training; where it is sharded, of this process's part."""
+    """Of a UNet that is prepared for training; where it is sharded, of this process's part.
+
+    Weights that are stored as codes are buffers.
+    """
     own = parts(unet.parameters())
     trained = parts(p for p in unet.parameters() if p.requires_grad)
     return Sizes(
         parameters=sum(p.numel() for p in own),
-        weights=sum(p.numel() * p.element_size() for p in own),
+        weights=sum(x.numel() * x.element_size() for x in (*own, *unet.buffers())),
         trained=sum(p.numel() for p in trained),
         gradients=sum(p.numel() * p.element_size() for p in trained),
     )

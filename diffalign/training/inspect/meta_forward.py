@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.models.kernels.checkpointing import store_for_autocast
+from diffalign.models.kernels.quantized import QuantizedLinear
 
 
 class FusedAttention:
@@ -47,7 +48,7 @@ def cast_as_autocast(unet: nn.Module) -> nn.Module:
     for layer in unet.modules():
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
             layer.register_forward_pre_hook(_norm_casts)
-        elif isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "base_layer"):
+        elif isinstance(layer, nn.Linear | nn.Conv2d | QuantizedLinear) or hasattr(layer, "base_layer"):
             layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
     return unet
 
