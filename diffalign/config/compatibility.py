@@ -318,8 +318,16 @@ def usable_together(config: Any) -> None:
                 f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the "
                 "objective compares the steps that the source sampled; set both to the same value"
             )
-    idle = ["cache_dir", "invert_preference", "dataloader_num_workers", "scores", "curriculum", "draws_per_pair"]
-    idle += ["aspect_buckets"]
+    idle = [
+        "pairs_of_ranking",
+        "cache_dir",
+        "invert_preference",
+        "dataloader_num_workers",
+        "scores",
+        "curriculum",
+        "draws_per_pair",
+    ]
+    idle += ["aspect_buckets", "pairs_of_ranking"]
     if source.data == "prompts":
         idle += ["format", "split", "columns", "random_flip", "center_crop", "verify"]
     if set_ := [name for name in idle if getattr(data, name) != type(data).model_fields[name].default]:

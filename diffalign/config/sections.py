@@ -39,7 +39,7 @@ from diffalign.config.value_types import (
     Workers,
 )
 from diffalign.data.prompt_sets.known import named
-from diffalign.data.spec import DataSpec
+from diffalign.data.spec import DataSpec, PairsOfRanking
 from diffalign.data.table.score_aggregation import Aggregate, Axis
 from diffalign.errors import DiffalignError
 from diffalign.models.spec import ModelSpec
@@ -133,6 +133,8 @@ class DataSection(Section):
     columns: dict[Text, Text] = {}  # noqa: RUF012 - pydantic copies it
     max_pairs: Count | None = None
     invert_preference: Switch = False
+    # of rankings of several images (HPDv2's json): all pairs, the best with the worst, or neighbours in the ranking
+    pairs_of_ranking: PairsOfRanking = "all"
     # files of scores by `diffalign data score`, in place of score columns: one, several, or named axes with weights
     scores: Scores | None = None
     aggregate: Aggregate = "sum"  # how several axes of scores become a pair's two
@@ -164,7 +166,10 @@ class DataSection(Section):
     @property
     def spec(self) -> DataSpec:
         """How the rows are read as pairs."""
-        shared = {name: getattr(self, name) for name in ("format", "split", "max_pairs", "invert_preference", "verify")}
+        shared = {
+            name: getattr(self, name)
+            for name in ("format", "split", "max_pairs", "invert_preference", "verify", "pairs_of_ranking")
+        }
         return DataSpec(columns=self.columns or {}, **shared)
 
 

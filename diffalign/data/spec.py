@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from diffalign.data.row import DataError
 
+PairsOfRanking = Literal["all", "best_worst", "adjacent"]
 Verify = Literal["none", "header", "full"]
 
 
@@ -24,12 +25,17 @@ class DataSpec:
     columns: Mapping[str, str] = field(default_factory=dict)
     max_pairs: int | None = None  # stop after this many usable pairs
     invert_preference: bool = False  # swap chosen and rejected
+    pairs_of_ranking: PairsOfRanking = "all"  # of several ranked images: all pairs, the best with the worst, neighbours
     keep_ties: bool = False  # include rows labelled 0.5/0.5; without score columns the labels become the scores
     verify: Verify = "header"  # none opens no image, header reads type and size of each, full decodes each
 
     def __post_init__(self) -> None:
         if self.verify not in ("none", "header", "full"):
             raise DataError(f"verify={self.verify!r}; allowed are 'none', 'header' and 'full'")
+        if self.pairs_of_ranking not in get_args(PairsOfRanking):
+            raise DataError(
+                f"pairs_of_ranking={self.pairs_of_ranking!r}; allowed are {', '.join(get_args(PairsOfRanking))}"
+            )
 
 
 AS_FOUND = DataSpec()

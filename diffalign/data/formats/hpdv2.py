@@ -1,6 +1,7 @@
 """HPDv2's json: several images of one prompt with a preference (train.json) or a ranking (test.json) of them.
 
-Every ordered pair of images of an entry becomes a row, with the entry's weight, margin and mask where it has them.
+Every two images of an entry become a row, with the entry's weight, margin and mask where it has them, or those of its
+pairs that `RankedColumns.only` chooses.
 Image paths are relative to the json file or to the folder beside it that has its name (train.json and train/).
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffalign.data.row import DataError
 from diffalign.data.weights import TERMS
 
 IMAGES = ("image_path", "file_path")
+PAIRS_OF_RANKING = ("all", "best_worst", "adjacent")
 NEEDED = "prompt, image_path, and human_preference (1 = preferred) or rank (1 = best)"
 
 
@@ -33,7 +35,7 @@ def open_json(file: Path) -> ListColumns:
         raise DataError(f"{file} must be a non-empty list of objects ({NEEDED})")
     ranked = any(isinstance(entry.get(name), list) for entry in entries if isinstance(entry, dict) for name in IMAGES)
     rows: list[dict[str, Any]] = []
-    wheres, faults = [], {}
+    wheres, faults, chosen = [], {}, []
     for number, entry in enumerate(entries):
         where = f"{file.name} entry {number}"
         fault = _fault(entry, ranked)
@@ -42,11 +44,55 @@ def open_json(file: Path) -> ListColumns:
                 faults[len(rows)] = fault
             rows.append({} if fault else entry)
             wheres.append(where)
+            chosen.append(tuple(PAIRS_OF_RANKING))
             continue
+        kinds = _kinds(entry)
         for first, second in combinations(range(len(_paths(entry))), 2):
             rows.append(_row(entry, first, second, file))
             wheres.append(f"{where} images {first}, {second}")
-    return ListColumns(rows, wheres, storage=file.name, base=file.parent, faults=faults)
+            chosen.append(("all", *(kind for kind, pairs in kinds.items() if {first, second} in pairs)))
+    if not ranked:
+        return ListColumns(rows, wheres, storage=file.name, base=file.parent, faults=faults)
+    return RankedColumns(rows, wheres, chosen, file, faults)
+
+
+class RankedColumns(ListColumns):
+    """The pairs of rankings."""
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        wheres: list[str],
+        chosen: list[tuple[str, ...]],
+        file: Path,
+        faults: dict[int, str],
+    ) -> None:
+        """chosen: for each row, which choices of `PAIRS_OF_RANKING` it belongs to."""
+        super().__init__(rows, wheres, storage=file.name, base=file.parent, faults=faults)
+        self.parts = rows, wheres, chosen, file, faults
+
+    def only(self, choice: str) -> RankedColumns:
+        """The pairs of one choice, and the entries with a fault."""
+        rows, wheres, chosen, file, faults = self.parts
+        places = [row for row, choices in enumerate(chosen) if choice in choices]
+        return RankedColumns(
+            [rows[i] for i in places],
+            [wheres[i] for i in places],
+            [chosen[i] for i in places],
+            file,
+            {new: faults[i] for new, i in enumerate(places) if i in faults},
+        )
+
+
+def _kinds(entry: dict[str, Any]) -> dict[str, list[set[int]]]:
+    """The pairs of an entry's images by choice; of images that are equally good the first is best, the last worst."""
+    order: Any = entry.get("human_preference", entry.get("rank"))
+    if not all(isinstance(x, int) or (isinstance(x, float) and math.isfinite(x)) for x in order):
+        return {kind: [] for kind in PAIRS_OF_RANKING}  # the rows are dropped, with the reason
+    sign = -1 if "human_preference" in entry else 1
+    best_first = sorted(range(len(order)), key=lambda i: (sign * order[i], i))
+    adjacent = [{one, two} for one, two in pairwise(best_first)]
+    return {"best_worst": [{best_first[0], best_first[-1]}], "adjacent": adjacent}
 
 
 def _paths(entry: dict[str, Any]) -> Any:

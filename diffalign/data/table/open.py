@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffalign.data.formats import pickapic, preference, two_prompts
 from diffalign.data.formats.columns import Columns
-from diffalign.data.formats.hpdv2 import open_json
+from diffalign.data.formats.hpdv2 import RankedColumns, open_json
 from diffalign.data.formats.image_folder import is_pair_folder, open_folder
 from diffalign.data.formats.parquet import open_parquet
 from diffalign.data.formats.pickapic import Layout
@@ -49,6 +49,13 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
     Raises DataError when the file or folder cannot be read as pairs at all.
     """
     stored = open_columns(path, spec.split) if isinstance(path, str | Path) else path
+    if spec.pairs_of_ranking != "all":
+        if not isinstance(stored, RankedColumns):
+            raise DataError(
+                f"pairs_of_ranking={spec.pairs_of_ranking!r}: {path} has pairs and no rankings, which are HPDv2's json "
+                "(rank or human_preference of several images); remove it"
+            )
+        stored = stored.only(spec.pairs_of_ranking)
     remote = isinstance(stored, RemoteParquet)
     stored, layout = find_layout(stored, spec.format, spec.columns)
     if remote:
