@@ -65,7 +65,7 @@ def report(found: Calibration) -> str:
     name, value = f"objective.{found.field}", _number(found.proposed)
     lines = ["| step | predictions moved | spread of the logit at a scale of 1 | weights moved |", "|---|---|---|---|"]
     lines += [f"| {p.step} | {p.movement:.2%} | {p.spread:.3g} | {p.weights:.2g} |" for p in found.path]
-    lines += [f"(steps of {found.batch} pairs at lr {found.path_lr:.2g}, measured at {found.pairs} later visits of pairs)", ""]
+    lines += [f"(steps of {found.batch} pairs at lr {found.path_lr:.2g}, measured at {found.pairs} later visits)", ""]
     if found.anchored:
         lines.append(
             f"{name}: when the predictions have moved by {MOVEMENT:.0%} of the reference's error, the logit's spread "
