@@ -27,6 +27,8 @@ def check_together(config: Any) -> None:
     if config.training.bf16_weights:
         can_train_in_bf16(config)
     check_data(config.data)
+    if config.data.aspect_buckets is not None:
+        check_buckets(config.data, config.training)
     check_remote(config.data, config.validation.pairs, config.source)
     if config.data.cache_trajectories:
         can_keep_trajectories(config)
@@ -79,8 +81,6 @@ def check_quantized(config: Any) -> None:
 
 def check_data(data: DataSection) -> None:
     """Raises DiffalignError for settings of a cache or of scores that are not there."""
-    if data.aspect_buckets is not None:
-        check_buckets(data)
     if data.cache_variants > 1 and data.cache_dir is None:
         raise DiffalignError("data.cache_variants needs data.cache_dir: without a cache every visit crops again")
     if data.aggregate != "sum" and len(data.axes) < 2:
@@ -89,8 +89,13 @@ def check_data(data: DataSection) -> None:
         raise DiffalignError("data.relabel needs data.scores, a file written by `diffalign data score`")
 
 
-def check_buckets(data: DataSection) -> None:
+def check_buckets(data: DataSection, training: TrainingSection) -> None:
     """Raises DiffalignError for settings that pairs of several sizes exclude."""
+    if training.reference_batch_size is not None:
+        raise DiffalignError(
+            "data.aspect_buckets: training.reference_batch_size puts several micro-batches into one forward, and they "
+            "may have several sizes; remove it"
+        )
     if data.verify == "none":
         raise DiffalignError("data.aspect_buckets needs the sizes of the images, which verify: none does not read")
     if data.curriculum is not None:

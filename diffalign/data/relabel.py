@@ -167,9 +167,15 @@ def counts(table: PairTable, decisions: Mapping[str, Decision]) -> str:
     if kinds:
         rows = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         said += f"; rows that are no usable pairs are left out ({rows})"
-    layout = table.layout
-    parts = (layout.prompt, *layout.images, *layout.labels, layout.has_label, *layout.uids, *(layout.scores or ()))
-    known = {*parts, *layout.terms.values(), layout.user, layout.user_embed, "are_different"}
-    if lost := [name for name in table.columns.names if name not in known]:
+    if lost := lost_columns(table):
         said += f"; without the columns {', '.join(lost)}"
     return said
+
+
+def lost_columns(table: PairTable) -> list[str]:
+    """The columns of a table that pairs are written without; a uid of the whole pair, not of its images, is one."""
+    layout = table.layout
+    uids = layout.uids if len(layout.uids) == 2 else ()
+    parts = (layout.prompt, *layout.images, *layout.labels, layout.has_label, *uids, *(layout.scores or ()))
+    known = {*parts, *layout.terms.values(), layout.user, layout.user_embed, "are_different"}
+    return [name for name in table.columns.names if name not in known]

@@ -61,6 +61,9 @@ def open_remote(url: str, split: str) -> RemoteParquet:
     return RemoteParquet(url, [str(file) for file in of_split([Path(name) for name in shards], folder, split)])
 
 
+VERSION = ("size", "ETag", "LastModified", "last-modified", "mtime", "sha256")  # what stores state about a file
+
+
 class RemoteParquet(ParquetColumns):
     """Rows of remote parquet files of one schema, in the order of their names."""
 
@@ -186,7 +189,8 @@ def _store(url: str) -> tuple[Any, str]:
 
 def _key(store: Any, name: str) -> str:
     """A name for a shard's content as the store knows it: another size or version is another key."""
-    return str(store.ukey(name))[:16]
+    facts = [str(store.ukey(name)), *(str(store.info(name).get(fact)) for fact in VERSION)]  # http's ukey is its URL's
+    return hashlib.blake2b("\0".join(facts).encode(), digest_size=8).hexdigest()
 
 
 def _said(error: BaseException) -> str:

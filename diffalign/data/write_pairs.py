@@ -10,14 +10,18 @@ Images are those of the source, byte for byte. Every layout appears complete or 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from diffalign.data.formats.pickapic import write_pickapic
 from diffalign.data.row import ImageRef
+from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import TERMS
 from diffalign.errors import DiffalignError, ExistingFileError
 from diffalign.io.files import written_whole
@@ -132,10 +136,33 @@ def _write_folder(out: Path, pairs: Iterable[LabelledPair]) -> None:
                     (partial / side / f"{name}{_ending(data, ref)}").write_bytes(data)
 
 
+def _format_ending(data: bytes) -> str:
+    """The ending of a format that PIL recognises; empty for others."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            endings = [ending for ending, name in Image.registered_extensions().items() if name == image.format]
+    except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        return ""
+    return endings[0] if endings else ""
+
+
+def check_images_stay(out: Path, table: PairTable, pairs: str) -> None:
+    """Raises DiffalignError where the images of a new listing would replace those that its pairs come from."""
+    if out.suffix != ".jsonl" or not (folder := images_of(out).resolve()).exists():
+        return
+    for index in range(len(table)):
+        for ref in table.stored(index):
+            if ref.path is not None and folder in Path(ref.path).resolve().parents:
+                raise DiffalignError(
+                    f"--out {out} would replace the folder {images_of(out)}, which has images of {pairs} (first: "
+                    f"{ref.where}); name another file"
+                )
+
+
 def _ending(data: bytes, ref: ImageRef) -> str:
     """The file ending of encoded bytes, as they begin; that of the source's file for formats that begin otherwise."""
     known = next((ending for start, ending in _ENDINGS.items() if data.startswith(start)), None)
-    ending = known or Path(ref.path or "").suffix
+    ending = known or ("" if ref.span is not None else Path(ref.path or "").suffix) or _format_ending(data)
     if not ending:
         raise DiffalignError(f"{ref.where}: the image's format is not known; write the pairs to a .parquet file")
     return ending

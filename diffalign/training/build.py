@@ -104,7 +104,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     objective.check_schedule(base.schedule)
 
     encoder = Encoder(base, device)
-    resolution = _resolution(config.data, base)
+    resolution = resolution_of(config.data, base)
     build_source = source_builder(config, accelerator, table, encoder, resolution)
     heldout = None
     if table.heldout is not None:
@@ -190,7 +190,7 @@ def shard_networks(unet: UNet, reference: Reference | None, mesh: Any, autocast_
     shard(unet, mesh, autocast_dtype)
 
 
-def _resolution(data: DataSection, base: Base) -> int:
+def resolution_of(data: DataSection, base: Base) -> int:
     """Side of square images in pixels. Raises ModelError where the base cannot take it, or the side of a bucket."""
     resolution = data.resolution or base.family.default_resolution
     if base.vae is not None:

@@ -98,7 +98,12 @@ def _with_results(
         found: LatentSource
         facts: dict[str, Any]
         if config.data.cache_trajectories:
-            facts = {"network": fingerprint, "precision": training.mixed_precision}
+            codes = getattr(config.tuning, "quantize_base", None)
+            facts = {
+                "network": fingerprint,
+                "precision": training.mixed_precision,
+                **({"codes": codes} if codes else {}),
+            }
             found = _trajectories(objective, source, networks, facts, work)
         else:
             kernels = _kernels(config.model, config.tuning, training, accelerator.device)
@@ -264,4 +269,11 @@ def _kernels(
         "channels_last": model.channels_last,
         "text": "once for both sides",  # matmuls of other sizes may round otherwise
         **({} if fused is None else {"fused_kernels": fused}),
+        **_codes(tuning),
     }
+
+
+def _codes(tuning: TuningMethod) -> dict[str, str]:
+    """How the base is stored where it is not as it was loaded, which its fingerprint does not tell."""
+    kind = getattr(tuning, "quantize_base", None)
+    return {} if kind is None else {"codes": kind}

@@ -260,6 +260,9 @@ def _same_settings(recorded: Path, now: dict[str, Any]) -> None:
     if (now["data"].get("curriculum") or {"steps": 0})["steps"] is None:  # as long as the run: its order would change
         length = [tree["training"]["max_train_steps"] for tree in (was, now)]
         changed += [("training.max_train_steps", *length)] if length[0] != length[1] else []
+    batch = [tree["training"]["train_batch_size"] for tree in (was, now)]
+    if now["data"].get("aspect_buckets") is not None and batch[0] != batch[1]:  # a micro-batch is a group of a bucket
+        changed.append(("training.train_batch_size", *batch))
     if changed:
         lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)
         raise ConfigError(

@@ -152,6 +152,17 @@ def test_a_substitute_has_the_size_of_the_pair_that_it_stands_in_for(tmp_path: P
     assert source.problems
 
 
+def test_the_only_pair_of_a_bucket_has_no_substitute(tmp_path: Path) -> None:
+    rows = pick_rows(5)
+    for row in rows[1:]:
+        row["jpg_0"], row["jpg_1"] = png(1, SQUARE), png(2, SQUARE)
+    rows[0] |= {"jpg_0": png(0, WIDE)[:300], "jpg_1": png(1, WIDE)}
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows))
+    source = OfflinePairs(table, Online(FakeEncoder(), 32, buckets=buckets(table)), LoaderSpec(3, 1))
+    with pytest.raises(DataError, match="the only pair of the aspect bucket 40x24"):
+        list(islice(source.batches(), 5))
+
+
 def test_sizes_that_are_not_read_are_refused(tmp_path: Path) -> None:
     table = open_pairs(write_parquet(tmp_path / "pairs.parquet", pick_rows(3)), DataSpec(verify="none"))
     with pytest.raises(DataError, match="needs the sizes of the images"):

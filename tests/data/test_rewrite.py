@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from diffalign.data.rewrite.duplicates import find_duplicates
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
-from tests.data.helpers import FakeEncoder, pick_rows, png, write_parquet
+from tests.data.helpers import FakeEncoder, pick_rows, picture, png, write_parquet
 from tests.data.loader.test_offline_pairs import assert_same, joined
 
 Said = pytest.CaptureFixture[str]
@@ -73,6 +76,56 @@ def test_a_split_shares_no_prompt_and_loses_no_pair(tmp_path: Path, capsys: Said
     few = ["split", str(file), "--share", "0.05", "--out", str(tmp_path / "a.jsonl"), "--heldout-out"]
     assert "--share: a share of 0.05" in refused([*few, str(tmp_path / "b.jsonl")], capsys)
     assert "name two places" in refused([*few, str(tmp_path / "a.jsonl")], capsys)
+
+
+def test_images_of_the_source_stay(tmp_path: Path, capsys: Said) -> None:
+    """A listing's folder of images, its own source, and the other part of a split are not replaced."""
+    file = write_parquet(tmp_path / "a.parquet", pick_rows(6, prompts=6))
+    main(["data", "convert", str(file), "--out", str(tmp_path / "pairs.jsonl")])
+    listing = tmp_path / "copy.jsonl"
+    listing.write_text((tmp_path / "pairs.jsonl").read_text())  # names files in pairs_images/
+    overwrite = ["--out", str(tmp_path / "pairs.jsonl"), "--overwrite"]
+    assert "has images of" in refused(["dedupe", str(listing), *overwrite], capsys)
+    main(["data", "convert", str(file), "--out", str(tmp_path / "b_images")])
+    assert "in the way of" in refused(
+        ["convert", str(tmp_path / "b_images"), "--out", str(tmp_path / "b.jsonl")], capsys
+    )
+    for one, two in (("o.jsonl", "o_images"), ("q/train", "q")):
+        parts = ["--out", str(tmp_path / one), "--heldout-out", str(tmp_path / two)]
+        assert "in each other's way" in refused(["split", str(file), *parts, "--share", "0.4"], capsys)
+    assert len(open_pairs(tmp_path / "pairs.jsonl")) == len(open_pairs(tmp_path / "b_images")) == 6
+
+
+def test_lost_columns_are_named_and_odd_formats_keep_their_ending(tmp_path: Path, capsys: Said) -> None:
+    rows = [{"prompt": f"p{i}", "uid": f"id{i}", "model": "m"} for i in range(2)]
+    for i, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            row[side] = f"{i}_{side}.tiff"
+            picture(10 * i + len(side)).save(tmp_path / row[side])
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with tarfile.open(tmp_path / "pairs.tar", "w") as file:
+        for i, row in enumerate(rows):
+            for part, name in (("txt", None), ("chosen.tiff", row["chosen"]), ("rejected.tiff", row["rejected"])):
+                data = row["prompt"].encode() if name is None else (tmp_path / name).read_bytes()
+                info = tarfile.TarInfo(f"{i:03d}.{part}")
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    main(["data", "convert", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out.parquet")])
+    assert "left out: the columns uid, model" in capsys.readouterr().out
+    main(["data", "convert", str(tmp_path / "pairs.tar"), "--out", str(tmp_path / "folder")])
+    assert sorted(p.suffix for p in (tmp_path / "folder/chosen").iterdir()) == [".tif", ".tif"]
+    assert len(open_pairs(tmp_path / "folder")) == 2
+
+
+def test_ties_and_users_have_labels_of_their_own(tmp_path: Path) -> None:
+    rows = pick_rows(1) * 5
+    rows = [{**row, "user": "b" if i == 4 else "a"} for i, row in enumerate(rows)]
+    for i, (one, two) in enumerate(((0.5, 0.5), (1.0, 0.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0))):
+        rows[i] |= {"label_0": one, "label_1": two}
+    table = open_pairs(write_parquet(tmp_path / "pairs.parquet", rows), DataSpec(keep_ties=True))
+    found = find_duplicates(table)
+    assert found.repeated == [2, 3]
+    assert found.contradictory == [0, 1, 2, 3]  # a tie and a preference of one user; the other user has one label
 
 
 def test_doubles_go_and_contradictions_are_asked_about(tmp_path: Path, capsys: Said) -> None:

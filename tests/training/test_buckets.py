@@ -26,6 +26,7 @@ from tests.training.test_run import metrics, weights
 
 MakeConfig = Callable[..., Config]
 SHAPES = ((96, 48), (40, 80), (64, 64))
+ACCUMULATION: dict[str, object] = {"training.gradient_accumulation_steps": 2}
 KOHYA = {"table": "kohya", "step": 8}
 
 
@@ -113,14 +114,25 @@ def test_a_resumed_run_and_two_processes_are_the_run(bucketed: MakeConfig, tmp_p
     ]
 
 
+def test_a_resumed_run_has_the_same_micro_batches(bucketed: MakeConfig) -> None:
+    shared = {"training.max_train_steps": 1, "training.checkpointing_steps": 1}
+    run_training(bucketed({**shared, "training.train_batch_size": 4}))
+    other = {"training.train_batch_size": 2, "training.gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigError, match=r"training\.train_batch_size: was 4, is 2"):
+        run_training(bucketed({**shared, **other, "training.resume_from_checkpoint": "latest"}))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("training.reference_batch_size", 4, "several micro-batches into one forward"),
         ("data.verify", "none", "needs the sizes of the images"),
         ("data.curriculum", {"chunks": 2}, "each decide which pairs make a micro-batch"),
         ("source", {"name": "selfplay"}, "data.aspect_buckets: source selfplay generates its images"),
     ],
 )
 def test_what_cannot_be_together_is_refused(key: str, value: object, message: str, bucketed: MakeConfig) -> None:
+    more: dict[str, dict[str, object]] = {"data.curriculum": {"data.scores": "a"}}
+    more["training.reference_batch_size"] = ACCUMULATION
     with pytest.raises(ConfigError, match=message):
-        bucketed({key: value, **({"data.scores": "scores.jsonl"} if key == "data.curriculum" else {})})
+        bucketed({key: value, **more.get(key, {})})

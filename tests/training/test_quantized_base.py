@@ -47,6 +47,21 @@ def test_it_starts_at_log_2_and_a_resumed_run_is_the_same(
     assert f"on a base in {kind}" in describe_run(run)
 
 
+def test_stored_errors_of_another_base_are_not_used(make_config: MakeConfig, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """One latent cache, whose reference errors are those of the base as it is, and of its codes."""
+    shared: dict[str, object] = {
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.cache_reference_errors": True,
+        "data.draws_per_pair": 1,
+        "training.max_train_steps": 1,
+    }
+    for kind in (None, "nf4"):
+        output_dir = tmp_path / str(kind)
+        run_training(make_config(tiny_sdxl, {**shared, "tuning.quantize_base": kind, "output_dir": str(output_dir)}))
+        line = json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[0])
+        assert line["loss"] == float(torch.tensor(2.0).log())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

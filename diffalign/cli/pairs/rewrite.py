@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.common import LAST_SEED, column_names, number, overwrite_argument, path, path_text, whole, writable
 from diffalign.cli.next_steps import print_next
-from diffalign.cli.training.relabel import not_the_source
+from diffalign.cli.training.relabel import nested, not_the_source
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def _arguments(sub: argparse.ArgumentParser) -> None:
 def rewrite_pairs(args: argparse.Namespace) -> None:
     """Runs one of the three."""
     from diffalign.data.heldout import split_by_prompt
+    from diffalign.data.relabel import lost_columns
 
     outs = [args.out, args.heldout_out] if args.action == "split" else [args.out]
     table = _opened(args, outs)
@@ -61,18 +62,26 @@ def rewrite_pairs(args: argparse.Namespace) -> None:
         _write(args.out, table.part(_unique(args, table)) if args.action == "dedupe" else table)
     if dropped := sum(problem.dropped for problem in table.problems):
         print(f"{dropped} rows of {args.path} are no usable pairs and are left out; `diffalign data check` names them")
+    if lost := lost_columns(table):
+        print(f"left out: the columns {', '.join(lost)}")
     print_next(["data", "check", str(args.out)])
 
 
 def _opened(args: argparse.Namespace, outs: list[Path]) -> PairTable:
     """The pairs, once it is known that the new ones can be written. Raises DiffalignError."""
     from diffalign.data.relabel import columns_of
-    from diffalign.data.spec import DataSpec
+    from diffalign.data.spec import DataSpec, is_remote
     from diffalign.data.table.open import open_pairs
-    from diffalign.data.write_pairs import check_columns, check_pairs_out
+    from diffalign.data.write_pairs import check_columns, check_images_stay, check_pairs_out, images_of
 
-    if len({out.resolve() for out in outs}) < len(outs):
-        raise DiffalignError(f"--out and --heldout-out are both {args.out}; name two places")
+    if is_remote(args.path):
+        raise DiffalignError(f"{args.path}: every image is read, so remote data are copied here first; name the folder")
+    if len(outs) == 2:
+        one, two = ([out.resolve(), *([images_of(out).resolve()] if out.suffix == ".jsonl" else [])] for out in outs)
+        if any(nested(a, b) for a in one for b in two):
+            raise DiffalignError(
+                f"--out {outs[0]} and --heldout-out {outs[1]} are in each other's way; name two places"
+            )
     for out in outs:
         not_the_source(out, args.path)
         check_pairs_out(out, replace=args.overwrite and bool(out.suffix))
@@ -84,6 +93,7 @@ def _opened(args: argparse.Namespace, outs: list[Path]) -> PairTable:
     table.require_usable()
     for out in outs:
         check_columns(out, columns_of(table))
+        check_images_stay(out, table, args.path)
     return table
 
 

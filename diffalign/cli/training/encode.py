@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Encodes what is missing. Raises DiffalignError where the config has no latent cache."""
     from diffalign.config.schema import PreferenceModelConfig, load_config
     from diffalign.models.loading.encoder import Encoder
-    from diffalign.training.build import load_run_base
+    from diffalign.training.build import load_run_base, resolution_of
     from diffalign.training.build_source import encode_run, processes_of
     from diffalign.training.distributed.shared_folder import require_shared
     from diffalign.training.distributed.vital_signs import long_work
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         refuse_weights(config, table)
         base = load_run_base(config.model)
         encoder = Encoder(base, state.device)
-        resolution = config.data.resolution or base.family.default_resolution
+        resolution = resolution_of(config.data, base)
         encode_run(config.data, config.seed, table, encoder, resolution, processes_of(state))
         if (heldout := table.heldout) is not None:
             data = encoded_as(config.data, heldout)

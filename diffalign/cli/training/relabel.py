@@ -74,7 +74,7 @@ def relabel_pairs(args: argparse.Namespace) -> None:
     """Writes the pairs, and with --by the decisions beside them."""
     from diffalign.data.relabel import check_decisions, check_swaps, columns_of, counts, read_decisions, relabelled
     from diffalign.data.table.open import open_pairs
-    from diffalign.data.write_pairs import check_columns, write_pairs
+    from diffalign.data.write_pairs import check_columns, check_images_stay, write_pairs
 
     listed = None if args.by is None else args.out.with_name(f"{args.out.stem}.decisions.csv")
     _check(args, listed)
@@ -98,6 +98,7 @@ def relabel_pairs(args: argparse.Namespace) -> None:
         decisions, least = pseudo_labels(doubts, _selection(args), str(args.by))
         print(f"{args.by}: labels pairs of {place} whose |score| is {least:.3g} or more")
     check_decisions(decisions, table, place)
+    check_images_stay(args.out, table, place)
     check_columns(args.out, columns_of(table))
     if all(id in decisions and decisions[id].choice == "drop" for id in table.ids):
         raise DiffalignError(f"all {len(table)} pairs of {place} would be dropped; {args.out} is not written")
@@ -132,11 +133,19 @@ def _check(args: argparse.Namespace, listed: Path | None) -> None:
 
 def not_the_source(out: Path, pairs: str) -> None:
     """Raises DiffalignError where the new pairs would replace those that they come from, or be among them."""
-    source, place = Path(pairs).resolve(), out.resolve()
-    if source.exists() and (place == source or source in place.parents or place in source.parents):
-        raise DiffalignError(
-            f"--out {out} is in the way of the pairs {pairs}, which are not changed; name another place"
-        )
+    from diffalign.data.write_pairs import images_of
+
+    source = Path(pairs).resolve()
+    for place in (out, images_of(out)) if out.suffix == ".jsonl" else (out,):
+        if source.exists() and nested(source, place.resolve()):
+            raise DiffalignError(
+                f"--out {out} is in the way of the pairs {pairs}, which are not changed; name another place"
+            )
+
+
+def nested(one: Path, two: Path) -> bool:
+    """Whether two resolved paths are equal, or one is in the other."""
+    return one == two or one in two.parents or two in one.parents
 
 
 def _spec(args: argparse.Namespace) -> DataSpec:

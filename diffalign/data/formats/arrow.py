@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.data.formats.arrow_values import plain
 from diffalign.data.formats.columns import Columns, ListColumns
-from diffalign.data.row import DataError
+from diffalign.data.row import DataError, to_rgb
 from diffalign.io.hub import why_not_fetched
 from diffalign.io.progress import Progress
 
@@ -115,6 +115,11 @@ def object_columns(rows: Any) -> Columns:
     from torch.utils.data import Dataset as TorchDataset
 
     if isinstance(rows, Dataset):
+        if rows.format["type"] == "custom":
+            raise DataError(
+                "the data set has a transform (set_transform, with_transform), which is not applied to columns that "
+                "are read at once; apply it with `map`, or give dataset.with_format(None)"
+            )
         return ArrowColumns(rows, storage="data set", where=DatasetRow())
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         raise DataError(f"a DatasetDict has several splits; give one of them: dataset[{next(iter(rows), 'train')!r}]")
@@ -145,13 +150,20 @@ def _row(number: int, row: Any) -> dict[str, Any]:
 
 
 def _encoded(value: Any) -> Any:
-    """A PIL image as PNG bytes; anything else as it is."""
-    from PIL import Image
+    """A PIL image as the PNG of what its file would be read as; anything else as it is.
+
+    One that does not decode becomes bytes that are no image, so that its row is left out by name.
+    """
+    from PIL import Image, ImageOps
 
     if not isinstance(value, Image.Image):
         return value
+    try:
+        image = to_rgb(ImageOps.exif_transpose(value))
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        return f"no image: {error}".encode()
     with BytesIO() as file:
-        value.save(file, format="PNG", compress_level=1)
+        image.save(file, format="PNG", compress_level=1)
         return file.getvalue()
 
 

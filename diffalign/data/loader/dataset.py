@@ -73,6 +73,12 @@ class Visits(Dataset[Loaded]):
                 problems.append(Problem(self.table.where(index), error.kind, str(error)))
                 peers = self.content.shapes.peers(first, len(self.table))
                 index = peers[substitute(self.table.ids[first], attempt, len(peers))]
+        if len(self.content.shapes.peers(first, len(self.table))) == 1 < len(self.table):
+            width, height = self.content.shapes[first]
+            raise DataError(
+                f"{problems[0]}; it is the only pair of the aspect bucket {width}x{height}, so no other can stand in "
+                "for it: repair or remove it (`diffalign data check --full` lists such rows)"
+            )
         raise DataError(
             f"{self.table.where(first)} cannot be read and neither can {ATTEMPTS - 1} substitutes (last: "
             f"{problems[-1]}); do the images still exist? `diffalign data check` lists all unreadable "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
+from diffalign.data.row import TIE
 from diffalign.data.table.pairs import PairTable
 from diffalign.io.progress import Progress
 
@@ -14,31 +15,32 @@ from diffalign.io.progress import Progress
 class Duplicates:
     """Indices of pairs of a table."""
 
-    repeated: list[int] = field(default_factory=list)  # an earlier pair has the same prompt, images and label
-    contradictory: list[int] = field(default_factory=list)  # others have the same prompt and images, the label swapped
+    repeated: list[int] = field(default_factory=list)  # an earlier pair has the same prompt, images, user and label
+    contradictory: list[int] = field(default_factory=list)  # of the same prompt, images and user, with several labels
     shared: list[int] = field(default_factory=list)  # an image is in the other pairs as well
 
 
 def find_duplicates(table: PairTable, other: PairTable | None = None) -> Duplicates:
-    """The duplicates of a table, by the bytes of the images and the prompt as it is written.
+    """The duplicates of a table, by the bytes of the images, the prompt as it is written, and the user.
 
     Raises ImageError for an image that cannot be read.
     """
     elsewhere = {image for pair in _images(other, "images of the other pairs") for image in pair} if other else set()
     found = Duplicates()
-    first: dict[tuple[str, frozenset[bytes]], tuple[int, bytes]] = {}  # the pair that came first, and its chosen image
-    contradicted: set[tuple[str, frozenset[bytes]]] = set()
-    keys = []
+    users = table.column(table.layout.user) if table.layout.user is not None else []
+    labels: dict[Hashable, set[Hashable]] = {}  # of each prompt, two images and user; a label is the chosen image
+    keys: list[Hashable] = []
     for index, (chosen, rejected) in enumerate(_images(table, "images of the pairs")):
-        key = table.prompts[index], frozenset((chosen, rejected))
+        images = frozenset((chosen, rejected))
+        key = table.prompts[index], images, str(users[index]) if users else ""
         keys.append(key)
-        if first.setdefault(key, (index, chosen))[1] != chosen:
-            contradicted.add(key)
-        elif first[key][0] != index:
+        label: Hashable = TIE if table.tie(index) else chosen
+        if label in labels.setdefault(key, set()):
             found.repeated.append(index)
-        if elsewhere & key[1]:
+        labels[key].add(label)
+        if elsewhere & images:
             found.shared.append(index)
-    found.contradictory.extend(index for index, key in enumerate(keys) if key in contradicted)
+    found.contradictory.extend(index for index, key in enumerate(keys) if len(labels[key]) > 1)
     return found
 
 

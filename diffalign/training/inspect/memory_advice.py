@@ -74,8 +74,9 @@ def _changes(config: Config, resolution: int) -> Iterator[Change]:
     if model.gradient_checkpointing != "full":
         yield Change({"model.gradient_checkpointing": "full"}, "the same result; a step costs one more forward")
     if (pairs := training.train_batch_size) > 1:
+        same = "the same result" if data.aspect_buckets is None else "in a new run: another order of the pairs"
         steps = {"training.gradient_accumulation_steps": pairs * training.gradient_accumulation_steps}
-        yield Change({"training.train_batch_size": 1, **steps}, "the same result; more calls")
+        yield Change({"training.train_batch_size": 1, **steps}, f"{same}; more calls")
     if (getattr(config.objective, "points_per_forward", 1) or 2) > 1:
         yield Change({"objective.points_per_forward": 1}, "the same result; more calls")
     if data.cache_dir is None and config.source is None:

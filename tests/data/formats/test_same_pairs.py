@@ -22,6 +22,7 @@ from diffalign.data.loader.offline_pairs import OfflinePairs
 from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.row import DataError
+from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.types import PairBatch
 from tests.data.helpers import FakeEncoder, pick_rows, write_parquet
@@ -132,6 +133,32 @@ def test_the_same_pairs_give_the_same_batches_to_the_bit(tmp_path: Path) -> None
         found = batches(write(tmp_path / name.replace(" ", "_"), rows))
         assert [batch.ids for batch in found] == [batch.ids for batch in expected], name
         assert_same(joined(found), joined(expected))
+
+
+def test_a_pil_image_is_read_as_its_file_would_be(tmp_path: Path) -> None:
+    """Turned as EXIF says, any mode as RGB; one that does not decode is left out with its row's name."""
+    noise = Image.effect_noise((40, 24), 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    noise.convert("CMYK").save(tmp_path / "cmyk.tif")
+    (tmp_path / "cut.png").write_bytes(pick_rows(1)[0]["jpg_0"][:200])
+    (other := Image.effect_noise((40, 24), 80)).save(tmp_path / "other.png")
+    names = ("turned.jpg", "cmyk.tif", "cut.png")
+    rows = [{"prompt": "p", "chosen": Image.open(tmp_path / name), "rejected": other} for name in names]
+    files = [{"prompt": "p", "chosen": str(tmp_path / name), "rejected": str(tmp_path / "other.png")} for name in names]
+    objects, paths = (open_pairs(object_columns(each), DataSpec(verify="full")) for each in (rows, files))
+    assert len(objects) == len(paths) == 2
+    assert objects.sizes == paths.sizes
+    assert objects.sizes[0] == (24, 40)
+    for index in range(2):
+        assert objects[index].chosen.open().tobytes() == paths[index].chosen.open().tobytes()
+    assert [problem.where for problem in objects.problems] == ["row 2"]
+
+
+def test_a_transform_is_refused() -> None:
+    with pytest.raises(DataError, match="the data set has a transform"):
+        object_columns(images(pick_rows(2)).with_transform(lambda batch: batch))
 
 
 def test_rows_that_are_none_and_splits_are_named() -> None:
