@@ -41,6 +41,7 @@ from diffalign.training.distributed.sharding import mesh_of
 from diffalign.training.heldout.build import build_points
 from diffalign.training.open_data import open_table, refuse_weights
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
+from diffalign.training.processes import on_main
 from diffalign.training.settle import settled
 from diffalign.training.trainable import Run as Run
 
@@ -100,7 +101,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     training = config.training
     config.tuning.check_base(base.unet)
     identity = run_identity(config, table, base)
-    refuse_others(config, identity)
+    on_main(accelerator, lambda: refuse_others(config, identity))
     objective.check_schedule(base.schedule)
 
     encoder = Encoder(base, device)

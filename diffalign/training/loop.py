@@ -24,6 +24,7 @@ def train(run: Trainable, start: int = 0, callbacks: Sequence[Callback] = ()) ->
     with ExitStack() as stack:
         for callback in callbacks:
             stack.callback(callback.close)
+        stack.callback(_end_background, run)  # first of all: `close` finds the last checkpoint complete
         state.begin()
         batches = run.source.batches(state.step)
         state.should_stop |= state.step == steps  # a callback may have set it
@@ -43,3 +44,8 @@ def train(run: Trainable, start: int = 0, callbacks: Sequence[Callback] = ()) ->
             save_final(run, state.step if state.weights_of is None else state.weights_of)
         state.call("on_train_end")
     return state.metrics
+
+
+def _end_background(run: Trainable) -> None:
+    with long_work("writing a checkpoint"):
+        run.background.end()

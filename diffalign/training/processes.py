@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffalign.errors import DiffalignError, MissingPackageError
+from diffalign.errors import DiffalignError, MissingPackageError, explain
 from diffalign.training.distributed.launcher_settings import is_true, refuse_launcher_settings
 
 if TYPE_CHECKING:
@@ -174,7 +174,10 @@ def make_accelerator(config: AnyConfig) -> Accelerator:
 
 
 def on_main(accelerator: Any, do: Callable[[], T]) -> T:
-    """Calls `do` in the main process; every process gets its result, or the DiffalignError that it raised."""
+    """Calls `do` in the main process; every process gets its result, or the error that it raised.
+
+    Where that is no DiffalignError, the other processes raise a DiffalignError that says what it was.
+    """
     return do() if accelerator.num_processes == 1 else _from_main(accelerator, do)
 
 
@@ -182,12 +185,21 @@ def _from_main(accelerator: Any, do: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None]
+    failed: Exception | None = None
     if accelerator.is_main_process:
         try:
             found = [do()]
-        except DiffalignError as error:
-            found = [error]
+        except Exception as error:  # the others wait for it, whatever it is
+            failed, found = error, [_for_others(error)]
     (result,) = broadcast_object_list(found)
+    if failed is not None:
+        raise failed
     if isinstance(result, DiffalignError):
         raise result
     return result
+
+
+def _for_others(error: Exception) -> DiffalignError:
+    if isinstance(error, DiffalignError):
+        return error
+    return DiffalignError(f"the main process ended: {explain(error) or f'{type(error).__name__}: {error}'}")

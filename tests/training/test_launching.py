@@ -159,7 +159,7 @@ def test_a_folder_in_use_is_refused_before_any_work(
             [
                 "the device is out of memory",
                 "2.00 GiB",
-                "By our count this run needs about",
+                "As counted from its config, this run needs about",
                 "= weights ",
                 "activations ",
             ],

@@ -36,6 +36,7 @@ from diffalign.training.checkpoints.identity import refuse_others, run_identity
 from diffalign.training.metrics import Meter
 from diffalign.training.open_data import no_terms
 from diffalign.training.optim.optimizers import effective_batch, effective_lr, make_lr_scheduler, make_optimizer
+from diffalign.training.processes import on_main
 from diffalign.training.settle import with_precision
 from diffalign.training.trainable import Trainable
 from diffalign.types import PairBatch
@@ -104,7 +105,7 @@ def build_preference_run(config: PreferenceModelConfig, accelerator: Accelerator
     judge = None if settings.relabel_with is None else load_scorer(settings.relabel_with, str(device))
     base = load_run_base(config.model)
     identity = run_identity(config, table, base)
-    refuse_others(config, identity)
+    on_main(accelerator, lambda: refuse_others(config, identity))
     _needs_x0(base)
     model = StepAwareClip(clip.model, config.seed).requires_grad_(True).train().to(device)
 

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from diffalign.config.health_section import HealthSection
 from diffalign.io.files import save_text
 from diffalign.training.callbacks.base import Callback, TrainingState
@@ -29,6 +27,7 @@ from diffalign.training.checkpoints.checkpoint import checkpoints, newest_intact
 from diffalign.training.checkpoints.run_state import diverged, finish_saving
 from diffalign.training.metrics import HEALTH_FILE, METRICS_FILE
 from diffalign.training.optim.optimizers import set_rates
+from diffalign.training.processes import on_main
 from diffalign.training.trainable import Trainable, TrainingError
 
 log = logging.getLogger(__name__)
@@ -83,8 +82,7 @@ class Health(Callback):
     def _act(self, step: int, line: Mapping[str, float], finding: Finding) -> Path | None:
         """The checkpoint to return to, recorded; raises where there is none to return to."""
         finish_saving(self.run)
-        there = [p for p in checkpoints(self.run.output_dir) if int(p.name.partition("-")[2]) <= finding.since]
-        good = newest_intact(there)
+        good = on_main(self.run.accelerator, lambda: self._newest_before(finding.since))  # others may list files late
         s = self.settings
         if s.action == "roll_back" and good is not None and self.roll_backs < s.max_roll_backs:
             to = int(good.name.partition("-")[2])
@@ -108,6 +106,9 @@ class Health(Callback):
         )
         raise TrainingError(f"stopped at step {step}{tried} by health.action: {s.action}: {finding.message}; {resume}")
 
+    def _newest_before(self, step: int) -> Path | None:
+        return newest_intact(p for p in checkpoints(self.run.output_dir) if int(p.name.partition("-")[2]) <= step)
+
     def _warn(self, step: int, finding: Finding) -> None:
         self._record({"step": step, "rule": finding.rule, "action": "warn", "says": finding.message})
         if self.run.accelerator.is_main_process:
@@ -120,17 +121,14 @@ class Health(Callback):
 
     def _begin(self, start: int) -> None:
         """Reads the run's own files as they were at `start`; the same in every process."""
-        accelerator = self.run.accelerator
-        found: list[Any] = [None]
-        if accelerator.is_main_process:
+
+        def read() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             events = _before(_read(self.path), start)
             if self.path.exists():
                 save_text(self.path, "".join(f"{json.dumps(event)}\n" for event in events))
-            lines = [x for x in _read(self.run.output_dir / METRICS_FILE) if x["step"] <= start]
-            found = [(events, lines)]
-        if accelerator.num_processes > 1:
-            found = broadcast_object_list(found)
-        self.events, lines = found[0]
+            return events, [x for x in _read(self.run.output_dir / METRICS_FILE) if x["step"] <= start]
+
+        self.events, lines = on_main(self.run.accelerator, read)
         self.watch = Watch(Limits(self.settings, self.run.config.training))
         for line in lines:
             self.watch.check(line)

@@ -7,8 +7,13 @@ and before a run returns to an earlier one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from diffalign.errors import explain
+
+log = logging.getLogger(__name__)
 
 
 class Background:
@@ -28,6 +33,13 @@ class Background:
         last, self._last = self._last, None
         if last is not None:
             last.result()
+
+    def end(self) -> None:
+        """Returns when there is no work left. What the last piece raised is logged: the run has an error already."""
+        try:
+            self.wait()
+        except Exception as error:
+            log.error("the last checkpoint was not completed: %s", explain(error) or f"{type(error).__name__}: {error}")
 
 
 def at_once(work: Callable[[], None]) -> None:

@@ -220,11 +220,17 @@ def load_source_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def source_states(output_dir: Path) -> list[dict[str, Any]]:
-    """The source's state in each checkpoint that has one, also while it is written; damaged files are ignored."""
+    """The source's state in each checkpoint that has one, also while it is written; damaged files are ignored.
+
+    Another thread may rename and remove checkpoints meanwhile. So the unfinished ones are read before the others are
+    listed: one that is renamed in between is among these.
+    """
     states = []
-    unfinished = [path.parent for path in output_dir.glob(f".checkpoint-*{PARTIAL}/{SOURCE_FILE}")]
-    for checkpoint in [*unfinished, *checkpoints(output_dir)]:  # in this order: one that is finished now is seen
-        with suppress(ValueError):
+    for file in output_dir.glob(f".checkpoint-*{PARTIAL}/{SOURCE_FILE}"):
+        with suppress(ValueError, FileNotFoundError):
+            states.append(json.loads(file.read_text()))
+    for checkpoint in checkpoints(output_dir):
+        with suppress(ValueError, FileNotFoundError):
             states.append(load_source_state(checkpoint))
     return [state for state in states if state]
 

@@ -32,6 +32,7 @@ from diffalign.training.checkpoints.checkpoint import (
 from diffalign.training.checkpoints.final_weights import refuse_finished, save_final_weights
 from diffalign.training.distributed.sharded_state import SHARDS, put_back, save_shards, trained_state
 from diffalign.training.optim.optimizers import resume_schedule
+from diffalign.training.processes import on_main
 from diffalign.training.trainable import Trainable, TrainingError
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def resume(run: Trainable) -> int:
     run.accelerator.wait_for_everyone()
     if wanted is None:
         return 0
-    folder = find_checkpoint(run.output_dir, wanted)
+    folder = on_main(run.accelerator, lambda: find_checkpoint(run.output_dir, wanted))  # others may list files late
     if folder is not None:
         return restore(run, folder)
     if not run.config.overwrite_output_dir:

@@ -95,8 +95,6 @@ def _unsupported(config: Config) -> dict[str, str]:
         and "a reference that follows the policy holds the weights as they were before they were cut; use null",
         "tuning.use_dora: true": bool(getattr(config.tuning, "use_dora", False))
         and "the lengths of rows need the whole weight outside of a block's forward",
-        "training.ref_model_sync_steps": training.ref_model_sync_steps is not None
-        and "a reference that follows the policy is not cut into shards yet",
     }
     return {key: reason for key, reason in found.items() if reason}
 

@@ -49,7 +49,7 @@ def memory_advice(config: Config, device: torch.device) -> str | None:
     best = sorted(saved, key=lambda each: each[0], reverse=True)[:NAMED]
     lines = [f"  {change}: {size_of(less)} less ({change.effect})" for less, change in best]
     advice = "\nWhat would save most, by the same count:\n" + "\n".join(lines) if lines else ""
-    return f"By our count this run needs {described(held)}{advice}"
+    return f"As counted from its config, this run needs {described(held)}{advice}"
 
 
 def _need(config: Config, change: Change, known: dict[str, Counted]) -> float | None:

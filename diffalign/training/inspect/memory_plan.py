@@ -2,7 +2,8 @@
 
 Weights, gradients and optimiser states follow from the parameters; activations are what one forward of a micro-batch
 stores for its backward (`activation_memory.py`), on the meta device. Not counted: kernels' own memory, fragmentation,
-the second forward of a checkpoint, the loss, and what a source samples. `dry_run.py` measures activations instead.
+the second forward of a checkpoint, the loss, what a source samples, and under FSDP2 the whole networks that sampling
+and held-out pairs need (`Networks.gathered`). `dry_run.py` measures activations instead.
 """
 
 from __future__ import annotations
@@ -74,8 +75,10 @@ def memory_parts(sizes: Sizes, config: Config, reference: str, encoders: float) 
 
     reference: the kind of the run's reference, or "none". encoders: bytes of the VAE and the text encoders that stay.
     """
-    is_copy = reference == "copy" or (reference == "former" and config.tuning.trains_base)
     copy = sizes.weights if config.training.mixed_precision == "no" else 2 * sizes.parameters
+    if reference == "moving":  # in the dtype of the policy's weights
+        copy = sizes.weights if config.tuning.trains_base else sizes.gradients
+    is_copy = reference in ("copy", "moving") or (reference == "former" and config.tuning.trains_base)
     return {
         "weights": sizes.weights,
         "reference": copy if is_copy else 0,
@@ -162,6 +165,8 @@ def _reference_kind(config: Config) -> str:
     """What the run compares with while it trains; errors that are cached before need no reference."""
     if config.source is not None and config.source.own_reference:
         return "former"
+    if config.training.ref_model_sync_steps is not None:
+        return "moving"
     if not config.objective.needs_reference or config.data.cache_reference_errors:
         return "none"
     return "copy" if config.tuning.trains_base else "lora_off"

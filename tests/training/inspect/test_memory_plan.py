@@ -58,6 +58,18 @@ def test_a_plan_is_what_the_dry_run_measures(make_config: MakeConfig, tiny_sd: P
     assert plan["activations"] == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_reference_that_follows_the_policy_has_the_dtype_of_its_weights(
+    method: str, make_config: MakeConfig, tiny_sd: Path
+) -> None:
+    moves = {"training.ref_model_sync_steps": 16, "training.mixed_precision": "bf16", "tuning.method": method}
+    config = make_config(tiny_sd, moves)
+    run = build(config, Accelerator())
+    assert run.moving_reference is not None
+    made = run.moving_reference.state_dict()["weights"]  # of all weights, or of the adapter
+    assert plan_memory(config)["reference"] == sum(w.numel() * w.element_size() for w in made)
+
+
 def test_sharded_parts_are_divided(make_config: MakeConfig, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tiny_sd, {"tuning.method": "full"})
     whole = plan_memory(config)
