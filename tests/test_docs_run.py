@@ -6,6 +6,7 @@ the commands write is what the next ones read.
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,8 @@ def run(words: list[str], number: int) -> None:
     if words[0] in ("train", "encode"):
         words = [words[0], "my.yaml", f"output_dir=runs/trained-{number}", *words[2:]]
     names = {"BASE": "base", "OUT": f"merged-{number}", "PATH": "my/pairs", "PAIRS": "my/pairs"}
-    words = [names.get(word, word) for word in words]
+    remote = f"file://{Path.cwd()}/remote"
+    words = [names.get(word, re.sub(r"(hf|s3)://.*", remote, word)) for word in words]
     if words[0] == "evaluate":
         words = [f"{word}-{number}" if words[i - 1] == "--out" else word for i, word in enumerate(words)]
     elif words[0] == "generate":
@@ -109,6 +111,7 @@ def test_every_command_of_the_page_of_data(here: Path) -> None:
     main(["train", "my.yaml", "training.max_train_steps=1", "output_dir=runs/dpo"])
     table = open_pairs("my/pairs")
     Path("decisions.csv").write_text(f"id,decision\n{table.ids[0]},swap\n{table.ids[1]},drop\n")
+    main(["data", "convert", "my/pairs", "--out", "remote/pairs.parquet"])
     found = lines("docs/data.md")
     assert len(found) >= 6
     for number, words in enumerate(found):

@@ -23,6 +23,8 @@ def replaced(name: str, folder: Path, request: pytest.FixtureRequest) -> list[st
     config = load_config(CONFIGS[name])
     source = None if isinstance(config, PreferenceModelConfig) else config.source
     changes = [f"output_dir={folder}", "data.max_pairs=40"]
+    if getattr(source, "prompts_per_round", 0) > 40:
+        changes.append("source.prompts_per_round=32")
     if name.startswith(EMBEDDED):
         return changes
     base = request.getfixturevalue("tiny_sd" if name.startswith("sd15/") else "tiny_sdxl")
