@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 from tests.conftest import ROOT
@@ -35,14 +37,24 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One kernel for all notebooks: each begins without names, and finds modules imported."""
+    manager = KernelManager()
+    manager.start_kernel(env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=str(ROOT / "notebooks"))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.name for p in NOTEBOOKS])
-def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_notebook_runs(path: Path, kernel: KernelManager) -> None:
     parameters, text, pictures = SMALL[path.name]
     notebook = nbformat.read(path, as_version=4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     cell.source = parameters
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute()
+    afresh = "%reset -f\nimport torch\ntorch.set_grad_enabled(True)"  # one of them turns gradients off
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(afresh))
+    NotebookClient(notebook, km=kernel, timeout=240).execute()
     outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
     assert text in "".join(o.get("text", "") for o in outputs)
     assert len([o for o in outputs if "image/png" in o.get("data", {})]) == pictures
