@@ -89,7 +89,8 @@ def test_two_processes_give_the_update_of_one(
         shared["data.cache_dir"] = str(tmp_path / "cache")
     runs = {}
     for job, processes in (("train", 2), ("train_sharded", 2), ("train", 1)):
-        if (objective, job) == ("dspo", "train_sharded"):  # refused with FSDP2: its reference follows the policy
+        # dspo's reference follows the policy, which FSDP2 refuses; inpo and seppo are in `benchmarks.equal_runs`
+        if job == "train_sharded" and objective in ("dspo", "inpo", "seppo"):
             continue
         config = make_config(
             tiny_sdxl,
