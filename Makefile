@@ -1,7 +1,7 @@
 # make install    .venv with diffalign and its development tools, in the tested versions of constraints.txt
 # make demo       install, then tune the embedded world's model and measure what it gained (minutes, no GPU)
 # make test       install, then lint, types and the whole test suite
-# make test-slow   the tests that `make test` leaves out: small arenas, SDXL's FLOPs, kernels compiled for GPUs
+# make test-slow   the tests that `make test` leaves out: small arenas, a demo, benchmarks, kernels compiled for GPUs
 # make test-portable   the tests that compare numbers, under the kernels of older processors (AVX2, SSE4.1), of Intel's
 #                 where the C compiler can ask for them, on two threads and in a shuffled order: a table, half an hour
 # make coverage   the tests, and the share of lines that they execute, by package; TESTS=tests/data for some of them

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.launches import FAMILY, LEFT_OUT, ROOT, main
 
 
+@pytest.mark.slow
 def test_a_config_is_launched_and_a_failure_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--model", "tiny", "--steps", "1", "--work", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:

@@ -36,6 +36,7 @@ def main(args):
 """
 
 
+@pytest.mark.slow
 def test_the_command_on_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--warmup", "1", "--steps", "2", "--rounds", "1", "--pairs", "1", "--data-pairs", "4"]
     main(["--device", "cpu", "--model", "tiny", *short, "--work", str(tmp_path), "--out", str(tmp_path / "result")])
@@ -70,6 +71,7 @@ def test_every_lever_is_a_config(tmp_path: Path) -> None:
             make_config(tmp_path, tmp_path / "pairs.parquet", tmp_path, {key: value})
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows say how many pairs; the second opening encodes nothing."""
     short = ["--warmup", "1", "--steps", "2", "--rounds", "1", "--pairs", "1", "--data-pairs", "2"]

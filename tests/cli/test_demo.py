@@ -20,6 +20,7 @@ from diffalign.world.emoji.captions import prompts
 from diffalign.world.emoji.controls import write_control
 
 
+@pytest.mark.slow
 def test_the_demo_shows_a_gain_and_its_control_none(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
