@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -40,11 +40,12 @@ def write_data_page(file: Path, report: Report, others: Sequence[Report] = (), s
     table = report.table
     title = f"{Path(report.path).name}: {report.usable} pairs"
     parts = [f"<h1>{escape(title)}</h1>", f"<pre>{escape(report.text())}</pre>", _problems(report)]
-    charts = [_aspects(report), _sides(report), _buckets(report), _gaps(table), _lengths(table)]
+    gaps = _score_gaps(table)
+    charts = [_aspects(report), _sides(report), _buckets(report), _gaps(gaps), _lengths(table)]
     parts.append(f'<h2>Distributions</h2><div class="charts">{"".join(filter(None, charts))}</div>')
     parts += [_shared(report, other) for other in others]
     parts.append(_pairs(table, "A sample", spread(len(table), samples), lambda i: ""))
-    parts += _worst(report)
+    parts += _worst(report, gaps)
     return save_page(file, html_page(title, "\n".join(filter(None, parts)), style=STYLE))
 
 
@@ -77,8 +78,8 @@ def _sides(report: Report) -> str:
     )
 
 
-def _gaps(table: PairTable) -> str:
-    gaps = list(_score_gaps(table).values())
+def _gaps(of_pairs: Mapping[int, float]) -> str:
+    gaps = list(of_pairs.values())
     against = sum(gap < 0 for gap in gaps)
     title = f"Score of the chosen image − score of the rejected one; {against} of {len(gaps)} contradict the label"
     return _histogram(title, gaps, lambda x: f"{x:.3g}")
@@ -141,7 +142,7 @@ def _shared(report: Report, other: Report) -> str:
     )
 
 
-def _worst(report: Report) -> list[str]:
+def _worst(report: Report, gap: Mapping[int, float]) -> list[str]:
     """Pairs that deserve a look: the most cropped, the smallest, and those whose scores contradict their label."""
     table, found = report.table, []
     sizes = table.sizes
@@ -154,7 +155,6 @@ def _worst(report: Report) -> list[str]:
         side = {i: min(min(size) for size in pair) for i, pair in both.items()}
         small = sorted(side, key=lambda i: (side[i], i))[:SOME] if len(set(side.values())) > 1 else []
         found.append(_pairs(table, "Smallest", small, lambda i: f"{side[i]} pixels wide or high"))
-    gap = _score_gaps(table)
     against = [i for i in sorted(gap, key=lambda i: (gap[i], i))[:SOME] if gap[i] < 0]
     found.append(_pairs(table, "Scores against the label", against, lambda i: f"chosen − rejected: {gap[i]:.3g}"))
     return found

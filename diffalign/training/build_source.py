@@ -123,11 +123,12 @@ def buckets_of(data: DataSection, table: PairTable, resolution: int) -> Shapes |
 
 def encode_run(
     data: DataSection, run_seed: int, table: PairTable, encoder: Encoder, resolution: int, processes: Processes
-) -> CacheKey:
+) -> tuple[CacheKey, Shapes | None]:
     """Fills the run's latent cache as far as it is not there yet; this process writes its share of the shards.
 
-    Returns the key of that cache.
+    Returns the key of that cache, and the buckets of the pairs, if they have any.
     """
+    buckets = buckets_of(data, table, resolution)
     spec = CacheSpec(
         resolution=resolution,
         center_crop=data.center_crop,
@@ -135,7 +136,7 @@ def encode_run(
         run_seed=run_seed,
         variants=data.cache_variants,
         dtype=data.cache_dtype,
-        buckets=buckets_of(data, table, resolution),
+        buckets=buckets,
     )
     work = Work(num_workers=data.dataloader_num_workers, processes=processes)
     done = encode_cache(table, encoder, str(data.cache_dir), spec, work)
@@ -143,7 +144,7 @@ def encode_run(
         log.info("encoded %d shards into %s", done.shards_written, done.folder)
     for problem in done.problems:
         log.warning("pair left out of the cache: %s", problem)
-    return done.key
+    return done.key, buckets
 
 
 def _own_source(
@@ -213,10 +214,10 @@ def open_content(
     data: DataSection, run_seed: int, accelerator: Accelerator, table: PairTable, encoder: Encoder, resolution: int
 ) -> Online | PairCache:
     """The images themselves, or the latent cache, which is filled as far as it is not yet."""
-    buckets = buckets_of(data, table, resolution)
     if data.cache_dir is None:
+        buckets = buckets_of(data, table, resolution)
         return Online(encoder, resolution, data.center_crop, data.random_flip, buckets)
-    key = encode_run(data, run_seed, table, encoder, resolution, processes_of(accelerator))
+    key, buckets = encode_run(data, run_seed, table, encoder, resolution, processes_of(accelerator))
     accelerator.wait_for_everyone()
     return open_cache(data.cache_dir, key, buckets)
 
