@@ -6,16 +6,50 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from diffalign.cli.terminal import write_styled
+from diffalign.errors import MissingFileError
+
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 
 def print_next(*commands: Sequence[str]) -> None:
-    """Prints each command as it is typed; words are those behind `diffalign`."""
+    """Prints each command as it is typed; words are those behind `diffalign`.
+
+    Below them it says what PickScore needs, where a command names it and its weights are not on this machine.
+    """
     if commands:
         write_styled("next:\n", "heading", sys.stdout)
     for words in commands:
         print(f"  {typed(words)}")
+    if any("pickscore" in words for words in commands) and not _downloaded(PICKSCORE):
+        print(
+            f"  (pickscore loads {PICKSCORE} from the Hub, or pickscore=FOLDER;\n"
+            "  `diffalign list scorers` has the others)"
+        )
+
+
+def scorer_for(base: str | Path) -> str:
+    """The scorer to suggest for images of a base: an embedded world's own true reward, PickScore for all others."""
+    from diffalign import world
+    from diffalign.world import emoji
+
+    for name, path in (("world", world.base_path), ("emoji", emoji.base_path)):
+        try:
+            if Path(base).resolve() == path().resolve():
+                return name
+        except MissingFileError:  # an installation without the assets
+            continue
+    return "pickscore"
+
+
+def _downloaded(repo: str) -> bool:
+    """Whether the Hub's cache on this machine has the config of a model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
 
 
 def typed(words: Sequence[str], width: int = 76) -> str:

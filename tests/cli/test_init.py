@@ -44,7 +44,8 @@ def test_check_accepts_what_init_writes(goal: str, tmp_path: Path, capsys: pytes
     file = tmp_path / "my.yaml"
     main(["init", str(file), *ANSWERS, "--goal", goal])
     commands = next_commands(capsys.readouterr().out)
-    assert [words[0] for words in commands] == ["data", "check", "train"]
+    scaled = ["calibrate"] * (goal != "winners")  # which refuses SFT: it has no scale
+    assert [words[0] for words in commands] == ["data", "check", *scaled, "train"]
     main([*commands[1], f"output_dir={tmp_path / 'run'}"])
     printed = capsys.readouterr().out
     assert ("LoRA" in printed or "lora" in printed) == (goal != "full")
@@ -55,6 +56,7 @@ def test_check_accepts_what_init_writes(goal: str, tmp_path: Path, capsys: pytes
         ends = next_commands(capsys.readouterr().out)
         assert [words[0] for words in ends] == ["generate", "evaluate"]
         assert all(make_parser(words[0]).parse_args(words).tuned for words in ends)
+        assert make_parser("evaluate").parse_args(ends[1]).scorer == ["world"]  # what this base is judged by, offline
 
 
 @pytest.mark.parametrize(("family", "card", "goal"), [*itertools.product(("sd", "sdxl"), CARDS, GOALS)])
@@ -62,7 +64,7 @@ def test_every_answer_gives_a_config_or_says_which_card_is_needed(
     family: str, card: str, goal: str, tmp_path: Path
 ) -> None:
     answers = {"base": "some/base", "pairs": "some/pairs", "card": card, "goal": goal}
-    least = {"sd": 16, "sdxl": 24}[family] if goal == "full" else 8
+    least = {"sd": 16, "sdxl": 24}[family] if goal == "full" else 6
     if card != "cpu" and int(card) < least:
         with pytest.raises(DiffalignError, match=f"needs a card of {least} GB"):
             text_of(answers, family)
@@ -88,6 +90,7 @@ def test_sdxl_fits_are_those_of_the_packaged_configs(tmp_path: Path) -> None:
         assert isinstance(theirs, Config)
         for name in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "mixed_precision"):
             assert getattr(ours.training, name) == getattr(theirs.training, name), (file.name, name)
+        assert getattr(ours.tuning, "quantize_base", None) == getattr(theirs.tuning, "quantize_base", None), file.name
         for name in ("cache_reference_errors", "draws_per_pair"):
             assert getattr(ours.data, name) == getattr(theirs.data, name), (file.name, name)
         assert ours.model.gradient_checkpointing == theirs.model.gradient_checkpointing, file.name
@@ -320,6 +323,7 @@ def test_next_commands_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert make_parser("generate").parse_args(words).prompts == "a b.txt"
     print_next(["evaluate", "b" * 50, "--tuned", "a=runs/a", "--scorer", "pickscore", "--out", "evaluation"])
     lines = capsys.readouterr().out.splitlines()[1:]
+    assert "pickscore loads yuvalkirstain/PickScore_v1 from the Hub" in lines[-2]
     assert all(len(line) <= 80 for line in lines)
     assert not any(line.endswith(("--scorer \\", "--out \\", "--tuned \\")) for line in lines)
     print_next()

@@ -6,7 +6,7 @@ import argparse
 
 from diffalign.cli.common import path_text, strength
 from diffalign.cli.images.options import given_sampling, given_user, sampling_arguments
-from diffalign.cli.next_steps import print_next
+from diffalign.cli.next_steps import print_next, scorer_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
     tuned = Tuned(args.tuned, args.negative_tuned, given_user(args), args.tuned_strength)
     images = generate(args.model, prompts, args.seeds, out_dir=args.out, tuned=tuned, sampling=given_sampling(args))
     print(f"{len(images)} image{'s' * (len(images) != 1)} in {args.out}")
-    print_next(["score", str(args.out), "--scorer", "pickscore"])
+    print_next(["score", str(args.out), "--scorer", scorer_for(args.model)])

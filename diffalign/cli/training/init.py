@@ -31,7 +31,7 @@ GOALS = {
 }
 CARDS = {
     "cpu": "no GPU: for the embedded world and other tiny models",
-    **{size: f"{size} GB" for size in ("8", "12", "16", "24", "40", "80")},
+    **{size: f"{size} GB" for size in ("6", "8", "12", "16", "24", "40", "80")},
 }
 FAMILIES = ("sd", "sdxl")
 QUESTIONS = {
@@ -51,6 +51,7 @@ class Fit:
     checkpointing: str
     optimizer: str = "adamw"
     precomputed_reference: bool = False
+    quantize_base: str | None = None  # of a LoRA
 
     @property
     def per_step(self) -> int:
@@ -64,16 +65,25 @@ class Fit:
 
 # family, all weights, least GB: the largest that the card has is taken
 _FITS = {
-    ("sdxl", False): {8: Fit(1, 16, "full"), 12: Fit(2, 8, "full"), 16: Fit(4, 4, "full")},
+    ("sdxl", False): {
+        6: Fit(1, 16, "full", quantize_base="nf4"),
+        8: Fit(1, 16, "full"),
+        12: Fit(2, 8, "full"),
+        16: Fit(4, 4, "full"),
+    },
     ("sdxl", True): {
         24: Fit(2, 32, "full", "adamw_8bit_bf16", precomputed_reference=True),
         40: Fit(1, 64, "selective", "adamw_8bit_bf16"),
         80: Fit(2, 32, "selective"),
     },
-    ("sd", False): {8: Fit(2, 8, "full"), 16: Fit(4, 4, "full"), 24: Fit(8, 2, "full")},
+    ("sd", False): {6: Fit(1, 16, "full"), 8: Fit(2, 8, "full"), 16: Fit(4, 4, "full"), 24: Fit(8, 2, "full")},
     ("sd", True): {16: Fit(2, 32, "full", "adamw_8bit_bf16"), 40: Fit(4, 16, "full")},
 }
 _ON_CPU = Fit(4, 1, "none")
+_ENCODED_ELSEWHERE = [
+    "  # Filling it needs 6.3 GB (VAE and text encoders in float32): fill it on the CPU with",
+    "  #     CUDA_VISIBLE_DEVICES= diffalign encode THIS_FILE",
+]
 
 # Words that tell the family in the last part of a name; XL is a word of its own, or ends one (juggernautXL).
 _NAMES = {
@@ -124,9 +134,11 @@ def run(args: argparse.Namespace) -> None:
     print(textwrap.fill(length.why, 80))
     if ":" in why_not:
         print(f"the pairs were not counted: {why_not}")
+    calibrate = [["calibrate", str(args.config)]] if answers["goal"] != "winners" else []  # SFT has no scale
     print_next(
         ["data", "check", answers["pairs"], "--sample", "pairs.png"],
         ["check", str(args.config)],
+        *calibrate,
         ["train", str(args.config)],
     )
 
@@ -227,6 +239,7 @@ def config_text(answers: dict[str, str], fit: Fit, length: Length, name: str) ->
         "",
         "tuning:",
         *(["  method: full"] if full else ["  method: lora", "  rank: 8", "  alpha: 8"]),
+        *([f"  quantize_base: {fit.quantize_base}  # the frozen weights, in 4 bits"] if fit.quantize_base else []),
         "",
         "objective:",
         *(f"  {line}" for line in objective),
@@ -237,6 +250,7 @@ def config_text(answers: dict[str, str], fit: Fit, length: Length, name: str) ->
         "  center_crop: true",
         "  proportion_empty_prompts: 0.2  # of the visits train without a prompt, as guidance needs",
         *([f"  cache_dir: {quoted(f'cache/{name}')}  # images and prompts are encoded once"] if gpu else []),
+        *(_ENCODED_ELSEWHERE if fit.quantize_base else []),
         *(["  draws_per_pair: 8", "  cache_reference_errors: true"] if fit.precomputed_reference else []),
         f"  dataloader_num_workers: {min(8, os.cpu_count() or 1) if gpu else 0}",
         "",
@@ -245,7 +259,8 @@ def config_text(answers: dict[str, str], fit: Fit, length: Length, name: str) ->
         f"  max_train_steps: {length.steps}",
         f"  train_batch_size: {fit.batch}  # pairs at a time; lower it where memory runs out",
         f"  gradient_accumulation_steps: {fit.accumulation}  # {fit.per_step} pairs a step, on one GPU",
-        f"  learning_rate: {'1.0e-8' if full else '1.0e-5'}",
+        f"  learning_rate: {'1.0e-8' if full else '1.0e-5'}"
+        + ("" if goal == "winners" else "  # usual for SD and SDXL; `diffalign calibrate` measures what fits yours"),
         *(["  scale_lr: true  # learning_rate is multiplied by the pairs of a step"] if full else []),
         "  lr_scheduler: constant_with_warmup",
         f"  lr_warmup_steps: {length.warmup}",

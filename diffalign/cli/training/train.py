@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from diffalign.cli.next_steps import print_next
+from diffalign.cli.next_steps import print_next, scorer_for
 from diffalign.cli.training.options import config_arguments
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         tuned = ["--tuned", f"{config.objective.name}={out}"]
         print_next(
             ["generate", base, "--tuned", out, *sampling, "--out", f"{out}/images"],
-            ["evaluate", base, *tuned, *sampling, "--scorer", "pickscore", "--out", f"{out}/evaluation"],
+            ["evaluate", base, *tuned, *sampling, "--scorer", scorer_for(base), "--out", f"{out}/evaluation"],
         )
 
 

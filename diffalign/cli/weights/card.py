@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from diffalign.cli.common import overwrite_argument, path, path_text
-from diffalign.cli.next_steps import print_next
+from diffalign.cli.next_steps import print_next, scorer_for
 from diffalign.cli.training.train import sampled_as
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     name, out = tuned.objective or "tuned", f"{args.tuned}/evaluation"
     base = tuned.base.pretrained_model_name_or_path
     sampling = [] if tuned.config is None else sampled_as(tuned.config)
-    sampling += ["--prompts", "prompts.txt", "--seeds", "0-3", "--scorer", "pickscore"]
+    sampling += ["--prompts", "prompts.txt", "--seeds", "0-3", "--scorer", scorer_for(base)]
     print_next(
         ["evaluate", base, "--tuned", f"{name}={args.tuned}", *sampling, "--out", out],
         ["card", args.tuned, "--evaluation", out],
