@@ -11,7 +11,6 @@ from pathlib import Path
 from diffalign.cli.terminal import write_styled
 from diffalign.errors import MissingFileError
 
-
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 

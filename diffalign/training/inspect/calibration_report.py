@@ -63,7 +63,7 @@ class Calibration:
 def report(found: Calibration) -> str:
     """The figures, what they mean and what to change, in words."""
     name, value = f"objective.{found.field}", _number(found.proposed)
-    lines = ["| step | predictions moved | spread of the logit at a scale of 1 | weights moved |", "|---|---|---|---|"]
+    lines = ["| step | predictions moved | logit spread at a scale of 1 | weights moved |", "|---|---|---|---|"]
     lines += [f"| {p.step} | {p.movement:.2%} | {p.spread:.3g} | {p.weights:.2g} |" for p in found.path]
     lines += [f"(steps of {found.batch} pairs at lr {found.path_lr:.2g}, measured at {found.pairs} later visits)", ""]
     if found.anchored:
