@@ -22,7 +22,7 @@ TUNED = "assets/arena/tuned.json"  # what the sweep chose; `diffalign arena --sw
 
 BATCH = 32  # pairs of an optimiser step
 WARMUP = 10  # optimiser steps
-RATES = (5e-6, 1e-5, 2e-5)  # learning rates of the sweep; 1e-4 breaks Diffusion-DPO here (docs/world.md)
+RATES = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)  # learning rates of the sweep; 1e-4 breaks Diffusion-DPO here (docs/world.md)
 
 PREFERENCES = ("world", "world-size")  # scorers: the pairs' labels, and what online methods are judged by
 
@@ -36,6 +36,8 @@ class Entry:
     changes: tuple[str, ...] = ()  # overrides that make it what it is
     scale: str | None = None  # the setting that the sweep varies besides the learning rate
     scales: tuple[Any, ...] = ()  # its other values
+    rates: tuple[float, ...] = RATES  # learning rates that the sweep tries
+    finalists: int = 2  # settings that the sweep tries on further seeds; 1: its first seed alone decides
     control: str = ""  # why it is there, where it is no method
     shuffled: bool = False  # its pairs have random labels
     settings_of: str | None = None  # the entry whose settings from the sweep it has; None: its own
@@ -60,28 +62,33 @@ class Protocol:
 
 FULL = Protocol(steps=60, seeds=(0, 1, 2), forwards_seeds=(0,), second_seeds=(0,), pictures=12, split="final")
 QUICK = Protocol(steps=40, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=12, split="final")
-SWEEP = Protocol(steps=40, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=6, split="heldout")
+SWEEP = Protocol(steps=40, seeds=(0, 1), forwards_seeds=(), second_seeds=(), pictures=6, split="heldout")
 
-_BETAS = (500.0, 8000.0)  # around the 2000 of the world's configs
+_BETAS = (125.0, 500.0)  # below the 2000 of the world's configs; 8000 gained least in an earlier sweep
+_NEWER = RATES[1:]  # of methods that came when 5e-6 was known to gain least
+_DEAR = RATES[:4]  # of methods of which a trial takes over two minutes: fewer rates, on one seed
 _SPECIAL = {
     # objective -> its own second setting in the sweep; others have the learning rate alone
     "dpo": Entry("dpo", "world/dpo.yaml", scale="objective.beta", scales=_BETAS),
     "cdpo": Entry("cdpo", "world/cdpo.yaml", scale="objective.beta", scales=_BETAS),
-    "ipo": Entry("ipo", "world/ipo.yaml", scale="objective.tau", scales=(250.0, 4000.0)),
+    "ipo": Entry("ipo", "world/ipo.yaml", scale="objective.tau", scales=(60.0, 250.0)),
     "robust_dpo": Entry("robust_dpo", "world/robust_dpo.yaml", scale="objective.beta", scales=_BETAS),
-    "poly_dpo": Entry("poly_dpo", "world/poly_dpo.yaml", scale="objective.alpha", scales=(-1.0, -0.5)),
-    "linear_dpo": Entry("linear_dpo", "world/linear_dpo.yaml", scale="objective.beta", scales=(50.0, 1000.0)),
-    "dmpo": Entry("dmpo", "world/dmpo.yaml", scale="objective.beta", scales=_BETAS),
-    "dspo": Entry("dspo", "world/dspo.yaml", scale="objective.beta", scales=(0.1, 1.0)),
-    "kto": Entry("kto", "world/kto.yaml", scale="objective.beta", scales=(250.0, 4000.0)),
-    "mapo": Entry("mapo", "world/mapo.yaml", scale="objective.beta", scales=(0.02, 0.5)),
-    "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.link", scales=("forward_kl",)),
-    "dso_dro": Entry("dso_dro", "world/dso_dro.yaml", scale="objective.margin", scales=(0.0003, 0.003)),
+    "poly_dpo": Entry("poly_dpo", "world/poly_dpo.yaml", scale="objective.beta", scales=_BETAS, rates=_NEWER),
+    "linear_dpo": Entry(
+        "linear_dpo", "world/linear_dpo.yaml", scale="objective.beta", scales=(50.0, 1000.0), rates=_NEWER
+    ),
+    "dmpo": Entry("dmpo", "world/dmpo.yaml", scale="objective.beta", scales=_BETAS, rates=_NEWER),
+    "dspo": Entry("dspo", "world/dspo.yaml", scale="objective.beta", scales=(0.1, 1.0), rates=_NEWER),
+    "kto": Entry("kto", "world/kto.yaml", scale="objective.beta", scales=(60.0, 250.0)),
+    "mapo": Entry("mapo", "world/mapo.yaml", scale="objective.beta", scales=(0.005, 0.02)),
+    "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.beta", scales=_BETAS),
+    "dso_dro": Entry("dso_dro", "world/dso_dro.yaml", scale="objective.margin", scales=(0.003, 0.03)),
+    "inversion_dpo": Entry("inversion_dpo", "world/inversion_dpo.yaml", rates=_DEAR, finalists=1),
 }
 _BY_SOURCE = (  # known by where their pairs come from
     Entry("spin", "world/spin.yaml"),
-    Entry("raft", "world/raft.yaml"),
-    Entry("online_dpo", "world/online_dpo.yaml"),
+    Entry("raft", "world/raft.yaml", rates=_DEAR, finalists=1),
+    Entry("online_dpo", "world/online_dpo.yaml", rates=_DEAR, finalists=1),
 )
 _CONTROLS = (
     Entry(

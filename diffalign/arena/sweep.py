@@ -1,4 +1,12 @@
-"""The sweep: learning rate and one scale of each entry, on held-out prompts that the leaderboard does not use."""
+"""The sweep: learning rate and one scale of each entry, on held-out prompts that the leaderboard does not use.
+
+1. Every rate of the entry is tried on the first seed, with the scale of its config.
+2. The other scales are tried at the best of these rates, on the first seed.
+3. The best few of these settings (`Entry.finalists`) are tried on the other seeds.
+4. Chosen is the largest mean gain among finalists of which no seed violates a guard; among all where each does.
+
+An entry with one finalist is decided on the first seed alone.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +16,92 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.arena.board import gain, leaderboard_row
-from diffalign.arena.entries import RATES, SWEEP, Entry, Protocol, config_of
+from diffalign.arena.entries import SWEEP, Entry, Protocol, config_of
 from diffalign.arena.folder import ArenaFolder
-from diffalign.arena.jobs import Job, run_jobs
+from diffalign.arena.jobs import FinishedJob, Job, run_jobs
 from diffalign.training.run import environment
 
 PREFERENCE = "world"  # the other one is tuned for by nobody
 RATE = "training.learning_rate"
 
+Trial = dict[str, Any]
+Asked = tuple[Entry, dict[str, Any], int]  # settings of an entry, and the training seed
+
 
 def sweep_settings(
-    arena: ArenaFolder, entries: Sequence[Entry], command: str, protocol: Protocol = SWEEP
+    arena: ArenaFolder,
+    entries: Sequence[Entry],
+    command: str,
+    protocol: Protocol = SWEEP,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Tries every learning rate, then the other scales at the best of them; returns what was found and chosen.
+    """Tries and chooses as the head of this file says; returns all trials and what was chosen.
 
-    Chosen is the largest gain among trials that violate no guard; among all where each does.
+    known: what an earlier sweep returned. Its trials of the same protocol stay, and are not trained again; each
+    keeps the commit that it was trained at.
     """
     for entry in entries:  # a setting that no config can have is an error now, not after an hour
         for value in entry.scales:
             config_of(entry, protocol, PREFERENCE, 0, arena.pairs(PREFERENCE), {str(entry.scale): value})
-    trials: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
-    _try(arena, protocol, [(entry, {RATE: rate}) for entry in entries for rate in RATES], trials, "sweep: rates")
-    further = [
-        (entry, {RATE: best(trials[entry.name])["settings"][RATE], entry.scale: value})
+    of_protocol = {
+        "steps": protocol.steps, "seeds": list(protocol.seeds), "split": protocol.split,
+        "pictures": protocol.pictures, "preference": PREFERENCE,
+    }  # fmt: skip
+    trials = {entry.name: _comparable(known, entry.name, of_protocol) for entry in entries}
+    first, *others = protocol.seeds
+
+    def stage(asked: Sequence[Asked], desc: str) -> None:
+        new = [one for one in asked if not any(_is_of(one, trial) for trial in trials[one[0].name])]
+        for (entry, _, _), trial in zip(new, _tried(arena, protocol, new, desc), strict=True):
+            trials[entry.name].append(trial)
+
+    stage([(entry, {RATE: rate}, first) for entry in entries for rate in entry.rates], "sweep: rates")
+    rates = {entry.name: finalists(trials[entry.name], 1)[0][RATE] for entry in entries}
+    stage(
+        [
+            (entry, {RATE: rates[entry.name], entry.scale: value}, first)
+            for entry in entries
+            if entry.scale is not None
+            for value in entry.scales
+        ],
+        "sweep: scales",
+    )
+    last = [
+        (entry, settings, seed)
         for entry in entries
-        if entry.scale is not None
-        for value in entry.scales
+        if entry.finalists > 1
+        for settings in finalists(trials[entry.name], entry.finalists)
+        for seed in others
     ]
-    _try(arena, protocol, further, trials, "sweep: scales")
+    stage(last, "sweep: other seeds")
     where = environment()
     return {
         "command": command,
         "environment": where,
-        "protocol": {"steps": protocol.steps, "seeds": protocol.seeds, "split": protocol.split,
-                     "pictures": protocol.pictures, "preference": PREFERENCE},
+        "protocol": of_protocol,
         "entries": {
-            name: {"git_commit": where["git_commit"], "chosen": best(tried)["settings"], "trials": tried}
+            name: {"git_commit": where["git_commit"], "chosen": chosen(tried), "trials": tried}
             for name, tried in trials.items()
         },
-    }  # fmt: skip
+    }
 
 
-def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the largest gain, of those that violate no guard where there are any."""
-    return max(trials, key=lambda trial: (trial["gain"] is not None and not trial["guards"], _order(trial)))
+def finalists(trials: Sequence[Trial], number: int) -> list[dict[str, Any]]:
+    """The settings with the largest gains, the best first; those that violate a guard come last."""
+    return [trial["settings"] for trial in sorted(trials, key=_order, reverse=True)[:number]]
+
+
+def chosen(trials: Sequence[Trial]) -> dict[str, Any]:
+    """The largest mean gain among the settings tried on most seeds; those of which a seed violates a guard are last."""
+    groups = [[trial for trial in trials if trial["settings"] == one["settings"]] for one in trials]
+    most = max(len(group) for group in groups)
+
+    def mean_order(group: list[Trial]) -> tuple[bool, float]:
+        orders = [_order(trial) for trial in group]
+        return all(silent for silent, _ in orders), sum(value for _, value in orders) / len(orders)
+
+    settings: dict[str, Any] = max((group for group in groups if len(group) == most), key=mean_order)[0]["settings"]
+    return settings
 
 
 def save_sweep(found: dict[str, Any], file: Path) -> None:
@@ -65,39 +115,55 @@ def save_sweep(found: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _try(
-    arena: ArenaFolder,
-    protocol: Protocol,
-    settings: Sequence[tuple[Entry, dict[str, Any]]],
-    trials: dict[str, list[dict[str, Any]]],
-    desc: str,
-) -> None:
+def _order(trial: Trial) -> tuple[bool, float]:
+    """Trials without a guard before the others, then by gain; a run that failed is last."""
+    failed = trial["gain"] is None
+    return not failed and not trial["guards"], float("-inf") if failed else float(trial["gain"])
+
+
+def _comparable(known: dict[str, Any] | None, name: str, protocol: dict[str, Any]) -> list[Trial]:
+    """An entry's trials of an earlier sweep, if all but its seeds was as it is now."""
+    if known is None or name not in known["entries"]:
+        return []
+    same = all(known["protocol"][key] == protocol[key] for key in protocol if key != "seeds")
+    return list(known["entries"][name]["trials"]) if same else []
+
+
+def _is_of(asked: Asked, trial: Trial) -> bool:
+    return (trial["settings"], trial["seed"]) == asked[1:]
+
+
+def _tried(arena: ArenaFolder, protocol: Protocol, asked: Sequence[Asked], desc: str) -> list[Trial]:
+    """A trial for each that is asked for, in order."""
     base = arena.base(protocol)
     jobs = [
         Job(
-            arena.folder / "sweep" / entry.name / "-".join(f"{value:g}" if isinstance(value, float) else str(value)
-                                                           for value in tuned.values()),
-            config_of(entry, protocol, PREFERENCE, protocol.seeds[0], arena.pairs(PREFERENCE, entry.shuffled), tuned),
+            arena.folder / "sweep" / entry.name / _folder(tuned) / f"seed{seed}",
+            config_of(entry, protocol, PREFERENCE, seed, arena.pairs(PREFERENCE, entry.shuffled), tuned),
             base.prompts,
             base.seeds,
         )
-        for entry, tuned in settings
-    ]  # fmt: skip
+        for entry, tuned, seed in asked
+    ]
     drawn, *runs = run_jobs([base, *jobs], arena.workers, desc)
-    for (entry, tuned), run in zip(settings, runs, strict=True):
-        row = leaderboard_row(entry, [run], drawn, PREFERENCE)
-        failed = row["failed"] is not None
-        trials[entry.name].append(
-            {
-                "settings": tuned,
-                "gain": None if failed else gain(row, PREFERENCE),
-                "accuracy_change": None if failed else row["accuracy"]["change"][0],
-                "diversity": None if failed else row["diversity"][0],
-                "guards": [] if failed else row["guards"],
-                "failed": row["failed"],
-            }
-        )
+    return [_trial(one, run, drawn) for one, run in zip(asked, runs, strict=True)]
 
 
-def _order(trial: dict[str, Any]) -> float:
-    return float("-inf") if trial["gain"] is None else float(trial["gain"])
+def _folder(tuned: dict[str, Any]) -> str:
+    return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in tuned.values())
+
+
+def _trial(asked: Asked, run: FinishedJob, base: FinishedJob) -> Trial:
+    entry, tuned, seed = asked
+    row = leaderboard_row(entry, [run], base, PREFERENCE)
+    failed = row["failed"] is not None
+    return {
+        "settings": tuned,
+        "seed": seed,
+        "git_commit": run.commit,
+        "gain": None if failed else gain(row, PREFERENCE),
+        "accuracy_change": None if failed else row["accuracy"]["change"][0],
+        "diversity": None if failed else row["diversity"][0],
+        "guards": [] if failed else row["guards"],
+        "failed": row["failed"],
+    }

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _start(args: argparse.Namespace) -> None:
+    import json
     from dataclasses import replace
 
     from diffalign.arena.arena import run_arena, tables
@@ -50,10 +51,12 @@ def _start(args: argparse.Namespace) -> None:
     arena, command = ArenaFolder(args.out, args.workers), _command(args)
     if args.sweep:
         if args.seeds is not None:
-            raise DiffalignError("--seeds: the sweep uses one seed; remove --seeds")
+            raise DiffalignError("--seeds: the sweep has its own seeds; remove --seeds")
         methods = [entry for entry in taking_part if not entry.control]
-        save_sweep(sweep_settings(arena, methods, command), args.out / Path(TUNED).name)
-        print(f"{args.out / Path(TUNED).name}: all trials and the chosen settings; the packaged file is {TUNED}")
+        file = args.out / Path(TUNED).name
+        known = json.loads(file.read_text()) if file.is_file() else None
+        save_sweep(sweep_settings(arena, methods, command, known=known), file)
+        print(f"{file}: all trials and the chosen settings; the packaged file is {TUNED}")
         return
     protocol = QUICK if args.quick else FULL
     if args.seeds is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from diffalign.arena import jobs
 from diffalign.arena.arena import run_arena, tables
 from diffalign.arena.entries import Protocol, entries
 from diffalign.arena.folder import ArenaFolder
-from diffalign.arena.sweep import best, save_sweep, sweep_settings
+from diffalign.arena.sweep import chosen, finalists, save_sweep, sweep_settings
 from diffalign.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline")]
@@ -115,23 +117,50 @@ def test_a_flipped_sign_is_ranked_last(tmp_path: Path, monkeypatch: pytest.Monke
     assert dpo["rewards"]["world"]["gain"][1] > 0
 
 
-def test_a_sweep_tries_and_chooses(tmp_path: Path) -> None:
-    protocol = Protocol(steps=1, seeds=(0,), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
-    found = sweep_settings(ArenaFolder(tmp_path, 2), entries(("mapo",)), "", protocol)
+def test_a_sweep_tries_chooses_and_keeps_what_is_known(tmp_path: Path) -> None:
+    protocol = Protocol(steps=1, seeds=(0, 1), forwards_seeds=(), second_seeds=(), pictures=2, split="heldout")
+    mapo = replace(entries(("mapo",))[0], rates=(1e-5, 2e-5), scales=(0.5,))
+    found = sweep_settings(ArenaFolder(tmp_path, 2), [mapo], "", protocol)
     trials = found["entries"]["mapo"]["trials"]
-    assert [trial["settings"]["training.learning_rate"] for trial in trials[:3]] == [5e-6, 1e-5, 2e-5]
-    assert [trial["settings"]["objective.beta"] for trial in trials[3:]] == [0.02, 0.5]
-    assert found["entries"]["mapo"]["chosen"] in [trial["settings"] for trial in trials]
+    asked = [(t["seed"], *t["settings"].values()) for t in trials]
+    assert asked[:2] == [(0, 1e-5), (0, 2e-5)]
+    assert asked[2] in [(0, 1e-5, 0.5), (0, 2e-5, 0.5)]  # at the better rate
+    assert [t["settings"] for t in trials[3:]] == finalists(trials[:3], 2)
+    assert {t["seed"] for t in trials[3:]} == {1}
+    assert {t["git_commit"] for t in trials} == {found["environment"]["git_commit"]}
+    assert found["entries"]["mapo"]["chosen"] == chosen(trials)
+
+    shutil.rmtree(tmp_path / "sweep")  # nothing is left that could be read again
+    marked = json.loads(json.dumps(found).replace(f'"{trials[0]["git_commit"]}"', '"old"'))
+    again = sweep_settings(ArenaFolder(tmp_path, 2), [replace(mapo, rates=(1e-5, 2e-5, 4e-5))], "", protocol, marked)
+    held = again["entries"]["mapo"]["trials"]
+    assert [t for t in held if t["git_commit"] == "old"] == marked["entries"]["mapo"]["trials"]
+    assert {t["settings"]["training.learning_rate"] for t in held if t["git_commit"] != "old"} >= {4e-5}
 
 
-def trial(gain: float | None, guards: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {"gain": gain, "guards": list(guards), "settings": {"gain": gain}}
+def trial(gain: float | None, guards: tuple[str, ...] = (), name: str = "", seed: int = 0) -> dict[str, Any]:
+    return {"gain": gain, "guards": list(guards), "settings": {"name": name or str(gain)}, "seed": seed}
 
 
 def test_the_best_trial_is_one_whose_guards_are_silent() -> None:
-    assert best([trial(0.1), trial(0.2), trial(0.3, ("diversity",)), trial(None)]) == trial(0.2)
-    assert best([trial(0.1, ("faithfulness",)), trial(0.3, ("diversity",))]) == trial(0.3, ("diversity",))
-    assert best([trial(None), trial(-0.4)]) == trial(-0.4)
+    def best(*trials: dict[str, Any]) -> str:
+        names = [settings["name"] for settings in finalists(trials, 1)]
+        assert [chosen(trials)["name"]] == names
+        return str(names[0])
+
+    assert best(trial(0.1), trial(0.2), trial(0.3, ("diversity",)), trial(None)) == "0.2"
+    assert best(trial(0.1, ("faithfulness",)), trial(0.3, ("diversity",))) == "0.3"
+    assert best(trial(None), trial(-0.4)) == "-0.4"
+
+
+def test_chosen_is_the_mean_over_seeds_and_a_guard_of_any_seed_counts() -> None:
+    one_seed = trial(0.9, name="one seed")
+    a, b = [trial(0.3, name="a"), trial(0.1, name="a", seed=1)], [trial(0.2, name="b"), trial(0.25, name="b", seed=1)]
+    assert chosen([one_seed, *a, *b])["name"] == "b"
+    b[1]["guards"] = ["diversity"]
+    assert chosen([one_seed, *a, *b])["name"] == "a"
+    a[1]["gain"] = None  # failed
+    assert chosen([one_seed, *a, *b])["name"] == "b"
 
 
 def test_what_another_sweep_found_is_kept(tmp_path: Path) -> None:
