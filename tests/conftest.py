@@ -93,6 +93,29 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """`judge_folder("sdxl")`: a judge with the random weights of the tiny base of that family."""
+    from diffalign.contrib.latent_judge.files import save_judge
+    from diffalign.contrib.latent_judge.network import LatentJudge
+    from diffalign.models.loading.base import load_base
+
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            base = load_base(str(request.getfixturevalue(f"tiny_{family}")))
+            assert base.text is not None
+            made[family] = tmp_path_factory.mktemp("judge") / family
+            judge = LatentJudge(base.unet, base.text.models, guidance=7.5)
+            if judge.text_projection is not None:
+                torch.nn.init.normal_(judge.text_projection.weight, generator=torch.Generator().manual_seed(1))
+            save_judge(judge, base.text.tokenizers, 2, made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """Two processes joined by gloo, for any number of trainings one after another."""
     found = Pool(tmp_path_factory.mktemp("pool"))

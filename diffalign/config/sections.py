@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffalign.config.data_sections import (
     BucketsSection,
@@ -262,12 +262,22 @@ class ValidationSection(Section):
 
 
 class PreferenceModelSection(Section):
-    """A step-aware preference model, trained to judge noisy images at any timestep."""
+    """A preference model, trained to judge noisy images at any timestep: decoded (SPO's), or as latents (LPO's)."""
 
     _shipped = field_validator("pretrained_model_name_or_path", mode="before")(packaged_asset)
 
+    kind: Literal["step_aware", "latent"] = "step_aware"  # a CLIP of decoded x̂_0, or the base's own blocks on x_t
     pretrained_model_name_or_path: PathText = "yuvalkirstain/PickScore_v1"  # the CLIP it starts from: folder or Hub id
     tokenizer: PathText = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where that folder has none
-    guidance_scale: Guidance = 5.0  # of the base's predictions (the SPO release's)
+    text_projection: PathText | None = None  # kind latent, SD: the CLIP whose text projection it starts from
+    guidance_scale: Guidance = 5.0  # of the base's predictions (the SPO release's); latent: of its middle features
     relabel_with: Text | None = None  # a scorer whose verdict on the clean images replaces the labels
     relabel_gap: Fraction = 0.1  # difference of probabilities within which that verdict is a tie
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> PreferenceModelSection:
+        """Raises DiffalignError for a setting that only the other kind has."""
+        other = ("text_projection",) if self.kind == "step_aware" else ("pretrained_model_name_or_path", "tokenizer")
+        if idle := [k for k in other if getattr(self, k) != type(self).model_fields[k].default]:
+            raise DiffalignError(f"{', '.join(idle)}: kind {self.kind} has no such setting; remove it")
+        return self

@@ -14,17 +14,28 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
-from diffalign.rewards.base import DEFAULT_TIE, Scorer, ScorerError, StepAwareScorer, as_step_aware, span_of, tie_of
+from diffalign.rewards.base import (
+    DEFAULT_TIE,
+    LatentScorer,
+    Scorer,
+    ScorerError,
+    StepAwareScorer,
+    as_step_aware,
+    span_of,
+    tie_of,
+)
 from diffalign.rewards.table import SCORERS
 
 __all__ = [
     "DEFAULT_TIE",
+    "LatentScorer",
     "Scorer",
     "ScorerError",
     "StepAwareScorer",
     "as_step_aware",
     "declared_span",
     "declared_tie",
+    "load_judge",
     "load_scorer",
     "scorer_names",
     "span_of",
@@ -38,11 +49,22 @@ def scorer_names() -> list[str]:
 
 
 def load_scorer(name: str, device: str = "cpu") -> Scorer:
-    """The scorer called `name` with its weights on `device`.
+    """The scorer of images called `name` with its weights on `device`.
 
     `name` is a built-in name, `NAME=PATH` (a folder, file or Hub id in place of the default weights), or
     `package.module:Class` for a scorer of your own. Raises ScorerError naming the nearest known name.
     """
+    scorer = load_judge(name, device)
+    if isinstance(scorer, LatentScorer):
+        raise ScorerError(
+            f"scorer '{name}' judges noisy latents, and what is asked for here is a scorer of images; it can be "
+            "source.scorer of the source rollout"
+        )
+    return scorer
+
+
+def load_judge(name: str, device: str = "cpu") -> Scorer | LatentScorer:
+    """As `load_scorer`, and also a judge of noisy latents, for those who can show it some."""
     key, given, path = name.partition("=")
     factory = _factory(name)
     if given and not path:
@@ -53,7 +75,7 @@ def load_scorer(name: str, device: str = "cpu") -> Scorer:
         raise ScorerError(f"scorer '{name}': {key} takes no path; give '{key}' alone")
     arguments = {"device": device} if _takes_device(factory) else {}
     scorer = factory(path, **arguments) if path else factory(**arguments)
-    if not isinstance(scorer, Scorer):
+    if not isinstance(scorer, (Scorer, LatentScorer)):
         raise ScorerError(f"scorer '{name}': {factory} has no `name` or no `score(images, prompts)` method")
     return scorer
 

@@ -53,6 +53,21 @@ class StepAwareScorer(Protocol):
         ...
 
 
+@runtime_checkable
+class LatentScorer(Protocol):
+    """A judge of noisy latents x_t. Higher is better; it decodes nothing, and cannot score images."""
+
+    name: str
+
+    def score_latents(self, latents: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
+        """Float [n]: x_t "n c h w" at the noise levels t (int64 [n]), each judged against its prompt."""
+        ...
+
+    def check_latents(self, family: str, channels: int) -> None:
+        """Raises ScorerError for latents that are not of its kind: the family of their model and their channels."""
+        ...
+
+
 def as_step_aware(scorer: Scorer | StepAwareScorer) -> StepAwareScorer:
     """`scorer` behind the step-aware interface: where its `score` has no parameter `t`, the timestep is ignored.
 

@@ -114,4 +114,10 @@ SCORERS = {
         "step-aware=PATH: a run's output folder, or the released file",
         "that of PATH",
     ),
+    "latent-judge": ScorerEntry(
+        "diffalign.contrib.latent_judge.scorer:LatentScorer",
+        "exp(scale) * cos in logits, of noisy latents, for the source rollout alone",
+        "latent-judge=PATH: a run's output folder, or a released folder",
+        "that of PATH",
+    ),
 }

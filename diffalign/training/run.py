@@ -57,7 +57,10 @@ from diffalign.training.trainable import Run, Trainable
 
 log = logging.getLogger(__name__)
 
-PREFERENCE_RUN = "diffalign.contrib.step_aware.build:build_preference_run"
+PREFERENCE_RUNS = {  # by `preference_model.kind`
+    "step_aware": "diffalign.contrib.step_aware.build:build_preference_run",
+    "latent": "diffalign.contrib.latent_judge.build:build_latent_run",
+}
 NAMED = 5  # rows left out that are named at the start of a run
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "torchao", "xformers")
 
@@ -172,8 +175,8 @@ def build_run(
             f"base: a preference model is trained on the base that its config names, "
             f"{config.model.pretrained_model_name_or_path}, and {base.source!r} was given as an object; leave base out"
         )
-    build_preference_run: Callable[..., Trainable] = pkgutil.resolve_name(PREFERENCE_RUN)
-    return build_preference_run(config, accelerator, open_table(config, accelerator) if table is None else table)
+    build_run_of_kind: Callable[..., Trainable] = pkgutil.resolve_name(PREFERENCE_RUNS[config.preference_model.kind])
+    return build_run_of_kind(config, accelerator, open_table(config, accelerator) if table is None else table)
 
 
 def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callback]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from diffalign.errors import MissingFileError
 from diffalign.world.captions import splits
 
-__all__ = ["base_path", "judge_path", "pairs_path", "splits"]
+__all__ = ["base_path", "judge_path", "latent_judge_path", "pairs_path", "splits"]
 
 
 def base_path() -> Path:
@@ -27,6 +27,11 @@ def pairs_path() -> Path:
 def judge_path() -> Path:
     """Folder of the committed step-aware preference model of the world."""
     return _asset("judge/step_aware")
+
+
+def latent_judge_path() -> Path:
+    """Folder of the committed judge of the world's noisy latents."""
+    return _asset("judge/latent")
 
 
 def _asset(name: str) -> Path:

@@ -3,8 +3,9 @@
     python -m diffalign.world.judge_accuracy world-step-aware pickscore=assets/world/judge/clip world
 
 Pairs of renders of held-out captions are noised to t with one noise for both sides, the base predicts x̂_0 with
-guidance, and the judge sees the decoded images. The truth is the oracle's reward of the clean renders; the oracle
-itself may be asked about the decoded images too (`world`): what a judge that ignores t can get out of them.
+guidance, and the judge sees the decoded images; a judge of noisy latents sees x_t. The truth is the oracle's reward of
+the clean renders; the oracle itself may be asked about the decoded images too (`world`): what a judge that ignores t
+can get out of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from diffalign.models.loading.base import Base, load_base
 from diffalign.models.loading.decoder import decode_latents
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.policy.networks import Networks
-from diffalign.rewards import DEFAULT_TIE, StepAwareScorer, as_step_aware, load_scorer
+from diffalign.rewards import DEFAULT_TIE, LatentScorer, StepAwareScorer, as_step_aware, load_judge
 from diffalign.types import Conditioning
 from diffalign.world import base_path, oracle
 from diffalign.world.captions import TEMPLATES, caption, splits
@@ -58,20 +59,32 @@ def held_out_pairs(n: int, seed: int = 0) -> HeldOut:
 
 
 @torch.no_grad()
+def noisy_latents(base: Base, pairs: HeldOut, t: int, seed: int = 0) -> Tensor:
+    """x_t "side pair c h w", one noise for both sides; it depends on seed and t."""
+    encoder = Encoder(base)
+    generator = torch.Generator().manual_seed(1000 * seed + t)
+    made = []
+    for start in range(0, len(pairs.captions), BATCH):
+        pixels = pairs.pixels[:, start : start + BATCH]
+        latents = encoder.moments(pixels.flatten(0, 1)).chunk(2, dim=1)[0].unflatten(0, (2, -1))
+        noise = torch.randn(latents.shape[1:], generator=generator).expand_as(latents)
+        made.append(base.schedule.add_noise(latents, noise, torch.full(latents.shape[:2], t)))
+    return torch.cat(made, dim=1)
+
+
+@torch.no_grad()
 def intermediate_images(base: Base, pairs: HeldOut, t: int, seed: int = 0) -> list[Image.Image]:
     """Decoded x̂_0 at timestep t, first sides and then second sides; the noise depends on seed and t."""
     encoder = Encoder(base)
     networks = Networks(base.unet, family=base.family, schedule=base.schedule)
-    generator = torch.Generator().manual_seed(1000 * seed + t)
     made: list[list[Tensor]] = [[], []]
+    everything = noisy_latents(base, pairs, t, seed)
     for start in range(0, len(pairs.captions), BATCH):
         part = slice(start, start + BATCH)
-        latents = encoder.moments(pairs.pixels[:, part].flatten(0, 1)).chunk(2, dim=1)[0]
-        noise = torch.randn(latents[: len(latents) // 2].shape, generator=generator).repeat(2, 1, 1, 1)
-        times = torch.full((len(latents),), t)
-        xt = base.schedule.add_noise(latents, noise, times)
+        xt = everything[:, part].flatten(0, 1)
+        times = torch.full((len(xt),), t)
         cond = _conditioning(encoder, pairs.captions[part] * 2)
-        null = _conditioning(encoder, [""] * len(latents))
+        null = _conditioning(encoder, [""] * len(xt))
         x0 = base.schedule.to_x0(guided(networks.policy, xt, times, cond, GUIDANCE, null), xt, times)
         assert base.vae is not None, "the encoder has encoded with it"
         for side, pictures in zip(made, decode_latents(base.vae, x0).chunk(2), strict=True):
@@ -92,6 +105,13 @@ def accuracy_at(judge: StepAwareScorer, pairs: HeldOut, pictures: Sequence[Image
     return ((scores[0] > scores[1]) == pairs.first_is_better).float().mean().item()
 
 
+def latent_accuracy_at(judge: LatentScorer, pairs: HeldOut, xt: Tensor, t: int) -> float:
+    """The same of a judge of noisy latents, which sees x_t "side pair c h w"."""
+    times = torch.full((len(pairs.captions),), t)
+    scores = torch.stack([judge.score_latents(side, pairs.captions, times) for side in xt])
+    return ((scores[0] > scores[1]) == pairs.first_is_better).float().mean().item()
+
+
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
@@ -103,13 +123,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    judges = [as_step_aware(load_scorer(name)) for name in arguments.scorer]
+    judges = [load_judge(name) for name in arguments.scorer]
     base, pairs = load_base(str(base_path())), held_out_pairs(arguments.pairs, arguments.seed)
     print(f"{len(pairs.captions)} pairs of held-out captions")
     print("   t  " + "  ".join(arguments.scorer))
     for t in arguments.timesteps:
+        xt = noisy_latents(base, pairs, t, arguments.seed)
         pictures = intermediate_images(base, pairs, t, arguments.seed)
-        row = [accuracy_at(judge, pairs, pictures, t) for judge in judges]
+        row = [
+            latent_accuracy_at(judge, pairs, xt, t)
+            if isinstance(judge, LatentScorer)
+            else accuracy_at(as_step_aware(judge), pairs, pictures, t)
+            for judge in judges
+        ]
         print(
             f"{t:4d}  " + "  ".join(f"{a:{max(len(name), 4)}.3f}" for a, name in zip(row, arguments.scorer)), flush=True
         )

@@ -35,7 +35,7 @@ def judge_step(run: PreferenceRun, batches: Iterator[PairBatch], meter: Meter) -
     accelerator = run.accelerator
 
     def micro_batch(batch: PairBatch) -> dict[str, Tensor]:
-        scores, labels, t = scores_of(run, batch)
+        scores, labels, t = run.scores(batch)
         loss = preference_loss(scores, labels.to(accelerator.device, non_blocking=True))
         weight = batch.terms.weight
         assert weight is not None, "`WeightedPairs` sets it"

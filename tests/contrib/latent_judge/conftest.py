@@ -1,0 +1,5 @@
+"""The contexts of tests/sources."""
+
+from tests.sources.conftest import make_context
+
+__all__ = ["make_context"]
