@@ -40,7 +40,9 @@ def replaced(name: str, folder: Path, request: pytest.FixtureRequest) -> list[st
         changes.append("training.optimizer=adamw")
     if hasattr(source, "scorer"):
         changes.append(f"source.scorer={JUDGE}")
-    if isinstance(config, PreferenceModelConfig):
+    if isinstance(config, PreferenceModelConfig) and config.preference_model.kind == "latent":
+        changes.append("preference_model.text_projection=null")
+    elif isinstance(config, PreferenceModelConfig):
         clip = WORLD / "judge" / "clip"
         changes += [f"preference_model.pretrained_model_name_or_path={clip}", f"preference_model.tokenizer={clip}"]
         if config.preference_model.relabel_with is not None:

@@ -16,10 +16,17 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in FILES}
-PACKAGED = 64  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 68  # a config that disappears, or one that no test sees, changes this number
 EMBEDDED = ("world/", "emoji/")  # folders whose configs run on committed files
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
-NAMED_BY_SOURCE = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo", "npo": "dpo", "ppd": "dpo"}  # not by objective
+NAMED_BY_SOURCE = {
+    "spin": "seppo",
+    "raft": "sft",
+    "online_dpo": "dpo",
+    "npo": "dpo",
+    "ppd": "dpo",
+    "lpo": "spo",
+}  # not by objective
 PAIRS_PUBLISHED = {"dpo_full": 2048, "sft_full": 2048, "inpo_full": 1024, "smpo_full": 1024, "mapo_full": 128}  # a step
 
 
@@ -58,7 +65,7 @@ def test_parses_and_says_what_it_is(name: str) -> None:
     assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
     stem = re.sub(r"_\d+gb$", "", Path(name).stem).removesuffix("_full").removesuffix("_lora")
     if isinstance(config, PreferenceModelConfig):
-        assert stem == "step_aware"
+        assert stem == {"latent": "latent_judge"}.get(config.preference_model.kind, config.preference_model.kind)
     else:
         assert config.objective.name == NAMED_BY_SOURCE.get(stem, stem)
     assert max(map(len, path.read_text().splitlines())) <= 120
@@ -130,6 +137,21 @@ def test_spo_is_as_published(family: str, rank: int, lr: float, pairs: int, thre
     source = config.source
     assert (source.threshold, source.num_candidates, source.sampling_steps) == (threshold, candidates, 20)
     assert (config.objective.beta, config.objective.clip, config.objective.guidance) == (10.0, 0.1, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "rank", "lr", "pairs", "low", "high"),
+    [("sd15", 4, 6e-5, 40, 0.35, 0.5), ("sdxl", 64, 1e-5, 16, 0.45, 0.6)],
+)
+def test_lpo_is_as_published(family: str, rank: int, lr: float, pairs: int, low: float, high: float) -> None:
+    config = load_config(CONFIGS[f"{family}/lpo_lora.yaml"])
+    assert (config.tuning.rank, config.training.learning_rate, config.objective.beta) == (rank, lr, 500.0)
+    assert effective_batch(config.training, processes=1) == pairs
+    source = config.source
+    assert (source.threshold, source.threshold_max, source.num_candidates, source.plain_steps) == (low, high, 4, 0)
+    judge = load_config(CONFIGS[f"{family}/latent_judge.yaml"])
+    assert effective_batch(judge.training, processes=1) == {"sd15": 128, "sdxl": 32}[family]
+    assert (judge.training.learning_rate, judge.preference_model.guidance_scale) == (1e-5, 7.5)
 
 
 @pytest.mark.parametrize(("family", "lr", "steps"), [("sd15", 3e-6, 8000), ("sdxl", 1e-6, 7000)])

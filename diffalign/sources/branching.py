@@ -9,6 +9,9 @@ rejected of every step since the branching, and one member, drawn at random, is 
                   from a shared x_t. As in the release, the last step never branches: with m = 0 it joins the step
                   before it                                                                                      (SDXL)
 
+A judge of noisy latents (LPO, arXiv 2502.01051) compares the pool as it is, x_t at the level that it has reached: the
+network is then asked for the one member that goes on, and for no other.
+
 Plain control flow on functions: no network, no decoder and no random number is made here, so that recorded draws replay
 exactly. A chain takes a batch of prompts at once; prompts never mix.
 
@@ -30,7 +33,7 @@ from diffalign.engine.inversion import Predict
 from diffalign.engine.schedule import NoiseSchedule, spread
 
 Rule = Literal["every_step", "inner_steps"]
-Judge = Callable[[Tensor, int], Tensor]  # ("member prompt c h w" clean latents, t of the step) -> "member prompt"
+Judge = Callable[[Tensor, int], Tensor]  # ("member prompt c h w" x̂_0, or x_t; t of the step) -> "member prompt"
 Noise = Callable[[int, int], Tensor]  # (index of the step, members) -> "member prompt c h w"
 Pick = Callable[[int, int], Tensor]  # (index of the step, members) -> int64 [prompt]: who is continued
 
@@ -41,7 +44,7 @@ class Verdict:
 
     levels: Tensor  # int64 [level], CPU: t before the branching step, and after each step since
     path: Tensor  # "side prompt level c h w"; at the first level the sides are equal
-    judged: Tensor  # "side prompt c h w", the clean latents that the judge saw
+    judged: Tensor  # "side prompt c h w", the latents that the judge saw: x̂_0, or x_t where it sees noisy ones
     scores: Tensor  # "side prompt", CPU: of the chosen and of the rejected
     valid: Tensor  # bool [prompt], CPU: whether they differ by enough
     index: int  # of the branching step
@@ -59,6 +62,17 @@ def branchings(rule: Rule, first: int, steps: int, inner_steps: int) -> tuple[in
     if rule == "every_step":
         return tuple(range(first, steps))
     return tuple(range(first, max(steps - 1, first + 1), inner_steps + 1))
+
+
+def thresholds_by_noise(s: NoiseSchedule, levels: Tensor, eta: float, low: float, high: float) -> tuple[float, ...]:
+    """A threshold for each step of a chain, linear in the standard deviation σ of the step: `low` to `high`.
+
+    low is that of the step with the least noise, high that of the step with the most. Source: LPO (arXiv 2502.01051);
+    the release has a table of the σ of 20 steps, which these are for its schedule.
+    """
+    sigma = ddim.variance(s, levels[:-1], levels[1:], eta).sqrt()
+    share = (sigma - sigma.min()) / (sigma.max() - sigma.min())
+    return tuple((low + share * (high - low)).tolist())
 
 
 class Comparison(NamedTuple):
@@ -91,6 +105,12 @@ class Branching:
     num_candidates: int  # members of a pool
     eta: float  # share of DDPM's noise in every step
     threshold: float  # see `compare_candidates`
+    thresholds: tuple[float, ...] = ()  # of every step, where they differ: that of the branching step is in force
+    noisy: bool = False  # the judge sees x_t, not x̂_0
+
+    def threshold_at(self, index: int) -> float:
+        """The least difference that counts for a pool that branched at the step of this index."""
+        return self.thresholds[index] if self.thresholds else self.threshold
 
 
 @dataclass(frozen=True)
@@ -114,16 +134,19 @@ def branching_chain(s: NoiseSchedule, x: Tensor, calls: Calls, branching: Branch
     here, start = x[None], 0
 
     def verdict(end: int, judged: Tensor, t: int) -> Verdict:
-        return _verdict(
-            path, levels[start:end], start, judged, compare_candidates(calls.judge(judged, t), branching.threshold), t
-        )
+        found = compare_candidates(calls.judge(judged, t), branching.threshold_at(start))
+        return _verdict(path, levels[start:end], start, judged, found, t)
 
     for i, (t, t_next) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
+        ends = i in branching.at and bool(path)
+        if ends and branching.noisy:
+            yield verdict(i + 1, here, t)
+            here = _member(here, calls.pick(i, len(here)), prompts)
         answer = _answer(s, calls.predict, here, t, prompts)
+        if ends and not branching.noisy:
+            yield verdict(i + 1, answer.x0, t)
+            answer = answer.member(calls.pick(i, len(here)), prompts)
         if i in branching.at:
-            if path:
-                yield verdict(i + 1, answer.x0, t)
-                answer = answer.member(calls.pick(i, len(here)), prompts)
             path, start = [answer.x], i
         members = branching.num_candidates if i in branching.at else len(here)
         here = _moved(s, answer, t, t_next, branching.eta, calls.noise(i, members))
@@ -143,8 +166,12 @@ class _Answer:
 
     def member(self, index: Tensor, prompts: Tensor) -> _Answer:
         """One member of each prompt's, as a pool of one."""
-        index = index.to(prompts.device, non_blocking=True)
-        return _Answer(*(part[index, prompts][None] for part in (self.x, self.eps, self.x0)))
+        return _Answer(*(_member(part, index, prompts) for part in (self.x, self.eps, self.x0)))
+
+
+def _member(pool: Tensor, index: Tensor, prompts: Tensor) -> Tensor:
+    """One member of each prompt's pool "member prompt c h w", as a pool of one."""
+    return pool[index.to(prompts.device, non_blocking=True), prompts][None]
 
 
 def _answer(s: NoiseSchedule, predict: Predict, x: Tensor, t: int, prompts: Tensor) -> _Answer:

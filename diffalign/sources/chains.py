@@ -18,10 +18,19 @@ from diffalign.data.transforms import to_images
 from diffalign.engine.predictor import predictor
 from diffalign.engine.random import initial_noise, integers, normal, pair_key
 from diffalign.io.progress import Progress
-from diffalign.rewards import Scorer
+from diffalign.rewards import LatentScorer, Scorer
 from diffalign.rewards.base import takes_timestep
 from diffalign.sources.base import Context, SourceError
-from diffalign.sources.branching import Branching, Calls, Rule, Verdict, branching_chain, branchings, chain_levels
+from diffalign.sources.branching import (
+    Branching,
+    Calls,
+    Rule,
+    Verdict,
+    branching_chain,
+    branchings,
+    chain_levels,
+    thresholds_by_noise,
+)
 from diffalign.sources.rounds import Place, Records, Rollout, join
 from diffalign.sources.sampling import guidance_conditioning, sampled_geometry
 from diffalign.types import Transitions
@@ -47,14 +56,19 @@ class ChainSettings(Protocol):
     @property
     def threshold(self) -> float: ...
     @property
+    def threshold_max(self) -> float | None: ...
+    @property
     def generation_batch_size(self) -> int: ...
 
 
 class Chains:
     """The chains of one process."""
 
-    def __init__(self, settings: ChainSettings, context: Context, judge: Scorer) -> None:
-        """Raises SourceError for prompt dropout, and for a schedule whose chain ends before its first branching."""
+    def __init__(self, settings: ChainSettings, context: Context, judge: Scorer | LatentScorer) -> None:
+        """Raises SourceError for prompt dropout, and for a schedule whose chain ends before its first branching.
+
+        Raises ScorerError for a judge of noisy latents of another kind of model.
+        """
         self.settings, self.context, self.judge = settings, context, judge
         self.text = TextMemo(context.encoder)
         levels = chain_levels(context.networks.schedule, settings.sampling_steps)
@@ -70,8 +84,13 @@ class Chains:
                 "under their prompts, and another prompt would judge them wrongly; set it to 0"
             )
         at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
-        self.branching = Branching(levels, at, settings.num_candidates, settings.eta, settings.threshold)
-        self.takes_t = takes_timestep(judge)
+        low, high, s = settings.threshold, settings.threshold_max, context.networks.schedule
+        rising = () if high is None else thresholds_by_noise(s, levels, settings.eta, low, high)
+        noisy = isinstance(judge, LatentScorer)
+        self.branching = Branching(levels, at, settings.num_candidates, settings.eta, low, rising, noisy)
+        if isinstance(judge, LatentScorer):
+            judge.check_latents(context.family.name, context.latent_shape[0])
+        self.takes_t = not isinstance(judge, LatentScorer) and takes_timestep(judge)
 
     def roll(self, number: int, places: list[Place]) -> Rollout:
         """The valid pairs of a round at these places."""
@@ -121,15 +140,20 @@ class Chains:
         return [place.seed(self.context.spec.run_seed, 0) for place in places]
 
     def _scores(self, latents: Tensor, t: int, places: Sequence[Place]) -> Tensor:
-        """The judge's value "member prompt" of each clean latent of a pool; a judge of intermediate steps gets t.
+        """The judge's value "member prompt" of each latent of a pool: of the decoded x̂_0, or of x_t as it is.
+
+        A judge of intermediate steps gets t.
 
         Raises SourceError for a score that is not finite.
         """
         members = len(latents)
         prompts, seeds = [place.prompt for place in places] * members, self._seeds(places) * members
-        images = to_images(self.context.encoder.decode(latents.flatten(0, 1)), prompts, seeds)
-        times = (torch.full((len(images),), t),) if self.takes_t else ()
-        scores = self.judge.score(images, prompts, *times).double().cpu()
+        times = torch.full((len(prompts),), t)
+        if isinstance(self.judge, LatentScorer):
+            scores = self.judge.score_latents(latents.flatten(0, 1), prompts, times).double().cpu()
+        else:
+            images = to_images(self.context.encoder.decode(latents.flatten(0, 1)), prompts, seeds)
+            scores = self.judge.score(images, prompts, *((times,) if self.takes_t else ())).double().cpu()
         broken = (~scores.isfinite()).nonzero().flatten().tolist()
         if broken:
             raise SourceError(

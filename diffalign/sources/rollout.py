@@ -27,7 +27,7 @@ from diffalign.sources.branching import Rule
 class BranchingRollout:
     """Each round: sampling steps of the policy itself, judged as they are made."""
 
-    scorer: str  # `diffalign list scorers`, NAME=PATH or package.module:Class; its `score` may take t
+    scorer: str  # `diffalign list scorers`, NAME=PATH or package.module:Class; of images, or of noisy latents
     rule: Rule = "every_step"  # where chains branch: every_step as the release's SD1.5, inner_steps as its SDXL
     num_candidates: int = 4  # siblings of a pool; the released code: 4 for SD1.5, 2 for SDXL
     inner_steps: int = 0  # of rule inner_steps: steps between a branching and its judgement; the released code: 3
@@ -36,6 +36,9 @@ class BranchingRollout:
     eta: float = 1.0  # share of DDPM's noise in every step, in (0, 1]; the released code
     guidance_scale: float = 5.0  # of sampling; 1: none. The released code
     threshold: float = 0.3  # a pair is valid if tanh(score gap / 2) exceeds it; the released code: SD1.5 .3, SDXL .4
+    threshold_max: float | None = (
+        None  # then the threshold is linear in σ of the step: `threshold` to this; arXiv 2502.01051
+    )
     prompts_per_round: int = 40  # over all processes; the released code: SD1.5 40, SDXL 8
     generation_batch_size: int = 40  # siblings sampled, decoded and scored at a time, per process; the released code
     keep_rounds: bool = False  # keep every round's file instead of those that a checkpoint needs
@@ -67,18 +70,33 @@ class BranchingRollout:
             )
         if not 0 <= self.threshold < 1:
             raise DiffalignError(f"threshold = {self.threshold}: must be in [0, 1), the tanh of half a score gap")
+        self._check_threshold_max()
         at_least("num_candidates", self.num_candidates, 2)
         at_least("prompts_per_round", self.prompts_per_round, 1)
         at_least("generation_batch_size", self.generation_batch_size, 1)
 
+    def _check_threshold_max(self) -> None:
+        if self.threshold_max is None:
+            return
+        if not self.threshold < self.threshold_max < 1:
+            raise DiffalignError(
+                f"threshold_max = {self.threshold_max}: must be above threshold = {self.threshold} and below 1, "
+                "or null for one threshold"
+            )
+        if self.rule != "every_step":
+            raise DiffalignError(
+                f"threshold_max = {self.threshold_max}: with rule {self.rule} a comparison is about several steps, "
+                "which have no one σ; set it to null"
+            )
+
     def build(self, context: Context) -> Source:
         """The source of a run, with its scorer loaded. Raises SourceError for a context that does not fit."""
-        from diffalign.rewards import load_scorer
+        from diffalign.rewards import load_judge
         from diffalign.sources.chains import Chains
         from diffalign.sources.rounds import fingerprint
         from diffalign.sources.stream import RoundPairs, RoundSpec
 
-        chains = Chains(self, context, load_scorer(self.scorer, str(context.device)))
+        chains = Chains(self, context, load_judge(self.scorer, str(context.device)))
         key = fingerprint(self, context.table.identity, context.spec.run_seed, context.resolution)
         return RoundPairs(context, RoundSpec(key, self.prompts_per_round, keep_rounds=self.keep_rounds), chains.roll)
 
@@ -90,5 +108,6 @@ class BranchingRollout:
             plain_steps=1,
             inner_steps=min(self.inner_steps, 1),
             threshold=0.0,
+            threshold_max=None,
             prompts_per_round=2,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from diffalign.config.schema import Config
@@ -15,15 +16,24 @@ from tests.sources.test_rollout import overrides
 from tests.training.test_run import metrics, weights
 
 
+@pytest.mark.parametrize("judge", ["images", "latents"])
 def test_two_processes_give_the_pairs_and_the_update_of_one(
-    make_config: Callable[..., Config], tiny_sd: Path, tmp_path: Path, pool: Pool
+    judge: str,
+    make_config: Callable[..., Config],
+    tiny_sd: Path,
+    judge_folder: Callable[[str], Path],
+    tmp_path: Path,
+    pool: Pool,
 ) -> None:
     runs = {}
-    for job, processes in (("train", 2), ("train_sharded", 2), ("train", 1)):
+    lpo = {"scorer": f"latent-judge={judge_folder('sd')}"} if judge == "latents" else {}
+    jobs = [("train", 2), ("train", 1)] if lpo else [("train", 2), ("train_sharded", 2), ("train", 1)]
+    for job, processes in jobs:
         config = make_config(
             tiny_sd,
             {
-                **overrides(tmp_path, num_candidates=2, prompts_per_round=3),
+                **overrides(tmp_path, num_candidates=2, prompts_per_round=3, **lpo),
+                "tuning.method": "full" if lpo else "lora",
                 "output_dir": str(tmp_path / f"{job}-{processes}"),
                 "training.max_train_steps": 4,  # into the second round, with a pair carried
                 "training.train_batch_size": 4 // processes,

@@ -17,6 +17,7 @@ from diffalign.sources.branching import (
     branchings,
     chain_levels,
     compare_candidates,
+    thresholds_by_noise,
 )
 from tests.toy import SDXL_CONFIG
 
@@ -60,6 +61,16 @@ def test_every_step_of_a_chain_has_noise(config: dict[str, object]) -> None:
     levels = chain_levels(s, 20)
     assert int(levels[-1]) == 0
     assert bool((variance(s, levels[:-1], levels[1:]) > 0).all())
+
+
+def test_thresholds_are_linear_in_the_noise_of_a_step() -> None:
+    """Between the σ of LPO's release (a table of 20 steps of SD1.5, to four digits)."""
+    s = NoiseSchedule.from_config(SDXL_CONFIG)
+    found = thresholds_by_noise(s, chain_levels(s, 20), 1.0, 0.35, 0.5)
+    table = {0: 0.6444, 9: 0.4293, 17: 0.1673, 19: 0.0206}
+    for step, sigma in table.items():
+        expected = 0.35 + 0.15 * (sigma - 0.0206) / (0.6444 - 0.0206)
+        assert found[step] == pytest.approx(expected, abs=3e-5)
 
 
 @pytest.mark.parametrize(("rule", "inner", "lengths"), [("every_step", 0, [1, 1, 1, 1]), ("inner_steps", 1, [2, 2])])

@@ -131,6 +131,52 @@ def test_a_pool_is_judged_in_one_call_and_the_judge_told_t(make_context: MakeCon
     assert nothing.metrics == {}
 
 
+class NoisyJudge:
+    """Judges x_t by its mean, and keeps what it was shown."""
+
+    name = "noisy"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.seen: list[Tensor] = []
+
+    def check_latents(self, family: str, channels: int) -> None:
+        assert (family, channels) == ("sd", 4)
+
+    def score_latents(self, latents: Tensor, prompts: list[str], t: Tensor) -> Tensor:
+        assert len(prompts) == len(t) == len(latents)
+        self.calls.append((int(t[0]), len(latents)))
+        self.seen.append(latents)
+        return latents.mean((1, 2, 3))
+
+
+def test_a_judge_of_noisy_latents_decodes_nothing_and_costs_one_forward_a_step(make_context: MakeContext) -> None:
+    context, judge = make_context("sd", PROMPTS), NoisyJudge()
+    forwards: list[int] = []
+    context.unet.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+    context.encoder.decode = None  # never called
+    settings = BranchingRollout("", num_candidates=3, **{**SHORT, "plain_steps": 1}, threshold_max=0.2)
+    chains = Chains(settings, context, judge)
+    rolled = chains.roll(0, places(context, range(2)))
+    grid = context.networks.schedule.timesteps(5).tolist()
+    assert judge.calls == [(t, 6) for t in (*grid[2:], 0)]  # the level that the candidates have reached
+    assert forwards == [4] * 5  # two prompts, guided, at every step for the one member that goes on
+    found = rolled.records
+    for i in range(len(found)):  # chosen and rejected are the best and the worst of what was judged at that step
+        seen = judge.seen[int(found.index[i]) - 1].unflatten(0, (3, 2))[:, int(found.place[i])]
+        means = seen.mean((1, 2, 3))
+        after = found.transitions.clean[:, i]
+        assert torch.equal(after, seen[[int(means.argmax()), int(means.argmin())]])
+        assert torch.equal(after, found.latents[:, i])
+    limits = torch.tensor(chains.branching.thresholds, dtype=torch.float64)
+    assert (float(limits.min()), float(limits.max())) == (0.0, 0.2)
+    valid, gap = (
+        rolled.metrics["rollout/valid"].unflatten(0, (4, 2)),
+        rolled.metrics["rollout/gap"].unflatten(0, (4, 2)),
+    )
+    assert torch.equal(valid.bool(), torch.tanh(gap / 2) > limits[1:, None])
+
+
 def records(context: Context, batch_size: int, numbers: range) -> Rollout:
     settings = BranchingRollout(BRIGHTNESS, num_candidates=2, generation_batch_size=batch_size, **SHORT)
     return Chains(settings, context, Brightness()).roll(0, places(context, numbers))
@@ -184,6 +230,9 @@ def test_faults_are_named(make_context: MakeContext) -> None:
         ({"guidance_scale": 0.5}, "guidance_scale = 0.5"),
         ({"threshold": 1.0}, "threshold = 1.0"),
         ({"num_candidates": 1}, "num_candidates = 1"),
+        ({"threshold_max": 0.3}, r"threshold_max = 0.3: must be above threshold = 0.3"),
+        ({"threshold_max": 1.0}, r"threshold_max = 1.0: .*below 1"),
+        ({"threshold_max": 0.5, "rule": "inner_steps"}, "threshold_max = 0.5: with rule inner_steps"),
     ],
 )
 def test_faulty_settings_are_named(change: dict[str, Any], words: str) -> None:
@@ -210,9 +259,13 @@ def test_source_and_objective_must_agree(make_config: MakeConfig, tiny_sd: Path,
         make_config(tiny_sd, {**overrides(tmp_path), "objective": {"name": "dpo"}})
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(make_config: MakeConfig, tiny_sdxl: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("judge", ["images", "latents"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    judge: str, make_config: MakeConfig, tiny_sdxl: Path, judge_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Stopped in the middle of a round, whose files are then read again."""
-    shared = {**overrides(tmp_path), "training.checkpointing_steps": 3, "training.train_batch_size": 2}
+    lpo = {"scorer": f"latent-judge={judge_folder('sdxl')}"} if judge == "latents" else {}
+    shared = {**overrides(tmp_path, **lpo), "training.checkpointing_steps": 3, "training.train_batch_size": 2}
     whole = make_config(tiny_sdxl, {**shared, "output_dir": str(tmp_path / "whole"), "training.max_train_steps": 6})
     run_training(whole)
     lines = metrics(whole.output_dir)
