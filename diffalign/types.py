@@ -210,6 +210,8 @@ class Terms(Record):
 
     weight: Tensor | None = field(default=None, metadata=axes("pair"))  # the pair's loss is multiplied by it; None: 1
     margin: Tensor | None = field(default=None, metadata=axes("pair"))  # subtracted from the logit; None: 0
+    optimality: Tensor | None = field(default=None, metadata=axes("pair"))
+    """In [0, 1], how good the image is among its prompt's; from a source that grades its images, no column. None: 1."""
     mask: Tensor | None = field(default=None, metadata=axes("pair h w"))
     """In [-1, 1], by how much each place of the latents counts: squared errors are multiplied by it; None: 1."""
 

@@ -84,11 +84,13 @@ _SPECIAL = {
     "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.beta", scales=_BETAS),
     "dso_dro": Entry("dso_dro", "world/dso_dro.yaml", scale="objective.margin", scales=(0.003, 0.03)),
     "inversion_dpo": Entry("inversion_dpo", "world/inversion_dpo.yaml", rates=_DEAR, finalists=1),
+    "diffusion_nft": Entry("diffusion_nft", "world/diffusion_nft.yaml", rates=_DEAR, finalists=1),
 }
 _BY_SOURCE = (  # known by where their pairs come from
     Entry("spin", "world/spin.yaml"),
     Entry("raft", "world/raft.yaml", rates=_DEAR, finalists=1),
     Entry("online_dpo", "world/online_dpo.yaml", rates=_DEAR, finalists=1),
+    Entry("advantage", "world/advantage.yaml", rates=_DEAR, finalists=1),
 )
 _CONTROLS = (
     Entry(

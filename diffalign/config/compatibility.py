@@ -40,6 +40,11 @@ def check_together(config: Any) -> None:
     can_move_the_reference(config)
     if config.source is not None:
         usable_together(config)
+    elif config.objective.compares == "graded images":
+        raise DiffalignError(
+            f"objective: {config.objective.name} needs the optimality of each image, which stored pairs do not have; "
+            "add source: {name: graded_groups, scorer: …}, or use an objective of pairs, e.g. dpo"
+        )
     can_hold_out(config)
     can_roll_back(config.health, config.training, config.source)
 
@@ -228,7 +233,7 @@ def can_move_the_reference(config: Any) -> None:
     training, objective = config.training, config.objective
     own = type(training).model_fields
     if training.ref_model_sync_steps is None:
-        for name in ("ref_model_mixup_alpha", "ref_model_max_distance"):
+        for name in ("ref_model_mixup_alpha", "ref_model_decay", "ref_model_max_distance"):
             if getattr(training, name) != own[name].default:
                 raise DiffalignError(f"training.{name}: needs training.ref_model_sync_steps; without it nothing moves")
         return
@@ -243,8 +248,13 @@ def can_move_the_reference(config: Any) -> None:
         reason = "with tuning.resume_lora the policy does not start at its reference; give the file as tuning.reference"
     elif config.data.cache_trajectories or config.data.cache_reference_errors:
         reason = "data.cache_trajectories and data.cache_reference_errors store results of a fixed reference"
-    elif training.bf16_weights and training.ref_model_mixup_alpha < 1:
-        reason = "an average in bfloat16 would not move; use adamw, or training.ref_model_mixup_alpha: 1"
+    elif training.bf16_weights and (training.ref_model_mixup_alpha < 1 or training.ref_model_decay):
+        reason = (
+            "an average in bfloat16 would not move; use adamw, or training.ref_model_mixup_alpha: 1 without "
+            "ref_model_decay"
+        )
+    elif training.ref_model_decay is not None and training.ref_model_mixup_alpha != 1:
+        reason = "ref_model_mixup_alpha and ref_model_decay both say how far it moves; remove one of them"
     elif config.validation.pairs is not None and (objective.drawn is None or objective.needs_distance):
         reason = (
             f"validation.pairs are compared with the reference at its start, and {objective.name} with these settings "
@@ -322,6 +332,12 @@ def usable_together(config: Any) -> None:
             raise DiffalignError(
                 f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the "
                 "objective compares the steps that the source sampled; set both to the same value"
+            )
+    for own, its in getattr(source, "same_in_training", {}).items():
+        if getattr(source, own) != getattr(config.training, its):
+            raise DiffalignError(
+                f"source.{own} = {getattr(source, own)} and training.{its} = {getattr(config.training, its)}: the "
+                "reference that samples a round must follow the policy once a round; set both to the same value"
             )
     idle = [
         "pairs_of_ranking",

@@ -69,6 +69,7 @@ OBJECTIVE_ONLY = {
         "reference_batch_size",
         "ref_model_sync_steps",
         "ref_model_mixup_alpha",
+        "ref_model_decay",
         "ref_model_max_distance",
     ),
 }
@@ -173,6 +174,14 @@ class DataSection(Section):
         return DataSpec(columns=self.columns or {}, **shared)
 
 
+class DecaySection(Section):
+    """The share that the reference keeps of itself: min(rate · max(0, updates − after), at_most), 0 until then."""
+
+    after: CountOrNone = 0  # optimiser updates of the run
+    rate: Annotated[Fraction, Field(gt=0)] = 0.001  # for each update
+    at_most: Annotated[Fraction, Field(lt=1)] = 0.5
+
+
 class TrainingSection(Section):
     """Optimisation, precision, checkpoints, logging."""
 
@@ -184,6 +193,9 @@ class TrainingSection(Section):
     # the reference follows the policy: (1 - alpha) reference + alpha policy after every so many steps; TRL's names
     ref_model_sync_steps: Count | None = None  # null: the reference stays as it is
     ref_model_mixup_alpha: Annotated[Fraction, Field(gt=0)] = 1.0  # 1: a copy of the policy
+    ref_model_decay: DecaySection | None = (
+        None  # in place of alpha: a share of the reference that grows; null: 1 - alpha
+    )
     ref_model_max_distance: Positive | None = None  # of the reference from its start, relative; null: no bound
     learning_rate: LearningRate = 1e-5
     scale_lr: Switch = False  # learning_rate × processes × accumulation × batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffalign.objectives.base import Objective
 from diffalign.objectives.cdpo import ConservativeDPO
 from diffalign.objectives.diffusion_dro import DiffusionDRO
+from diffalign.objectives.diffusion_nft import DiffusionNFT
 from diffalign.objectives.dmpo import DMPO
 from diffalign.objectives.dpo import DiffusionDPO
 from diffalign.objectives.dso_dro import DSODRO
@@ -45,6 +46,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         InversionDPO,
         SePPO,
         SPO,
+        DiffusionNFT,
     )
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "ConservativeDPO",
     "DiffusionDPO",
     "DiffusionDRO",
+    "DiffusionNFT",
     "InPO",
     "InversionDPO",
     "LinearDPO",

@@ -23,7 +23,8 @@ from diffalign.errors import DiffalignError
 from diffalign.objectives.timesteps import TimestepDensity
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
-Compared = Literal["images", "chosen images", "steps"]  # steps: transitions that a sampler recorded
+# graded images: one for each pair, with an optimality; steps: transitions that a sampler recorded
+Compared = Literal["images", "chosen images", "graded images", "steps"]
 
 
 class Objective(Protocol):

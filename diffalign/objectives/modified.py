@@ -239,7 +239,7 @@ def _check_fits(m: Modifiers, objective: Objective) -> None:
             f"{', '.join(timed)}: {name} does not draw one timestep and noise for each pair; remove it, or "
             "use an objective that does, like dpo"
         )
-    if m.sft_weight and objective.compares == "chosen images":
+    if m.sft_weight and objective.compares in ("chosen images", "graded images"):
         raise DiffalignError(f"sft_weight: the loss of {name} is that of the chosen images already; remove it")
     if m.beta_power and not (objective.scale_field == "beta" and objective.takes_margin and objective.needs_reference):
         raise DiffalignError(f"beta_power: {name} has no beta in front of log-ratios; use loss_power")

@@ -92,7 +92,8 @@ class Settings(Protocol):
     data: ClassVar[Literal["prompts", "winners"]]  # what `data.path` must hold
     gives: ClassVar[Compared]  # what an objective must compare to use its pairs; images: any objective can
     own_reference: ClassVar[bool]  # the source decides what the reference is
-    # A source may also have `same_in_objective`, a ClassVar[dict[str, str]]: fields that must equal the objective's.
+    # A source may also have `same_in_objective` and `same_in_training`, each a ClassVar[dict[str, str]]: fields that
+    # must equal the objective's, or those of the `training` section.
 
     def build(self, context: Context) -> Source:
         """The source of a run."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffalign.data.transforms import to_images
+from diffalign.engine.measure import Network
 from diffalign.models.loading.encoder import Encoder
 from diffalign.rewards import Scorer, load_scorer
 from diffalign.sources.base import CandidateSettings, Context, SourceError
 from diffalign.sources.rounds import Place, Records, Rollout, fingerprint
-from diffalign.sources.sampling import LatentSampling, Text, sample_latents, sampled_geometry
-from diffalign.sources.stream import RoundPairs, RoundSpec
+from diffalign.sources.sampling import LatentSampling, sample_latents, sampled_geometry
+from diffalign.sources.stream import Grade, RoundPairs, RoundSpec
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,20 @@ class Candidates:
 
 def sample_candidates(
     context: Context,
-    text: Text,
+    sample: Callable[[list[str], list[int]], Tensor],
     judge: Scorer,
     places: list[Place],
     samples_per_prompt: int,
-    sampling: LatentSampling,
+    batch_size: int,
 ) -> Candidates:
-    """Samples from the policy, decodes and scores; raises SourceError when a score is not finite."""
+    """Samples, decodes and scores; raises SourceError when a score is not finite.
+
+    sample: prompts and seeds of the starting noise -> latents "n c h w". batch_size: of decoding and scoring.
+    """
     prompts = [place.prompt for place in places for _ in range(samples_per_prompt)]
     seeds = [place.seed(context.spec.run_seed, k) for place in places for k in range(samples_per_prompt)]
-    latents = sample_latents(context, text, context.networks.policy, prompts, seeds, sampling)
-    scores = score_latents(context.encoder, judge, latents, prompts, seeds, sampling.batch_size)
+    latents = sample(prompts, seeds)
+    scores = score_latents(context.encoder, judge, latents, prompts, seeds, batch_size)
     shape = (len(places), samples_per_prompt)
     return Candidates(
         places=places,
@@ -75,7 +81,7 @@ def chosen_records(resolution: int, found: Candidates, rows: list[int], picks: T
     return Records(
         prompt=torch.tensor([found.places[row].row for row in rows]),
         place=torch.tensor([found.places[row].number for row in rows]),
-        index=torch.zeros(len(rows), dtype=torch.int64),
+        index=_counted(rows),
         latents=found.latents[at, sides],
         geometry=sampled_geometry(resolution, len(rows)).expand(len(sides), -1, -1),
         seeds=found.seeds[at, sides],
@@ -83,25 +89,44 @@ def chosen_records(resolution: int, found: Candidates, rows: list[int], picks: T
     )
 
 
+def _counted(rows: list[int]) -> Tensor:
+    """How often each entry was there before it, int64 [n]: the index of a pair among those of its place."""
+    seen: Counter[int] = Counter()
+    found = []
+    for row in rows:
+        found.append(seen[row])
+        seen[row] += 1
+    return torch.tensor(found, dtype=torch.int64)
+
+
 Pick = Callable[[Candidates], tuple[list[int], Tensor, dict[str, Tensor]]]
 
 
-def from_candidates(context: Context, settings: CandidateSettings, pick: Pick) -> RoundPairs:
+def from_candidates(
+    context: Context,
+    settings: CandidateSettings,
+    pick: Pick,
+    *,
+    network: Network | None = None,
+    steps_per_round: int | None = None,
+    grade: Grade | None = None,
+) -> RoundPairs:
     """A source whose rounds are K scored images of each prompt, of which some become pairs.
 
     pick: the candidates -> the rows that are used, the picks "row side" of each (chosen first), and metrics.
+    network: of the context, which samples; None: the policy. steps_per_round, grade: see `RoundSpec`.
     """
     judge = load_scorer(settings.scorer, str(context.device))
 
     def roll(number: int, places: list[Place]) -> Rollout:
-        sampling = LatentSampling(
-            settings.sampling_steps, settings.guidance_scale, settings.generation_batch_size, f"round {number}"
-        )
-        found = sample_candidates(context, source.text, judge, places, settings.samples_per_prompt, sampling)
+        size = settings.generation_batch_size
+        sampling = LatentSampling(settings.sampling_steps, settings.guidance_scale, size, f"round {number}")
+        sample = partial(sample_latents, context, source.text, network or context.networks.policy, sampling=sampling)
+        found = sample_candidates(context, sample, judge, places, settings.samples_per_prompt, size)
         rows, picks, metrics = pick(found)
         return Rollout(chosen_records(context.resolution, found, rows, picks), metrics)
 
     key = fingerprint(settings, context.table.identity, context.spec.run_seed, context.resolution)
-    spec = RoundSpec(key, settings.prompts_per_round, keep_rounds=settings.keep_rounds)
+    spec = RoundSpec(key, settings.prompts_per_round, steps_per_round, settings.keep_rounds, grade)
     source = RoundPairs(context, spec, roll)
     return source

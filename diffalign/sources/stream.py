@@ -38,7 +38,7 @@ from diffalign.sources.rounds import (
     shares,
     write_share,
 )
-from diffalign.types import Conditioning, PairBatch, cat
+from diffalign.types import NO_TERMS, Conditioning, PairBatch, Terms, cat
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ ROUNDS = "rounds"  # folder of the round files, inside the source's
 
 
 Roll = Callable[[int, list[Place]], Rollout]  # a round's number and this process's places in it
+Grade = Callable[[Tensor, Tensor], Terms]  # place int64 [n] and score [n] of all images of a round -> their terms
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RoundSpec:
     prompts_per_round: int  # places that all processes together visit in a round
     steps_per_round: int | None = None  # optimiser steps on the pairs of one round; None: each pair is used once
     keep_rounds: bool = False  # do not remove the files that no checkpoint needs
+    grade: Grade | None = None  # from the scores of all processes; None: the pairs have no terms
     max_empty_rounds: int = 10  # rounds without a valid pair in a row after which the run stops with SourceError
     remedy: str = "lower the threshold of a valid pair, sample more images of a prompt, or try another scorer"
 
@@ -80,6 +82,7 @@ class RoundPairs:
         self._carried: list[tuple[int, int]] = []  # (round, position in it), first in this round's line
         self._began: dict[int, int] = {}  # policy version of each round in use
         self._open: dict[int, Round] = {}
+        self._terms: dict[int, Terms] = {}  # of the pairs of each open round
         self._metrics: dict[str, list[Tensor]] = {}
 
     def batches(self, first_step: int = 0) -> Iterator[PairBatch]:
@@ -146,7 +149,10 @@ class RoundPairs:
             self._make()
         for number in {self._round, *(number for number, _ in self._carried)}:
             if number not in self._open:
-                self._open[number] = Round(self.folder, About(number, self._began[number], self.spec.key))
+                opened = Round(self.folder, About(number, self._began[number], self.spec.key))
+                self._open[number] = opened
+                grade = self.spec.grade
+                self._terms[number] = NO_TERMS if grade is None or not len(opened) else grade(*opened.images())
         if fresh:
             self._forget()
         pairs = len(self._open[self._round])
@@ -257,6 +263,7 @@ class RoundPairs:
             uncond=conditioning(for_pairs(self.text((NULL_PROMPT,)), len(visits))) if c.spec.with_uncond else None,
             scores=found.scores,
             transitions=moves,
+            terms=cat([self._terms[v.round].select(pair=slice(v.position, v.position + 1)) for v in visits]),
             ids=tuple(name.replace("\x1f", "/") for name in names),
         )
 

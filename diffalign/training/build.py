@@ -28,7 +28,7 @@ from diffalign.models.loading.components import complete_scheduler
 from diffalign.models.loading.encoder import Encoder
 from diffalign.models.loading.family import Family, check_resolution
 from diffalign.models.loading.modules import UNet
-from diffalign.models.policy.moving_reference import MovingReference, ReferenceSync
+from diffalign.models.policy.moving_reference import Decay, MovingReference, ReferenceSync
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import Reference
 from diffalign.models.policy.sharding import HostCopy, parts, shard
@@ -179,7 +179,9 @@ def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference 
     training = config.training
     if training.ref_model_sync_steps is not None:
         alpha, most = training.ref_model_mixup_alpha, training.ref_model_max_distance
-        return MovingReference(unet, ReferenceSync(training.ref_model_sync_steps, alpha, most))
+        section = training.ref_model_decay
+        decay = None if section is None else Decay(**section.model_dump())
+        return MovingReference(unet, ReferenceSync(training.ref_model_sync_steps, alpha, most, decay))
     return config.tuning.make_reference(unet, autocast) if config.objective.needs_reference else None
 
 

@@ -18,6 +18,8 @@ SINCE = {
     "linear_dpo",
     "dmpo",
     "dspo",
+    "diffusion_nft",
+    "advantage",
 }  # objectives that are newer than the committed results, as docs/arena.md says
 RESULTS = {"quick": (QUICK_RESULT, QUICK), "full": (FULL_RESULT, FULL)}
 

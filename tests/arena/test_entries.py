@@ -60,7 +60,14 @@ def test_base_pairs_and_budget_are_the_same_for_all(entry: Entry, tmp_path: Path
 @pytest.mark.parametrize("entry", ALL, ids=lambda entry: entry.name)
 def test_an_entry_is_the_objective_of_its_name(entry: Entry) -> None:
     name = config(entry)["objective"]["name"]
-    by_source = {"spin": "seppo", "raft": "sft", "online_dpo": "dpo", "shuffled": "dpo", "flipped": "dpo"}
+    by_source = {
+        "spin": "seppo",
+        "raft": "sft",
+        "advantage": "sft",
+        "online_dpo": "dpo",
+        "shuffled": "dpo",
+        "flipped": "dpo",
+    }
     assert name == by_source.get(entry.name, entry.name)
 
 
@@ -72,7 +79,7 @@ def test_online_methods_are_judged_by_the_preference() -> None:
             if source is not None and "scorer" in source:
                 judged += 1
                 assert source["scorer"] == preference
-    assert judged == 6  # spo, raft and online_dpo under two preferences
+    assert judged == 10  # spo, raft, online_dpo, diffusion_nft and advantage under two preferences
 
 
 def test_what_the_sweep_chose_replaces_the_config() -> None:

@@ -49,6 +49,7 @@ ROWS = {
     "seppo": (2, 0, 2),
     "mapo": (2, 0, 0),
     "sft": (1, 0, 0),
+    "diffusion_nft": (1, 0, 1),  # without the samples
     "inpo": (2, 42, 2),  # an inversion of 40 steps to T - 1, of 21 to the t that these pairs draw
     "smpo": (2, 42, 2),
     "inversion_dpo": (20, 0, 180),  # 10 points; 8 inversion steps to each

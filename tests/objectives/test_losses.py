@@ -29,7 +29,8 @@ from diffalign.types import Evidence, PairBatch
 from tests.toy import single, toy_batch, toy_models
 
 ONE_SIDED = ("seppo",)  # its sides have different roles: a test of its own says what swapping does
-PAIRWISE = [c for c in OBJECTIVES if c != "sft" and c not in ONE_SIDED]
+OF_ONE_IMAGE = ("sft", "diffusion_nft")
+PAIRWISE = [c for c in OBJECTIVES if c not in OF_ONE_IMAGE and c not in ONE_SIDED]
 FOUND = ("inpo", "smpo", "inversion_dpo", "spo")  # their noise is found, not drawn: tests of their own
 AGAINST_REFERENCE = [c for c in OBJECTIVES if OBJECTIVES[c].needs_reference]
 
@@ -267,13 +268,14 @@ def test_equal_weights_start(name: str) -> None:
         "kto": lambda: torch.full((4,), (objective.lambda_desirable + objective.lambda_undesirable) / 4),
         "dso_dro": lambda: seen.policy[0] - seen.policy[1],
         "diffusion_dro": lambda: torch.full((4,), objective.margin),
+        "diffusion_nft": lambda: (seen.weight * seen.policy[0]).sqrt(),
     }
     expected = own[name]() if name in own else torch.full((4,), 2.0).log()
-    if name in ("ipo", "dmpo", "dspo"):  # not exact in float32
+    if name in ("ipo", "dmpo", "dspo", "diffusion_nft"):  # not exact in float32
         torch.testing.assert_close(score.loss, expected, rtol=1e-6, atol=0)
     else:
         assert torch.equal(score.loss, expected)
-    assert score.logit.tolist() == [0.0] * 4
+    assert score.logit is None if name in OF_ONE_IMAGE else score.logit.tolist() == [0.0] * 4
     score.loss.mean().backward()
     assert sum(float(p.grad.abs().sum()) for p in models.net.parameters()) > 0
 

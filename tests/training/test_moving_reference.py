@@ -15,7 +15,7 @@ from diffalign.models.adapters.lora import add_lora
 from diffalign.models.loading.base import load_base
 from diffalign.models.loading.family import ModelError
 from diffalign.models.loading.modules import UNet
-from diffalign.models.policy.moving_reference import MovingReference, ReferenceSync
+from diffalign.models.policy.moving_reference import Decay, MovingReference, ReferenceSync
 from diffalign.training.build import build
 from diffalign.training.inspect.dry_run import describe_run
 from diffalign.training.processes import make_accelerator
@@ -72,6 +72,13 @@ def test_it_is_the_average_or_the_copy_that_it_says(method: str, tiny_sd: Path) 
             torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
         assert same(of(every_second, names), start if seed == 0 else seen[1])
         assert same(trained(unet), policy)  # the policy has its own weights back
+
+
+def test_a_decay_grows_to_its_bound() -> None:
+    """DiffusionNFT's two schedules, as its release has them: (flat, uprate, uphold)."""
+    first, second = (ReferenceSync(1, decay=Decay(*each)) for each in ((0, 0.001, 0.5), (75, 0.0075, 0.999)))
+    assert [1 - first.alpha(i) for i in (0, 1, 250, 500, 900)] == pytest.approx([0, 0.001, 0.25, 0.5, 0.5], abs=1e-15)
+    assert [1 - second.alpha(i) for i in (0, 75, 76, 175, 400)] == pytest.approx([0, 0, 0.0075, 0.75, 0.999], abs=1e-15)
 
 
 @pytest.mark.parametrize("method", METHODS)

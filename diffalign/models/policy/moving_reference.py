@@ -3,8 +3,10 @@
     α < 1 after every update   an exponential moving average (Linear-DPO, arXiv 2605.21123: decay .995 is α = .005)
     α = 1 after every τ        a copy every τ updates (Rethinking DPO, arXiv 2505.18736: τ from 16 to 64)
 
-The names of both settings are TRL's (TR-DPO, arXiv 2404.09656). With `max_distance` δ, a reference that would be
-farther than δ from where it started is drawn back along the straight line to its start, with the distance
+    α = 1 − η(i) at update i   DiffusionNFT (arXiv 2509.16117): η(i) = min(rate · max(0, i − after), at_most)
+
+The names of the first two settings are TRL's (TR-DPO, arXiv 2404.09656). With `max_distance` δ, a reference that would
+be farther than δ from where it started is drawn back along the straight line to its start, with the distance
 
     sqrt( Σ |w − w_start|² / Σ |w_start|² )    over the trained weights
 
@@ -33,18 +35,38 @@ from diffalign.models.policy.reference import FrozenCopy, OtherLora
 
 
 @dataclass(frozen=True)
+class Decay:
+    """η, the share that the reference keeps of itself when it moves."""
+
+    after: int  # optimiser updates; up to there η = 0
+    rate: float  # growth for each update
+    at_most: float
+
+    def __call__(self, updates: int) -> float:
+        """η after so many updates."""
+        return min(self.rate * max(0, updates - self.after), self.at_most)
+
+
+@dataclass(frozen=True)
 class ReferenceSync:
     """When and how far a reference moves."""
 
     every: int  # optimiser updates
     mixup_alpha: float = 1.0  # α, the policy's share
     max_distance: float | None = None  # δ; None: no bound
+    decay: Decay | None = None  # α = 1 − η; None: mixup_alpha
+
+    def alpha(self, updates: int) -> float:
+        """α at so many updates."""
+        return self.mixup_alpha if self.decay is None else 1 - self.decay(updates)
 
     @property
     def description(self) -> str:
         """In a few words, for the plan of a run."""
         when = "update" if self.every == 1 else f"{self.every} updates"
         how = "a copy of the policy" if self.mixup_alpha == 1 else f"moves by {self.mixup_alpha:g} to the policy"
+        if self.decay is not None:
+            how = f"keeps a share of itself that grows by {self.decay.rate:g} an update to {self.decay.at_most:g}"
         bound = "" if self.max_distance is None else f", at most {self.max_distance:g} from its start"
         return f"{how} after every {when}{bound}"
 
@@ -86,11 +108,12 @@ class MovingReference:
         self._updates += 1
         if self._updates % self._sync.every:
             return
+        alpha = self._sync.alpha(self._updates)
         for weight, policy in zip(self._weights, self._policy, strict=True):
-            if self._sync.mixup_alpha == 1:
+            if alpha == 1:
                 weight.copy_(policy)
             else:
-                weight.lerp_(policy.to(weight.dtype), self._sync.mixup_alpha)
+                weight.lerp_(policy.to(weight.dtype), alpha)
         if self._start is not None and self._sync.max_distance is not None:
             _draw_back(self._weights, self._start, self._sync.max_distance)
 
