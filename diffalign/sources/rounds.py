@@ -39,6 +39,7 @@ from torch import Tensor
 from diffalign.data.sampler import Processes
 from diffalign.engine.random import pair_key
 from diffalign.io.files import room_for, sync, temporary
+from diffalign.io.mapped_tensors import MappedTensors
 from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
 from diffalign.sources.base import SourceError
 from diffalign.types import Record, Transitions, axes, cat
@@ -212,8 +213,8 @@ class Round:
         self._shares = [_opened(file, about) for file in files]
         rows = []
         for number, share in enumerate(self._shares):
-            if int(share.metadata()["pairs"]):
-                pairs = zip(share.get_tensor("place").tolist(), share.get_tensor("index").tolist(), strict=True)
+            if int(share.metadata["pairs"]):
+                pairs = zip(share.read("place").tolist(), share.read("index").tolist(), strict=True)
                 rows += [(place, index, number, row) for row, (place, index) in enumerate(pairs)]
         self._rows = sorted(rows)
         if len({row[:2] for row in rows}) < len(rows):
@@ -232,18 +233,18 @@ class Round:
         """One pair."""
         _, _, number, row = self._rows[position]
         share = self._shares[number]
-        found = {name: share.get_slice(name)[row : row + 1] for name in share.keys()}  # noqa: SIM118
+        found = {name: share.read(name, slice(row, row + 1)) for name in share.names}
         found |= {name: value.transpose(0, 1) for name, value in found.items() if name in _WITH_SIDES}
         moves = {name: found.pop(name) for name in _MOVES if name in found}
         return Records(**found, transitions=Transitions(**moves) if moves else None)
 
 
-def _opened(file: Path, about: About) -> Any:
+def _opened(file: Path, about: About) -> MappedTensors:
     try:
-        share = safe_open(file, "pt")
+        share = MappedTensors(file)
     except Exception as error:  # safetensors has one exception for everything, and it is not public everywhere
         raise SourceError(f"{file} does not open ({error}); remove {file.parent} and resume") from error
-    header = share.metadata() or {}
+    header = share.metadata
     for name, wanted in {"format": FORMAT, **about.header(0)}.items():
         if name != "pairs" and header.get(name) != wanted:
             raise SourceError(

@@ -12,7 +12,6 @@ memory map: opening costs the manifest and a directory listing, a pair costs its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -228,7 +227,7 @@ class PairCache:
     @property
     def latent_shape(self) -> torch.Size:
         """c, h, w of the latents, where any pair could be read and all are squares."""
-        shape = self._shards["moments-00000.safetensors"].get_slice("moments").get_shape()
+        shape = self._shards["moments-00000.safetensors"].shape("moments")
         return torch.Size((shape[3] // 2, *shape[4:]))
 
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
@@ -252,12 +251,11 @@ class PairCache:
         """Moments float32 [2 2c h w] and geometry int64 [2 6] of a pair's variant for this draw."""
         number, row = divmod(index, self.plan.pairs_per_shard)
         shard = self._shards[f"moments-{number:05d}.safetensors"]
-        if not int(shard.get_slice("readable")[row : row + 1]):
-            problem = json.loads(shard.metadata()["unreadable"])[str(row)]
+        if not int(shard.read("readable", row)):
+            problem = json.loads(shard.metadata["unreadable"])[str(row)]
             raise ImageError(problem["kind"], problem["reason"])
         variant = draw % int(self.key.variants or 1)
-        moments = shard.get_slice("moments")[row : row + 1, variant][0].float()
-        geometry = shard.get_slice("geometry")[row : row + 1, variant][0]
+        moments, geometry = shard.read("moments", row, variant).float(), shard.read("geometry", row, variant)
         if self.plan.factor:  # all sizes are stored at the length of the largest
             height, width = (int(side) // self.plan.factor for side in geometry[0, 4:])
             moments = moments[..., : height * width].unflatten(-1, (height, width))
@@ -266,8 +264,7 @@ class PairCache:
     def text(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Float32 embeddings [1 tokens dim] of a pair's prompt and the pooled one [1 dim], where there is one."""
         number, row = divmod(index, self.plan.pairs_per_shard)
-        rows = self._shards[f"moments-{number:05d}.safetensors"].get_slice("text_row")
-        return self._text_row(int(rows[row : row + 1]))
+        return self._text_row(int(self._shards[f"moments-{number:05d}.safetensors"].read("text_row", row)))
 
     def null_text(self) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the null prompt, as `text` gives them."""
@@ -276,6 +273,6 @@ class PairCache:
     def _text_row(self, text_row: int) -> tuple[Tensor, Tensor | None]:
         number, row = divmod(text_row, self.plan.prompts_per_shard)
         shard = self._shards[f"text-{number:05d}.safetensors"]
-        names: Mapping[str, None] = dict.fromkeys(shard.keys())
-        pooled = shard.get_slice("pooled")[row : row + 1].float() if "pooled" in names else None
-        return shard.get_slice("prompt_embeds")[row : row + 1].float(), pooled
+        only = slice(row, row + 1)
+        pooled = shard.read("pooled", only).float() if "pooled" in shard.names else None
+        return shard.read("prompt_embeds", only).float(), pooled

@@ -30,7 +30,7 @@ class ReferenceErrors:
     def load(self, index: int, key: int, draw: int, prompt: str | None) -> Loaded:
         """One visit of a pair as `PairCache.load` has it, with the reference's errors."""
         number, row = divmod(index, self.pairs_per_shard)
-        errors = self._shards[shard_name(draw, number)].get_slice("e")[row : row + 1]  # "pair side [point]"
+        errors = self._shards[shard_name(draw, number)].read("e", slice(row, row + 1))  # "pair side [point]"
         return replace(self.cache.load(index, key, draw, prompt), reference=errors.transpose(0, 1))
 
     def flip(self, name: str, key: int, draw: int) -> bool:

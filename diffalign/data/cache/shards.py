@@ -23,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.data.row import DataError
 from diffalign.io.files import PARTIAL, READERS, room_for, sync, temporary
+from diffalign.io.mapped_tensors import MappedTensors
 from diffalign.io.progress import Progress
 from diffalign.io.weight_files import EMPTY_STAMP, has_stamp, stamp, stamp_fault
 
@@ -46,11 +46,11 @@ class OpenShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, MappedTensors] = OrderedDict()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> MappedTensors:
         if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, "pt")
+            self._open[name] = MappedTensors(self.folder / name)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(name)

@@ -25,6 +25,8 @@ from diffalign.data.cache.shards import OpenShards
 from diffalign.data.loader.loaded import Loaded
 from diffalign.types import Transitions
 
+ALL = slice(None)
+
 
 class Trajectories:
     """Encoded pairs with the transitions that a visit asks at; otherwise as the latent cache has them."""
@@ -44,18 +46,18 @@ class Trajectories:
         """
         loaded = self.cache.load(index, key, draw, prompt)
         number, row = divmod(index, self.pairs_per_shard)
-        stored = self._shards[shard_name(number)].get_slice("x")
+        shard = self._shards[shard_name(number)]
         variant = draw % int(self.cache.key.variants or 1)
         points = self.visited(torch.tensor([key], dtype=torch.int64))[0]
         if len(points) == len(self.levels) - 1:
-            levels = stored[row, variant]
+            levels = shard.read("x", row, variant)
             clean, noisy = levels[:, :-1], levels[:, 1:]
         else:
-            ends = torch.stack([stored[row, variant, :, k : k + 2] for k in points.tolist()], dim=1)
+            ends = torch.stack([shard.read("x", row, variant, ALL, slice(k, k + 2)) for k in points.tolist()], dim=1)
             clean, noisy = ends[:, :, 0], ends[:, :, 1]
         t, t_prev = self.levels[points + 1], self.levels[points]
         moves = Transitions(noisy[:, None], clean[:, None], t[None], t_prev[None])
-        return replace(loaded, latents=stored[row, variant, :, :1], transitions=moves)
+        return replace(loaded, latents=shard.read("x", row, variant, ALL, slice(1)), transitions=moves)
 
     def flip(self, name: str, key: int, draw: int) -> bool:
         """As the latent cache has it."""

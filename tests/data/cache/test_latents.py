@@ -24,6 +24,7 @@ from diffalign.data.row import DataError
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
+from diffalign.io.mapped_tensors import MappedTensors
 from diffalign.types import PairBatch
 from tests.data.helpers import FakeEncoder, pick_rows, png, write_jsonl, write_parquet
 from tests.data.loader.test_offline_pairs import assert_same, joined
@@ -223,7 +224,7 @@ def test_opening_reads_the_manifest_only(tmp_path: Path, monkeypatch: pytest.Mon
     encode(table, tmp_path / "cache", shard_bytes=1)
     opened: list[str] = []
     monkeypatch.setattr(
-        "diffalign.data.cache.shards.safe_open", lambda file, kind: opened.append(file.name) or safe_open(file, kind)
+        "diffalign.data.cache.shards.MappedTensors", lambda file: opened.append(file.name) or MappedTensors(file)
     )
     monkeypatch.setattr("diffalign.data.cache.shards.OPEN_SHARDS", 4)
     cache = open_cache(tmp_path / "cache", needed(table))
