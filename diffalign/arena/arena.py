@@ -13,13 +13,19 @@ from diffalign.arena.folder import ArenaFolder
 from diffalign.arena.jobs import FinishedJob, Job, run_jobs
 from diffalign.arena.page import image_strip, page
 from diffalign.arena.plots import leaderboard
+from diffalign.errors import DiffalignError
 from diffalign.training.run import environment
 
 FIRST, SECOND = PREFERENCES
 
 
 def run_arena(
-    arena: ArenaFolder, entries: Sequence[Entry], protocol: Protocol, tuned: dict[str, dict[str, Any]], command: str
+    arena: ArenaFolder,
+    entries: Sequence[Entry],
+    protocol: Protocol,
+    tuned: dict[str, dict[str, Any]],
+    command: str,
+    kept: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains every entry and returns the record of what was found; writes it to the arena's folder.
 
@@ -27,6 +33,8 @@ def run_arena(
     arena.html    one page of it all    leaderboard.png   the figure of the README
 
     tuned: settings by entry, as `entries.tuned_settings` gives them. Finished runs in the folder are used again.
+    kept: the record of an earlier arena of this protocol. Lines of entries that are not among `entries` are taken from
+    it as they are, with their settings, commits and intervals. Raises DiffalignError where its protocol is another one.
     """
     board = _Board(arena, entries, protocol, tuned)
     found: dict[str, Any] = {
@@ -35,19 +43,24 @@ def run_arena(
         "protocol": {
             "steps": protocol.steps,
             "pairs_per_step": BATCH,
-            "seeds": protocol.seeds,
-            "forwards_seeds": protocol.forwards_seeds,
-            "second_seeds": protocol.second_seeds,
+            "seeds": list(protocol.seeds),
+            "forwards_seeds": list(protocol.forwards_seeds),
+            "second_seeds": list(protocol.second_seeds),
             "split": protocol.split,
-            "prompts": board.base.prompts,
+            "prompts": list(board.base.prompts),
             "pictures_per_prompt": protocol.pictures,
             "unet_forwards": protocol.unet_forwards,
         },
         "views": [],
     }
+    earlier = {} if kept is None else _kept(kept, found["protocol"], {entry.name for entry in entries})
+    if kept is not None:
+        found["kept"] = {"names": sorted({row["name"] for rows in earlier.values() for row in rows}),
+                         "environment": kept["environment"]}  # fmt: skip
 
     def add(rows: list[Row], preference: str, budget: str) -> None:
         """Adds a view to the record and writes it: hours may pass before the next."""
+        rows = [*rows, *earlier.get((preference, budget), [])]
         found["views"].append({"preference": preference, "budget": budget, "rows": ranked(rows, preference)})
         _write(arena.folder, found, {name: image_strip(done) for name, done in board.shown.items()})
 
@@ -59,6 +72,18 @@ def run_arena(
         rows = board.steps(SECOND, protocol.second_seeds, "second preference: ")
         add(rows, SECOND, f"{protocol.steps} optimiser steps, pairs and judges of another preference")
     return found
+
+
+def _kept(kept: dict[str, Any], protocol: dict[str, Any], run: set[str]) -> dict[tuple[str, str], list[Row]]:
+    """By preference and budget: an earlier arena's lines of entries that are not run now."""
+    if other := [key for key in protocol if kept["protocol"].get(key) != protocol[key]]:
+        raise DiffalignError(
+            f"the arena whose lines should stay had another protocol ({', '.join(other)}): run all entries instead"
+        )
+    return {
+        (view["preference"], view["budget"]): [row for row in view["rows"] if row["name"] not in run]
+        for view in kept["views"]
+    }
 
 
 class _Board:

@@ -56,6 +56,7 @@ def page(found: dict[str, Any], strips: dict[str, str]) -> str:
         f"{' with changes' if there.get('git_dirty') else ''} · "
         + escape(", ".join(f"{name} {version}" for name, version in there["versions"].items()))
         + f" · Python {escape(there['python'])}</p>",
+        *_kept(found),
         *(_board(view) for view in found["views"]),
         "<h2>Method by method</h2>",
         f"<p class=soft>Images: {SHOWN} prompts, the base above, the method below, from the same noise. Curves: the "
@@ -83,6 +84,18 @@ def image_strip(done: FinishedJob) -> str:
     buffer = io.BytesIO()
     strip.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _kept(found: dict[str, Any]) -> list[str]:
+    """Which lines are of an earlier arena, in one paragraph; none where all are of this one."""
+    names = found.get("kept", {}).get("names", [])
+    if not names:
+        return []
+    commit = found["kept"]["environment"].get("git_commit")
+    return [
+        f"<p>{escape(', '.join(names))}: lines of an earlier arena (commit {escape(str(commit))}), with the settings "
+        "that its sweep chose and the intervals that it computed. They have no images here.</p>"
+    ]
 
 
 def _board(view: dict[str, Any]) -> str:

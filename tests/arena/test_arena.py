@@ -15,10 +15,12 @@ from PIL import Image
 
 from diffalign.arena import jobs
 from diffalign.arena.arena import run_arena, tables
+from diffalign.arena.board import ranked
 from diffalign.arena.entries import Protocol, entries
 from diffalign.arena.folder import ArenaFolder
 from diffalign.arena.sweep import chosen, finalists, save_sweep, sweep_settings
 from diffalign.cli.main import main
+from diffalign.errors import DiffalignError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inline")]
 
@@ -63,6 +65,22 @@ def test_settings_of_the_sweep_are_used(held: tuple[Path, dict[str, Any]]) -> No
     assert rows["dpo"]["config"]["objective"]["beta"] == 500.0
     assert rows["flipped"]["config"]["objective"]["beta"] == 500.0  # a control differs in one thing alone
     assert rows["flipped"]["config"]["data"]["invert_preference"] is True
+
+
+def test_lines_of_an_earlier_arena_stay_where_nothing_is_run(held: tuple[Path, dict[str, Any]]) -> None:
+    folder, earlier = held
+    found = run_arena(ArenaFolder(folder, 2), entries(("sft",)), TINY, {}, "", earlier)
+    assert found["kept"]["names"] == ["dpo", "flipped"]
+    for now, before in zip(found["views"], earlier["views"], strict=True):
+        rows = [{row["name"]: row for row in view["rows"]} for view in (now, before)]
+        assert rows[0].keys() == rows[1].keys()
+        assert all(rows[0][name] == rows[1][name] for name in ("dpo", "flipped"))
+        assert now["rows"] == ranked(now["rows"], now["preference"])
+    assert "dpo, flipped: lines of an earlier arena" in (folder / "arena.html").read_text()
+    with pytest.raises(DiffalignError, match=r"another protocol \(steps, unet_forwards\)"):
+        run_arena(ArenaFolder(folder, 2), entries(("sft",)), replace(TINY, steps=3), {}, "", earlier)
+    run_arena(ArenaFolder(folder, 2), entries(("dpo", "sft", "flipped")), TINY, {"dpo": {"objective.beta": 500.0}},
+              "a command")  # the folder as the other tests read it  # fmt: skip
 
 
 class _Page(HTMLParser):
@@ -179,3 +197,8 @@ def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["arena", "--workers", "0", "--out", str(tmp_path)])
     assert "argument --workers: '0' is not allowed" in capsys.readouterr().err
+    (tmp_path / "record.json").write_text("[]")
+    for file, message in (("record.json", "not the result.json of an arena"), ("none.json", "no such file")):
+        with pytest.raises(SystemExit):
+            main(["arena", "--only", "sft", "--keep", str(tmp_path / file), "--out", str(tmp_path)])
+        assert message in capsys.readouterr().err
