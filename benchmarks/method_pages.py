@@ -39,6 +39,7 @@ PAGES = dict.fromkeys(("inpo", "smpo", "inversion_dpo"), "inversion.md#{}") | {
     "spin": "methods/seppo.md",
     "raft": "online.md#best_of",
     "online_dpo": "online.md#online_pairs",
+    "advantage": "online.md#weighted_groups",
 }
 # what the data are -> methods that train on them
 NEEDS = {
@@ -47,7 +48,7 @@ NEEDS = {
     ),
     "pairs, through inversion": ("inpo", "smpo", "inversion_dpo"),
     "good images alone": ("sft", "seppo", "diffusion_dro", "spin"),
-    "prompts and a scorer": ("raft", "online_dpo", "spo"),
+    "prompts and a scorer": ("raft", "online_dpo", "spo", "diffusion_nft", "advantage"),
 }  # fmt: skip
 
 
