@@ -91,8 +91,8 @@ class GradedGroups:
         return Terms(optimality=r.float())
 
     def small(self) -> Settings:
-        """Two samples of one prompt a round."""
-        return replace(self, prompts_per_round=1, samples_per_prompt=2, generation_batch_size=1)
+        """Two samples of one prompt a round, in steps of one."""
+        return replace(self, prompts_per_round=1, samples_per_prompt=2, steps_per_round=2, generation_batch_size=1)
 
     def _sampler(self, context: Context) -> Network:
         return context.networks.reference
