@@ -226,7 +226,7 @@ class Round:
     def images(self) -> tuple[Tensor, Tensor]:
         """Place int64 and score float32 of the chosen side of every pair, in order; the shares must have scores."""
         places = torch.tensor([place for place, *_ in self._rows], dtype=torch.int64)
-        scores = {number: self._shares[number].get_tensor("scores")[:, 0] for number in {row[2] for row in self._rows}}
+        scores = {number: self._shares[number].read("scores")[:, 0] for number in {row[2] for row in self._rows}}
         return places, torch.stack([scores[number][row] for _, _, number, row in self._rows])
 
     def __getitem__(self, position: int) -> Records:
