@@ -2,7 +2,8 @@
 
 Shape words used everywhere in this package, in this order:
 
-    side    0 = chosen, 1 = rejected (one entry only for objectives that use the chosen side alone)
+    side    0 = chosen, 1 = rejected (one entry only for objectives that use the chosen side alone);
+            of a ranked list: its images, the best first, so that REJECTED is the second best
     pair    the pairs of the batch; one pair is a batch of one
     point   several (x_t, t) per pair and side; objectives with one point per pair have no such axis
     c h w   latent channels, height, width
@@ -23,6 +24,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 
 CHOSEN, REJECTED = 0, 1
+LONGEST_LIST = 8  # images of a ranked list, as in Diffusion-LPO (arXiv 2510.01540)
 ALL = slice(None)
 
 R = TypeVar("R", bound="Record")

@@ -121,7 +121,7 @@ class _Board:
         return self._rows(done, preference, seeds)
 
     def _job(self, entry: Entry, preference: str, seed: int, view: str) -> Job:
-        pairs = self.arena.pairs(preference, entry.shuffled)
+        pairs = self.arena.data(entry, preference)
         tuned = self.tuned.get(entry.settings_of or entry.name, {})
         config = config_of(entry, self.protocol, preference, seed, pairs, tuned)
         if view == "forwards":

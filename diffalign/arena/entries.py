@@ -21,6 +21,7 @@ BASE = "assets/world/base"
 TUNED = "assets/arena/tuned.json"  # what the sweep chose; `diffalign arena --sweep` writes it
 
 BATCH = 32  # pairs of an optimiser step
+LIST_IMAGES = 4  # of each list, where an objective compares lists; a step has as many images as one of BATCH pairs
 WARMUP = 10  # optimiser steps
 RATES = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)  # learning rates of the sweep; 1e-4 breaks Diffusion-DPO here (docs/world.md)
 
@@ -83,6 +84,9 @@ _SPECIAL = {
     "mapo": Entry("mapo", "world/mapo.yaml", scale="objective.beta", scales=(0.005, 0.02)),
     "f_dpo": Entry("f_dpo", "world/f_dpo.yaml", scale="objective.beta", scales=_BETAS),
     "dso_dro": Entry("dso_dro", "world/dso_dro.yaml", scale="objective.margin", scales=(0.003, 0.03)),
+    "listwise_dpo": Entry(
+        "listwise_dpo", "world/listwise_dpo.yaml", scale="objective.beta", scales=_BETAS, rates=_NEWER
+    ),
     "inversion_dpo": Entry("inversion_dpo", "world/inversion_dpo.yaml", rates=_DEAR, finalists=1),
     "diffusion_nft": Entry("diffusion_nft", "world/diffusion_nft.yaml", rates=_DEAR, finalists=1),
 }
@@ -121,12 +125,19 @@ def entries(only: tuple[str, ...] | None = None) -> list[Entry]:
     return [known[name] for name in only]
 
 
+def compares_lists(entry: Entry) -> bool:
+    """Whether the objective of an entry compares ranked lists, and it is trained on those."""
+    config = load_config(packaged_config(entry.config), entry.changes)
+    return isinstance(config, Config) and config.objective.compares == "lists"
+
+
 def config_of(
     entry: Entry, protocol: Protocol, preference: str, seed: int, pairs: Path, tuned: dict[str, Any]
 ) -> dict[str, Any]:
     """The resolved config of one training run, without its output and cache folders.
 
-    pairs: a parquet file of the preference's pairs; online entries take its prompts, and the preference's scorer.
+    pairs: a parquet file of the preference's pairs, or of its lists for an objective of lists; online entries take its
+        prompts, and the preference's scorer.
     tuned: settings by key that replace the config's, as the sweep chose them.
     """
     changes = [
@@ -150,6 +161,7 @@ def config_of(
         raise ConfigError(f"{entry.config} trains no policy, and cannot take part in the arena")
     own = ["model.gradient_checkpointing=none"]
     own += [f"source.scorer={preference}"] if hasattr(config.source, "scorer") else []
+    own += [f"training.train_batch_size={2 * BATCH // LIST_IMAGES}"] if compares_lists(entry) else []
     own += [f"{key}={value}" for key, value in tuned.items()]
     plain = load_config(packaged_config(entry.config), changes, own).resolved()
     plain["data"]["cache_dir"] = None

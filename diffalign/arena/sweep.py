@@ -42,7 +42,7 @@ def sweep_settings(
     """
     for entry in entries:  # a setting that no config can have is an error now, not after an hour
         for value in entry.scales:
-            config_of(entry, protocol, PREFERENCE, 0, arena.pairs(PREFERENCE), {str(entry.scale): value})
+            config_of(entry, protocol, PREFERENCE, 0, arena.data(entry, PREFERENCE), {str(entry.scale): value})
     of_protocol = {
         "steps": protocol.steps, "seeds": list(protocol.seeds), "split": protocol.split,
         "pictures": protocol.pictures, "preference": PREFERENCE,
@@ -139,7 +139,7 @@ def _tried(arena: ArenaFolder, protocol: Protocol, asked: Sequence[Asked], desc:
     jobs = [
         Job(
             arena.folder / "sweep" / entry.name / _folder(tuned) / f"seed{seed}",
-            config_of(entry, protocol, PREFERENCE, seed, arena.pairs(PREFERENCE, entry.shuffled), tuned),
+            config_of(entry, protocol, PREFERENCE, seed, arena.data(entry, PREFERENCE), tuned),
             base.prompts,
             base.seeds,
         )

@@ -141,9 +141,10 @@ def relabelled(table: PairTable, decisions: Mapping[str, Decision]) -> Iterator[
         if more.get("user") is not None:
             more["user"] = str(more["user"])  # ids may be numbers, and are compared as text
         own = tuple(str(values[place]) for values in uids)
+        one, two = table.stored(place)
         yield LabelledPair(
             table.prompts[place],
-            table.stored(place),
+            (one, two),
             _label(table, place, choice),
             uids=(own[0], own[1]) if own and all(own) and "None" not in own else None,
             more=more,

@@ -136,6 +136,12 @@ class PairRow:
     scores: tuple[float, float] | None
     where: str
     tie: bool = False  # only with keep_ties; "chosen" is then just the first of the two
+    others: tuple[ImageRef, ...] = ()  # of a ranked list: the images below `rejected`, the second best, in rank order
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """All images, the best first."""
+        return (self.chosen, self.rejected, *self.others)
 
 
 def stand_in(start: bytes) -> str | None:

@@ -26,6 +26,7 @@ class DataSpec:
     max_pairs: int | None = None  # stop after this many usable pairs
     invert_preference: bool = False  # swap chosen and rejected
     pairs_of_ranking: PairsOfRanking = "all"  # of several ranked images: all pairs, the best with the worst, neighbours
+    lists: bool = False  # read rankings as whole lists, for an objective that compares lists; pairs are lists of two
     keep_ties: bool = False  # include rows labelled 0.5/0.5; without score columns the labels become the scores
     verify: Verify = "header"  # none opens no image, header reads type and size of each, full decodes each
 

@@ -23,16 +23,15 @@ EXTREME = 4  # times as long as wide: above it, only the crop is resized, and `d
 
 
 def prepare_pair(row: PairRow, size: Size, *, key: int, center_crop: bool, random_flip: bool) -> tuple[Tensor, Tensor]:
-    """Pixels float32 [2 3 h w] in [-1, 1] and geometry int64 [2 6] of both sides.
+    """Pixels float32 "side 3 h w" in [-1, 1] and geometry int64 "side 6" of all sides of a pair or a ranked list.
 
     Each is resized until it covers `size` (Lanczos, antialiased), and what is too much of one of its lengths is cropped
-    at the same relative position of both sides. geometry = (original_h, original_w, crop_top, crop_left, target_h,
+    at the same relative position of all sides. geometry = (original_h, original_w, crop_top, crop_left, target_h,
     target_w) in pixels, original before and crop after resizing, as SDXL's micro-conditioning has it; with a
     flip, crop_left is the one in the mirrored image. `key` (from `pair_key`) decides crop and flip.
     Raises ImageError when a side does not decode or is smaller than MIN_SIDE.
     """
-    refs = (row.chosen, row.rejected)
-    return prepare_images(refs, size, key=key, center_crop=center_crop, random_flip=random_flip)
+    return prepare_images(row.images, size, key=key, center_crop=center_crop, random_flip=random_flip)
 
 
 def prepare_images(

@@ -91,15 +91,16 @@ def _bad_mask(where: str, what: str) -> ImageError:
 def on_latents(grid: Tensor, geometry: Tensor, *, flip: bool, factor: int, where: str) -> Tensor:
     """A grid cropped and flipped as its pair was, averaged by area over each place of the latents: float32 [h w].
 
-    geometry: int64 [2 6] of both images, see `transforms.prepare_pair`. factor: pixels for a place of the latents.
-    Raises ImageError where the two images are not of one shape, so that no grid fits both.
+    geometry: int64 "side 6" of all images, see `transforms.prepare_pair`. factor: pixels for a place of the latents.
+    Raises ImageError where the images are not of one shape, so that no grid fits all.
     """
     height, width, top, left, own_h, own_w = geometry[0].tolist()
     new_w, new_h = resized((width, height), (own_w, own_h))
-    other = resized((int(geometry[1, 1]), int(geometry[1, 0])), (own_w, own_h))
-    if max(abs(new_w - other[0]), abs(new_h - other[1])) > factor:  # more than one place of the latents
-        shapes = f"{width}x{height} and {int(geometry[1, 1])}x{int(geometry[1, 0])} pixels"
-        raise ImageError(BAD_TERM, f"{where}: a mask needs images of the same shape, and these have {shapes}")
+    for h, w in geometry[1:, :2].tolist():
+        other = resized((w, h), (own_w, own_h))
+        if max(abs(new_w - other[0]), abs(new_h - other[1])) > factor:  # more than one place of the latents
+            shapes = f"{width}x{height} and {w}x{h} pixels"
+            raise ImageError(BAD_TERM, f"{where}: a mask needs images of the same shape, and these have {shapes}")
     if flip:
         grid = grid.flip(-1)  # geometry's left is that of the mirrored image
     rows = shares(top / new_h, own_h / new_h, grid.shape[0], own_h // factor)

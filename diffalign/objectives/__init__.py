@@ -16,6 +16,7 @@ from diffalign.objectives.inversion_dpo import InversionDPO
 from diffalign.objectives.ipo import IPO
 from diffalign.objectives.kto import KTO
 from diffalign.objectives.linear_dpo import LinearDPO
+from diffalign.objectives.listwise_dpo import ListwiseDPO
 from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.poly_dpo import PolyDPO
 from diffalign.objectives.robust_dpo import RobustDPO
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         LinearDPO,
         DMPO,
         DSPO,
+        ListwiseDPO,
         FDPO,
         KTO,
         DSODRO,
@@ -67,6 +69,7 @@ __all__ = [
     "InPO",
     "InversionDPO",
     "LinearDPO",
+    "ListwiseDPO",
     "MaPO",
     "Objective",
     "PolyDPO",

@@ -23,8 +23,9 @@ from diffalign.errors import DiffalignError
 from diffalign.objectives.timesteps import TimestepDensity
 from diffalign.types import CHOSEN, REJECTED, Evidence, PairBatch, Probe, Score
 
-# graded images: one for each pair, with an optimality; steps: transitions that a sampler recorded
-Compared = Literal["images", "chosen images", "graded images", "steps"]
+# graded images: one for each pair, with an optimality; steps: transitions that a sampler recorded;
+# lists: all images of a ranked list, and a pair is a list of two
+Compared = Literal["images", "chosen images", "graded images", "steps", "lists"]
 
 
 class Objective(Protocol):
@@ -103,7 +104,7 @@ class SharedNoise:
     """The settings of `shared_noise`; calling it makes the probe, and `drawn` lists what the probe depends on."""
 
     timesteps: tuple[int, ...] | None = None  # the values of t to draw from; None: all
-    sides: int = 2  # 1: the chosen images alone
+    sides: int = 2  # at most so many, the best first; 1: the chosen images alone
     needs_reference: bool = True
     density: TimestepDensity | None = None  # of t; None: uniform
 
@@ -113,7 +114,7 @@ class SharedNoise:
         found = {"points": "shared_noise", "timesteps": None if self.timesteps is None else list(self.timesteps)}
         if self.density is not None:
             found |= self.density.drawn
-        return found if self.sides == 2 else {**found, "sides": self.sides}
+        return found if self.sides > 1 else {**found, "sides": self.sides}
 
     def __call__(self, batch: PairBatch, schedule: NoiseSchedule) -> Probe:
         return shared_noise(

@@ -28,6 +28,7 @@ from diffalign.data.precompute.reference_errors import record_reference, referen
 from diffalign.data.precompute.trajectories import record_trajectories, trajectory_key
 from diffalign.data.row import DataError
 from diffalign.data.sampler import CurriculumOrder, Processes
+from diffalign.data.table.lists import by_length
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table
 from diffalign.engine.measure import errors
@@ -116,9 +117,14 @@ def _with_results(
 
 
 def buckets_of(data: DataSection, table: PairTable, resolution: int) -> Shapes | None:
-    """The sizes that the table's pairs come to; None where all become squares. Raises DataError."""
+    """The sizes that the table's pairs come to, or squares of lists of several lengths; None where all are alike.
+
+    Raises DataError.
+    """
     section = data.aspect_buckets
-    return None if section is None else in_buckets(table, section.name(), section.sizes(resolution))
+    if section is None:
+        return by_length(table, resolution)
+    return in_buckets(table, section.name(), section.sizes(resolution))
 
 
 def encode_run(

@@ -9,8 +9,10 @@ from dataclasses import replace
 from accelerate import Accelerator
 
 from diffalign.config.schema import AnyConfig, Config, PreferenceModelConfig
+from diffalign.data.formats.rankings import RankedColumns
 from diffalign.data.heldout import overlap, prompt_key, split_by_prompt
 from diffalign.data.row import DataError
+from diffalign.data.table.lists import ListTable, counted_lengths, lengths
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.prompts import Table, open_prompts
@@ -37,7 +39,8 @@ def open_table(config: AnyConfig, accelerator: Accelerator | None = None) -> Tab
 def _open_table(config: AnyConfig) -> Table:
     data, source = config.data, config.source if isinstance(config, Config) else None
     if source is None or not isinstance(config, Config):
-        table = open_pairs(data.path, replace(data.spec, keep_ties=isinstance(config, PreferenceModelConfig)))
+        keep_ties = isinstance(config, PreferenceModelConfig)
+        table = open_pairs(data.path, replace(data.spec, keep_ties=keep_ties, lists=compares_lists(config)))
         table.require_usable()
         return prepared(config, table)
     check_units(config.objective, source, [], None)
@@ -59,6 +62,7 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
     A table whose `.heldout` is set has its held-out pairs already. Raises DataError.
     """
     data, heldout = config.data, table.heldout
+    fit_objective(config, table)
     if data.cache_reference_errors and "mask" in table.terms:
         raise DataError(
             "data.cache_reference_errors: errors under a mask depend on the mask and are not cached; remove one of them"
@@ -90,12 +94,49 @@ def prepared(config: AnyConfig, table: PairTable) -> PairTable:
     return table
 
 
+def compares_lists(config: AnyConfig) -> bool:
+    """Whether the run's objective compares whole ranked lists."""
+    return isinstance(config, Config) and config.objective.compares == "lists"
+
+
+def fit_objective(config: AnyConfig, table: PairTable) -> None:
+    """Raises DataError for lists in a run that compares pairs, the pairs of lists in one that compares lists, and for
+    settings that lists do not have."""
+    lists = compares_lists(config)
+    if not isinstance(table, ListTable):
+        if lists and isinstance(table.columns, RankedColumns):
+            raise DataError(
+                f"{table.storage} has ranked lists, and its pairs were opened, while the objective compares whole "
+                "lists; open it with lists=True"
+            )
+        return
+    if not lists:
+        raise DataError(
+            f"{table.storage} was opened as ranked lists, and this run's objective compares pairs; open it without "
+            "lists=True, or use an objective of lists"
+        )
+    data = config.data
+    set_ = [name for name in ("scores", "relabel", "curriculum", "aspect_buckets") if getattr(data, name)]
+    if set_:
+        raise DataError(
+            f"data.{', data.'.join(set_)}: {table.storage} has ranked lists, and this is a setting of pairs; remove it"
+        )
+    alike = data.cache_reference_errors or config.training.reference_batch_size is not None
+    if alike and len(lengths(table)) > 1:
+        name = "data.cache_reference_errors" if data.cache_reference_errors else "training.reference_batch_size"
+        raise DataError(
+            f"{name}: needs lists of one length, and {table.storage} has lists of several ({counted_lengths(table)}); "
+            "remove it"
+        )
+
+
 def open_heldout(config: Config) -> PairTable | None:
     """The pairs of `validation.pairs` where that is a path, read as those of `data.path` are. Raises DataError."""
     validation, data = config.validation, config.data
     if not isinstance(validation.pairs, str):
         return None
-    spec = replace(data.spec, split=validation.pairs_split or data.split, max_pairs=validation.max_pairs)
+    split = validation.pairs_split or data.split
+    spec = replace(data.spec, split=split, max_pairs=validation.max_pairs, lists=compares_lists(config))
     try:
         table = open_pairs(validation.pairs, spec)
         table.require_usable()

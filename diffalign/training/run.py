@@ -251,20 +251,22 @@ def claim(config: AnyConfig) -> None:
         )
     if resumed is not None:
         if ours:
-            _same_settings(output_dir / "config.yaml", config.resolved())
+            _same_settings(output_dir / "config.yaml", config)
         if (folder := find_checkpoint(output_dir, resumed)) is not None:
-            _same_settings(folder / "config.yaml", config.resolved())
+            _same_settings(folder / "config.yaml", config)
 
 
-def _same_settings(recorded: Path, now: dict[str, Any]) -> None:
+def _same_settings(recorded: Path, config: AnyConfig) -> None:
     """Raises ConfigError naming every setting that must not change on resuming and did."""
-    was = _with_defaults(read_yaml(recorded))
+    was, now = _with_defaults(read_yaml(recorded)), config.resolved()
     changed = _changes(was, now)
     if (now["data"].get("curriculum") or {"steps": 0})["steps"] is None:  # as long as the run: its order would change
         length = [tree["training"]["max_train_steps"] for tree in (was, now)]
         changed += [("training.max_train_steps", *length)] if length[0] != length[1] else []
     batch = [tree["training"]["train_batch_size"] for tree in (was, now)]
-    if now["data"].get("aspect_buckets") is not None and batch[0] != batch[1]:  # a micro-batch is a group of a bucket
+    lists = isinstance(config, Config) and config.objective.compares == "lists"
+    grouped = lists or now["data"].get("aspect_buckets") is not None  # a micro-batch is a group of a bucket or length
+    if grouped and batch[0] != batch[1]:
         changed.append(("training.train_batch_size", *batch))
     if changed:
         lines = "\n".join(f"  {name}: was {was!r}, is {now!r}" for name, was, now in changed)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +75,13 @@ class Pairs:
         return len(self.table)
 
 
-def load_pairs(source: Any, **settings: Any) -> Pairs:
+def load_pairs(source: Any, *, lists: bool = False, **settings: Any) -> Pairs:
     """Usable preference pairs, with how a run uses them.
 
     source: a file, folder or Hub id in any layout of docs/data.md, a data set of `datasets` or torch, or a list of rows
         such as `{"prompt": "a cat", "chosen": "a.png", "rejected": "b.png"}` (paths, bytes or PIL images). A stream
         is read to its end into memory; `stream.take(n)` bounds it.
+    lists: keep rankings of several images as whole lists, for an objective that compares lists.
     settings: fields of a config's `data` section: split, columns, max_pairs, resolution, center_crop, random_flip,
         cache_dir, ...
 
@@ -90,7 +91,7 @@ def load_pairs(source: Any, **settings: Any) -> Pairs:
     named = isinstance(source, str | Path)
     section = settings_of(DataSection, {"path": str(source) if named else GIVEN_DATA, **settings}, "load_pairs")
     stored: str | Path | Columns = source if named else object_columns(source)
-    table = open_pairs(stored, section.spec)
+    table = open_pairs(stored, replace(section.spec, lists=lists))
     table.require_usable()
     return Pairs(table, section)
 

@@ -40,7 +40,7 @@ BEST_OF = 4
 PAIRS_PER_GROUP = 128  # rows of a parquet row group, which readers hold in memory whole: at most 3 MB here
 
 RewardOf = Callable[[oracle.Reading, Sequence[Combination]], Tensor]
-_REWARDS: dict[str, RewardOf] = {"world": oracle.reward, "world-size": oracle.size_reward}
+REWARDS: dict[str, RewardOf] = {"world": oracle.reward, "world-size": oracle.size_reward}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class PairRecipe:
             raise DiffalignError(f"n is {self.n}; make at least one pair")
         if self.source not in ("renders", "samples"):
             raise DiffalignError(f"source is {self.source!r}; it must be 'renders' or 'samples'")
-        if self.reward not in _REWARDS:
-            raise DiffalignError(f"reward is {self.reward!r}; it must be {' or '.join(map(repr, _REWARDS))}")
+        if self.reward not in REWARDS:
+            raise DiffalignError(f"reward is {self.reward!r}; it must be {' or '.join(map(repr, REWARDS))}")
         if self.users and self.reward != "world":
             raise DiffalignError(
                 f"reward is {self.reward!r}, and users prefer by their own taste: leave out one of the two"
@@ -151,7 +151,7 @@ def _block(recipe: PairRecipe, index: int, users: Sequence[User]) -> Iterator[Pa
     if users:  # a generator of their own: the images stay
         drawn = np.random.default_rng([seed, index, 1]).integers(0, len(users), BLOCK)
         whose = [users[i] for i in drawn]
-    scores = _scores(pictures, wanted, _REWARDS[recipe.reward], whose)
+    scores = scores_of(pictures, wanted, REWARDS[recipe.reward], whose)
     best, worst = scores.argmax(1), scores.argmin(1)
     best_first = rng.random(BLOCK) < 0.5
     for i in range(BLOCK):
@@ -178,7 +178,7 @@ def _samples(captions: list[str], rng: np.random.Generator) -> NDArray[np.uint8]
     return made.numpy().reshape(len(captions), BEST_OF, *made.shape[1:])
 
 
-def _scores(
+def scores_of(
     pictures: NDArray[np.uint8], wanted: list[Combination], reward: RewardOf, whose: Sequence[User] | None
 ) -> NDArray[np.float32]:
     """True rewards [n sides] of images [n sides 16 16 3]: by the taste of each pair's user where there are users."""
@@ -191,7 +191,8 @@ def _scores(
     return oracle.taste_reward(reading, asked, tastes).view(-1, sides).numpy()
 
 
-def _encoded(picture: NDArray[np.uint8], quality: int | None = None) -> bytes:
+def encoded(picture: NDArray[np.uint8], quality: int | None = None) -> bytes:
+    """A PNG, or a JPEG of this quality with full colour."""
     buffer = io.BytesIO()
     if quality is None:
         Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
@@ -207,8 +208,8 @@ def _write_parquet(path: Path, pairs: list[Pair], quality: int | None) -> None:
     labels = [float(p.first_is_better) for p in pairs]
     columns = {
         "caption": [p.caption for p in pairs],
-        "jpg_0": [_encoded(p.pictures[0], quality) for p in pairs],  # Pick-a-Pic's name, whatever the format is
-        "jpg_1": [_encoded(p.pictures[1], quality) for p in pairs],
+        "jpg_0": [encoded(p.pictures[0], quality) for p in pairs],  # Pick-a-Pic's name, whatever the format is
+        "jpg_1": [encoded(p.pictures[1], quality) for p in pairs],
         "label_0": labels,
         "label_1": [1.0 - label for label in labels],
         "has_label": [True] * len(pairs),
@@ -234,8 +235,8 @@ def _write_sides(path: Path, pairs: list[Pair]) -> None:
         (path / side).mkdir(parents=True)
     for p in pairs:
         chosen, rejected = p.pictures if p.first_is_better else p.pictures[::-1]
-        (path / "chosen" / f"{p.name}.png").write_bytes(_encoded(chosen))
-        (path / "rejected" / f"{p.name}.png").write_bytes(_encoded(rejected))
+        (path / "chosen" / f"{p.name}.png").write_bytes(encoded(chosen))
+        (path / "rejected" / f"{p.name}.png").write_bytes(encoded(rejected))
         (path / f"{p.name}.txt").write_text(p.caption + "\n", encoding="utf-8")
 
 
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1024, help="number of pairs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", choices=("renders", "samples"), default="renders")
-    parser.add_argument("--reward", choices=tuple(_REWARDS), default="world", help="what makes an image the better one")
+    parser.add_argument("--reward", choices=tuple(REWARDS), default="world", help="what makes an image the better one")
     parser.add_argument("--layout", choices=("parquet", "folder"), default="parquet")
     parser.add_argument("--shuffle-labels", action="store_true", help="a control: labels dealt out at random")
     a = parser.parse_args()

@@ -18,6 +18,7 @@ SINCE = {
     "linear_dpo",
     "dmpo",
     "dspo",
+    "listwise_dpo",
     "diffusion_nft",
     "advantage",
 }  # objectives that are newer than the committed results, as docs/arena.md says

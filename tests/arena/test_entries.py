@@ -13,6 +13,7 @@ from diffalign.arena import entries as module
 from diffalign.arena.entries import (
     BATCH,
     FULL,
+    LIST_IMAGES,
     PREFERENCES,
     QUICK,
     SWEEP,
@@ -50,7 +51,8 @@ def test_base_pairs_and_budget_are_the_same_for_all(entry: Entry, tmp_path: Path
     assert tree["data"]["path"] == str(pairs_path())
     assert tree["model"]["pretrained_model_name_or_path"].endswith("world/base")
     assert tree["tuning"]["method"] == "full"
-    assert (training["max_train_steps"], training["train_batch_size"]) == (FULL.steps, BATCH)
+    batch = 2 * BATCH // LIST_IMAGES if entry.name == "listwise_dpo" else BATCH  # as many images
+    assert (training["max_train_steps"], training["train_batch_size"]) == (FULL.steps, batch)
     assert training["gradient_accumulation_steps"] == 1
     assert training["learning_rate"] == 1e-5
     assert (training["optimizer"], training["mixed_precision"]) == ("adamw", "no")

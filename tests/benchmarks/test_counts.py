@@ -41,6 +41,7 @@ ROWS = {
     "poly_dpo": (2, 0, 2),
     "linear_dpo": (2, 0, 2),
     "dmpo": (2, 0, 2),
+    "listwise_dpo": (2, 0, 2),  # on pairs; of a list, the number of its images
     "dspo": (2, 0, 2),
     "f_dpo": (2, 0, 2),
     "kto": (2, 0, 2),

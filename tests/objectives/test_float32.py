@@ -72,6 +72,7 @@ def kl(p: Any, rest: Any) -> Any:
 STATEMENTS: dict[str, list[tuple[dict[str, Any], Statement]]] = {
     "dpo": [({"beta": BETA}, lambda c, r: of_logit(c - r))],
     "inpo": [({"beta": BETA}, lambda c, r: of_logit(c - r))],
+    "listwise_dpo": [({"beta": BETA}, lambda c, r: of_logit(c - r))],
     "inversion_dpo": [({"beta": BETA}, lambda c, r: of_logit(c - r))],
     "smpo": [({"beta": BETA}, lambda c, r: of_logit(2 * (c - r)))],
     "ipo": [({"tau": 5.0}, lambda c, r: ((c - r) / 10 - mpf(1) / 10) ** 2)],

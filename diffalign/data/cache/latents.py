@@ -238,7 +238,7 @@ class PairCache:
         moments, geometry = self.moments(index, draw)
         keys = torch.tensor([key], dtype=torch.int64)
         latents = sample_latents(moments[:, None], keys)
-        text = for_sides(self.null_text() if prompt is None else self.text(index))
+        text = for_sides(self.null_text() if prompt is None else self.text(index), len(moments))
         return Loaded(keys, geometry[:, None], latents=latents, cond=text)
 
     def flip(self, name: str, key: int, draw: int) -> bool:
@@ -248,7 +248,7 @@ class PairCache:
         return flips(pair_key(int(self.key.run_seed or 0), name, draw % int(self.key.variants or 1)))
 
     def moments(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
-        """Moments float32 [2 2c h w] and geometry int64 [2 6] of a pair's variant for this draw."""
+        """Moments float32 "side 2c h w" and geometry int64 "side 6" of a pair's or list's variant for this draw."""
         number, row = divmod(index, self.plan.pairs_per_shard)
         shard = self._shards[f"moments-{number:05d}.safetensors"]
         if not int(shard.read("readable", row)):
@@ -256,6 +256,8 @@ class PairCache:
             raise ImageError(problem["kind"], problem["reason"])
         variant = draw % int(self.key.variants or 1)
         moments, geometry = shard.read("moments", row, variant).float(), shard.read("geometry", row, variant)
+        sides = int((geometry[:, 4] > 0).sum())  # shorter lists are filled up with zeros
+        moments, geometry = moments[:sides], geometry[:sides]
         if self.plan.factor:  # all sizes are stored at the length of the largest
             height, width = (int(side) // self.plan.factor for side in geometry[0, 4:])
             moments = moments[..., : height * width].unflatten(-1, (height, width))

@@ -75,9 +75,12 @@ class Visits(Dataset[Loaded]):
                 index = peers[substitute(self.table.ids[first], attempt, len(peers))]
         if len(self.content.shapes.peers(first, len(self.table))) == 1 < len(self.table):
             width, height = self.content.shapes[first]
+            kind = f"pair of the aspect bucket {width}x{height}"
+            if not self.content.shapes.name:  # squares by the length of their lists
+                kind = f"list of {self.table.count(first)} images"
             raise DataError(
-                f"{problems[0]}; it is the only pair of the aspect bucket {width}x{height}, so no other can stand in "
-                "for it: repair or remove it (`diffalign data check --full` lists such rows)"
+                f"{problems[0]}; it is the only {kind}, so no other can stand in for it: repair or remove it "
+                "(`diffalign data check --full` lists such rows)"
             )
         raise DataError(
             f"{self.table.where(first)} cannot be read and neither can {ATTEMPTS - 1} substitutes (last: "
@@ -94,7 +97,7 @@ class Visits(Dataset[Loaded]):
         scores, user = table.scores(index), table.user(index)
         return replace(
             loaded,
-            user=None if user is None else user.expand(2, 1, -1),
+            user=None if user is None else user.expand(table.count(index), 1, -1),
             scores=None if scores is None else torch.tensor(scores, dtype=torch.float32)[:, None],
             terms=self._terms(index, key, draw, loaded.geometry[:, 0]) if table.terms else NO_TERMS,
             ids=(name,),

@@ -112,7 +112,9 @@ class OfflinePairs:
         def conditioning(text: Conditioning) -> Conditioning:
             return replace(text, time_ids=time_ids, user=loaded.user)
 
-        null = for_sides(for_pairs(self._null_text(), len(loaded.keys))) if self.spec.with_uncond else None
+        null = None
+        if self.spec.with_uncond:
+            null = for_sides(for_pairs(self._null_text(), len(loaded.keys)), len(loaded.latents))
         return PairBatch(
             latents=loaded.latents,
             cond=conditioning(loaded.cond),

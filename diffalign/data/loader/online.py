@@ -76,10 +76,11 @@ class Encoding:
         assert loaded.pixels is not None, "Pixels loads them"
         pairs = len(loaded.keys)
         with torch.no_grad():
-            moments = self.encoder.moments(loaded.pixels.transpose(0, 1).flatten(0, 1))  # both sides of a pair in turn
+            moments = self.encoder.moments(loaded.pixels.transpose(0, 1).flatten(0, 1))  # the sides of a pair in turn
             self._guard(moments.reshape(pairs, -1), [f"pair {name}" for name in loaded.ids])
-            latents = sample_latents(moments.unflatten(0, (pairs, 2)).transpose(0, 1), loaded.keys)
-            return replace(loaded, pixels=None, latents=latents, cond=for_sides(self.text(loaded.prompts)))
+            sides = len(loaded.pixels)
+            latents = sample_latents(moments.unflatten(0, (pairs, sides)).transpose(0, 1), loaded.keys)
+            return replace(loaded, pixels=None, latents=latents, cond=for_sides(self.text(loaded.prompts), sides))
 
     def null_text(self) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the null prompt, [1 tokens dim] and [1 dim]."""

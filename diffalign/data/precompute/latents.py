@@ -79,7 +79,10 @@ def encode_cache(
     folder = Path(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys([NULL_PROMPT, *table.prompts]))
-    plan, hashed = _agree(folder, key, lambda: _plan(encoder, key, spec.shapes, len(prompts), work.shard_bytes))
+    sides = max(map(table.count, range(len(table))))  # a shorter list is filled up with zeros
+    plan, hashed = _agree(
+        folder, key, lambda: _plan(encoder, key, spec.shapes, (sides, len(prompts)), work.shard_bytes)
+    )
     sweep(folder)
     require_room(folder, plan.missing_bytes(folder), "the latent cache")
     job = _Job(table, encoder, key, spec, plan, prompts, work)
@@ -146,15 +149,19 @@ def _agree(folder: Path, key: CacheKey, make: Callable[[], Plan]) -> tuple[Plan,
     return found[1], found[2]
 
 
-def _plan(encoder: Encoder, key: CacheKey, shapes: Shapes, prompts: int, shard_bytes: int) -> Plan:
-    """Shard sizes, from the encoder's answer to one blank image and the null prompt."""
+def _plan(encoder: Encoder, key: CacheKey, shapes: Shapes, counts: tuple[int, int], shard_bytes: int) -> Plan:
+    """Shard sizes, from the encoder's answer to one blank image and the null prompt.
+
+    counts: images of the longest list (2 where the data are pairs), and unique prompts.
+    """
+    sides, prompts = counts
     width = torch.finfo(DTYPES[str(key.dtype)]).bits // 8
     with torch.no_grad():
         moments = encoder.moments(torch.zeros(1, 3, *reversed(shapes.sizes[0])))
         text = encoder.prompts([NULL_PROMPT])
     factor = shapes.sizes[0][0] // moments.shape[-1] if shapes.bucket is not None else 0
     numbers = moments.shape[1] * places_of(shapes, factor) if factor else moments.numel()
-    pair_bytes = 2 * numbers * int(key.variants or 1) * width
+    pair_bytes = sides * numbers * int(key.variants or 1) * width
     text_bytes = (text.prompt_embeds.numel() + (0 if text.pooled is None else text.pooled.numel())) * width
     return Plan(
         key.pairs,
@@ -218,7 +225,8 @@ def _encode_pixels(
     unreadable: dict[str, dict[str, str]] = {}
     moments: Tensor | None = None
     variants, dtype = job.spec.variants or 1, DTYPES[str(job.spec.dtype)]
-    geometry = torch.zeros(len(job), variants, 2, 6, dtype=torch.int64)
+    sides = max(map(job.table.count, job.indices))
+    geometry = torch.zeros(len(job), variants, sides, 6, dtype=torch.int64)
     readable = torch.zeros(len(job), dtype=torch.uint8)
     place = 0
     for batch in Progress(loader, desc="images of a shard", unit=" batches", delay=3.0, mininterval=1.0, leave=False):
@@ -240,13 +248,13 @@ def _encode_pixels(
             if places:
                 encoded = functional.pad(encoded.flatten(2), (0, places - encoded.shape[2:].numel()))
             if moments is None:
-                moments = torch.zeros(len(job), variants, 2, *encoded.shape[1:], dtype=dtype)
-            at = torch.tensor(good) + place
-            moments[at] = encoded.unflatten(0, (len(good), variants, 2))
-            geometry[at] = torch.stack([batch[i][1] for i in good])
+                moments = torch.zeros(len(job), variants, sides, *encoded.shape[1:], dtype=dtype)
+            at, own = torch.tensor(good) + place, pixels.shape[2]
+            moments[at, :, :own] = encoded.unflatten(0, (len(good), variants, own))
+            geometry[at, :, :own] = torch.stack([batch[i][1] for i in good])
             readable[at] = 1
         place += len(batch)
-    stored = torch.zeros(len(job), variants, 2, 1, 1, 1, dtype=dtype) if moments is None else moments
+    stored = torch.zeros(len(job), variants, sides, 1, 1, 1, dtype=dtype) if moments is None else moments
     return {"moments": stored, "geometry": geometry, "readable": readable}, unreadable
 
 

@@ -70,7 +70,7 @@ def _errors_of(source: OfflinePairs, pairs: range, draw: int, errors: Errors) ->
             raise not_a_number("reference's error", source, pairs[some[place][0]])
         rows += [row for row, _ in some]
     if not parts:
-        return torch.full((len(pairs), 2), float("nan"))
+        return torch.full((len(pairs), source.table.count(pairs[0])), float("nan"))
     together = torch.cat(parts)
     out = torch.full((len(pairs), *together.shape[1:]), float("nan"))
     out[torch.tensor(rows)] = together

@@ -47,6 +47,7 @@ class Index:
     scores: list[tuple[float, float]] | None = None  # in stored order
     numbers: dict[str, array[float]] = field(default_factory=dict)  # the terms that are numbers
     sizes: array[int] = field(default_factory=lambda: array("i"))  # four numbers per pair; none with verify="none"
+    orders: list[tuple[int, ...]] = field(default_factory=list)  # of ranked lists: the stored images, best first
     names_files: bool = False  # whether an image is a file of its own, beside the stored rows
     negative_masks: bool = False  # whether a mask has a value below 0; with verify="none" masks are not read
     files: Files = field(default_factory=Files)  # image files whose contents the ids do not cover
@@ -65,6 +66,7 @@ class Index:
             scores=None if self.scores is None else [self.scores[i] for i in places],
             numbers={part: array("d", (values[i] for i in places)) for part, values in self.numbers.items()},
             sizes=array("i", (x for i in places for x in self.sizes[4 * i : 4 * i + 4])),
+            orders=[self.orders[i] for i in places] if self.orders else [],
             files=Files(),
             by_file=array("q"),
             hashes={},
@@ -170,7 +172,7 @@ def examine(columns: Columns, layout: Layout, spec: DataSpec) -> Index:
             found = _Images(":".join(uids))
             if not uids or spec.verify != "none" or columns.in_memory:  # else the cells are not even fetched
                 refs = stored_images(columns, layout, row)
-                index.names_files |= any(map(_is_own_file, refs))
+                index.names_files |= any(map(is_own_file, refs))
                 found = _examine_images(columns, row, refs, spec.verify, prompt, uids)
         except ImageError as error:
             index.problems.append(Problem(columns.where(row), error.kind, str(error)))
@@ -222,7 +224,7 @@ class _Images:
     files: tuple[list[str], list[os.stat_result]] | None = None
 
 
-def _is_own_file(ref: ImageRef) -> bool:
+def is_own_file(ref: ImageRef) -> bool:
     return ref.path is not None and ref.span is None
 
 
@@ -231,7 +233,7 @@ def _examine_images(
 ) -> _Images:
     """Whether the id covers the files does not depend on `verify`. Raises ImageError for the images' first fault."""
     base, files = columns.base(row), None
-    if base is not None and all(map(_is_own_file, refs)):
+    if base is not None and all(map(is_own_file, refs)):
         paths, stats = [str(ref.path) for ref in refs], [file_stat(ref) for ref in refs]
         if columns.in_memory or not uids:
             files = paths, stats
@@ -252,10 +254,10 @@ def _examine_images(
     for ref in refs if verify != "none" else ():
         sizes.append(ref.open().size if verify == "full" else ref.size())
         check_size(sizes[-1], ref.where)
-    return _Images(":".join(uids) or _digest(prompt, *parts), tuple(sizes), files)
+    return _Images(":".join(uids) or digest_of(prompt, *parts), tuple(sizes), files)
 
 
-def _digest(prompt: str, *parts: str | bytes) -> str:
+def digest_of(prompt: str, *parts: str | bytes) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in (prompt, *parts):
         raw = part.encode() if isinstance(part, str) else part

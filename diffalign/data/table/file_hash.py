@@ -39,13 +39,13 @@ class Files:
         self.sizes = array("q")  # bytes of each file
 
     def add(self, paths: Sequence[str], stats: Sequence[os.stat_result]) -> None:
-        """Notes the two files of the next pair."""
+        """Notes the files of the next pair."""
         self.pairs += 1
         self.sizes.extend(stat.st_size for stat in stats)
         self.state, settled = _next_state(self.state, paths, stats)
         self.settled = self.settled and settled
 
-    def contents(self, pairs: Iterable[tuple[ImageRef, ImageRef]]) -> str:
+    def contents(self, pairs: Iterable[tuple[ImageRef, ...]]) -> str:
         """Hash of the contents of the noted files, `pairs` in order; nothing is read where it is remembered.
 
         Raises ImageError for a file that was removed since.
@@ -92,7 +92,7 @@ def file_stat(ref: ImageRef) -> os.stat_result:
     return found
 
 
-def _hash(pairs: Iterable[tuple[ImageRef, ImageRef]], total: int) -> str:
+def _hash(pairs: Iterable[tuple[ImageRef, ...]], total: int) -> str:
     """One hash over the hash of every file, side by side; a file in several pairs is read once."""
     total_hash = hashlib.blake2b(digest_size=16)
     known: dict[str, bytes] = {}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from diffalign.data.formats import pickapic, preference, two_prompts
 from diffalign.data.formats.columns import Columns
-from diffalign.data.formats.hpdv2 import RankedColumns, open_json
+from diffalign.data.formats.hpdv2 import open_json
 from diffalign.data.formats.image_folder import is_pair_folder, open_folder
 from diffalign.data.formats.parquet import open_parquet
 from diffalign.data.formats.pickapic import Layout
+from diffalign.data.formats.rankings import NEEDED, PARTS, RankedColumns, ranked
 from diffalign.data.formats.splits import has_no_splits, of_split
 from diffalign.data.formats.text_files import SUFFIXES, open_listing
 from diffalign.data.formats.webdataset import open_shards
@@ -27,6 +28,7 @@ from diffalign.data.row import DataError
 from diffalign.data.spec import AS_FOUND, DataSpec, is_remote
 from diffalign.data.table.examine import examine
 from diffalign.data.table.index_cache import FROM_ROWS, recall, remember, remembered_at
+from diffalign.data.table.lists import open_lists
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import TERMS
 
@@ -48,16 +50,13 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
 
     Raises DataError when the file or folder cannot be read as pairs at all.
     """
-    stored = open_columns(path, spec.split) if isinstance(path, str | Path) else path
-    if spec.pairs_of_ranking != "all":
-        if not isinstance(stored, RankedColumns):
-            raise DataError(
-                f"pairs_of_ranking={spec.pairs_of_ranking!r}: {path} has pairs and no rankings, which are HPDv2's json "
-                "(rank or human_preference of several images); remove it"
-            )
-        stored = stored.only(spec.pairs_of_ranking)
+    stored = open_columns(path, spec.split) if isinstance(path, str | Path) else ranked(path) or path
+    stored = _ranked(stored, spec, str(path))
     remote = isinstance(stored, RemoteParquet)
-    stored, layout = find_layout(stored, spec.format, spec.columns)
+    columns = {part: name for part, name in spec.columns.items() if part not in PARTS}
+    stored, layout = find_layout(stored, spec.format, columns)
+    if spec.lists and isinstance(stored, RankedColumns):
+        return open_lists(stored, layout, spec)
     if remote:
         _streamable(str(path), stored, layout, spec)
     flags = [spec.keep_ties, spec.invert_preference, spec.verify, spec.max_pairs]
@@ -73,6 +72,25 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
         if note is not None and not index.names_files:
             remember(note, index)
     return PairTable(stored, layout, index, invert_preference=spec.invert_preference)
+
+
+def _ranked(stored: Columns, spec: DataSpec, path: str) -> Columns:
+    """The rows, or the pairs of rows that are rankings. Raises DataError for settings of rankings without any."""
+    found = ranked(stored, spec.columns) if set(PARTS) & spec.columns.keys() else stored
+    if found is None or not isinstance(found, RankedColumns):
+        if spec.pairs_of_ranking != "all" or found is None:
+            setting = f"pairs_of_ranking={spec.pairs_of_ranking!r}" if found is not None else f"columns={spec.columns}"
+            raise DataError(
+                f"{setting}: {path} has pairs and no rankings, which are HPDv2's json, or rows with a list of images "
+                f"and {NEEDED}; remove it"
+            )
+        return stored
+    if spec.lists and spec.pairs_of_ranking != "all":
+        raise DataError(
+            f"pairs_of_ranking={spec.pairs_of_ranking!r}: the objective compares whole lists, and no pairs are chosen; "
+            "remove it, or use an objective of pairs, e.g. dpo"
+        )
+    return found.only(spec.pairs_of_ranking)
 
 
 def _streamable(path: str, stored: Columns, layout: Layout, spec: DataSpec) -> None:
@@ -99,10 +117,10 @@ def open_columns(path: str | Path, split: str = "train") -> Columns:
         raise DataError(f"{path}: {error}; write the full path of the folder") from error
     if place.is_file():
         has_no_splits(place, split)
-        return _open_file(place)
-    if place.is_dir():
-        return _open_folder(place, split)
-    return _open_hub(str(path), place, split)
+        stored = _open_file(place)
+    else:
+        stored = _open_folder(place, split) if place.is_dir() else _open_hub(str(path), place, split)
+    return stored if isinstance(stored, RankedColumns) else ranked(stored) or stored
 
 
 def _open_hub(name: str, place: Path, split: str) -> Columns:
@@ -175,6 +193,8 @@ def _none_fits(stored: Columns, missing: Mapping[str, Sequence[str]]) -> DataErr
         for part in missing[name]:
             names = _parts(name)[part]
             lines.append(f"  {name} needs {part} (one of {', '.join(names)}){_near(names[0], stored)}")
+    if any("image" in name for name in stored.names):
+        lines.append(f"  a ranking needs prompt, images (a list), and {NEEDED}")
     lines.append("rename the columns, or name them: columns={'prompt': 'my_column', ...}")
     return DataError("\n".join(lines))
 

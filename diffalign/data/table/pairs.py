@@ -57,6 +57,14 @@ class PairTable:
         """The chosen image of a pair, unopened. Raises ImageError when a side is empty in the stored row."""
         return self[index].chosen
 
+    def count(self, index: int) -> int:
+        """How many images a pair has; `lists.ListTable` has more."""
+        return 2
+
+    def _identity(self, index: int) -> str:
+        """Which side is which, for `identity`."""
+        return f"{self.index.first[index]}{self.index.ties[index]}"
+
     def tie(self, index: int) -> bool:
         """Whether a pair is a tie."""
         return bool(self.index.ties[index])
@@ -151,7 +159,7 @@ class PairTable:
         """Length of the users' embeddings; None without users."""
         return None if self._users is None else int(self._users[0].shape[1])
 
-    def stored(self, index: int) -> tuple[ImageRef, ImageRef]:
+    def stored(self, index: int) -> tuple[ImageRef, ...]:
         """Both images of a pair, in stored order. Raises ImageError when a side is empty in the stored row."""
         return stored_images(self.columns, self.layout, self.index.rows[index])
 
@@ -199,8 +207,9 @@ class PairTable:
         remembered; raises ImageError when one was removed.
         """
         digest, index = hashlib.blake2b(digest_size=16), self.index
-        for name, prompt, first, tie in zip(self.ids, self.prompts, index.first, index.ties):
-            digest.update("\x1f".join((name, prompt, f"{first}{tie}", "\x1e")).encode())
+        sides = map(self._identity, range(len(self)))
+        for name, prompt, side in zip(self.ids, self.prompts, sides):
+            digest.update("\x1f".join((name, prompt, side, "\x1e")).encode())
         if index.by_file:
             digest.update(index.files.contents(self.stored(place) for place in index.by_file).encode())
         return digest.hexdigest()

@@ -14,9 +14,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffalign.data.buckets.sizes import Shapes, cropped, in_buckets, square
+from diffalign.data.formats.rankings import RankedColumns
 from diffalign.data.formats.two_prompts import FORMAT
 from diffalign.data.row import ImageError, Problem
 from diffalign.data.spec import AS_FOUND, DataSpec
+from diffalign.data.table.lists import count_lists
 from diffalign.data.table.open import open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.score_aggregation import Aggregate, Axis, use_axes
@@ -93,6 +95,15 @@ class Report:
         found = {"square": cropped(self.table, square(1))}
         return found if self.buckets is None else found | {"aspect_buckets": cropped(self.table, self.buckets)}
 
+    @cached_property
+    def rankings(self) -> tuple[Counter[int], Counter[str]] | None:
+        """Of rows that are rankings: usable lists by length, and the others by kind of fault; None for other data.
+
+        By their order alone; their images are those of the pairs.
+        """
+        columns = self.table.columns
+        return count_lists(columns) if isinstance(columns, RankedColumns) else None
+
     def json(self) -> dict[str, Any]:
         """Everything in `text()`, with every problem."""
         table, sizes, lengths = self.table, self.size_range, self.prompt_range
@@ -117,6 +128,9 @@ class Report:
             "aspect_buckets": None
             if self.buckets is None
             else {_size(size): pairs for size, pairs in self.buckets.counts},
+            "ranked_lists": None
+            if self.rankings is None
+            else {"by_length": dict(sorted(self.rankings[0].items())), "not_usable": dict(self.rankings[1])},
             "prompt_characters": dict(zip(("min", "median", "max"), lengths)) if lengths else None,
             "unique_prompts": len(set(table.prompts)),
         }
@@ -136,6 +150,11 @@ class Report:
         if layout.terms:
             named = ", ".join(f"{part} (column {column})" for part, column in layout.terms.items())
             lines.append(f"pair terms    {named}")
+        if self.rankings is not None:
+            usable, unusable = self.rankings
+            lists = ", ".join(f"{n} of {length}" for length, n in sorted(usable.items())) or "none"
+            rest = "".join(f"; {n} x {kind}" for kind, n in unusable.items())
+            lines.append(f"ranked lists  {lists} images for an objective of lists{rest}")
         lines += self._problem_lines()
         if sizes := self.size_range:
             lines.append(f"image sizes   {sizes[0]} smallest, {sizes[1]} median, {sizes[2]} largest")

@@ -99,7 +99,7 @@ def print_summary(config: AnyConfig) -> None:
 def start_loss(config: AnyConfig) -> float | None:
     """The objective's loss of a pair while policy and reference are equal; None where that is no single number."""
     objective: Any = config.objective if isinstance(config, Config) else None
-    if objective is None or not objective.needs_reference:
+    if objective is None or not objective.needs_reference or objective.compares == "lists":  # log m! of each length
         return None
     losses = []
     try:

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from diffalign.config.sections import DataSection, TrainingSection, ValidationSection
+from diffalign.data.table.lists import ListTable, counted_lengths
 from diffalign.data.table.prompts import Table
 from diffalign.objectives import Objective
 from diffalign.objectives.modified import Modified, plain_objective
@@ -83,6 +84,8 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
 def _pairs(data: DataSection, table: Table, max_train_steps: int) -> str:
     """Where the latents of the data's pairs come from, and what the data have besides images."""
     terms = "".join(f"{part} of each pair, " for part in getattr(table, "terms", ()))
+    if isinstance(table, ListTable):
+        terms = f"ranked lists: {counted_lengths(table)}; {terms}"
     how = "encoded at every visit" if data.cache_dir is None else f"cache {data.cache_dir}"
     if data.aspect_buckets is not None:
         how += f", aspect buckets by {data.aspect_buckets.table}"
@@ -107,12 +110,13 @@ def dry_run(run: Run) -> str:
     values = meter.means()
     scale = config.training.train_batch_size * batch.latents[0, 0, 0].numel() / small.latents[0, 0, 0].numel()
     shape = "x".join(map(str, small.latents.shape[2:]))
+    one = "1 pair" if len(small.latents) == 2 else f"1 list of {len(small.latents)} images"
     if "grad_norm" in values:
         gradient = f"gradient norm {values['grad_norm']:.4g}"
     else:  # fp16's scaler begins high, skips such a step and goes down
         gradient = "gradients beyond fp16's range at the scaler's first scale; a run skips such steps and lowers it"
     lines = [
-        f"{'dry run':>14}  1 pair, latents {shape}: loss {values['loss']:.6f}, {gradient}",
+        f"{'dry run':>14}  {one}, latents {shape}: loss {values['loss']:.6f}, {gradient}",
         f"{'memory':>14}  {_memory(run, saved.bytes * scale, saved.casts)}",
     ]
     return "\n".join(lines)

@@ -59,6 +59,11 @@ def diagnose(run: Run, batches: int = 8) -> list[Direction]:
     source = run.source.batches(0)
     for _ in Progress(range(batches), desc="gradients", unit=" batches"):
         batch = next(source).to(run.accelerator.device)
+        if (images := len(batch.latents)) != 2:
+            raise DiffalignError(
+                f"diagnose compares both sides of pairs, and {run.config.data.path} has lists of {images} images; "
+                "diagnose a run on pairs"
+            )
         own.add(run.objective, batch)
         plain.add(dpo, batch)
         again.add(dpo, replace(batch, keys=_other_noise(batch.keys)))
