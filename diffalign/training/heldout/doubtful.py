@@ -11,11 +11,12 @@ Each is divided by the spread over all pairs with those weights at that point an
 alone. It counts by how well the margins there predict the held-out pairs of the run: by the square of their mean
 bounded margin, 0 where that is negative. In units of the spread over all pairs this mean is small where the training
 pairs are memorised, even if the held-out pairs' accuracy is not; and points share much of their noise, so the better
-ones count more than in proportion. Without held-out pairs, or where none is predicted, all count alike.
+ones count more than in proportion. Held-out pairs that are not among the ranked ones are measured besides. Without
+held-out pairs, or where none is predicted, all count alike.
 
 Differs from the paper: margins are those of a few checkpoints, not of every epoch, and no threshold is learned from
-pairs with a label that was swapped on purpose. Left out: cross-fitting (a run for every fold, each on the other folds),
-which needs several trainings.
+pairs with a label that was swapped on purpose. Left out: cross-fitting (a run for every fold, each on the other folds).
+It needs several trainings, and two runs on a half each found fewer than one on nine tenths (`docs/heldout.md`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from diffalign.training.build_source import buckets_of
 from diffalign.training.checkpoints.checkpoint import STATE_FILE, checkpoints
 from diffalign.training.heldout.measure import FixedPoints, PointValues
 from diffalign.training.metrics import QUARTERS
-from diffalign.training.open_data import prepared
+from diffalign.training.open_data import open_heldout, prepared
 from diffalign.training.processes import make_accelerator
 
 Floats = NDArray[np.float64]
@@ -101,10 +102,8 @@ def doubtful_pairs(
     accelerator = make_accelerator(config)
     run = build(config, accelerator)
     assert isinstance(run.table, PairTable), "a run with a source is refused"
-    share, heldout = _recorded(Path(run_dir)).validation, set[str]()
-    if isinstance(share.pairs, float):
-        _, places = split_by_prompt(run.table.prompts, share.pairs, share.pairs_seed, share.max_pairs)
-        heldout = {run.table.ids[place] for place in places}
+    own = _own_heldout(_recorded(Path(run_dir)), config, run.table)
+    heldout = set[str]() if own is None else set(own.ids)
     table, path, spec = run.table, config.data.path, config.data.spec
     if pairs is not None:
         path, spec = pairs
@@ -121,20 +120,35 @@ def doubtful_pairs(
         with_uncond=run.objective.needs_uncond,
         signed_masks=run.objective.takes_signs,
     )
-    content = Online(encoder, resolution, buckets=buckets_of(config.data, table, resolution))
-    source = OfflinePairs(table, content, loader)
-    fixed = FixedPoints(source, points, batch_size or config.training.train_batch_size)
-    values: list[PointValues] = []
+    asked = {"pairs": table}
+    if own is not None and not heldout <= set(table.ids):
+        asked["held-out pairs"] = own
+    fixed = {}
+    for what, each in asked.items():
+        content = Online(encoder, resolution, buckets=buckets_of(config.data, each, resolution))
+        source = OfflinePairs(each, content, loader)
+        fixed[what] = FixedPoints(source, points, batch_size or config.training.train_batch_size)
+    values: dict[str, list[PointValues]] = {what: [] for what in asked}
     for place, (name, folder) in enumerate(folders.items()):
         run.load_weights(folder)
-        fixed.title = f"measuring pairs with {name}"
-        found = fixed.values(run.objective, run.networks)
-        values += [replace(value, point=place * points + value.point) for value in found]
+        for what, measured in fixed.items():
+            measured.title = f"measuring {what} with {name}"
+            found = measured.values(run.objective, run.networks)
+            values[what] += [replace(value, point=place * points + value.point) for value in found]
     held = {place for place, id in enumerate(table.ids) if id in heldout}
     timesteps = run.networks.schedule.num_train_timesteps
     trained = frozenset(run.table.ids) - heldout
-    order = ranked(values, held, timesteps, len(folders))
+    order = ranked(values["pairs"], held, timesteps, len(folders), values.get("held-out pairs", ()))
     return Doubts(table, order, path, spec, trained, tuple(folders))
+
+
+def _own_heldout(recorded: Config, config: Config, table: PairTable) -> PairTable | None:
+    """The held-out pairs of a run: a share of its table, or the pairs of another path. Raises DataError."""
+    share = recorded.validation
+    if isinstance(share.pairs, float):
+        return table.part(split_by_prompt(table.prompts, share.pairs, share.pairs_seed, share.max_pairs)[1])
+    others = open_heldout(recorded)
+    return None if others is None else prepared(_reading(config, str(share.pairs)), others)
 
 
 def _reading(config: Config, path: str) -> Config:
@@ -161,27 +175,26 @@ def weight_folders(run_dir: Path, newest: int | None = None) -> dict[str, Path]:
     return found
 
 
-def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int, weights: int = 1) -> list[Doubt]:
+def ranked(
+    values: Iterable[PointValues],
+    heldout: set[int],
+    timesteps: int,
+    weights: int = 1,
+    others: Iterable[PointValues] = (),
+) -> list[Doubt]:
     """Measured pairs, the most doubtful first; `heldout` are the indices of those that were not trained on.
 
     weights: how many were measured; a pair's points are those of the first weights, then the same of the next ones.
+    others: held-out pairs beside them at the same points, which decide how much points count instead of `heldout`.
     Raises DiffalignError where nothing was measured, and for margins that are not finite.
     """
-    ordered = sorted(values, key=lambda value: (value.pair, value.point))
-    if not ordered:
-        raise DiffalignError("none of the run's pairs can be read; `diffalign data check` says why")
-    if odd := {value.pair for value in ordered if value.margin is None or not math.isfinite(value.margin)}:
-        raise DiffalignError(
-            f"the margins of {len(odd)} pairs are not finite (first: pair {min(odd)}), so pairs cannot be ranked; the "
-            "run's weights may have diverged: name an earlier checkpoint"
-        )
-    pairs = list(dict.fromkeys(value.pair for value in ordered))
-    margins = np.array([value.margin for value in ordered], float).reshape(len(pairs), -1)
-    times = np.array([math.nan if value.t is None else value.t for value in ordered]).reshape(margins.shape)
+    pairs, margins, times = _by_pair(values)
     held = np.array([pair in heldout for pair in pairs])
     spread = margins.std(0)
-    bounded = np.tanh(margins / np.where(spread > 0, spread, 1.0))
-    counts = point_weights(bounded, held)
+    spread = np.where(spread > 0, spread, 1.0)
+    bounded = np.tanh(margins / spread)
+    beside = list(others)
+    counts = point_weights(np.tanh(_by_pair(beside)[1] / spread) if beside else bounded[held])
     scores = bounded @ counts
     # the weights of a run are measured at the same points, so their mean at a point is one observation
     of_points = counts.reshape(weights, -1).sum(0)
@@ -201,11 +214,27 @@ def ranked(values: Iterable[PointValues], heldout: set[int], timesteps: int, wei
     ]
 
 
-def point_weights(bounded: Floats, heldout: NDArray[np.bool_]) -> Floats:
-    """How much points count, from bounded margins [pair, point]: the held-out pairs' squared mean there; sum 1."""
-    points = bounded.shape[1]
-    if heldout.any():
-        gained = np.clip(bounded[heldout].mean(0), 0, None) ** 2
+def _by_pair(values: Iterable[PointValues]) -> tuple[list[int], Floats, Floats]:
+    """Pairs, and their margins and timesteps [pair point]. Raises DiffalignError for none, and for one not finite."""
+    ordered = sorted(values, key=lambda value: (value.pair, value.point))
+    if not ordered:
+        raise DiffalignError("none of the run's pairs can be read; `diffalign data check` says why")
+    if odd := {value.pair for value in ordered if value.margin is None or not math.isfinite(value.margin)}:
+        raise DiffalignError(
+            f"the margins of {len(odd)} pairs are not finite (first: pair {min(odd)}), so pairs cannot be ranked; the "
+            "run's weights may have diverged: name an earlier checkpoint"
+        )
+    pairs = list(dict.fromkeys(value.pair for value in ordered))
+    margins = np.array([value.margin for value in ordered], float).reshape(len(pairs), -1)
+    times = np.array([math.nan if value.t is None else value.t for value in ordered]).reshape(margins.shape)
+    return pairs, margins, times
+
+
+def point_weights(bounded: Floats) -> Floats:
+    """How much points count, from bounded margins [pair, point] of held-out pairs: their squared mean there; sum 1."""
+    pairs, points = bounded.shape
+    if pairs:
+        gained = np.clip(bounded.mean(0), 0, None) ** 2
         if gained.any():
             return np.asarray(gained / gained.sum())
     return np.full(points, 1 / points)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,6 +18,7 @@ from diffalign.cli.main import main
 from diffalign.config.schema import Config
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.open import open_pairs
+from diffalign.training.heldout import doubtful
 from diffalign.training.heldout.doubtful import Doubt, Doubts, doubtful_pairs, point_weights, ranked
 from diffalign.training.heldout.measure import PointValues
 from diffalign.training.heldout.pseudo_labels import Selection, pseudo_labels
@@ -69,12 +71,44 @@ def test_what_cannot_be_ranked_is_refused() -> None:
 def test_points_count_by_what_they_predict_of_held_out_pairs() -> None:
     bounded = np.array([[0.3, 0.3, 0.9], [0.3, -0.3, -0.9], [0.3, 0.3, -0.9], [-0.3, 0.3, -0.9]])
     heldout = np.array([True, True, True, False])
-    assert point_weights(bounded, heldout) == pytest.approx([0.9, 0.1, 0.0])  # means .3, .1 and -.3
-    assert point_weights(bounded, ~heldout) == pytest.approx([0.0, 1.0, 0.0])
-    assert point_weights(-bounded, heldout) == pytest.approx([0.0, 0.0, 1.0])
-    assert point_weights(-np.abs(bounded), heldout) == pytest.approx([1 / 3] * 3)
+    assert point_weights(bounded[heldout]) == pytest.approx([0.9, 0.1, 0.0])  # means .3, .1 and -.3
+    assert point_weights(bounded[~heldout]) == pytest.approx([0.0, 1.0, 0.0])
+    assert point_weights(-bounded[heldout]) == pytest.approx([0.0, 0.0, 1.0])
+    assert point_weights(-np.abs(bounded)) == pytest.approx([1 / 3] * 3)
+    assert point_weights(bounded[:0]) == pytest.approx([1 / 3] * 3)
     (only,) = [doubt for doubt in ranked(points(bounded[:, :2]), {0, 1, 2}, 1000) if not doubt.heldout]
     assert only.index == 3
+
+
+def test_held_out_pairs_beside_the_ranked_ones_weigh_the_points() -> None:
+    """In units of the ranked pairs' spreads 1 and 100, the others' means are tanh(-.5) and tanh(.2)."""
+    margins = np.array([[1.0, 100.0], [-1.0, -100.0], [1.0, -100.0], [-1.0, 100.0]])
+    others, t = points(np.array([[-0.5, 20.0], [-0.5, 20.0]])), math.tanh(1.0)
+    found = {doubt.index: doubt.score for doubt in ranked(points(margins), set(), 1000, others=others)}
+    assert found == pytest.approx({0: t, 1: -t, 2: -t, 3: t})  # the second point alone counts
+    equal = points(np.array([[0.5, 50.0]]))
+    assert ranked(points(margins), set(), 1000, others=equal)[1].score == pytest.approx(0)
+
+
+def test_the_runs_held_out_pairs_weigh_points_wherever_they_are(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of the run's pairs where other pairs are ranked; other pairs where the run's are."""
+    run, other = tmp_path / "run", tmp_path / "other.parquet"
+    pq.write_table(pq.read_table(pairs_path()).slice(30, 5), other)
+    few = {**FEW, "output_dir": str(run), "training.max_train_steps": 1, "training.learning_rate": 1e-2}
+    run_training(make_config(base_path(), few))
+    seen: list[np.ndarray] = []
+    weigh = doubtful.point_weights
+    monkeypatch.setattr(doubtful, "point_weights", lambda bounded: seen.append(bounded) or weigh(bounded))
+    assert len(doubtful_pairs(run, points=4, pairs=(str(other), DataSpec())).ranked) == 5
+    doubtful_pairs(run, points=4)
+    assert [bounded.shape for bounded in seen] == [(6, 4), (6, 4)]
+    assert np.array_equal(np.sign(seen[0]), np.sign(seen[1]))  # the same pairs; their margins are in other units
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("  pairs: 0.25\n", f"  pairs: {other}\n"))
+    assert len(doubtful_pairs(run, points=4).ranked) == 24
+    assert seen[2].shape == (5, 4)
 
 
 def test_planted_flips_are_found_where_margins_predict_labels() -> None:
