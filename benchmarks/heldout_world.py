@@ -10,6 +10,8 @@ early     Diffusion-DPO on 128 pairs at three times the learning rate of trainin
 shuffled  the packaged run on pairs whose labels were dealt out again at random, a share of them held out.
 flipped   a tenth of the labels is swapped; `diffalign data doubtful` ranks the pairs of a run on them, by its final
           weights alone and by its checkpoints as well.
+ceiling   how many of the same swapped labels judges of known accuracy find, who see the true difference of rewards and
+          normal noise; trains nothing.
 
 A finished part of a seed is a file in OUT and is not repeated.
 """
@@ -27,11 +29,12 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 
 from diffalign.arena.board import guards
 from diffalign.config.schema import load_config, packaged_config
-from diffalign.data.heldout import split_by_prompt
+from diffalign.data.heldout import prompt_key, split_by_prompt
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scoring import Scoring
@@ -41,7 +44,7 @@ from diffalign.training.heldout.doubtful import doubtful_pairs
 from diffalign.training.run import environment, run_training
 from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
-from diffalign.world.pairs import PairRecipe, write_pairs
+from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 
 PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 16  # of the part `early`
 PATIENCE, WINDOW = 4, 3
@@ -49,6 +52,7 @@ CHECKPOINTS = 40  # steps between them
 PICTURES = 4  # of each prompt and model
 FLIPPED_PAIRS, FLIPPED_STEPS, FLIPPED_SHARE = 2048, 400, 0.1  # of the part `flipped`
 FIRST = (0.1, 0.2, 0.3)  # of the ranking, in which swapped labels are counted
+JUDGES, JUDGED_TIMES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0), 100  # shares of true labels; draws of the noise
 
 
 def run_config(out: Path, changes: Sequence[str]) -> None:
@@ -67,9 +71,15 @@ def early(out: Path, seed: int) -> dict[str, Any]:
     """Early stopping on few pairs, and what it would have missed."""
     import pyarrow.parquet as pq
 
+    out.mkdir(parents=True, exist_ok=True)
     rows = pq.read_table(pairs_path())
     train, heldout = split_by_prompt(rows["caption"].to_pylist(), PAIRS / len(rows), seed=0)
-    out.mkdir(parents=True, exist_ok=True)
+    if (seed + 1) * PAIRS > len(train):  # the packaged pairs are used up; the same recipe makes more after them
+        kept = {prompt_key(rows["caption"][i].as_py()) for i in heldout}
+        more = pq.read_table(write_pairs(out / "more.parquet", PairRecipe(2 * len(rows), 0), overwrite=True))
+        assert more["image_0_uid"][: len(rows)].equals(rows["image_0_uid"]), "the packaged pairs are the first of these"
+        rows, old = more, len(rows)
+        train += [i for i in range(old, len(rows)) if prompt_key(rows["caption"][i].as_py()) not in kept]
     pq.write_table(rows.take(train[seed * PAIRS : (seed + 1) * PAIRS]), out / "train.parquet")
     pq.write_table(rows.take(heldout), out / "heldout.parquet")
     run, stopped = out / "run", out / "stopped"
@@ -140,13 +150,17 @@ def shuffled(out: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def swapped_pairs(seed: int) -> set[int]:
+    """The rows whose label is swapped."""
+    return set(random.Random(1000 + seed).sample(range(FLIPPED_PAIRS), round(FLIPPED_SHARE * FLIPPED_PAIRS)))
+
+
 def flipped(out: Path, seed: int) -> dict[str, Any]:
     """Swapped labels, and how many of them are among the first of the ranking."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    run, n = out / "run", FLIPPED_PAIRS
-    swapped = set(random.Random(1000 + seed).sample(range(n), round(FLIPPED_SHARE * n)))
+    run, n, swapped = out / "run", FLIPPED_PAIRS, swapped_pairs(seed)
     if not is_finished(run):
         write_pairs(out / "pairs.parquet", PairRecipe(n, seed), overwrite=True)
         rows = pq.read_table(out / "pairs.parquet")
@@ -175,7 +189,38 @@ def flipped(out: Path, seed: int) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"early": early, "shuffled": shuffled, "flipped": flipped}
+def ceiling(out: Path, seed: int) -> dict[str, Any]:
+    """The shares that judges find, by how many of the true labels they agree with; 1 is the true reward itself."""
+    pairs, swapped = make_pairs(PairRecipe(FLIPPED_PAIRS, seed)), swapped_pairs(seed)
+    gaps = np.array([abs(pair.scores[0] - pair.scores[1]) for pair in pairs])
+    wrong = np.isin(np.arange(len(pairs)), sorted(swapped))
+    rng, found = np.random.default_rng(seed), {}
+    for accuracy in JUDGES:
+        noise, hits = noise_of(gaps, accuracy), np.zeros(len(FIRST))
+        for _ in range(JUDGED_TIMES):
+            margins = gaps + noise * rng.normal(size=len(gaps))
+            order = np.argsort(np.where(wrong, -margins, margins), kind="stable")
+            hits += [wrong[order[: round(share * len(order))]].sum() / len(swapped) for share in FIRST]
+        found[f"{accuracy:g}"] = list(hits / JUDGED_TIMES)
+    return {"swapped": len(swapped), "equal": int((gaps == 0).sum()), "found": found}
+
+
+def noise_of(gaps: Any, accuracy: float) -> float:
+    """The noise with which a judge of these true gaps agrees with a share of the true labels."""
+    low, high = 0.0, 100.0
+    for _ in range(60 if accuracy < 1 else 0):
+        middle = (low + high) / 2
+        right = torch.special.ndtr(torch.tensor(gaps / middle)).mean().item()
+        low, high = (middle, high) if right > accuracy else (low, middle)
+    return low
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "early": early,
+    "shuffled": shuffled,
+    "flipped": flipped,
+    "ceiling": ceiling,
+}
 
 
 def main() -> None:
@@ -242,6 +287,13 @@ def write_table(out: Path) -> None:
             )
             shares = " | ".join(f"{value:.2f}" for value in ranking["found"].values())
             text.append(f"| {seed} | {found['pairs']} | {names} | {shares} |")
+    text += ["", "## What judges of known accuracy find of them", ""]
+    text += ["| seed | agrees with | found in the first " + " | ".join(f"{share:.0%}" for share in FIRST) + " |"]
+    text += ["|" + "---|" * (2 + len(FIRST))]
+    for seed, found in done["ceiling"]:
+        for accuracy, values in found["found"].items():
+            shares = " | ".join(f"{value:.2f}" for value in values)
+            text.append(f"| {seed} | {float(accuracy):.0%} of the true labels | {shares} |")
     (out / "table.md").write_text("\n".join(text) + "\n")
     (out / "result.json").write_text(json.dumps(done, indent=2) + "\n")
     print("\n".join(text))
