@@ -9,13 +9,13 @@ that have the metrics it needs, and reports when they are bad: once per episode,
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from diffalign.training.callbacks.health_rules import AT_BEST, ERROR_RATIO, HELDOUT_LOSS, MEASURED, RULES, Limits, Line
 from diffalign.training.metrics import QUARTERS
 
 NOT_FINITE = "not_finite"
-REMEMBERED = 500  # lines, besides the first one: more than any window needs
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,14 @@ class Finding:
 
 @dataclass
 class Watch:
-    """The lines of a run so far, and the rules that have reported the episode they are in."""
+    """The lines that the rules read, of a run so far, and the rules that have reported the episode they are in.
+
+    A line stays as long as it is in the window of a rule, so memory does not grow with a run.
+    """
 
     limits: Limits
-    lines: list[Line] = field(default_factory=list)
+    windows: dict[str, deque[Line]] = field(default_factory=dict)  # by rule: the last lines with what it needs
+    steps: deque[int] = field(default_factory=deque)  # of the last window of lines, and of the one before
     open: set[str] = field(default_factory=set)
     first_error: float | None = None  # the policy's mean in the first line with errors at all timesteps
     measured: int = 0  # lines with a measurement of held-out pairs
@@ -42,12 +46,15 @@ class Watch:
     def check(self, line: Line) -> list[Finding]:
         """Adds a line; returns what the rules find in it and those before, each once per episode."""
         finite = {name: x for name, x in line.items() if x is not None and math.isfinite(x)}
-        self.lines.append(finite | self._error_ratio(finite) | self._since_best(finite))
-        if len(self.lines) > 2 * REMEMBERED:
-            self.lines = [self.lines[0], *self.lines[-REMEMBERED:]]
+        whole = finite | self._error_ratio(finite) | self._since_best(finite)
+        size = self.limits.health.window
+        self.steps = deque([*self.steps, int(line["step"])], maxlen=size + 1)
         found = []
         for name, rule in RULES.items():
-            message = rule.check(self.lines, self.limits)
+            window = self.windows.setdefault(name, deque(maxlen=size))
+            if all(needed in whole for needed in rule.needs):
+                window.append(whole)
+            message = rule.check(window, self.limits)
             if message is None:
                 self.open.discard(name)
             elif name not in self.open:
@@ -57,8 +64,7 @@ class Watch:
 
     def _before(self) -> int:
         """The step of the last line before a window that ends now."""
-        earlier = self.lines[: -self.limits.health.window]
-        return int(earlier[-1]["step"]) if earlier else 0
+        return self.steps[0] if len(self.steps) > self.limits.health.window else 0
 
     def _since_best(self, line: Line) -> dict[str, float]:
         """Of a line with a measurement of held-out pairs: how many there were, and what the best one had."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,26 @@ def test_since_is_the_last_line_before_the_window() -> None:
     assert [f.since for f in found] == [10]
     first = Watch(LIMITS)
     assert [f.since for line in SICK["drift"][1:] for f in first.check(line)] == [0]
+
+
+def test_few_lines_are_kept_and_rules_find_in_them_what_they_find_in_all() -> None:
+    """`saturated` is missing at times, and `flip_rate` at most steps."""
+    draw, watch, lines = random.Random(0), Watch(LIMITS), list[Line]()
+    found: list[tuple[str, str]] = []
+    expected: list[tuple[str, str]] = []
+    speaking: dict[str, str | None] = {}
+    for step in range(1, 500):
+        saturated = {"saturated": draw.choice([0.1, 0.7, 0.8]), "gradient_factor": draw.random()} if step % 7 else {}
+        lines.append({"step": step, **saturated} | ({} if step % 29 else {"flip_rate": draw.choice([0.0, 0.0, 0.5])}))
+        found += [(each.rule, each.message) for each in watch.check(lines[-1])]
+        for name in ("saturation", "dead_flips"):
+            message = RULES[name].check(lines, LIMITS)
+            expected += [(name, message)] if message is not None and speaking.get(name) is None else []
+            speaking[name] = message
+    assert found == expected
+    assert len({name for name, _ in found}) == 2
+    kept = {id(line) for window in watch.windows.values() for line in window}
+    assert len(kept) <= 2 * LIMITS.health.window
 
 
 def test_one_value_that_is_no_number_is_enough() -> None:
