@@ -32,6 +32,7 @@ from diffalign.models.loading.base import Base
 from diffalign.training.build import build
 from diffalign.training.callbacks.base import Callback, check_callbacks
 from diffalign.training.callbacks.checkpoints import Checkpoints
+from diffalign.training.callbacks.memory import FreeMemory
 from diffalign.training.callbacks.metrics_log import MetricsLog
 from diffalign.training.callbacks.progress_bar import ProgressBar
 from diffalign.training.callbacks.recovery import Health
@@ -201,6 +202,7 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
         Checkpoints(training.checkpointing_steps),
         *([Validation(validation)] if validation.prompts else []),
         RunPage(),
+        FreeMemory(),
     ]
 
 
