@@ -1,4 +1,4 @@
-"""`diffalign data …`: check, score, rank, relabel, convert, split and write pairs, and write prompt sets."""
+"""`diffalign data …`: check, score, rank, relabel, convert, split and write pairs, lists and prompt sets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffalign.cli.common import (
 )
 from diffalign.cli.next_steps import print_next
 from diffalign.cli.pairs.check import add_check, check, pairs_arguments, spec_of
+from diffalign.cli.pairs.lists import add_lists, write_lists
 from diffalign.cli.pairs.rewrite import add_rewrites, rewrite_pairs
 from diffalign.cli.training.doubtful import add_doubtful, write_doubtful
 from diffalign.cli.training.relabel import add_relabel, relabel_pairs
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_doubtful(actions)
     add_relabel(actions)
     add_rewrites(actions)
+    add_lists(actions)
     sub = actions.add_parser("world", help="write preference pairs of the embedded world")
     sub.add_argument("out", type=path, help="FILE.parquet (Pick-a-Pic columns), or a folder for chosen/ and rejected/")
     sub.add_argument("--pairs", type=whole(1, 10**7), default=1024)
@@ -110,6 +112,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.action in ("convert", "split", "dedupe"):
         rewrite_pairs(args)
+        return
+    if args.action == "lists":
+        write_lists(args)
         return
     if args.action == "prompts":
         _write_prompts(args)

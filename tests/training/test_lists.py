@@ -59,12 +59,13 @@ def test_a_resumed_run_and_two_processes_are_the_run(listed: MakeConfig, tmp_pat
             "output_dir": str(tmp_path / name),
             "training.gradient_accumulation_steps": 2 // processes,
             "training.adam_epsilon": 1e-4,
-            "training.checkpointing_steps": 2,
+            "training.max_train_steps": 2,
+            "training.checkpointing_steps": 1,
             "validation.pairs": 0.5,
-            "validation.pairs_every": 2,
+            "validation.pairs_every": 1,
         }
         if name == "parts":
-            run_training(listed({**overrides, "training.max_train_steps": 2}))
+            run_training(listed({**overrides, "training.max_train_steps": 1}))
             overrides["training.resume_from_checkpoint"] = "latest"
         config = listed(overrides)
         if processes == 2:

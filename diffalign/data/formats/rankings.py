@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -162,3 +162,16 @@ def images_in(lists: Columns, row: int, images: str, count: int) -> list[Any]:
         return list(cell)
     found = f"{len(cell)} images" if isinstance(cell, list | tuple) else f"{cell!r:.60}"
     return [Absent(f"{images} has {found} for {count} ranks; each image has one")] * count
+
+
+def write_rankings(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows of prompt, images (encoded) and ranking (1 is the best) as parquet.
+
+    A few rows are in memory at a time; the file appears complete or not at all.
+    """
+    import pyarrow as pa
+
+    from diffalign.data.formats.parquet import write_rows
+
+    columns = {"prompt": pa.string(), "images": pa.list_(pa.binary()), "ranking": pa.list_(pa.int64())}
+    write_rows(file, columns, rows)

@@ -25,12 +25,13 @@ def find_duplicates(table: PairTable, other: PairTable | None = None) -> Duplica
 
     Raises ImageError for an image that cannot be read.
     """
-    elsewhere = {image for pair in _images(other, "images of the other pairs") for image in pair} if other else set()
+    others = image_hashes(other, "images of the other pairs") if other else ()
+    elsewhere = {image for pair in others for image in pair}
     found = Duplicates()
     users = table.column(table.layout.user) if table.layout.user is not None else []
     labels: dict[Hashable, set[Hashable]] = {}  # of each prompt, two images and user; a label is the chosen image
     keys: list[Hashable] = []
-    for index, (chosen, rejected) in enumerate(_images(table, "images of the pairs")):
+    for index, (chosen, rejected) in enumerate(image_hashes(table, "images of the pairs")):
         images = frozenset((chosen, rejected))
         key = table.prompts[index], images, str(users[index]) if users else ""
         keys.append(key)
@@ -44,7 +45,7 @@ def find_duplicates(table: PairTable, other: PairTable | None = None) -> Duplica
     return found
 
 
-def _images(table: PairTable, what: str) -> Iterator[tuple[bytes, bytes]]:
+def image_hashes(table: PairTable, what: str) -> Iterator[tuple[bytes, bytes]]:
     """Hashes of the chosen and the rejected image of each pair."""
     for index in Progress(range(len(table)), desc=what, unit=" pairs", delay=3.0):
         row = table[index]
