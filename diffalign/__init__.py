@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffalign.objectives import ConservativeDPO as ConservativeDPO
     from diffalign.objectives import DiffusionDPO as DiffusionDPO
     from diffalign.objectives import DiffusionDRO as DiffusionDRO
+    from diffalign.objectives import DiffusionNFT as DiffusionNFT
     from diffalign.objectives import InPO as InPO
     from diffalign.objectives import InversionDPO as InversionDPO
     from diffalign.objectives import LinearDPO as LinearDPO
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
     from diffalign.types import Score as Score
 
 _OBJECTIVES = (
-    "ConservativeDPO DiffusionDPO DiffusionDRO DMPO DSODRO DSPO FDPO InPO InversionDPO IPO KTO LinearDPO MaPO PolyDPO "
-    "RobustDPO SePPO SFT SmPO SPO"
+    "ConservativeDPO DiffusionDPO DiffusionDRO DiffusionNFT DMPO DSODRO DSPO FDPO InPO InversionDPO IPO KTO "
+    "LinearDPO MaPO PolyDPO RobustDPO SePPO SFT SmPO SPO"
 )
 _HOME = {
     "NoiseSchedule": "diffalign.engine.schedule",
