@@ -45,7 +45,7 @@ def open_remote(url: str, split: str) -> RemoteParquet:
     try:
         if any(sign in root for sign in "*?["):
             found = [str(name) for name in store.glob(root)]
-        elif store.isfile(root):
+        elif store.isfile(root) and not root.endswith("/"):  # http calls the page of a folder a file
             return RemoteParquet(url, [root])
         else:
             found = [str(name) for name in store.find(root)]
@@ -58,7 +58,8 @@ def open_remote(url: str, split: str) -> RemoteParquet:
             "name the folder"
         )
     folder = Path(os.path.commonpath([str(PurePosixPath(name).parent) for name in shards]))
-    return RemoteParquet(url, [str(file) for file in of_split([Path(name) for name in shards], folder, split)])
+    names = {Path(name): name for name in shards}  # a path has one slash where an address has two
+    return RemoteParquet(url, [names[file] for file in of_split(list(names), folder, split)])
 
 
 VERSION = ("size", "ETag", "LastModified", "last-modified", "mtime", "sha256")  # what stores state about a file
@@ -182,7 +183,9 @@ def _store(url: str) -> tuple[Any, str]:
     """The file system of a URL, in this process (fsspec has one for each), and the path in it. Raises DataError."""
     try:
         store, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:  # of a package that the store needs
+        raise DataError(f"{url}: {_said(error)}; `pip install` that here, or copy the data to a local path") from error
+    except ValueError as error:
         raise DataError(f"{url}: {_said(error)}; local data are given by their path without `://`") from error
     return store, str(root)
 

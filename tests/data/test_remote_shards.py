@@ -7,8 +7,11 @@ import itertools
 import logging
 import multiprocessing
 import pickle
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.registry import known_implementations
 
 from diffalign.config.schema import Config, ConfigError, parse_config
 from diffalign.data import remote_shards as remote
@@ -66,6 +70,26 @@ def test_remote_pairs_are_the_local_ones_and_shards_come_when_they_are_used(tmp_
     assert fetched(tmp_path) == [f"train-{shard:05d}.parquet" for shard in range(5)]
     for url in ("memory://pairs/data/train-00001.parquet", "memory://pairs/data/*1.parquet"):
         assert open_pairs(url, UNSEEN).ids == local.ids[6:12]
+
+
+@pytest.mark.parametrize("part", ["/", "/*.parquet", "/train-00001.parquet"])
+def test_shards_of_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    for shard in range(2):
+        write_parquet(
+            tmp_path / f"data/train-{shard:05d}.parquet", pick_rows(12, prompts=12)[6 * shard : 6 * shard + 6]
+        )
+    local = open_pairs(tmp_path / "data" / part.strip("/*"), UNSEEN) if "0" in part else open_pairs(tmp_path / "data")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = open_pairs(f"http://127.0.0.1:{server.server_port}/data{part}", UNSEEN)
+        assert [found[i].chosen.read() for i in range(len(found))] == [
+            local[i].chosen.read() for i in range(len(local))
+        ]
+        assert [*found.ids] == [*local.ids]
+        server.shutdown()
 
 
 @pytest.mark.usefixtures("store")
@@ -172,6 +196,10 @@ def test_what_cannot_be_streamed_is_refused(store: Any, make: Any, monkeypatch: 
     ):
         with pytest.raises(DataError, match=message):
             open_pairs(url, UNSEEN)
+    with monkeypatch.context() as without:
+        without.setitem(known_implementations, "far", {"class": "far_fs.FS", "err": "Install far_fs"})
+        with pytest.raises(DataError, match=r"far://pairs: Install far_fs; `pip install` that here"):
+            open_pairs("far://pairs", UNSEEN)
     with pytest.raises(DataError, match="verify='header' reads every image"):
         open_pairs("memory://pairs")
     with pytest.raises(DataError, match="no uid columns"):
