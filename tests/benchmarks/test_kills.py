@@ -106,7 +106,7 @@ def test_the_committed_campaign_has_no_difference() -> None:
     assert table(rows) in (RESULTS / "kills.md").read_text()
 
 
-def test_the_committed_soak_opens_no_more_files() -> None:
+def test_the_committed_soak_does_not_grow() -> None:
     found = json.loads((RESULTS / "soak.json").read_text())
     assert (found["steps"]["steps"], found["rounds"]["steps"]) == (3000, 30 * STEPS_PER_ROUND)
     text = (RESULTS / "soak.md").read_text()
@@ -114,3 +114,4 @@ def test_the_committed_soak_opens_no_more_files() -> None:
         assert " | ".join(row) in text
     for name in ("steps", "rounds"):
         assert abs(found[name]["per_1000_steps"]["files"]["slope"]) < 1e-9
+        assert found[name]["per_1000_steps"]["rss"]["slope"] < 1.0  # MB
