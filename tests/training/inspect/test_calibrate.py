@@ -34,7 +34,7 @@ from diffalign.types import Evidence
 MakeConfig = Callable[..., Config]
 TUNED = 2000.0  # beta of training_configs/world/dpo.yaml
 SCALES = {"ipo": "tau", "mapo": "num_train_timesteps"}  # all others: beta
-NO_SCALE = ("sft", "dso_dro", "diffusion_dro", "dspo")
+NO_SCALE = ("sft", "dso_dro", "diffusion_dro", "dspo", "diffusion_nft")
 
 
 def built(config: Config) -> Run:
