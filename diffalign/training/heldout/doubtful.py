@@ -16,7 +16,7 @@ held-out pairs, or where none is predicted, all count alike.
 
 Differs from the paper: margins are those of a few checkpoints, not of every epoch, and no threshold is learned from
 pairs with a label that was swapped on purpose. Left out: cross-fitting (a run for every fold, each on the other folds).
-It needs several trainings, and two runs on a half each found fewer than one on nine tenths (`docs/heldout.md`).
+It needs several trainings, and two or five runs found fewer than one on nine tenths (`docs/heldout.md`).
 """
 
 from __future__ import annotations
