@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from diffalign.engine.measure import Models
+from diffalign.engine.random import on_device
 from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 from diffalign.objectives.base import Compared, OnSharedNoise, SharedNoise, positive
@@ -98,7 +99,7 @@ class DiffusionNFT(OnSharedNoise):
             return probe
         alpha_bar = schedule.alpha_bar(probe.t)
         square = 1 - alpha_bar if schedule.prediction_type == "v_prediction" else (1 - alpha_bar) / alpha_bar
-        return replace(probe, weight=square.to(probe.xt))
+        return replace(probe, weight=on_device(square.to(probe.xt.dtype), probe.xt.device))
 
     def score(self, evidence: Evidence) -> Score:
         """The loss of each sample. Without optimality in the terms every sample is a good one: r = 1."""

@@ -65,7 +65,7 @@ def test_a_program_s_own_frozen_objects_stay_so() -> None:
         callback.on_log(STATE)
         callback.on_step_end(STATE)
         callback.close()
-        assert gc.get_freeze_count() == frozen > 0
+        assert frozen - 1000 < gc.get_freeze_count() <= frozen  # a few of a million may die meanwhile
     finally:
         gc.unfreeze()
 
