@@ -46,6 +46,7 @@ NEEDS = {
     "pairs: a chosen and a rejected image": (
         "dpo", "kto", "linear_dpo", "dmpo", "poly_dpo", "f_dpo", "dso_dro", "ipo", "cdpo", "robust_dpo", "mapo", "dspo",
     ),
+    "ranked lists of images": ("listwise_dpo",),
     "pairs, through inversion": ("inpo", "smpo", "inversion_dpo"),
     "good images alone": ("sft", "seppo", "diffusion_dro", "spin"),
     "prompts and a scorer": ("raft", "online_dpo", "spo", "diffusion_nft", "advantage"),

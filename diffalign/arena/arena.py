@@ -34,7 +34,9 @@ def run_arena(
 
     tuned: settings by entry, as `entries.tuned_settings` gives them. Finished runs in the folder are used again.
     kept: the record of an earlier arena of this protocol. Lines of entries that are not among `entries` are taken from
-    it as they are, with their settings, commits and intervals. Raises DiffalignError where its protocol is another one.
+    it as they are, with their settings, commits and intervals, and marked as `kept`.
+
+    Raises DiffalignError where the protocol of `kept` is another one.
     """
     board = _Board(arena, entries, protocol, tuned)
     found: dict[str, Any] = {
@@ -55,8 +57,7 @@ def run_arena(
     }
     earlier = {} if kept is None else _kept(kept, found["protocol"], {entry.name for entry in entries})
     if kept is not None:
-        found["kept"] = {"names": sorted({row["name"] for rows in earlier.values() for row in rows}),
-                         "environment": kept["environment"]}  # fmt: skip
+        found["kept"] = {"environment": kept["environment"]}
 
     def add(rows: list[Row], preference: str, budget: str) -> None:
         """Adds a view to the record and writes it: hours may pass before the next."""
@@ -81,7 +82,7 @@ def _kept(kept: dict[str, Any], protocol: dict[str, Any], run: set[str]) -> dict
             f"the arena whose lines should stay had another protocol ({', '.join(other)}): run all entries instead"
         )
     return {
-        (view["preference"], view["budget"]): [row for row in view["rows"] if row["name"] not in run]
+        (view["preference"], view["budget"]): [row | {"kept": True} for row in view["rows"] if row["name"] not in run]
         for view in kept["views"]
     }
 

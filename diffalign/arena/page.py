@@ -56,7 +56,6 @@ def page(found: dict[str, Any], strips: dict[str, str]) -> str:
         f"{' with changes' if there.get('git_dirty') else ''} · "
         + escape(", ".join(f"{name} {version}" for name, version in there["versions"].items()))
         + f" · Python {escape(there['python'])}</p>",
-        *_kept(found),
         *(_board(view) for view in found["views"]),
         "<h2>Method by method</h2>",
         f"<p class=soft>Images: {SHOWN} prompts, the base above, the method below, from the same noise. Curves: the "
@@ -86,18 +85,6 @@ def image_strip(done: FinishedJob) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _kept(found: dict[str, Any]) -> list[str]:
-    """Which lines are of an earlier arena, in one paragraph; none where all are of this one."""
-    names = found.get("kept", {}).get("names", [])
-    if not names:
-        return []
-    commit = found["kept"]["environment"].get("git_commit")
-    return [
-        f"<p>{escape(', '.join(names))}: lines of an earlier arena (commit {escape(str(commit))}), with the settings "
-        "that its sweep chose and the intervals that it computed. They have no images here.</p>"
-    ]
-
-
 def _board(view: dict[str, Any]) -> str:
     rows, preference = view["rows"], view["preference"]
     (other,) = (name for name in PREFERENCES if name != preference)
@@ -120,7 +107,20 @@ def _board(view: dict[str, Any]) -> str:
     lines = "\n".join(_line(row, preference, other, reach) for row in rows)
     return (
         f"<h2>{escape(view['preference'])}: {escape(view['budget'])}</h2>\n"
-        f"<div class=scroll><table><thead><tr>{cells}</tr></thead><tbody>\n{lines}\n</tbody></table></div>"
+        f"<div class=scroll><table><thead><tr>{cells}</tr></thead><tbody>\n{lines}\n</tbody></table></div>{_kept(rows)}"
+    )
+
+
+def _kept(rows: list[Row]) -> str:
+    """Which lines of a table are of an earlier arena, as a paragraph; nothing where all are of this one."""
+    kept = [row for row in rows if row.get("kept")]
+    if not kept:
+        return ""
+    names = ", ".join(row["name"] for row in kept)
+    commits = ", ".join(sorted({commit[:7] for row in kept for commit in row["commits"]}))
+    return (
+        f"\n<p class=soft>Lines of an earlier arena (trained at {escape(commits)}), with the settings that its sweep "
+        f"chose and the intervals that it computed: {escape(names)}.</p>"
     )
 
 

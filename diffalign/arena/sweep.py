@@ -1,8 +1,9 @@
 """The sweep: learning rate and one scale of each entry, on held-out prompts that the leaderboard does not use.
 
 1. Every rate of the entry is tried on the first seed, with the scale of its config.
-2. The other scales are tried at the best of these rates, on the first seed.
-3. The best few of these settings (`Entry.finalists`) are tried on the other seeds.
+2. The other scales are tried at the rate of the best trial so far, on the first seed.
+3. The best few of these settings (`Entry.finalists`) are tried on the other seeds. Where a seed of each violates a
+   guard, the next best settings follow, one at a time and at most FURTHER of them, until no seed of one does.
 4. Chosen is the largest mean gain among finalists of which no seed violates a guard; among all where each does.
 
 An entry with one finalist is decided on the first seed alone.
@@ -23,6 +24,7 @@ from diffalign.training.run import environment
 
 PREFERENCE = "world"  # the other one is tuned for by nobody
 RATE = "training.learning_rate"
+FURTHER = 3  # settings beyond the finalists that are tried while each violates a guard
 
 Trial = dict[str, Any]
 Asked = tuple[Entry, dict[str, Any], int]  # settings of an entry, and the training seed
@@ -50,13 +52,16 @@ def sweep_settings(
     trials = {entry.name: _comparable(known, entry.name, of_protocol) for entry in entries}
     first, *others = protocol.seeds
 
+    def of_first(entry: Entry) -> list[Trial]:
+        return [trial for trial in trials[entry.name] if trial["seed"] == first]
+
     def stage(asked: Sequence[Asked], desc: str) -> None:
         new = [one for one in asked if not any(_is_of(one, trial) for trial in trials[one[0].name])]
         for (entry, _, _), trial in zip(new, _tried(arena, protocol, new, desc), strict=True):
             trials[entry.name].append(trial)
 
     stage([(entry, {RATE: rate}, first) for entry in entries for rate in entry.rates], "sweep: rates")
-    rates = {entry.name: finalists(trials[entry.name], 1)[0][RATE] for entry in entries}
+    rates = {entry.name: finalists(of_first(entry), 1)[0][RATE] for entry in entries}
     stage(
         [
             (entry, {RATE: rates[entry.name], entry.scale: value}, first)
@@ -66,14 +71,16 @@ def sweep_settings(
         ],
         "sweep: scales",
     )
-    last = [
-        (entry, settings, seed)
-        for entry in entries
-        if entry.finalists > 1
-        for settings in finalists(trials[entry.name], entry.finalists)
-        for seed in others
-    ]
-    stage(last, "sweep: other seeds")
+    repeated = [entry for entry in entries if entry.finalists > 1]
+    for further in range(FURTHER + 1):
+        last = [
+            (entry, settings, seed)
+            for entry in repeated
+            if further == 0 or not _silent(trials[entry.name], chosen(trials[entry.name]))
+            for settings in finalists(of_first(entry), entry.finalists + further)
+            for seed in others
+        ]
+        stage(last, "sweep: other seeds")
     where = environment()
     return {
         "command": command,
@@ -113,6 +120,11 @@ def save_sweep(found: dict[str, Any], file: Path) -> None:
         found = {**found, "entries": kept | found["entries"]}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _silent(trials: Sequence[Trial], settings: dict[str, Any]) -> bool:
+    """Whether no trial of these settings failed or violated a guard."""
+    return all(_order(trial)[0] for trial in trials if trial["settings"] == settings)
 
 
 def _order(trial: Trial) -> tuple[bool, float]:

@@ -70,13 +70,14 @@ def test_settings_of_the_sweep_are_used(held: tuple[Path, dict[str, Any]]) -> No
 def test_lines_of_an_earlier_arena_stay_where_nothing_is_run(held: tuple[Path, dict[str, Any]]) -> None:
     folder, earlier = held
     found = run_arena(ArenaFolder(folder, 2), entries(("sft",)), TINY, {}, "", earlier)
-    assert found["kept"]["names"] == ["dpo", "flipped"]
+    assert found["kept"] == {"environment": earlier["environment"]}
     for now, before in zip(found["views"], earlier["views"], strict=True):
         rows = [{row["name"]: row for row in view["rows"]} for view in (now, before)]
         assert rows[0].keys() == rows[1].keys()
-        assert all(rows[0][name] == rows[1][name] for name in ("dpo", "flipped"))
+        assert all(rows[0][name] == rows[1][name] | {"kept": True} for name in ("dpo", "flipped"))
+        assert "kept" not in rows[0]["sft"]
         assert now["rows"] == ranked(now["rows"], now["preference"])
-    assert "dpo, flipped: lines of an earlier arena" in (folder / "arena.html").read_text()
+    assert (folder / "arena.html").read_text().count("computed: dpo, flipped.") == 3
     with pytest.raises(DiffalignError, match=r"another protocol \(steps, unet_forwards\)"):
         run_arena(ArenaFolder(folder, 2), entries(("sft",)), replace(TINY, steps=3), {}, "", earlier)
     run_arena(ArenaFolder(folder, 2), entries(("dpo", "sft", "flipped")), TINY, {"dpo": {"objective.beta": 500.0}},

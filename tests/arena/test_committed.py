@@ -13,22 +13,16 @@ from diffalign.arena.entries import FULL, PREFERENCES, QUICK, entries
 
 ROOT = Path(__file__).parents[2]
 QUICK_RESULT, FULL_RESULT = ROOT / "assets/arena/result.json", ROOT / "benchmarks/results/arena.json"
-SINCE = {
-    "poly_dpo",
-    "linear_dpo",
-    "dmpo",
-    "dspo",
-    "listwise_dpo",
-    "diffusion_nft",
-    "advantage",
-}  # objectives that are newer than the committed results, as docs/arena.md says
-RESULTS = {"quick": (QUICK_RESULT, QUICK), "full": (FULL_RESULT, FULL)}
+# entries that are newer than the committed results, as docs/arena.md says
+SINCE_FULL = {"diffusion_nft", "advantage", "listwise_dpo"}
+SINCE_QUICK = {"poly_dpo", "linear_dpo", "dmpo", "dspo", *SINCE_FULL}
+RESULTS = {"quick": (QUICK_RESULT, QUICK, SINCE_QUICK), "full": (FULL_RESULT, FULL, SINCE_FULL)}
 
 
 @pytest.fixture(params=RESULTS)
-def found(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any]:
-    file, protocol = RESULTS[request.param]
-    return json.loads(file.read_text()), protocol
+def found(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any, set[str]]:
+    file, protocol, since = RESULTS[request.param]
+    return json.loads(file.read_text()), protocol, since
 
 
 def test_the_readme_shows_the_quick_arena() -> None:
@@ -43,8 +37,8 @@ def test_the_docs_show_the_full_one() -> None:
         assert view.strip() in page
 
 
-def test_they_are_of_the_protocol_and_say_where_they_come_from(found: tuple[dict[str, Any], Any]) -> None:
-    result, protocol = found
+def test_they_are_of_the_protocol_and_say_where_they_come_from(found: tuple[dict[str, Any], Any, set[str]]) -> None:
+    result, protocol, _ = found
     assert result["protocol"]["steps"] == protocol.steps
     assert tuple(result["protocol"]["seeds"]) == protocol.seeds
     assert len(result["protocol"]["prompts"]) * result["protocol"]["pictures_per_prompt"] >= 256
@@ -54,13 +48,13 @@ def test_they_are_of_the_protocol_and_say_where_they_come_from(found: tuple[dict
     assert "/home" not in json.dumps(result)
 
 
-def test_every_entry_is_there(found: tuple[dict[str, Any], Any]) -> None:
+def test_every_entry_is_there(found: tuple[dict[str, Any], Any, set[str]]) -> None:
     for view in found[0]["views"]:
-        assert {row["name"] for row in view["rows"]} == {entry.name for entry in entries()} - SINCE
+        assert {row["name"] for row in view["rows"]} == {entry.name for entry in entries()} - found[2]
         assert all(row["failed"] is None for row in view["rows"])
 
 
-def test_the_turned_sign_is_at_the_bottom(found: tuple[dict[str, Any], Any]) -> None:
+def test_the_turned_sign_is_at_the_bottom(found: tuple[dict[str, Any], Any, set[str]]) -> None:
     """In the view that everything else is chosen for: equal steps, the preference of the sweep."""
     first = found[0]["views"][0]
     assert first["preference"] == PREFERENCES[0]
@@ -71,9 +65,11 @@ def test_the_turned_sign_is_at_the_bottom(found: tuple[dict[str, Any], Any]) -> 
 
 
 def test_random_labels_gain_nothing_to_speak_of() -> None:
-    """Over three training seeds; one alone moved by .03 with the settings of the sweep."""
+    """Over three training seeds. They may lose: at the rate of the sweep it does harm (docs/arena.md)."""
     first = json.loads(FULL_RESULT.read_text())["views"][0]
     (row,) = (row for row in first["rows"] if row["name"] == "shuffled")
     mean, low, high = row["rewards"]["world"]["gain"]
-    assert abs(mean) <= 0.03
+    assert mean <= 0.03
     assert low < 0 < high
+    dpo = next(row for row in first["rows"] if row["name"] == "dpo")["rewards"]["world"]["gain"]
+    assert high < dpo[1]  # and the method that it is the control of gains more than all of its interval
