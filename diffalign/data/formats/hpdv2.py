@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.formats.columns import Columns, ListColumns
-from diffalign.data.formats.rankings import IMAGES, NEEDED, ORDERS, RankedColumns, ranks_of
+from diffalign.data.formats.rankings import IMAGES, NEEDED, ORDERS, RankedColumns, has_pairs, ranks_of
 from diffalign.data.formats.text_files import odd, parse_json, read_text
 from diffalign.data.row import DataError
 
@@ -28,7 +28,8 @@ def open_json(file: Path) -> Columns:
         raise DataError(f"{file} is not JSON ({error}); for one object per line use the ending .jsonl") from error
     if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{file} must be a non-empty list of objects ({ENTRY})")
-    ranked = any(isinstance(entry.get(name), list) for entry in entries if isinstance(entry, dict) for name in IMAGES)
+    several = [e for e in entries if isinstance(e, dict) and not has_pairs(e)]
+    ranked = any(isinstance(entry.get(name), list) for entry in several for name in IMAGES)
     faults = {place: fault for place, entry in enumerate(entries) if (fault := _fault(entry, ranked))}
     rows = [{} if place in faults else entry for place, entry in enumerate(entries)]
     if ranked:

@@ -15,11 +15,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.cells import Absent
+from diffalign.data.formats import pickapic, preference
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import DataError
 
@@ -31,6 +33,8 @@ LOWER, HIGHER = ("ranking", "rank"), ("scores", "human_preference")  # is better
 ORDERS = (*LOWER, *HIGHER)
 PARTS = ("images", "ranking", "scores")  # of a config's `data.columns`, besides those of pairs
 SIDES = ("image_0", "image_1")
+OF_PAIRS = [(pickapic.PARTS[SIDES[0]], pickapic.PARTS[SIDES[1]])]  # the columns of either image
+OF_PAIRS += [(preference.PARTS["chosen"], preference.PARTS["rejected"])]
 NEEDED = "one of ranking, rank (1 is the best), scores or human_preference (higher is better), a number for each image"
 
 
@@ -45,11 +49,17 @@ class RankedColumns:
         """lists: the rows. images: their column of images. ranks: of each row, as `ranks_of` gives them."""
         self.lists, self.images, self.ranks, self.faults = lists, images, ranks, faults
         self.storage, self.in_memory = lists.storage, lists.in_memory
-        self.names = (*(n for n in lists.names if n not in (images, *ORDERS)), *SIDES, "label_0", "label_1")
-        self.pairs = [
+        gone = {images, *ORDERS, *(name for sides in OF_PAIRS for names in sides for name in names)}
+        self.names = (*(n for n in lists.names if n not in gone), *SIDES, "label_0", "label_1")
+        self.choice = choice
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, tuple[int, int] | None]]:
+        """Row and places of each pair; made when pairs are asked for, since lists need none."""
+        return [
             (row, pair)
-            for row, found in enumerate(ranks)
-            for pair in ([None] if row in faults else pairs_of(found, choice))
+            for row, found in enumerate(self.ranks)
+            for pair in ([None] if row in self.faults else pairs_of(found, self.choice))
         ]
 
     def only(self, choice: str) -> RankedColumns:
@@ -101,6 +111,8 @@ def ranked(stored: Columns, columns: Mapping[str, str] | None = None) -> RankedC
     if isinstance(stored, RankedColumns):
         stored = stored.lists
     given = {part: name for part, name in (columns or {}).items() if part in PARTS}
+    if not given and has_pairs((*stored.names, *(columns or ()))):
+        return None  # pairs, with columns besides that happen to be called as those of rankings
     for part, name in given.items():
         if name not in stored.names:
             raise DataError(f"columns maps {part} to {name!r}, and {stored.storage} has {', '.join(stored.names)}")
@@ -123,10 +135,19 @@ def ranked(stored: Columns, columns: Mapping[str, str] | None = None) -> RankedC
     return RankedColumns(stored, images, values, faults)
 
 
+def has_pairs(names: Iterable[str]) -> bool:
+    """Whether columns, or the parts of `data.columns`, have both images of a pair."""
+    there = set(names)
+    return any(there & set(one) and there & set(two) for one, two in OF_PAIRS)
+
+
 def ranks_of(values: Any, *, higher: bool) -> Any:
     """The numbers of a row so that lower is better; what is no list, and what in it is no number, stays as it is."""
+    if callable(tolist := getattr(values, "tolist", None)):  # numpy, torch
+        values = tolist()
     if not isinstance(values, list | tuple):
         return values
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     return [-value if higher and is_number(value) else value for value in values]
 
 

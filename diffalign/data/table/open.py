@@ -19,7 +19,7 @@ from diffalign.data.formats.hpdv2 import open_json
 from diffalign.data.formats.image_folder import is_pair_folder, open_folder
 from diffalign.data.formats.parquet import open_parquet
 from diffalign.data.formats.pickapic import Layout
-from diffalign.data.formats.rankings import NEEDED, PARTS, RankedColumns, ranked
+from diffalign.data.formats.rankings import NEEDED, PARTS, RankedColumns, has_pairs, ranked
 from diffalign.data.formats.splits import has_no_splits, of_split
 from diffalign.data.formats.text_files import SUFFIXES, open_listing
 from diffalign.data.formats.webdataset import open_shards
@@ -76,6 +76,8 @@ def open_pairs(path: str | Path | Columns, spec: DataSpec = AS_FOUND) -> PairTab
 
 def _ranked(stored: Columns, spec: DataSpec, path: str) -> Columns:
     """The rows, or the pairs of rows that are rankings. Raises DataError for settings of rankings without any."""
+    if isinstance(stored, RankedColumns) and has_pairs(spec.columns):
+        stored = stored.lists  # columns names the images of pairs
     found = ranked(stored, spec.columns) if set(PARTS) & spec.columns.keys() else stored
     if found is None or not isinstance(found, RankedColumns):
         if spec.pairs_of_ranking != "all" or found is None:

@@ -121,7 +121,7 @@ def doubtful_pairs(
         signed_masks=run.objective.takes_signs,
     )
     asked = {"pairs": table}
-    if own is not None and not heldout <= set(table.ids):
+    if own is not None and (pairs is not None or not heldout <= set(table.ids)):  # others may be labelled otherwise
         asked["held-out pairs"] = own
     fixed = {}
     for what, each in asked.items():

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from diffalign.data.cache.latents import CacheSpec, open_cache
+from diffalign.data.formats.arrow import object_columns
+from diffalign.data.formats.rankings import ranked
 from diffalign.data.loader.offline_pairs import LatentSource, OfflinePairs
 from diffalign.data.loader.online import Online
 from diffalign.data.loader.spec import LoaderSpec
 from diffalign.data.precompute.latents import encode_cache
-from diffalign.data.row import BAD_LABEL, BAD_ROW, IDENTICAL, MISSING_SIDE, TIE, DataError
+from diffalign.data.row import BAD_LABEL, BAD_ROW, IDENTICAL, MISSING_SIDE, TIE, DataError, ImageRef
 from diffalign.data.spec import DataSpec
 from diffalign.data.table.identity import data_identity
 from diffalign.data.table.lists import ListTable, by_length, counted_lengths
-from diffalign.data.table.open import open_pairs
+from diffalign.data.table.open import open_columns, open_pairs
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.table.report import check_pairs
 from diffalign.types import PairBatch
@@ -94,6 +98,47 @@ def test_a_row_that_is_no_list_is_named(change: dict[str, Any], kind: str, reaso
     (problem,) = table.problems
     assert (problem.where, problem.kind) == ("lists.jsonl line 1", kind)
     assert reason in problem.reason
+
+
+def test_pairs_stay_pairs_where_other_columns_are_called_as_those_of_rankings(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "0.png", "rejected": "1.png", "images": ["2.png", "3.png"], "scores": [0.9, 0.1]}
+    file = listing(tmp_path, [pair])
+    for spec in (DataSpec(), LISTS):
+        assert stems(open_pairs(file, spec)) == [["0", "1"]]
+    (tmp_path / "pairs.json").write_text(json.dumps([pair]))
+    assert stems(open_pairs(tmp_path / "pairs.json")) == [["0", "1"]]
+    other = {"winner" if name == "chosen" else name: value for name, value in pair.items()}
+    (tmp_path / "named.jsonl").write_text(json.dumps(other))
+    winner = DataSpec(columns={"chosen": "winner", "rejected": "rejected"})
+    assert stems(open_pairs(tmp_path / "named.jsonl", winner)) == [["0", "1"]]
+    named = DataSpec(lists=True, columns={"images": "images", "scores": "scores"})
+    assert stems(open_pairs(file, named)) == [["2", "3"]]
+
+
+def test_lists_make_no_pairs_until_they_are_asked_for(tmp_path: Path) -> None:
+    columns = ranked(open_columns(listing(tmp_path, [GOOD])))
+    assert columns is not None
+    assert "pairs" not in vars(columns)
+    assert len(columns) == 3
+
+
+def test_only_files_of_equal_length_are_read_to_compare_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = listing(tmp_path, [GOOD | {"images": ["0.png", "1.png", "long.png"]}]), []
+    sizes = {f"{k}.png": (tmp_path / f"{k}.png").stat().st_size for k in range(2)}
+    (tmp_path / "1.png").write_bytes(png(1).ljust(sizes["0.png"], b"\0"))
+    (tmp_path / "0.png").write_bytes(png(0).ljust(sizes["1.png"], b"\0"))
+    (tmp_path / "long.png").write_bytes(png(2) + b"\0" * 999)
+    whole = ImageRef.read
+    monkeypatch.setattr(ImageRef, "read", lambda ref: read.append(Path(str(ref.path)).stem) or whole(ref))
+    assert len(open_pairs(file, LISTS)) == 1
+    assert sorted(read) == ["0", "1"]
+
+
+@pytest.mark.parametrize("made", [np.array, torch.tensor, lambda order: [np.int64(value) for value in order]])
+def test_orders_of_numpy_and_torch_are_lists(made: Callable[[list[int]], Any]) -> None:
+    given = [{"prompt": "p", "images": [png(k) for k in range(3)], "ranking": made([2, 3, 1])}]
+    table = open_pairs(object_columns(given), LISTS)
+    assert [ref.read() for ref in table[0].images] == [png(2), png(0), png(1)]
 
 
 def test_data_check_counts_lists(tmp_path: Path) -> None:

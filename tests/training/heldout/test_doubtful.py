@@ -109,6 +109,9 @@ def test_the_runs_held_out_pairs_weigh_points_wherever_they_are(
     config.write_text(config.read_text().replace("  pairs: 0.25\n", f"  pairs: {other}\n"))
     assert len(doubtful_pairs(run, points=4).ranked) == 24
     assert seen[2].shape == (5, 4)
+    inverted = doubtful_pairs(run, points=4, pairs=(str(other), DataSpec(invert_preference=True)))
+    assert np.array_equal(np.sign(seen[3]), np.sign(seen[2]))  # the labels of the run, not as the pairs are now read
+    assert len(inverted.ranked) == 5
 
 
 def test_planted_flips_are_found_where_margins_predict_labels() -> None:
