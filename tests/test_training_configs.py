@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "training_configs"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")
 CONFIGS = {path.relative_to(FOLDER).as_posix(): path for path in FILES}
-PACKAGED = 72  # a config that disappears, or one that no test sees, changes this number
+PACKAGED = 74  # a config that disappears, or one that no test sees, changes this number
 EMBEDDED = ("world/", "emoji/")  # folders whose configs run on committed files
 LABELS = ("Command", "Hardware", "Time", "Expect", "Source")
 NAMED_BY_SOURCE = {

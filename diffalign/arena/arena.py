@@ -69,7 +69,8 @@ def run_arena(
     if protocol.forwards_seeds:
         rows = board.forwards(FIRST, protocol.forwards_seeds)
         add(rows, FIRST, f"{protocol.unet_forwards:,} images through the UNet")
-    if protocol.second_seeds:
+    board.entries = [entry for entry in entries if not entry.own_judge]
+    if protocol.second_seeds and board.entries:
         rows = board.steps(SECOND, protocol.second_seeds, "second preference: ")
         add(rows, SECOND, f"{protocol.steps} optimiser steps, pairs and judges of another preference")
     return found

@@ -42,6 +42,7 @@ class Entry:
     control: str = ""  # why it is there, where it is no method
     shuffled: bool = False  # its pairs have random labels
     settings_of: str | None = None  # the entry whose settings from the sweep it has; None: its own
+    own_judge: bool = False  # its judge is its config's, trained on the first preference, which alone it takes part in
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ _SPECIAL = {
 _BY_SOURCE = (  # known by where their pairs come from
     Entry("spin", "world/spin.yaml"),
     Entry("raft", "world/raft.yaml", rates=_DEAR, finalists=1),
+    Entry("lpo", "world/lpo.yaml", own_judge=True),
     Entry("online_dpo", "world/online_dpo.yaml", rates=_DEAR, finalists=1),
     Entry("advantage", "world/advantage.yaml", rates=_DEAR, finalists=1),
 )
@@ -160,7 +162,7 @@ def config_of(
     if not isinstance(config, Config):
         raise ConfigError(f"{entry.config} trains no policy, and cannot take part in the arena")
     own = ["model.gradient_checkpointing=none"]
-    own += [f"source.scorer={preference}"] if hasattr(config.source, "scorer") else []
+    own += [f"source.scorer={preference}"] if hasattr(config.source, "scorer") and not entry.own_judge else []
     own += [f"training.train_batch_size={2 * BATCH // LIST_IMAGES}"] if compares_lists(entry) else []
     own += [f"{key}={value}" for key, value in tuned.items()]
     plain = load_config(packaged_config(entry.config), changes, own).resolved()

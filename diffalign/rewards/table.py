@@ -29,6 +29,11 @@ SCORERS = {
     "world-step-aware": ScorerEntry(
         "diffalign.contrib.step_aware.scorer:world_step_aware", "exp(scale) * cos, of any timestep", "in the package"
     ),
+    "world-latent-judge": ScorerEntry(
+        "diffalign.contrib.latent_judge.scorer:world_latent_judge",
+        "exp(scale) * cos of noisy latents, for the source rollout alone",
+        "in the package",
+    ),
     "emoji": ScorerEntry(
         "diffalign.world.emoji.scorer:EmojiReward", "true reward of the emoji world, -1 to 2", "in the package"
     ),

@@ -14,7 +14,7 @@ from diffalign.arena.entries import FULL, PREFERENCES, QUICK, entries
 ROOT = Path(__file__).parents[2]
 QUICK_RESULT, FULL_RESULT = ROOT / "assets/arena/result.json", ROOT / "benchmarks/results/arena.json"
 # entries that are newer than the committed results, as docs/arena.md says
-SINCE_FULL = {"diffusion_nft", "advantage", "listwise_dpo"}
+SINCE_FULL = {"diffusion_nft", "advantage", "listwise_dpo", "lpo"}
 SINCE_QUICK = {"poly_dpo", "linear_dpo", "dmpo", "dspo", *SINCE_FULL}
 RESULTS = {"quick": (QUICK_RESULT, QUICK, SINCE_QUICK), "full": (FULL_RESULT, FULL, SINCE_FULL)}
 

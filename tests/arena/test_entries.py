@@ -66,6 +66,7 @@ def test_an_entry_is_the_objective_of_its_name(entry: Entry) -> None:
         "spin": "seppo",
         "raft": "sft",
         "advantage": "sft",
+        "lpo": "spo",
         "online_dpo": "dpo",
         "shuffled": "dpo",
         "flipped": "dpo",
@@ -78,7 +79,9 @@ def test_online_methods_are_judged_by_the_preference() -> None:
     for entry in ALL:
         for preference in PREFERENCES:
             source = config(entry, preference)["source"]
-            if source is not None and "scorer" in source:
+            if entry.own_judge:
+                assert source["scorer"] == "world-latent-judge"
+            elif source is not None and "scorer" in source:
                 judged += 1
                 assert source["scorer"] == preference
     assert judged == 10  # spo, raft, online_dpo, diffusion_nft and advantage under two preferences

@@ -17,9 +17,16 @@ from safetensors.torch import load_file
 from diffalign import world
 from diffalign.contrib.step_aware import world_judge as judge
 from diffalign.models.loading.base import Base, load_base
-from diffalign.rewards import as_step_aware, load_scorer
+from diffalign.rewards import as_step_aware, load_judge, load_scorer
 from diffalign.world.captions import parse, splits
-from diffalign.world.judge_accuracy import HeldOut, accuracy_at, held_out_pairs, intermediate_images
+from diffalign.world.judge_accuracy import (
+    HeldOut,
+    accuracy_at,
+    held_out_pairs,
+    intermediate_images,
+    latent_accuracy_at,
+    noisy_latents,
+)
 from diffalign.world.scorer import WorldReward
 
 PAIRS = 240
@@ -43,9 +50,9 @@ def pictures_at(base: Base, pairs: HeldOut) -> Callable[[int], list[Image.Image]
 
 def test_the_committed_files_are_small_and_half_precision() -> None:
     folder = world.judge_path().parent
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 2_000_000
-    for name in ("clip", "step_aware"):
-        assert {x.dtype for x in load_file(folder / name / "model.safetensors").values()} == {torch.float16}
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3_500_000
+    for file in folder.rglob("*.safetensors"):
+        assert {x.dtype for x in load_file(file).values()} == {torch.float16}, file
 
 
 def test_held_out_pairs_are_held_out_and_truly_labelled(pairs: HeldOut) -> None:
@@ -72,9 +79,14 @@ def test_the_judge_is_as_good_as_documented(pairs: HeldOut, pictures_at, t: int)
     assert judged > documented(t) - MARGIN
 
 
-def documented(t: int) -> float:
-    """The judge's figure for a timestep in docs/step_aware.md."""
-    rows = (Path(__file__).parents[3] / "docs/step_aware.md").read_text().splitlines()
+def test_the_judge_of_noisy_latents_is_as_good_as_documented(base: Base, pairs: HeldOut) -> None:
+    judged = latent_accuracy_at(load_judge("world-latent-judge"), pairs, noisy_latents(base, pairs, 500), 500)
+    assert judged > documented(500, "lpo.md") - MARGIN
+
+
+def documented(t: int, page: str = "step_aware.md") -> float:
+    """The judge's figure for a timestep in its page."""
+    rows = (Path(__file__).parents[3] / "docs" / page).read_text().splitlines()
     (row,) = [row for row in rows if row.startswith(f"| {t} |")]
     return float(row.split("|")[2].strip(" *"))
 
