@@ -35,7 +35,7 @@ PUBLISHED = {
 }  # fmt: skip
 PAGES = dict.fromkeys(("inpo", "smpo", "inversion_dpo"), "inversion.md#{}") | {
     "spo": "spo.md",
-    "lpo": "spo.md",
+    "lpo": "lpo.md",
     "spin": "methods/seppo.md",
     "raft": "online.md#best_of",
     "online_dpo": "online.md#online_pairs",
@@ -49,7 +49,7 @@ NEEDS = {
     "ranked lists of images": ("listwise_dpo",),
     "pairs, through inversion": ("inpo", "smpo", "inversion_dpo"),
     "good images alone": ("sft", "seppo", "diffusion_dro", "spin"),
-    "prompts and a scorer": ("raft", "online_dpo", "spo", "diffusion_nft", "advantage"),
+    "prompts and a scorer": ("raft", "online_dpo", "spo", "lpo", "diffusion_nft", "advantage"),
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_sources_are_checked_by_what_their_scorer_declares(
 
 def test_built_in_scorers_declare_where_their_scores_lie() -> None:
     silent = {"world-accuracy", "emoji-accuracy", "world-step-aware"}  # 0 or 1; a function whose scorer is made later
-    silent |= {"mps", "remote", "latent-judge"}  # no range is published; the server says it; that of its weights
+    silent |= {"mps", "remote", "latent-judge", "world-latent-judge"}  # no range is published; the server says it
     assert {name for name in scorer_names() if declared_span(name) is None} == silent
     low, high = declared_span("pickscore") or (0, 0)
     assert (low, high) == pytest.approx((100 * SmPO().score_low, 100 * SmPO().score_high), rel=1e-12)
