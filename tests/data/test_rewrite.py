@@ -128,6 +128,25 @@ def test_ties_and_users_have_labels_of_their_own(tmp_path: Path) -> None:
     assert found.contradictory == [0, 1, 2, 3]  # a tie and a preference of one user; the other user has one label
 
 
+def test_lists_become_pairs_only_when_asked(tmp_path: Path, capsys: Said) -> None:
+    row = {"prompt": "p", "images": [png(k) for k in range(3)], "ranking": [2, 3, 1]}
+    file, out = write_parquet(tmp_path / "lists.parquet", [row]), tmp_path / "out.parquet"
+    to = [str(file), "--out", str(out)]
+    for arguments, instead in (
+        (["convert", *to], "--pairs-of-ranking"),
+        (["split", *to, "--heldout-out", str(tmp_path / "held.parquet")], "validation.pairs: 0.1"),
+        (["dedupe", *to], "from the file itself"),
+        (["lists", *to], "listwise_dpo"),
+    ):
+        said = " ".join(refused(arguments, capsys).split())
+        assert "lists.parquet has ranked lists" in said
+        assert instead in said
+    assert not out.exists()
+    main(["data", "convert", *to, "--pairs-of-ranking", "best_worst"])
+    table = open_pairs(out)
+    assert [(table[0].chosen.read(), table[0].rejected.read())] == [(png(2), png(1))]
+
+
 def test_doubles_go_and_contradictions_are_asked_about(tmp_path: Path, capsys: Said) -> None:
     rows = pick_rows(8)
     rows[5] |= {name: rows[2][name] for name in rows[2]}  # the same pair again

@@ -26,6 +26,7 @@ def write_lists(args: argparse.Namespace) -> None:
     from diffalign.data.formats.rankings import write_rankings
     from diffalign.data.rewrite.chains import chains_of
     from diffalign.data.spec import is_remote
+    from diffalign.data.table.lists import not_lists
     from diffalign.data.table.open import open_pairs
 
     if args.out.suffix != ".parquet":
@@ -35,6 +36,7 @@ def write_lists(args: argparse.Namespace) -> None:
     not_the_source(args.out, args.path)
     writable([("--out", args.out)], args.overwrite)
     table = open_pairs(args.path, spec_of(args))
+    not_lists(table, args.path, "the objective listwise_dpo takes them as they are")
     table.require_usable()
     found = chains_of(table)
     if not found.lists:

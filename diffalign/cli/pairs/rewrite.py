@@ -14,6 +14,11 @@ from diffalign.errors import DiffalignError
 if TYPE_CHECKING:
     from diffalign.data.table.pairs import PairTable
 
+WITH_LISTS = {
+    "convert": "add --pairs-of-ranking all, best_worst or adjacent for their pairs",
+    "split": "validation.pairs: 0.1 in a config holds out a share of the lists as they are",
+    "dedupe": "remove repeated lists from the file itself",
+}  # what to do
 LAYOUT = "new .parquet or .jsonl file, or new folder"
 
 
@@ -21,6 +26,11 @@ def add_rewrites(actions: Any) -> None:
     """The three actions and their options."""
     sub = actions.add_parser("convert", help="write pairs in another layout: parquet, jsonl with images, or a folder")
     _arguments(sub)
+    sub.add_argument(
+        "--pairs-of-ranking",
+        choices=("all", "best_worst", "adjacent"),
+        help="which pairs of ranked lists are written, as data.pairs_of_ranking (default: lists are refused)",
+    )
     sub = actions.add_parser("split", help="write pairs in two parts that share no prompt")
     _arguments(sub)
     sub.add_argument("--heldout-out", type=path, required=True, metavar="PAIRS", help=f"the held-out pairs: {LAYOUT}")
@@ -71,6 +81,7 @@ def _opened(args: argparse.Namespace, outs: list[Path]) -> PairTable:
     """The pairs, once it is known that the new ones can be written. Raises DiffalignError."""
     from diffalign.data.relabel import columns_of
     from diffalign.data.spec import DataSpec, is_remote
+    from diffalign.data.table.lists import not_lists
     from diffalign.data.table.open import open_pairs
     from diffalign.data.write_pairs import check_columns, check_images_stay, check_pairs_out, images_of
 
@@ -87,9 +98,15 @@ def _opened(args: argparse.Namespace, outs: list[Path]) -> PairTable:
         check_pairs_out(out, replace=args.overwrite and bool(out.suffix))
     writable([("--out", out) for out in outs if out.suffix], args.overwrite)
     spec = DataSpec(
-        args.format, args.split, column_names(args.columns), keep_ties=all(out.suffix for out in outs)
+        args.format,
+        args.split,
+        column_names(args.columns),
+        keep_ties=all(out.suffix for out in outs),
+        pairs_of_ranking=(of_ranking := getattr(args, "pairs_of_ranking", None)) or "all",
     )  # a folder has no place for ties, which are then among the rows that are left out
     table = open_pairs(args.path, spec)
+    if of_ranking is None:
+        not_lists(table, args.path, WITH_LISTS[args.action])
     table.require_usable()
     for out in outs:
         check_columns(out, columns_of(table))

@@ -150,12 +150,14 @@ def _row(number: int, row: Any) -> dict[str, Any]:
 
 
 def _encoded(value: Any) -> Any:
-    """A PIL image as the PNG of what its file would be read as; anything else as it is.
+    """A PIL image, alone or in a list, as the PNG of what its file would be read as; anything else as it is.
 
     One that does not decode becomes bytes that are no image, so that its row is left out by name.
     """
     from PIL import Image, ImageOps
 
+    if isinstance(value, list | tuple) and any(isinstance(each, Image.Image) for each in value):
+        return [_encoded(each) for each in value]
     if not isinstance(value, Image.Image):
         return value
     try:

@@ -7,11 +7,21 @@ Image paths are relative to the json file or to the folder beside it that has it
 from __future__ import annotations
 
 import os
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.formats.columns import Columns, ListColumns
-from diffalign.data.formats.rankings import IMAGES, NEEDED, ORDERS, RankedColumns, has_pairs, ranks_of
+from diffalign.data.formats.rankings import (
+    HIGHER,
+    IMAGES,
+    NEEDED,
+    ORDERS,
+    RankedColumns,
+    has_pairs,
+    is_number,
+    ranks_of,
+)
 from diffalign.data.formats.text_files import odd, parse_json, read_text
 from diffalign.data.row import DataError
 
@@ -53,12 +63,25 @@ def _named(entry: dict[str, Any]) -> tuple[str, str]:
     return next((n for n in IMAGES if n in entry), ""), next((n for n in orders if n in entry), "")
 
 
+def _contradict(entry: dict[str, Any], one: str, two: str) -> bool:
+    """Whether an image is better than another in one order, and worse in the other."""
+    found = [ranks_of(entry.get(name), higher=name in HIGHER) for name in (one, two)]
+    if not all(isinstance(ranks, list) and all(map(is_number, ranks)) for ranks in found):
+        return False
+    first, second = zip(*zip(*found, strict=False), strict=True) if all(found) else ((), ())
+    return any((first[i] - first[j]) * (second[i] - second[j]) < 0 for i, j in combinations(range(len(first)), 2))
+
+
 def _fault(entry: Any, ranked: bool) -> str | None:
     if not isinstance(entry, dict):
         return f"a JSON {type(entry).__name__}; write an object"
     if not ranked:
         return None
     name, order = _named(entry)
+    if other := next((n for n in IMAGES if n != name and entry.get(n, entry.get(name)) != entry.get(name)), None):
+        return f"{name} and {other} have different images; keep one of them"
+    if other := next((n for n in ORDERS if _contradict(entry, order, n)), None):
+        return f"{order} {entry[order]!r:.60} and {other} {entry[other]!r:.60} contradict each other; keep one of them"
     if "prompt" not in entry or not isinstance(entry.get(order), list):
         return f"has the fields {sorted(entry)}; required: {ENTRY}"
     paths = entry.get(name, [])

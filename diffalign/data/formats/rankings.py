@@ -12,7 +12,6 @@ As lists, `table/lists.py` reads `RankedColumns.lists`, for objectives that comp
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -24,8 +23,6 @@ from diffalign.data.cells import Absent
 from diffalign.data.formats import pickapic, preference
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import DataError
-
-log = logging.getLogger(__name__)
 
 PAIRS_OF_RANKING = ("all", "best_worst", "adjacent")
 IMAGES = ("images", "image_path", "file_path")
@@ -42,6 +39,8 @@ class RankedColumns:
     """The pairs of rows with several ranked images."""
 
     files: Sequence[Path] = ()  # so no note of examined rows, which would not know the choice
+
+    orders: Sequence[str] = ()  # the columns that the order could be read from; it is read from the first
 
     def __init__(
         self, lists: Columns, images: str, ranks: Sequence[Any], faults: Mapping[int, str], choice: str = "all"
@@ -97,7 +96,7 @@ class RankedColumns:
     def _labels(self, row: int, pair: tuple[int, int]) -> tuple[Any, Any]:
         one, two = (self.ranks[row][i] for i in pair)
         if not all(map(is_number, (one, two))):
-            return one, two  # a bad label, which drops the pair with this value in the reason
+            return repr(one), repr(two)  # a bad label, which drops the pair with this value in the reason
         label = 0.5 if one == two else float(one < two)
         return label, 1 - label
 
@@ -117,12 +116,15 @@ def ranked(stored: Columns, columns: Mapping[str, str] | None = None) -> RankedC
         if name not in stored.names:
             raise DataError(f"columns maps {part} to {name!r}, and {stored.storage} has {', '.join(stored.names)}")
     images = given.get("images") or next((name for name in IMAGES if name in stored.names), None)
+    if {"ranking", "scores"} <= given.keys():
+        raise DataError(
+            f"columns names ranking {given['ranking']!r} (lower is better) and scores {given['scores']!r} (higher is "
+            "better), and images have one order; name one of them"
+        )
     orders = [name for name in (given.get("ranking"), given.get("scores")) if name]
     orders = orders or [name for name in ORDERS if name in stored.names]
     if images is None or not orders:
         return None
-    if len(orders) > 1:
-        log.warning("%s: the order of images is read from %s, not from %s", stored.storage, orders[0], orders[1:])
     higher = orders[0] in HIGHER or orders[0] == given.get("scores")
     values = [ranks_of(value, higher=higher) for value in stored.column(orders[0])]
     faults = {row: fault for row in range(len(stored)) if (fault := stored.fault(row) or _fault(values[row]))}
@@ -132,7 +134,9 @@ def ranked(stored: Columns, columns: Mapping[str, str] | None = None) -> RankedC
                 faults[row] = f"{images} is {cell!r:.60}; write a list of images"
             elif row not in faults and len(cell) != len(values[row]):
                 faults[row] = f"{len(cell)} {images} for {len(values[row])} numbers of {orders[0]}; each image has one"
-    return RankedColumns(stored, images, values, faults)
+    found = RankedColumns(stored, images, values, faults)
+    found.orders = orders
+    return found
 
 
 def has_pairs(names: Iterable[str]) -> bool:
@@ -172,8 +176,10 @@ def pairs_of(ranks: Sequence[Any], choice: str) -> list[tuple[int, int]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value can be compared: an int, or a finite float."""
-    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    """Whether a value can be compared: an int that is no bool, or a finite float."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def images_in(lists: Columns, row: int, images: str, count: int) -> list[Any]:

@@ -195,6 +195,13 @@ def _examined(
     return digest_of(prompt, *parts), sizes
 
 
+def not_lists(table: PairTable, path: str, instead: str) -> None:
+    """Raises DataError for pairs that come from lists of more than two images, which would be lost."""
+    columns = table.columns
+    if isinstance(columns, RankedColumns) and any(isinstance(r, list) and len(r) > 2 for r in columns.ranks):
+        raise DataError(f"{path} has ranked lists, and this command reads pairs and would lose the lists; {instead}")
+
+
 def count_lists(columns: RankedColumns) -> tuple[Counter[int], Counter[str]]:
     """The rows that have one order by their number of images, and the others by kind of fault; images are not read."""
     usable, others = Counter[int](), Counter[str]()

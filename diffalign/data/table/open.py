@@ -78,6 +78,10 @@ def _ranked(stored: Columns, spec: DataSpec, path: str) -> Columns:
     """The rows, or the pairs of rows that are rankings. Raises DataError for settings of rankings without any."""
     if isinstance(stored, RankedColumns) and has_pairs(spec.columns):
         stored = stored.lists  # columns names the images of pairs
+    if isinstance(stored, RemoteParquet) and set(PARTS) & spec.columns.keys():
+        raise DataError(
+            f"columns={spec.columns}: ranked images of {path} are not streamed; copy the data here and name the folder"
+        )
     found = ranked(stored, spec.columns) if set(PARTS) & spec.columns.keys() else stored
     if found is None or not isinstance(found, RankedColumns):
         if spec.pairs_of_ranking != "all" or found is None:
@@ -87,6 +91,8 @@ def _ranked(stored: Columns, spec: DataSpec, path: str) -> Columns:
                 f"and {NEEDED}; remove it"
             )
         return stored
+    if len(found.orders) > 1:
+        log.warning("%s: the order is read from %s, not from %s", found.storage, found.orders[0], found.orders[1:])
     if spec.lists and spec.pairs_of_ranking != "all":
         raise DataError(
             f"pairs_of_ranking={spec.pairs_of_ranking!r}: the objective compares whole lists, and no pairs are chosen; "

@@ -17,6 +17,8 @@ Lines = Sequence[Line]
 
 ERROR_RATIO = "error ratio"  # added to each line: the policy's mean error over the reference's, or over its first one
 
+LISTS = "list/accuracy"  # in the lines of objectives that compare ranked lists
+
 # added to lines with a measurement of held-out pairs: how many there were, and values of the best one before their name
 MEASURED, AT_BEST, HELDOUT_LOSS = "measurements", "at best", "heldout/loss"
 
@@ -62,7 +64,9 @@ def _unmoved(lines: Lines, limits: Limits) -> bool:
     health, training = limits.health, limits.training
     begun = max(health.no_movement_after * training.max_train_steps, training.lr_warmup_steps)
     least = health.no_movement
-    return all(x["step"] > begun and x["logit/abs"] < least and abs(x["loss"] - math.log(2)) < least for x in lines)
+    # of lists of m images the loss begins at log m!, and lines do not tell m: their logits alone count
+    at_start = (LISTS in x or abs(x["loss"] - math.log(2)) < least for x in lines)
+    return all(x["step"] > begun and x["logit/abs"] < least for x in lines) and all(at_start)
 
 
 def _same_flips(lines: Lines, limits: Limits) -> bool:
@@ -178,9 +182,12 @@ RULES = {
     "no_movement": Rule(
         needs=("loss", "logit/abs"),
         bad=_unmoved,
-        report="no movement: at step {step:.0f} the loss is {loss:.5f}, still log 2, and logits are {logit/abs:.2g} on "
-        "average. objective.beta or training.learning_rate is too small for this run: `diffalign calibrate` measures "
-        "which ones fit",
+        report=lambda x: (
+            f"no movement: at step {x['step']:.0f} the loss is {x['loss']:.5f}, still "
+            f"{'where it began' if LISTS in x else 'log 2'}, and logits are {x['logit/abs']:.2g} on average. "
+            "objective.beta or training.learning_rate is too small for this run: `diffalign calibrate` measures which "
+            "ones fit"
+        ),
     ),
     # Every rejected side is treated alike, so a method that chooses per pair chooses nothing.
     "dead_flips": Rule(needs=("flip_rate",), bad=_same_flips, report=_report_flips),

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from diffalign.config.sections import DataSection, TrainingSection, ValidationSection
-from diffalign.data.table.lists import ListTable, counted_lengths
+from diffalign.data.table.lists import ListTable, counted_lengths, lengths
 from diffalign.data.table.prompts import Table
 from diffalign.objectives import Objective
 from diffalign.objectives.modified import Modified, plain_objective
@@ -109,6 +109,8 @@ def dry_run(run: Run) -> str:
         optimizer_step(replace(run, config=tiny), iter([small]), meter)
     values = meter.means()
     scale = config.training.train_batch_size * batch.latents[0, 0, 0].numel() / small.latents[0, 0, 0].numel()
+    longest = max(lengths(run.table)) if isinstance(run.table, ListTable) else len(small.latents)
+    scale *= longest / len(small.latents)
     shape = "x".join(map(str, small.latents.shape[2:]))
     one = "1 pair" if len(small.latents) == 2 else f"1 list of {len(small.latents)} images"
     if "grad_norm" in values:
@@ -117,7 +119,7 @@ def dry_run(run: Run) -> str:
         gradient = "gradients beyond fp16's range at the scaler's first scale; a run skips such steps and lowers it"
     lines = [
         f"{'dry run':>14}  {one}, latents {shape}: loss {values['loss']:.6f}, {gradient}",
-        f"{'memory':>14}  {_memory(run, saved.bytes * scale, saved.casts)}",
+        f"{'memory':>14}  {_memory(run, saved.bytes * scale, saved.casts, longest)}",
     ]
     return "\n".join(lines)
 
@@ -132,13 +134,14 @@ def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
     return replace(one, latents=one.latents[corner].contiguous(), terms=replace(one.terms, mask=mask))
 
 
-def _memory(run: Run, activations: float, casts: int) -> str:
+def _memory(run: Run, activations: float, casts: int, images: int) -> str:
     """An estimate of the peak on one device: weights and states, plus the activations of one micro-batch."""
     unloaded = run.config.data.cache_dir is not None and not run.config.validation.prompts
     other = [] if unloaded else [run.base.vae, *(run.base.text.models if run.base.text else ())]
     encoders = sum(p.numel() * p.element_size() for module in other if module is not None for p in module.parameters())
     parts = memory_parts(sizes_of(run.unet), run.config, run.reference_kind, encoders)
-    return described({**parts, "weight casts": casts, "activations": activations})
+    named = "activations" if images == 2 else f"activations of lists of {images} images, the longest"
+    return described({**parts, "weight casts": casts, named: activations})
 
 
 def described(parts: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffalign.data.cache.latents import CacheSpec, open_cache
 from diffalign.data.formats.arrow import object_columns
@@ -85,6 +87,7 @@ def test_one_file_as_lists_and_as_pairs(tmp_path: Path) -> None:
         ({"ranking": [1, 2, 2]}, TIE, "images 1 and 2 are equally good"),
         ({"ranking": [1, 2]}, BAD_ROW, "3 images for 2 numbers of ranking"),
         ({"ranking": [1, 2, "x"]}, BAD_LABEL, "'x'; write a finite number"),
+        ({"images": ["0.png", "1.png"], "ranking": [True, False]}, BAD_LABEL, "True; write a finite number"),
         ({"ranking": None}, BAD_ROW, "its order is None"),
         ({"images": ["0.png", "1.png", "x.png"]}, MISSING_SIDE, "image 2"),
         ({"images": ["0.png", "1.png", ""]}, MISSING_SIDE, "image 2 is empty"),
@@ -139,6 +142,44 @@ def test_orders_of_numpy_and_torch_are_lists(made: Callable[[list[int]], Any]) -
     given = [{"prompt": "p", "images": [png(k) for k in range(3)], "ranking": made([2, 3, 1])}]
     table = open_pairs(object_columns(given), LISTS)
     assert [ref.read() for ref in table[0].images] == [png(2), png(0), png(1)]
+
+
+def test_true_and_false_are_no_ranks_of_pairs(tmp_path: Path) -> None:
+    table = open_pairs(listing(tmp_path, [GOOD | {"images": ["0.png", "1.png"], "ranking": [True, False]}, GOOD]))
+    assert [problem.kind for problem in table.problems] == [BAD_LABEL]
+
+
+def test_pil_images_in_lists_are_encoded() -> None:
+    images = [Image.open(io.BytesIO(png(k))) for k in range(3)]
+    table = open_pairs(object_columns([{"prompt": "p", "images": images, "ranking": [2, 3, 1]}]), LISTS)
+    assert [ref.open().tobytes() for ref in table[0].images] == [images[k].convert("RGB").tobytes() for k in (2, 0, 1)]
+
+
+def test_two_orders_are_one_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = listing(tmp_path, [GOOD | {"scores": [3.0, 2.0, 1.0]}])
+    with pytest.raises(DataError, match=r"columns names ranking 'ranking' .* and scores 'ranking'"):
+        open_pairs(file, DataSpec(lists=True, columns={"ranking": "ranking", "scores": "ranking"}))
+    assert stems(open_pairs(file, DataSpec(lists=True, columns={"scores": "scores"}))) == [["0", "1", "2"]]
+    assert "the order is read from" not in caplog.text
+    assert stems(open_pairs(file, LISTS)) == [["2", "0", "1"]]
+    assert "the order is read from ranking, not from ['scores']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"human_preference": [1, 0]}, "human_preference [1, 0] and rank [2, 1] contradict each other"),
+        ({"file_path": ["1.png", "2.png"]}, "image_path and file_path have different images"),
+    ],
+)
+def test_an_entry_that_says_two_things_is_named(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    listing(tmp_path, [])
+    entry = {"prompt": "p", "image_path": ["0.png", "1.png"], "rank": [2, 1]}
+    agreeing = entry | {"human_preference": [0, 1], "file_path": ["0.png", "1.png"]}
+    (tmp_path / "test.json").write_text(json.dumps([entry | change, agreeing]))
+    table = open_pairs(tmp_path / "test.json", LISTS)
+    assert stems(table) == [["1", "0"]]
+    assert reason in table.problems[0].reason
 
 
 def test_data_check_counts_lists(tmp_path: Path) -> None:

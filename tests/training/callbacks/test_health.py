@@ -120,6 +120,13 @@ def test_what_is_said_names_the_trouble_and_a_remedy(name: str) -> None:
     assert messages([]) == []
 
 
+def test_no_movement_of_lists_is_seen_by_their_logits() -> None:
+    """Of lists of four images, the loss begins at log 24."""
+    still = {"loss": [math.log(24)] * 5, "logit/abs": [1e-3] * 5, "list/accuracy": [0.5] * 5}
+    assert "still where it began" in messages(series(still))[0]
+    assert messages(series({**still, "logit/abs": [0.5] * 5})) == []
+
+
 def test_overfitting_and_chance_say_what_the_training_pairs_do() -> None:
     rising = [{**line, "rewards/accuracies": 0.6 + line["step"] / 100} for line in SICK["overfitting"]]
     assert "the training accuracy rises (70%, now 100%)" in messages(rising)[0]
