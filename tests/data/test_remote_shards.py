@@ -202,6 +202,8 @@ def test_what_cannot_be_streamed_is_refused(store: Any, make: Any, monkeypatch: 
             open_pairs("far://pairs", UNSEEN)
     with pytest.raises(DataError, match="verify='header' reads every image"):
         open_pairs("memory://pairs")
+    with pytest.raises(DataError, match="ranked images of memory://pairs are not streamed"):
+        open_pairs("memory://pairs", DataSpec(verify="none", columns={"images": "jpg_0", "scores": "label_0"}))
     with pytest.raises(DataError, match="no uid columns"):
         open_pairs("memory://pairs", DataSpec(verify="none", columns={"uid_0": "", "uid_1": ""}))
     for overrides, message in (

@@ -103,7 +103,8 @@ def test_the_plan_says_which_lists_there_are(listed: MakeConfig) -> None:
     run = build(config, make_accelerator(config))
     assert "ranked lists: 6 of 2, 6 of 3 images" in describe_run(run)
     images = len(next(run.source.batches(0)).latents)
-    assert {2: "1 pair, latents", 3: "1 list of 3 images, latents"}[images] in dry_run(run)
+    assert {2: "1 pair, latents", 3: "1 list of 3 images, latents"}[images] in (said := dry_run(run))
+    assert "activations of lists of 3 images, the longest" in said
 
 
 @pytest.mark.parametrize(
