@@ -321,11 +321,13 @@ def can_train_in_bf16(config: Any) -> None:
 def usable_together(config: Any) -> None:
     """Raises DiffalignError for settings that a source does not support."""
     source, objective, data = config.source, config.objective, config.data
-    if source.gives not in ("images", objective.compares):
+    finished = objective.compares not in ("graded images", "steps")  # then pairs of images are enough
+    if source.gives != objective.compares and not (finished and source.gives == "images"):
         usable = " or ".join(name for name, cls in OBJECTIVES.items() if cls.compares == source.gives)
+        only = "objectives of pairs" if source.gives == "images" else f"objective {usable} only"
         raise DiffalignError(
-            f"source: {source.name} generates {source.gives} for objective {usable} only, and objective "
-            f"{objective.name} compares {objective.compares}"
+            f"source: {source.name} generates {source.gives} for {only}, and objective {objective.name} compares "
+            f"{objective.compares}"
         )
     for own, its in getattr(source, "same_in_objective", {}).items():
         if getattr(source, own) != getattr(objective, its):
@@ -333,7 +335,13 @@ def usable_together(config: Any) -> None:
                 f"source.{own} = {getattr(source, own)} and objective.{its} = {getattr(objective, its)}: the "
                 "objective compares the steps that the source sampled; set both to the same value"
             )
-    for own, its in getattr(source, "same_in_training", {}).items():
+    once_a_round = getattr(source, "same_in_training", {})
+    if once_a_round and source.steps_per_round > 1 and config.training.mixed_precision == "fp16":
+        raise DiffalignError(
+            "training.mixed_precision: fp16 skips steps that overflow, and with source.steps_per_round = "
+            f"{source.steps_per_round} the reference then follows the policy inside a round, not at its end; use bf16"
+        )
+    for own, its in once_a_round.items():
         if getattr(source, own) != getattr(config.training, its):
             raise DiffalignError(
                 f"source.{own} = {getattr(source, own)} and training.{its} = {getattr(config.training, its)}: the "

@@ -27,7 +27,8 @@ Differs from the release (NVlabs/DiffusionNFT 24af555):
 - it divides by the mean absolute error of x̂_0, this by the root of the mean squared one, which the errors give. For
   normal residuals the weights are smaller by the factor √(2/π), the same for both terms;
 - it adds 1e-4 · |v_θ − v_base|², which needs a third network, and 5 times L; both are left out;
-- t is uniform over all timesteps, as in the paper; there, those of the sampler's grid but the last.
+- t is uniform over all timesteps, as in the paper; there, nine of the ten of the sampler's grid, drawn
+  anew for each image.
 
 By hand: E_θ = .4, E_old = .5, D = .04, β = 1, r = .8, weighting none → E₊ = .4, E₋ = 1 − .4 + .08 = .68,
 L = .8 · .4 + .2 · .68 = .456.

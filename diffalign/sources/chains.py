@@ -85,6 +85,11 @@ class Chains:
             )
         at = branchings(settings.rule, settings.plain_steps, steps, settings.inner_steps)
         low, high, s = settings.threshold, settings.threshold_max, context.networks.schedule
+        if high is not None and steps < 2:
+            raise SourceError(
+                f"source.threshold_max = {high}: with source.sampling_steps = {settings.sampling_steps} a chain has "
+                "one step with noise, and so no least and largest σ; sample more steps, or set it to null"
+            )
         rising = () if high is None else thresholds_by_noise(s, levels, settings.eta, low, high)
         noisy = isinstance(judge, LatentScorer)
         self.branching = Branching(levels, at, settings.num_candidates, settings.eta, low, rising, noisy)

@@ -220,6 +220,7 @@ class RoundPairs:
         self._round, self._used = self._round + 1, 0
         needed = {number for number, _ in self._carried}
         self._open = {number: opened for number, opened in self._open.items() if number in needed}
+        self._terms = {number: terms for number, terms in self._terms.items() if number in needed}
         self._began = {number: step for number, step in self._began.items() if number in needed}
 
     def _forget(self) -> None:

@@ -61,6 +61,14 @@ def test_every_image_has_the_grade_of_its_score(
         assert grade == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("cls", [GradedGroups, WeightedGroups])
+def test_a_round_without_a_better_image_ends_the_run(cls: type[GradedGroups]) -> None:
+    places = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(SourceError, match=r"all 4 images of a round .*the first: 0.5"):
+        cls(JUDGE).grade(places, torch.tensor([0.5, 0.5, 0.25, 0.25]), "round")
+    cls(JUDGE).grade(places, torch.tensor([0.5, 0.5, 0.25, 0.5]), "round")
+
+
 NFT: dict[str, Any] = {
     "objective": {"name": "diffusion_nft", "beta": 0.5},
     "source": {"name": "graded_groups", "scorer": JUDGE, **SMALL, "prompts_per_round": 1, "steps_per_round": 3},
@@ -120,6 +128,10 @@ def test_configs_are_checked(make_config: Callable[..., Config], tiny_sd: Path) 
     assert "generates graded images for objective diffusion_nft only, and objective dpo compares images" in of_dpo
     weighted = {**NFT["source"], "name": "weighted_groups"}
     assert "generates chosen images for objective sft only" in fault(source=weighted)
+    pairs = {**NFT["source"], "name": "online_pairs"}
+    del pairs["steps_per_round"]
+    assert "online_pairs generates images for objectives of pairs, and objective diffusion_nft" in fault(source=pairs)
+    assert "with source.steps_per_round = 3 the reference" in fault(**{"training.mixed_precision": "fp16"})
     assert "clip_advantage = 0.0: must be" in fault(source={**NFT["source"], "clip_advantage": 0.0})
     with pytest.raises(ValueError, match="spread = 'group'; allowed: round, prompt"):
         GradedGroups(JUDGE, spread="group")  # type: ignore[arg-type]

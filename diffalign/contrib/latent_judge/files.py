@@ -13,6 +13,7 @@ without running code. The release's guidance scale, 7.5, is in its code alone.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _read_head(folder: Path) -> tuple[dict[str, Tensor], Facts]:
     """The head's tensors by name, and the facts; of a released folder the family is seen from its text encoders."""
     if (folder / HEAD).is_file():
         try:
-            return load_state(folder / HEAD), Facts(**json.loads((folder / FACTS).read_text()))
+            return load_state(folder / HEAD), _checked(Facts(**json.loads((folder / FACTS).read_text())))
         except (OSError, ValueError, TypeError) as error:
             raise ScorerError(f"{folder / FACTS} is not a latent judge's ({error}); copy the folder again") from error
     file = folder / RELEASED_HEAD
@@ -124,6 +125,23 @@ def _read_head(folder: Path) -> tuple[dict[str, Tensor], Facts]:
         else:
             head[name] = torch.as_tensor(value)
     return head, Facts("sdxl" if (folder / "text_encoder_2").is_dir() else "sd")
+
+
+def _checked(facts: Facts) -> Facts:
+    """Raises ValueError naming the key whose value no judge has."""
+    allowed = {
+        "family": (facts.family in ("sd", "sdxl"), "sd or sdxl"),
+        "guidance_scale": (_finite(facts.guidance_scale), "a finite number, 0 or more"),
+        "pixels_per_latent": (facts.pixels_per_latent in range(1, 65), "an integer from 1 to 64"),
+    }
+    for key, (right, what) in allowed.items():
+        if not right:
+            raise ValueError(f"{key} is {getattr(facts, key)!r}, and must be {what}")
+    return facts
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
 
 
 def _fill_unet(judge: LatentJudge, folder: Path) -> None:

@@ -180,6 +180,11 @@ def test_what_does_not_fit_is_named(judge_folder: Folder, tmp_path: Path, make_c
     (broken / "unet/config.json").write_text(json.dumps({**config, "block_out_channels": [32, 32]}))
     with pytest.raises(ScorerError, match=r"the UNet in .* does not fit a latent judge of its config: .*another shape"):
         load_any(f"latent-judge={broken}")
+    for key, value in (("family", "SDXL"), ("guidance_scale", None), ("pixels_per_latent", 0)):
+        facts = json.loads((folder / "judge.json").read_text())
+        (broken / "judge.json").write_text(json.dumps({**facts, key: value}))
+        with pytest.raises(ScorerError, match=rf"judge.json is not a latent judge's \({key} is {value!r}, and must be"):
+            load_any(f"latent-judge={broken}")
     (broken / "head.safetensors").unlink()
     with pytest.raises(ScorerError, match=r"no head.safetensors and no state_dict.pt"):
         load_any(f"latent-judge={broken}")
