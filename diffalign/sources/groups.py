@@ -87,7 +87,6 @@ class GradedGroups:
 
     def grade(self, places: Tensor, scores: Tensor, each: Literal["round", "prompt"]) -> Terms:
         """The optimality of every image of a round, from place int64 [n] and score [n]."""
-        _scores_differ(places, scores)
         r = 0.5 + 0.5 * (advantages(places, scores, each) / self.clip_advantage).clamp(-1, 1)
         return Terms(optimality=r.float())
 
@@ -120,24 +119,10 @@ class WeightedGroups(GradedGroups):
 
     def grade(self, places: Tensor, scores: Tensor, each: Literal["round", "prompt"]) -> Terms:
         """The weight of every image of a round, from place int64 [n] and score [n]."""
-        _scores_differ(places, scores)
         return Terms(weight=advantages(places, scores, each).clamp(0, self.clip_advantage).float())
 
     def _sampler(self, context: Context) -> Network:
         return context.networks.policy
-
-
-def _scores_differ(places: Tensor, scores: Tensor) -> None:
-    """Raises SourceError where no two images of a prompt have different scores: such a round teaches nothing."""
-    for place in places.unique().tolist():
-        of = scores[places == place]
-        if bool((of != of[0]).any()):
-            return
-    raise SourceError(
-        f"source: all {len(scores)} images of a round have the scores of their prompts' other images (the first: "
-        f"{float(scores[0]):g}), so none is better than another; use a scorer that tells images apart, or more "
-        "prompts and images a round"
-    )
 
 
 def advantages(places: Tensor, scores: Tensor, each: Literal["round", "prompt"]) -> Tensor:

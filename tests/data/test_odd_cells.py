@@ -211,6 +211,7 @@ def test_winners_have_the_same_reasons(tmp_path: Path) -> None:
     [
         ({"human_preference": [float("nan"), float("nan")]}, "bad label", "label_0 = nan"),
         ({"human_preference": [None, 1]}, "bad label", "label_0 = None"),
+        ({"human_preference": [1, None]}, "bad label", "label_1 = nan"),
         ({"human_preference": 1}, "bad row", "required: prompt, image_path"),
         ({"image_path": [None, "1.png"]}, "missing side", "is empty"),
         ({"image_path": [["0.png"], "1.png"]}, "not an image", "a list"),

@@ -96,7 +96,9 @@ class RankedColumns:
     def _labels(self, row: int, pair: tuple[int, int]) -> tuple[Any, Any]:
         one, two = (self.ranks[row][i] for i in pair)
         if not all(map(is_number, (one, two))):
-            return repr(one), repr(two)  # a bad label, which drops the pair with this value in the reason
+            # a bad label, which drops the pair with this value in the reason; "1" and true are none either
+            one, two = (x if x is None or isinstance(x, float) else repr(x) for x in (one, two))
+            return one, math.nan if two is None else two  # without label_1 it would follow from label_0
         label = 0.5 if one == two else float(one < two)
         return label, 1 - label
 
