@@ -44,6 +44,7 @@ def test_the_package_loads_it(pipe: StableDiffusionXLPipeline) -> None:
     assert sum(p.numel() for p in base.unet.parameters()) == sum(p.numel() for p in pipe.unet.parameters())
 
 
+@pytest.mark.slow
 def test_its_autoencoder_is_what_the_fit_gives(pipe: StableDiffusionXLPipeline) -> None:
     pixels = training_pixels(8, seed=6)
     assert torch.allclose(to_latents(fitted_vae(), pixels), to_latents(pipe.vae, pixels), atol=1e-3)
@@ -65,6 +66,7 @@ def test_every_word_is_one_token() -> None:
     assert longest <= words.model_max_length == base_model.TOKENS
 
 
+@pytest.mark.slow
 def test_the_recipe_is_deterministic_and_learns() -> None:
     recipe = base_model.Recipe(phases=(Phase(1, ((0, 1.0),)), Phase(1, ((0, 1.0), (2, 0.0)), 0.5, 0.1)), batch=2)
     made = [base_model.pipeline(recipe.seed) for _ in range(2)]
