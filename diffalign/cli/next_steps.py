@@ -11,8 +11,6 @@ from pathlib import Path
 from diffalign.cli.terminal import write_styled
 from diffalign.errors import MissingFileError
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-
 
 def print_next(*commands: Sequence[str]) -> None:
     """Prints each command as it is typed; words are those behind `diffalign`.
@@ -23,11 +21,8 @@ def print_next(*commands: Sequence[str]) -> None:
         write_styled("next:\n", "heading", sys.stdout)
     for words in commands:
         print(f"  {typed(words)}")
-    if any("pickscore" in words for words in commands) and not _downloaded(PICKSCORE):
-        print(
-            f"  (pickscore loads {PICKSCORE} from the Hub, or pickscore=FOLDER;\n"
-            "  `diffalign list scorers` has the others)"
-        )
+    if any("pickscore" in words for words in commands):
+        _say_what_pickscore_needs()
 
 
 def scorer_for(base: str | Path) -> str:
@@ -44,11 +39,17 @@ def scorer_for(base: str | Path) -> str:
     return "pickscore"
 
 
-def _downloaded(repo: str) -> bool:
-    """Whether the Hub's cache on this machine has the config of a model."""
+def _say_what_pickscore_needs() -> None:
+    """Prints where its weights come from, unless the Hub's cache on this machine has them."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+    from diffalign.rewards.table import PICKSCORE
+
+    if not isinstance(try_to_load_from_cache(PICKSCORE, "config.json"), str):
+        print(
+            f"  (pickscore loads {PICKSCORE} from the Hub, or pickscore=FOLDER;\n"
+            "  `diffalign list scorers` has the others)"
+        )
 
 
 def typed(words: Sequence[str], width: int = 76) -> str:

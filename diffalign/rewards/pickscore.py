@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffalign.rewards.base import check_lengths
 from diffalign.rewards.clip import load_clip
+from diffalign.rewards.table import PICKSCORE
 
 
 class PickScore:
@@ -23,7 +24,7 @@ class PickScore:
 
     def __init__(
         self,
-        path: str = "yuvalkirstain/PickScore_v1",
+        path: str = PICKSCORE,
         *,
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         device: str = "cpu",

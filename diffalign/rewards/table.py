@@ -18,6 +18,7 @@ class ScorerEntry:
     licence: str = "Apache-2.0"  # of the weights
 
 
+PICKSCORE = "yuvalkirstain/PickScore_v1"
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 SCORERS = {
@@ -58,7 +59,7 @@ SCORERS = {
     "pickscore": ScorerEntry(
         "diffalign.rewards.pickscore:PickScore",
         "exp(scale) * cos in logits, about 17 to 24",
-        f"yuvalkirstain/PickScore_v1, tokenizer of {_CLIP_H}",
+        f"{PICKSCORE}, tokenizer of {_CLIP_H}",
         "MIT*",
     ),
     "hpsv2.1": ScorerEntry(

@@ -85,33 +85,40 @@ def test_a_batch_is_its_pairs_each_alone_at_its_own_size(bucketed: MakeConfig, t
     assert len(seen) == 3
 
 
-def test_a_resumed_run_and_two_processes_are_the_run(bucketed: MakeConfig, tmp_path: Path, pool: Pool) -> None:
+def whole_parts_two(
+    make: MakeConfig, folder: Path, pool: Pool, overrides: dict[str, object], groups: int, stop: int
+) -> dict[str, tuple[dict[str, torch.Tensor], list[dict[str, float]]]]:
+    """Weights and metrics of a whole run, of one that resumes at `stop`, and of one in two processes, which are equal.
+
+    groups: micro-batches of a step, over the processes.
+    """
     found = {}
     for name, processes in (("whole", 1), ("parts", 1), ("two", 2)):
-        overrides: dict[str, object] = {
-            "output_dir": str(tmp_path / name),
-            "training.train_batch_size": 2,
-            "training.gradient_accumulation_steps": 4 // processes,
-            "training.adam_epsilon": 1e-4,
-            "training.checkpointing_steps": 2,
-            "validation.pairs": 0.5,
-            "validation.pairs_every": 2,
-        }
+        own = {"output_dir": str(folder / name), "training.gradient_accumulation_steps": groups // processes}
+        settings = {"training.adam_epsilon": 1e-4, "training.checkpointing_steps": stop, **overrides, **own}
         if name == "parts":
-            run_training(bucketed({**overrides, "training.max_train_steps": 2}))
-            overrides["training.resume_from_checkpoint"] = "latest"
-        config = bucketed(overrides)
+            run_training(make({**settings, "training.max_train_steps": stop}))
+            settings["training.resume_from_checkpoint"] = "latest"
+        config = make(settings)
         if processes == 2:
-            in_two(pool, config, tmp_path / "run.yaml")
+            in_two(pool, config, folder / "run.yaml")
         else:
             run_training(config)
         found[name] = weights(config.output_dir), metrics(config.output_dir)
     for name, tensor in found["whole"][0].items():
         assert torch.equal(tensor, found["parts"][0][name])
         torch.testing.assert_close(found["two"][0][name], tensor, rtol=0, atol=2e-6)
-    assert [row["heldout/loss"] for row in found["whole"][1] if "heldout/loss" in row] == [
-        row["heldout/loss"] for row in found["parts"][1] if "heldout/loss" in row
-    ]
+    return found
+
+
+def heldout_losses(lines: list[dict[str, float]]) -> list[float]:
+    return [row["heldout/loss"] for row in lines if "heldout/loss" in row]
+
+
+def test_a_resumed_run_and_two_processes_are_the_run(bucketed: MakeConfig, tmp_path: Path, pool: Pool) -> None:
+    overrides = {"training.train_batch_size": 2, "validation.pairs": 0.5, "validation.pairs_every": 2}
+    found = whole_parts_two(bucketed, tmp_path, pool, overrides, groups=4, stop=2)
+    assert heldout_losses(found["whole"][1]) == heldout_losses(found["parts"][1])
 
 
 def test_a_resumed_run_has_the_same_micro_batches(bucketed: MakeConfig) -> None:

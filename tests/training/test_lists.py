@@ -21,7 +21,7 @@ from diffalign.training.run import run_training
 from diffalign.training.trainer import load_pairs
 from tests.data.helpers import png
 from tests.invariants.pool import Pool
-from tests.invariants.test_processes import in_two
+from tests.training.test_buckets import heldout_losses, whole_parts_two
 from tests.training.test_run import metrics, weights
 
 MakeConfig = Callable[..., Config]
@@ -53,30 +53,9 @@ def listed(make_config: MakeConfig, tiny_sdxl: Path, lists_folder: Path) -> Make
 
 
 def test_a_resumed_run_and_two_processes_are_the_run(listed: MakeConfig, tmp_path: Path, pool: Pool) -> None:
-    found = {}
-    for name, processes in (("whole", 1), ("parts", 1), ("two", 2)):
-        overrides: dict[str, object] = {
-            "output_dir": str(tmp_path / name),
-            "training.gradient_accumulation_steps": 2 // processes,
-            "training.adam_epsilon": 1e-4,
-            "training.max_train_steps": 2,
-            "training.checkpointing_steps": 1,
-            "validation.pairs": 0.5,
-            "validation.pairs_every": 1,
-        }
-        if name == "parts":
-            run_training(listed({**overrides, "training.max_train_steps": 1}))
-            overrides["training.resume_from_checkpoint"] = "latest"
-        config = listed(overrides)
-        if processes == 2:
-            in_two(pool, config, tmp_path / "run.yaml")
-        else:
-            run_training(config)
-        found[name] = weights(config.output_dir), metrics(config.output_dir)
-    for name, tensor in found["whole"][0].items():
-        assert torch.equal(tensor, found["parts"][0][name])
-        torch.testing.assert_close(found["two"][0][name], tensor, rtol=0, atol=2e-6)
-    heldout = [[row["heldout/loss"] for row in found[n][1] if "heldout/loss" in row] for n in ("whole", "parts", "two")]
+    overrides = {"training.max_train_steps": 2, "validation.pairs": 0.5, "validation.pairs_every": 1}
+    found = whole_parts_two(listed, tmp_path, pool, overrides, groups=2, stop=1)
+    heldout = [heldout_losses(found[name][1]) for name in ("whole", "parts", "two")]
     assert heldout[0] == heldout[1]
     assert heldout[0][0] == pytest.approx((math.log(6) + math.log(2)) / 2, abs=0.02)  # as many of three as of two
     assert heldout[2] == pytest.approx(heldout[0], rel=1e-4)

@@ -53,7 +53,7 @@ def _row(entry: dict[str, Any], file: Path) -> dict[str, Any]:
     """An entry with one name for its images and one for their order, in which lower is better."""
     name, order = _named(entry)
     rest = {key: value for key, value in entry.items() if key not in (*IMAGES, *ORDERS)}
-    ranks = ranks_of(entry[order], higher=order in ("human_preference", "scores"))
+    ranks = ranks_of(entry[order], higher=order in HIGHER)
     return {**rest, "images": [_beside(path, file) for path in entry[name]], "ranking": ranks}
 
 

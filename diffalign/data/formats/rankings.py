@@ -24,7 +24,6 @@ from diffalign.data.formats import pickapic, preference
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import DataError
 
-PAIRS_OF_RANKING = ("all", "best_worst", "adjacent")
 IMAGES = ("images", "image_path", "file_path")
 LOWER, HIGHER = ("ranking", "rank"), ("scores", "human_preference")  # is better
 ORDERS = (*LOWER, *HIGHER)
@@ -62,7 +61,7 @@ class RankedColumns:
         ]
 
     def only(self, choice: str) -> RankedColumns:
-        """The pairs of one choice of `PAIRS_OF_RANKING`, and the rows with a fault."""
+        """The pairs of one choice of `spec.PairsOfRanking`, and the rows with a fault."""
         return RankedColumns(self.lists, self.images, self.ranks, self.faults, choice)
 
     def __len__(self) -> int:

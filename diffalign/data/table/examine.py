@@ -54,6 +54,16 @@ class Index:
     by_file: array[int] = field(default_factory=lambda: array("q"))  # places of the pairs that name them
     hashes: dict[str, str] = field(default_factory=dict)  # of all ids and all prompts, where they are packed
 
+    def own_name(self, name: str, seen: Counter[str], where: str) -> str:
+        """The name of a row, with #2, #3 … where earlier ones have it, which is a problem; `seen` counts them."""
+        seen[name] += 1
+        if seen[name] == 1:
+            return name
+        own = f"{name}#{seen[name]}"
+        reason = f"{name} was seen {seen[name] - 1} times before; used as {own}"
+        self.problems.append(Problem(where, DUPLICATE, reason, dropped=False))
+        return own
+
     def select(self, places: Sequence[int]) -> Index:
         """Some of the pairs, with the same problems; `files`, `by_file` and `hashes` are empty."""
         return replace(
@@ -177,12 +187,7 @@ def examine(columns: Columns, layout: Layout, spec: DataSpec) -> Index:
         except ImageError as error:
             index.problems.append(Problem(columns.where(row), error.kind, str(error)))
             continue
-        name = found.name
-        seen[name] += 1
-        if seen[name] > 1:
-            reason = f"{name} was seen {seen[name] - 1} times before; used as {name}#{seen[name]}"
-            index.problems.append(Problem(columns.where(row), DUPLICATE, reason, dropped=False))
-            name = f"{name}#{seen[name]}"
+        name = index.own_name(found.name, seen, columns.where(row))
         if found.files is not None:
             index.files.add(*found.files)
             index.by_file.append(len(ids))

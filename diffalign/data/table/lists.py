@@ -26,7 +26,6 @@ from diffalign.data.formats.rankings import RankedColumns, images_in, is_number
 from diffalign.data.row import (
     BAD_LABEL,
     BAD_ROW,
-    DUPLICATE,
     IDENTICAL,
     TIE,
     DataError,
@@ -111,11 +110,7 @@ def examine_lists(columns: RankedColumns, layout: Layout, spec: DataSpec) -> Ind
         except ImageError as error:
             index.problems.append(Problem(lists.where(row), error.kind, str(error)))
             continue
-        seen[name] += 1
-        if seen[name] > 1:
-            reason = f"{name} was seen {seen[name] - 1} times before; used as {name}#{seen[name]}"
-            index.problems.append(Problem(lists.where(row), DUPLICATE, reason, dropped=False))
-            name = f"{name}#{seen[name]}"
+        name = index.own_name(name, seen, lists.where(row))
         if all(map(is_own_file, refs)):
             index.names_files = True
             index.files.add([str(ref.path) for ref in refs], [file_stat(ref) for ref in refs])

@@ -19,8 +19,8 @@ from diffalign.engine.random import integers, normal
 from diffalign.errors import DiffalignError
 from diffalign.training.processes import make_accelerator
 from diffalign.training.run import build_run, run_training
+from tests.contrib.step_aware.test_run import same_updates
 from tests.invariants.pool import Pool
-from tests.invariants.test_processes import in_two
 
 Make = Callable[..., PreferenceModelConfig]
 
@@ -102,23 +102,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make: Make, tmp_path: Path) -> N
 
 
 def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp_path: Path, pool: Pool) -> None:
-    shared = {"training.max_train_steps": 2, "training.train_batch_size": 1, "data.max_pairs": 7}
-    runs = {}
-    for name, changes in (
-        ("batch", {"training.train_batch_size": 4}),
-        ("processes", {"training.gradient_accumulation_steps": 2}),
-    ):
-        config = make({**shared, **changes, "output_dir": str(tmp_path / name)})
-        if name == "processes":
-            in_two(pool, config, tmp_path / "processes.yaml")
-        else:
-            run_training(config)
-        runs[name] = weights(tmp_path / name), metrics(tmp_path / name)
-    (state, lines), (others, their_lines) = runs["batch"], runs["processes"]
-    for name in state:
-        torch.testing.assert_close(others[name], state[name], rtol=0, atol=2e-6)
-    for a, b in zip(lines, their_lines, strict=True):
-        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+    same_updates(make, tmp_path, pool, {"processes": {"training.gradient_accumulation_steps": 2}}, weights)
 
 
 @pytest.mark.parametrize(

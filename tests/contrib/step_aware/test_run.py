@@ -165,27 +165,38 @@ def test_a_run_that_a_signal_ended_goes_on_as_if_it_had_not(
         )
 
 
-def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp_path: Path, pool: Pool) -> None:
-    """Prompts that pairs share are weighed over the step, so a weight normalised over a micro-batch shows here."""
+def same_updates(
+    make: Make,
+    folder: Path,
+    pool: Pool,
+    ways: dict[str, dict[str, object]],
+    stored: Callable[[Path], dict[str, torch.Tensor]],
+) -> None:
+    """Two steps of four pairs have the same weights and metrics in one batch and in all `ways`, by changed settings.
+
+    The way called processes runs in two. `stored` reads the weights of a run.
+    """
     shared = {"training.max_train_steps": 2, "training.train_batch_size": 1, "data.max_pairs": 7}
     runs = {}
-    for name, changes in (
-        ("batch", {"training.train_batch_size": 4}),
-        ("accumulated", {"training.gradient_accumulation_steps": 4}),
-        ("processes", {"training.gradient_accumulation_steps": 2}),
-    ):
-        config = make({**shared, **changes, "output_dir": str(tmp_path / name)})
+    for name, changes in {"batch": {"training.train_batch_size": 4}, **ways}.items():
+        config = make({**shared, **changes, "output_dir": str(folder / name)})
         if name == "processes":
-            in_two(pool, config, tmp_path / "processes.yaml")
+            in_two(pool, config, folder / "processes.yaml")
         else:
             run_training(config)
-        runs[name] = weights(config.output_dir), metrics(config.output_dir)
+        runs[name] = stored(folder / name), metrics(folder / name)
     state, lines = runs.pop("batch")
     for others, their_lines in runs.values():
         for name in state:
             torch.testing.assert_close(others[name], state[name], rtol=0, atol=2e-6)
         for a, b in zip(lines, their_lines, strict=True):
             assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+
+
+def test_accumulation_and_processes_give_the_update_of_one_batch(make: Make, tmp_path: Path, pool: Pool) -> None:
+    """Prompts that pairs share are weighed over the step, so a weight normalised over a micro-batch shows here."""
+    steps = "training.gradient_accumulation_steps"
+    same_updates(make, tmp_path, pool, {"accumulated": {steps: 4}, "processes": {steps: 2}}, weights)
 
 
 def test_another_scorers_verdict_is_in_force(make: Make, clip_folder: Path, capsys: pytest.CaptureFixture) -> None:
