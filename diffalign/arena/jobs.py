@@ -87,7 +87,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, desc: str) -> list[FinishedJob]:
                 bar.update()
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
-                worker.terminate()  # the pool would wait for the ends of their runs
+                worker.kill()  # a signal that a run catches would end this run, and the worker begin the next
             raise
         finally:
             pool.shutdown(cancel_futures=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -133,19 +134,23 @@ from pathlib import Path
 from diffalign.arena.jobs import run_jobs
 from tests.arena.test_jobs import job
 if __name__ == "__main__":
-    run_jobs([job(Path({folder!r}), tuned={{"training.max_train_steps": 100000}})], 1, "test")
+    long = {{"training.max_train_steps": 100000}}
+    run_jobs([job(Path({folder!r}) / name, tuned=long) for name in "ab"], 1, "test")
 """
 
 
-def test_workers_end_with_an_arena_that_was_killed(tmp_path: Path) -> None:
-    """Nobody is left to train a run that nobody waits for."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_arena(tmp_path: Path, how: signal.Signals) -> None:
+    """Nobody is left to train a run that nobody waits for, and nobody begins the next."""
     script = tmp_path / "arena.py"
     script.write_text(ARENA.format(folder=str(tmp_path / "run")))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     arena = subprocess.Popen([sys.executable, str(script)], env=env, stderr=subprocess.DEVNULL)
     try:
-        _wait_for((tmp_path / "run" / "log.txt").is_file)
+        _wait_for(lambda: any(tmp_path.glob("run/*/metrics.jsonl")))
         workers = psutil.Process(arena.pid).children(recursive=True)
+        arena.send_signal(how)
+        arena.wait(timeout=60)
     finally:
         arena.kill()
         arena.wait()
@@ -156,7 +161,7 @@ def test_workers_end_with_an_arena_that_was_killed(tmp_path: Path) -> None:
     assert left == []
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "nothing was ever written"

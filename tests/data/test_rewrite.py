@@ -131,8 +131,10 @@ def test_ties_and_users_have_labels_of_their_own(tmp_path: Path) -> None:
 def test_lists_become_pairs_only_when_asked(tmp_path: Path, capsys: Said) -> None:
     row = {"prompt": "p", "images": [png(k) for k in range(3)], "ranking": [2, 3, 1]}
     file, out = write_parquet(tmp_path / "lists.parquet", [row]), tmp_path / "out.parquet"
-    to = [str(file), "--out", str(out)]
+    to, marks = [str(file), "--out", str(out)], tmp_path / "decisions.csv"
+    marks.write_text("id,decision\nnone,swap\n")
     for arguments, instead in (
+        (["relabel", *to, "--decisions", str(marks)], "--pairs-of-ranking all"),
         (["convert", *to], "--pairs-of-ranking"),
         (["split", *to, "--heldout-out", str(tmp_path / "held.parquet")], "validation.pairs: 0.1"),
         (["dedupe", *to], "from the file itself"),

@@ -27,6 +27,8 @@ BY_RUN = {
     "--batch-size": "batch_size",
 }
 
+AS_PAIRS = "`diffalign data convert LISTS --pairs-of-ranking all --out PAIRS` writes their pairs"
+
 
 def add_relabel(actions: Any) -> None:
     """The action and its options."""
@@ -73,6 +75,7 @@ def add_relabel(actions: Any) -> None:
 def relabel_pairs(args: argparse.Namespace) -> None:
     """Writes the pairs, and with --by the decisions beside them."""
     from diffalign.data.relabel import check_decisions, check_swaps, columns_of, counts, read_decisions, relabelled
+    from diffalign.data.table.lists import not_lists
     from diffalign.data.table.open import open_pairs
     from diffalign.data.write_pairs import check_columns, check_images_stay, write_pairs
 
@@ -81,6 +84,7 @@ def relabel_pairs(args: argparse.Namespace) -> None:
     if listed is None:
         decisions = read_decisions(args.decisions)
         table, place = open_pairs(args.pairs, _spec(args)), args.pairs
+        not_lists(table, place, AS_PAIRS)
         table.require_usable()
     else:
         from diffalign.training.heldout.doubtful import doubtful_pairs
@@ -90,6 +94,7 @@ def relabel_pairs(args: argparse.Namespace) -> None:
 
         def may(table: PairTable, place: str) -> None:
             not_the_source(args.out, place)
+            not_lists(table, place, AS_PAIRS)
             check_swaps(table, place, str(args.by))
             check_columns(args.out, columns_of(table))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diffalign.cli.common import overwrite_argument, path, path_text, writable
 from diffalign.errors import DiffalignError
+from diffalign.io.paths import expanded
 
 if TYPE_CHECKING:
     from diffalign.pages.run_page.data import RunData
@@ -83,7 +84,7 @@ def names(texts: Sequence[str]) -> list[tuple[str, Path]]:
     given = []
     for text in texts:
         name, sign, place = text.partition("=")
-        given.append((name, Path(place).expanduser()) if sign and not Path(text).exists() else ("", Path(text)))
+        given.append((name, Path(expanded(place))) if sign and not Path(text).exists() else ("", Path(text)))
     deepest = max(len(folder.resolve().parts) for _, folder in given)
     for depth in range(1, deepest + 1):
         found = [(name or "/".join(folder.resolve().parts[-depth:]), folder) for name, folder in given]

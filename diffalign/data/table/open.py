@@ -31,6 +31,7 @@ from diffalign.data.table.index_cache import FROM_ROWS, recall, remember, rememb
 from diffalign.data.table.lists import open_lists
 from diffalign.data.table.pairs import PairTable
 from diffalign.data.weights import TERMS
+from diffalign.io.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +120,9 @@ def open_columns(path: str | Path, split: str = "train") -> Columns:
     """The stored rows behind a path, URL or Hub id, whatever their columns. Raises DataError."""
     if is_remote(str(path)):
         return open_remote(str(path), split)
-    try:
-        place = Path(path).expanduser()
-    except RuntimeError as error:  # ~NAME of somebody who is not there
-        raise DataError(f"{path}: {error}; write the full path of the folder") from error
+    place = Path(expanded(str(path)))
+    if place.parts[:1] and place.parts[0].startswith("~"):  # ./~ is this very name, which pyarrow would expand
+        place = place.absolute()
     if place.is_file():
         has_no_splits(place, split)
         stored = _open_file(place)

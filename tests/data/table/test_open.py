@@ -154,6 +154,16 @@ def test_identity_changes_with_an_image_file(tmp_path: Path) -> None:
     assert open_pairs(file).identity != before
 
 
+def test_a_folder_may_have_the_name_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "~").mkdir()
+    write_parquet(tmp_path / "~" / "pairs.parquet", pick_rows(2))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    assert len(open_pairs("./~")) == 2
+    with pytest.raises(DataError, match="no file or folder ~"):
+        open_pairs("~")
+
+
 def test_many_rows_say_how_to_do_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
