@@ -1,6 +1,6 @@
 # make install    .venv with diffalign and its development tools, in the tested versions of constraints.txt
 # make demo       install, then tune the embedded world's model and measure what it gained (minutes, no GPU)
-# make test       install, then lint, types and the whole test suite
+# make test       install, then lint, the whole test suite and, beside it, types
 # make test-slow   the tests that `make test` leaves out: small arenas, a demo, benchmarks, kernels compiled for GPUs
 # make test-portable   the tests that compare numbers, under the kernels of older processors (AVX2, SSE4.1), of Intel's
 #                 where the C compiler can ask for them, on two threads and in a shuffled order: a table, half an hour
@@ -27,6 +27,11 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TYPES := $(VENV)/types.txt
+
+# Python stores what it compiled, although some containers ask it not to: tests start many processes, and pip compiles
+# nothing, because most modules of torch and transformers are never imported.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-slow test-portable coverage lint docs docs-serve gpu-test gpu-bench clean
 
@@ -35,14 +40,19 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "diffalign needs Python 3.11 or later: PYTHON=/path/to/python make install"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
 demo: install
 	$(BIN)/diffalign demo
 
-test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+# mypy works beside the tests; what it found comes after their results
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(BIN)/mypy >$(TYPES) 2>&1 & types=$$!; tests=0; \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" || tests=$$?; \
+	wait $$types; types=$$?; cat $(TYPES); exit $$(( tests ? tests : types ))
 
 test-slow: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
