@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, ValidationError, create_model
@@ -145,13 +145,20 @@ def _complete(settings: Any, what: str) -> None:
 
 def _checked(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """The values of a dataclass's fields, each of its type. Raises ValidationError."""
-    hints = get_type_hints(cls)
-    fields: Any = {
-        f.name: (_typed(hints[f.name], f.metadata), ...)
+    needed = (
+        f.name
         for f in dataclasses.fields(cls)
         if f.name in settings or f.default is f.default_factory is dataclasses.MISSING
-    }
-    return dict(create_model(cls.__name__, __base__=Section, **fields).model_validate(settings))
+    )
+    return dict(_section(cls, tuple(needed)).model_validate(settings))
+
+
+@lru_cache(256)  # building a model takes longer than everything else about a node
+def _section(cls: Any, names: tuple[str, ...]) -> type[Section]:
+    """The pydantic model of some fields of a dataclass, all of them required."""
+    hints, of = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    fields: Any = {name: (_typed(hints[name], of[name].metadata), ...) for name in names}
+    return create_model(cls.__name__, __base__=Section, **fields)
 
 
 def _typed(hint: Any, metadata: Mapping[str, Any]) -> Any:

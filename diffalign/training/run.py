@@ -11,7 +11,8 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -302,13 +303,17 @@ def record(config: AnyConfig, output_dir: Path, accelerator: Accelerator, inputs
 
 def environment() -> dict[str, Any]:
     """Package versions, Python, platform and the git commit of the working folder, as far as there is one."""
+    machine = {"python": platform.python_version(), "platform": platform.platform()}
+    return {"versions": dict(_versions()), **machine, **_commit()}
+
+
+@cache  # the modules of this process stay what they are
+def _versions() -> Mapping[str, str]:
     versions = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {"versions": versions, "python": platform.python_version(), "platform": platform.platform(), **_commit()}
+    return versions
 
 
 def _commit() -> dict[str, Any]:
