@@ -48,7 +48,9 @@ def shuffle(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of several processes go to one worker, which starts one pool of them, and first; others one by one.
+    """Tests that share something slow go to one worker, which makes it once, and first; others one by one.
+
+    These are those of several processes (one pool), the notebooks (one kernel, for minutes) and the site (one build).
 
     (xdist's own groups do not work with the node ids of pytest 9.2.)
     """
@@ -56,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "processes" if "processes" in nodeid else nodeid
+            return next((shared for shared in ("processes", "test_notebooks", "test_site") if shared in nodeid), nodeid)
 
     return Scheduling(config, log)
 
