@@ -6,6 +6,7 @@ import json
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for reason in (reason for marker, reason in why.items() if reason and marker in item.keywords):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _no_server_is_left() -> Iterator[None]:
+    """A server whose socket is closed while its thread serves takes a whole core, from all tests after it."""
+    yield
+    assert [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name] == []
 
 
 @pytest.fixture(scope="session")

@@ -42,11 +42,17 @@ def annotator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def serve(args: argparse.Namespace, url: str, port: int, forever: Callable[[float], None]) -> None:
             session, thread = sessions[-1], threading.Thread(target=forever, args=(0.01,), daemon=True)
             thread.start()
+            try:
+                judge(session, url)
+            finally:
+                forever.__self__.shutdown()  # type: ignore[attr-defined]  # a closed server would be polled for ever
+                thread.join()
+
+        def judge(session: Session, url: str) -> None:
             state = session.state()
             for n in range(most):
                 if (current := state["current"]) is None:
                     assert post(url, "finish", {})[0] == 200
-                    thread.join(10)
                     return
                 shown = session.order[current["place"]]
                 first, second = session.material.images(shown.comparison.id)
