@@ -8,10 +8,11 @@ files in the Hugging Face cache, which gives single rows by memory map at the pr
 from __future__ import annotations
 
 import logging
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from diffalign.data.formats.arrow_values import plain
 from diffalign.data.formats.columns import Columns
 from diffalign.data.row import DataError, stand_in
+from diffalign.data.table.file_hash import files_state, recall_note, write_note
 from diffalign.io.files import written_whole
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ SURPLUS = 4 << 20  # bytes read beside the row wanted: above it, reading costs a
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what damaged files raise, the last of column names
 PAIRS_PER_GROUP = 16  # rows of a row group that is written, which is what reading one row costs
 MEMORY_BYTES = 128 << 20  # of row groups in memory, in each process
+MANY_GROUPS = 500  # row groups whose footers take milliseconds to parse: what opening needs of them is noted
 FOOTER_BYTES = 16 << 20  # of footers as they are stored; parsed, they take several times as much
 
 
@@ -41,39 +44,53 @@ class ParquetColumns:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files: Sequence[Path] = list(files)
         self.storage = f"{len(files)} parquet file" + "s" * (len(files) > 1)
-        self._starts: list[int] = []  # first row of each row group
-        self._groups: list[tuple[int, int, int]] = []  # (file, row group in it, its first row in the file)
-        self.rows, self.bytes = 0, 0
-        self.surplus = 0  # bytes of a row group beside one row of it, at most
-        self.row_bytes = 0  # of a row in that group
-        schema: pa.Schema | None = None
-        for number, file in enumerate(self.files):
-            metadata = self.read_footer(number)
-            found = metadata.schema.to_arrow_schema()
-            if schema is not None and found.names != schema.names:
-                raise DataError(
-                    f"{file} has the columns {found.names}, but {files[0]} has {schema.names}; give the "
-                    "folder of one dataset at a time"
-                )
-            if len(set(found.names)) < len(found.names):
-                raise DataError(f"{file} has a duplicate column: {found.names}; give each column its own name")
-            schema = found
-            in_file = 0
-            for group in range(metadata.num_row_groups):
-                self._starts.append(self.rows + in_file)
-                self._groups.append((number, group, in_file))
-                rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).total_byte_size
-                in_file += rows
-                self.bytes += size
-                row_bytes = size // max(1, rows)
-                if size - row_bytes > self.surplus:
-                    self.surplus, self.row_bytes = size - row_bytes, row_bytes
-            self.rows += in_file
-        self.names = tuple(schema.names) if schema is not None else ()
+        state = self._state()
+        facts = recall_note("footers", state)
+        if facts is None:
+            facts = self._read_footers()
+            if sum(map(len, facts["rows"])) >= MANY_GROUPS:
+                write_note("footers", state, facts)
+        self.names: tuple[str, ...] = tuple(facts["names"])
+        self.bytes, self.surplus, self.row_bytes = facts["bytes"], facts["surplus"], facts["row_bytes"]
+        starts = [0, *accumulate(chain.from_iterable(facts["rows"]))]
+        self.rows, self._starts = starts[-1], array("q", starts[:-1])  # the first row of each row group
+        self._first_groups = [0, *accumulate(map(len, facts["rows"]))][:-1]  # the first row group of each file
         self._memory: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
         self._memory_bytes = 0
         self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()  # by the number of the file, last used last
         self._footer_bytes = 0
+
+    def _state(self) -> str | None:
+        """Changes with the files; None where nothing is noted about them."""
+        return files_state(self.files)
+
+    def _read_footers(self) -> dict[str, Any]:
+        """What opening needs of all footers. Raises DataError.
+
+        names: of the columns; rows: of each row group, by file; bytes: of all row groups; surplus: bytes of a row group
+        beside one row of it, at most; row_bytes: of a row in that group.
+        """
+        names: list[str] | None = None
+        facts: dict[str, Any] = {"rows": [], "bytes": 0, "surplus": 0, "row_bytes": 0}
+        for number, file in enumerate(self.files):
+            metadata = self.read_footer(number)
+            found = metadata.schema.to_arrow_schema().names
+            if names is not None and found != names:
+                raise DataError(
+                    f"{file} has the columns {found}, but {self.files[0]} has {names}; give the "
+                    "folder of one dataset at a time"
+                )
+            if len(set(found)) < len(found):
+                raise DataError(f"{file} has a duplicate column: {found}; give each column its own name")
+            names = found
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            facts["rows"].append([group.num_rows for group in groups])
+            for rows, size in ((group.num_rows, group.total_byte_size) for group in groups):
+                facts["bytes"] += size
+                row_bytes = size // max(1, rows)
+                if size - row_bytes > facts["surplus"]:
+                    facts |= {"surplus": size - row_bytes, "row_bytes": row_bytes}
+        return facts | {"names": names or []}
 
     def __len__(self) -> int:
         return self.rows
@@ -108,12 +125,13 @@ class ParquetColumns:
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
-        number, in_file, _ = self._groups[group]
+        number = self._file(group)
         # The file is opened anew: open handles do not survive a fork into loader workers, and neither does pyarrow's
         # thread pool. What takes long about it is parsing the footer, and that does survive.
         local = self.local(number)
-        with pq.ParquetFile(local, memory_map=True, metadata=self._footer(number)) as file:
-            table = _read_group(file, local, in_file, list(names))
+        with pa.memory_map(str(local)) as source:
+            file = pq.ParquetFile(source, metadata=self._footer(number))
+            table = _read_group(file, local, group - self._first_groups[number], list(names))
         self._memory[key] = table
         self._memory_bytes += table.nbytes
         while len(self._memory) > 1 and self._memory_bytes > MEMORY_BYTES:
@@ -140,14 +158,17 @@ class ParquetColumns:
 
     def place(self, row: int) -> tuple[int, int]:
         """The number of a row's file, and its place in it."""
-        group = bisect_right(self._starts, row) - 1
-        number, _, first = self._groups[group]
-        return number, row - self._starts[group] + first
+        number = self._file(bisect_right(self._starts, row) - 1)
+        return number, row - self._starts[self._first_groups[number]]
 
     def blocks(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """The file and the row group of each of some rows."""
         groups = np.searchsorted(np.array(self._starts), np.asarray(rows), side="right") - 1
-        return [(self._groups[group][0], int(group)) for group in groups]
+        return [(self._file(group), group) for group in groups.tolist()]
+
+    def _file(self, group: int) -> int:
+        """The number of a row group's file."""
+        return bisect_right(self._first_groups, group) - 1
 
     def where(self, row: int) -> str:
         number, at = self.place(row)
@@ -157,7 +178,7 @@ class ParquetColumns:
         return None
 
     def base(self, row: int) -> Path | None:
-        return self.files[self._groups[bisect_right(self._starts, row) - 1][0]].parent
+        return self.files[self.place(row)[0]].parent
 
     def __getstate__(self) -> dict[str, Any]:
         return (

@@ -8,6 +8,7 @@ these is another. Times decide only whether to read again, never the hash: a cop
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import stat
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from diffalign.data.row import MISSING_SIDE, ImageError, ImageRef
 from diffalign.io.progress import Progress
@@ -120,6 +122,28 @@ def remembered(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diffalign", kind)
 
 
+def recall_note(kind: str, state: str | None) -> Any:
+    """What was noted about files in this state; None where nothing was, or the note is damaged."""
+    if state is None:
+        return None
+    try:
+        digest, _, text = (remembered(kind) / state).read_text().partition(" ")
+        return json.loads(text) if digest == _digest(text) else None
+    except (OSError, ValueError):
+        return None
+
+
+def write_note(kind: str, state: str | None, value: Any) -> None:
+    """Notes JSON values about files in a state, as of `files_state`."""
+    if state is not None:
+        text = json.dumps(value)
+        _remember(remembered(kind) / state, f"{_digest(text)} {text}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _remember(note: Path, made: str) -> None:
     temporary = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
     try:
@@ -127,4 +151,4 @@ def _remember(note: Path, made: str) -> None:
         temporary.write_text(made)
         os.replace(temporary, note)
     except OSError as error:
-        log.warning("the hash of the image files cannot be stored, so every run computes it again (%s)", error)
+        log.warning("a note on the data files cannot be stored, so every start reads them again (%s)", error)

@@ -29,8 +29,9 @@ from diffalign.data.formats.columns import Columns
 from diffalign.data.remote_shards import RemoteParquet
 from diffalign.data.row import Problem
 from diffalign.data.table.examine import Index
-from diffalign.data.table.file_hash import files_state, remembered
+from diffalign.data.table.file_hash import files_state, recall_note, remembered, write_note
 from diffalign.data.table.texts import Texts
+from diffalign.io.files import sync
 from diffalign.io.weight_files import EMPTY_STAMP, stamp, stamp_fault
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def remember(note: Path, index: Index) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"sha256": EMPTY_STAMP})
         stamp(partial)
+        sync(partial)
         os.replace(partial, note)
     except (OSError, SafetensorError) as error:
         log.warning("the index of the data cannot be stored, so every start examines the rows again (%s)", error)
@@ -95,8 +97,11 @@ def remember(note: Path, index: Index) -> None:
 def recall(note: Path) -> Index | None:
     """The index that was written, or None where there is no complete one."""
     try:
-        if stamp_fault(note) is not None:
-            return None
+        state = files_state([note])
+        if not recall_note("checked", state):  # else its hash was right, and it has not been written since
+            if stamp_fault(note) is not None:
+                return None
+            write_note("checked", state, True)
         with safe_open(note, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         facts, scores = json.loads(bytes(tensors["facts"].numpy())), tensors.get("scores")

@@ -268,7 +268,7 @@ def _open_folder(folder: Path, split: str) -> Columns:
     below = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _STORED and file.is_file())
     below = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     kinds = {kind: [file for file in below if file.suffix.lower() == kind] for kind in (".parquet", ".tar")}
-    kinds[""] = [file for file in below if file.parent == folder and file not in (*kinds[".parquet"], *kinds[".tar"])]
+    kinds[""] = [file for file in below if file.parent == folder and file.suffix.lower() not in kinds]
     there = [kind for kind, files in kinds.items() if files]
     if len(there) > 1:
         others = [file.name for kind in there[1:] for file in kinds[kind]]

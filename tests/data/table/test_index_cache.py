@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 
-from diffalign.data.row import ImageRef
+from diffalign.data.formats import parquet
+from diffalign.data.row import DataError, ImageRef
 from diffalign.data.spec import DataSpec
 from diffalign.data.table import file_hash as content
 from diffalign.data.table import index_cache as remembered
@@ -204,6 +205,47 @@ def test_a_damaged_note_is_made_anew(tmp_path: Path, looks: list[str], home: Pat
         assert facts(open_pairs(data)) == expected
         assert looks
         assert note.read_bytes() == whole
+
+
+def test_an_index_is_hashed_once_and_again_after_a_change(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = stored("parquet", tmp_path)
+    expected, hashed = facts(open_pairs(data)), []
+    real = remembered.stamp_fault
+    monkeypatch.setattr(remembered, "stamp_fault", lambda note: hashed.append(note) or real(note))
+    (note,) = home.iterdir()
+    for times in (1, 1):
+        assert facts(open_pairs(data)) == expected
+        assert len(hashed) == times
+    note.write_bytes(note.read_bytes())
+    assert facts(open_pairs(data)) == expected
+    assert len(hashed) == 2
+
+
+def test_footers_are_parsed_when_their_file_is_first_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MANY_GROUPS", 1)
+    for number in range(3):
+        write_parquet(tmp_path / f"pairs/train-{number}.parquet", rows())
+    files = sorted((tmp_path / "pairs").iterdir())
+    expected, parsed = facts(open_pairs(tmp_path / "pairs")), []
+    real = parquet._metadata
+    monkeypatch.setattr(parquet, "_metadata", lambda file: parsed.append(file.name) or real(file))
+    table = open_pairs(tmp_path / "pairs")
+    assert parsed == []
+    assert table[len(table) - 1].chosen.read()
+    assert parsed == ["train-2.parquet"]
+    assert facts(table) == expected
+    for note in (tmp_path / "home/diffalign/footers").iterdir():
+        note.write_text(note.read_text().replace("7", "6"))  # fewer rows
+    parsed.clear()
+    assert facts(open_pairs(tmp_path / "pairs")) == expected
+    assert len(parsed) >= 3
+    write_parquet(files[1], rows()[:2])
+    assert open_pairs(tmp_path / "pairs").total_rows == 16
+    files[2].write_bytes(files[2].read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"train-2\.parquet is not a readable parquet file"):
+        open_pairs(tmp_path / "pairs")
 
 
 def test_small_data_and_young_files_have_no_note(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
