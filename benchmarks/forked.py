@@ -43,7 +43,7 @@ IMPORTED = (
 )
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-PATIENCE = 300.0  # seconds for a command
+PATIENCE = 1800.0  # seconds for a command, on a machine that may be busy
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".diffalign.lock"
+UNREADABLE = {"host": "an unknown machine"}  # the owner in a file that does not say it
+SETTLED = 1.0  # seconds: an owner has written its name by then
 _owned: dict[Path, int] = {}  # lock files of this process, as they are open
 
 
@@ -93,6 +95,11 @@ def _acquire(file: Path, what: str) -> int:
                 os.close(opened)
                 continue
             owner = _read(opened)
+            if locked and owner == UNREADABLE:  # torn by a loss of power, or being written this moment
+                time.sleep(SETTLED)
+                if (owner := _read(opened)) == UNREADABLE:
+                    log.warning("%s does not name its owner, who was killed; this process takes over the folder", file)
+                    owner = {}
             if locked is False or (owner and not _ended(owner, locked is True)):
                 raise FolderInUseError(_in_use(file, owner))
             if owner:
@@ -128,12 +135,13 @@ def _same_file(opened: int, file: Path) -> bool:
 
 def _read(opened: int) -> dict[str, Any]:
     """The owner that the file names; empty for a new file."""
+    os.lseek(opened, 0, os.SEEK_SET)
     text = os.read(opened, 4096).decode(errors="replace").strip()
     with suppress(ValueError):
         owner = json.loads(text or "{}")
         if isinstance(owner, dict):
             return owner
-    return {"host": "an unknown machine"}
+    return UNREADABLE
 
 
 def _ended(owner: dict[str, Any], flock: bool) -> bool:

@@ -117,3 +117,20 @@ def test_without_locks_of_the_system_the_pid_decides(tmp_path: Path, monkeypatch
     (run / LOCK_FILE).write_text("\0\0\0")  # a machine that lost power
     with pytest.raises(FolderInUseError, match=r"an unknown machine.*remove .*\.lock"), folder_lock(run, "x"):
         pass
+
+
+def test_a_torn_lock_is_taken_over_where_the_system_has_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power cut while the owner wrote its name; on another machine it would be complete a moment later."""
+    run = written(tmp_path, host="another", boot="another")
+    whole = (run / LOCK_FILE).read_text()
+    (run / LOCK_FILE).write_text(whole[:-9])
+    monkeypatch.setattr(module.time, "sleep", lambda _: (run / LOCK_FILE).write_text(whole))
+    with pytest.raises(FolderInUseError, match="on another"), folder_lock(run, "x"):
+        pass
+    (run / LOCK_FILE).write_text(whole[:-9])
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    with folder_lock(run, "x"):
+        assert str(os.getpid()) in (run / LOCK_FILE).read_text()
+    assert "does not name its owner, who was killed" in caplog.text

@@ -55,7 +55,7 @@ def require_shared(folder: Path, accelerator: Any, key: str, *, copies: bool = F
 
 def _put(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    token = f".shared-{uuid.uuid4().hex}"
+    token = f".shared-{uuid.uuid4().hex}.partial"  # named as what a kill may leave and nothing reads
     (folder / token).touch()
     return token
 
