@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -91,7 +92,8 @@ def _holds(module: Any, cls: type) -> bool:
     return found is cls
 
 
-def _offered(what: str) -> dict[str, Any]:
+@cache  # a package that is installed later is seen by the next process, as its modules would be
+def _offered(what: str) -> Mapping[str, Any]:
     return {entry.name: entry for entry in entry_points(group=f"diffalign.{what.replace(' ', '_')}s")}
 
 

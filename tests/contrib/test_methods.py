@@ -149,7 +149,7 @@ def test_an_entry_point_that_fails_is_an_error_only_where_it_is_asked_for(
 ) -> None:
     group = "diffalign.tuning_methods"
     entries = [EntryPoint("broken", place, group), EntryPoint("norms", "tests.contrib.test_methods:Norms", group)]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    monkeypatch.setattr(plugins, "_offered", lambda what: {entry.name: entry for entry in entries})
     with caplog.at_level(logging.WARNING, "diffalign"):
         assert set(known_methods()) == {*METHODS, "norms"}
         assert known_methods()["norms"] is Norms
