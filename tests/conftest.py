@@ -105,7 +105,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def judge_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """`judge_folder("sdxl")`: a judge with the random weights of the tiny base of that family."""
-    from diffalign.contrib.latent_judge.files import save_judge
+    from diffalign.contrib.latent_judge.files import Facts, levels_of, save_judge
     from diffalign.contrib.latent_judge.network import LatentJudge
     from diffalign.models.loading.base import load_base
 
@@ -119,7 +119,8 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
             judge = LatentJudge(base.unet, base.text.models, guidance=7.5)
             if judge.text_projection is not None:
                 torch.nn.init.normal_(judge.text_projection.weight, generator=torch.Generator().manual_seed(1))
-            save_judge(judge, base.text.tokenizers, 2, made[family])
+            facts = Facts(judge.family, judge.guidance, 2, levels_of(base.schedule))
+            save_judge(judge, base.text.tokenizers, facts, made[family])
         return made[family]
 
     return folder

@@ -23,6 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.errors import DiffalignError
 
 DEFAULT_TIE = 0.01
@@ -63,8 +64,8 @@ class LatentScorer(Protocol):
         """Float [n]: x_t "n c h w" at the noise levels t (int64 [n]), each judged against its prompt."""
         ...
 
-    def check_latents(self, family: str, channels: int) -> None:
-        """Raises ScorerError for latents that are not of its kind: the family of their model and their channels."""
+    def check_latents(self, family: str, channels: int, schedule: NoiseSchedule) -> None:
+        """Raises ScorerError for latents that are not of its kind: their model's family, channels and noise levels."""
         ...
 
 

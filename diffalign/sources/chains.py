@@ -94,7 +94,7 @@ class Chains:
         noisy = isinstance(judge, LatentScorer)
         self.branching = Branching(levels, at, settings.num_candidates, settings.eta, low, rising, noisy)
         if isinstance(judge, LatentScorer):
-            judge.check_latents(context.family.name, context.latent_shape[0])
+            judge.check_latents(context.family.name, context.latent_shape[0], s)
         self.takes_t = not isinstance(judge, LatentScorer) and takes_timestep(judge)
 
     def roll(self, number: int, places: list[Place]) -> Rollout:

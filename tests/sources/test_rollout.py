@@ -16,6 +16,7 @@ from diffalign.config.schema import Config, ConfigError
 from diffalign.engine import ddim
 from diffalign.engine.measure import errors, guided
 from diffalign.engine.random import normal, pair_key
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.objectives import SPO
 from diffalign.sources import BranchingRollout, Context, SourceError
 from diffalign.sources.chains import Chains
@@ -140,8 +141,8 @@ class NoisyJudge:
         self.calls: list[tuple[int, int]] = []
         self.seen: list[Tensor] = []
 
-    def check_latents(self, family: str, channels: int) -> None:
-        assert (family, channels) == ("sd", 4)
+    def check_latents(self, family: str, channels: int, schedule: NoiseSchedule) -> None:
+        assert (family, channels, schedule.num_train_timesteps) == ("sd", 4, 1000)
 
     def score_latents(self, latents: Tensor, prompts: list[str], t: Tensor) -> Tensor:
         assert len(prompts) == len(t) == len(latents)

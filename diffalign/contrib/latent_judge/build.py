@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.config.schema import PreferenceModelConfig
-from diffalign.contrib.latent_judge.files import WEIGHTS_FOLDER, Facts, load_weights, save_judge
+from diffalign.contrib.latent_judge.files import WEIGHTS_FOLDER, Facts, levels_of, load_weights, save_judge
 from diffalign.contrib.latent_judge.network import LatentJudge
 from diffalign.contrib.latent_judge.tokens import time_ids, tokens
 from diffalign.contrib.step_aware.build import Parts, PreferenceRun, assembled, begun, relabelling
@@ -60,7 +60,7 @@ class LatentRun(PreferenceRun):
 
     def save_weights(self, folder: Path) -> None:
         """A folder that the scorer `latent-judge` loads."""
-        save_judge(self.model, self.tokenizer, self.facts.pixels_per_latent, folder / WEIGHTS_FOLDER)
+        save_judge(self.model, self.tokenizer, self.facts, folder / WEIGHTS_FOLDER)
 
     def load_weights(self, folder: Path) -> None:
         """Loads what `save_weights` wrote. Raises ScorerError for a file that cannot be read."""
@@ -109,7 +109,7 @@ def build_latent_run(config: PreferenceModelConfig, accelerator: Accelerator, ta
     model = model.requires_grad_(True).train().to(device)
     for parameter in model.unused():
         parameter.requires_grad_(False)
-    facts = Facts(model.family, settings.guidance_scale, vae_factor(base.vae))
+    facts = Facts(model.family, settings.guidance_scale, vae_factor(base.vae), levels_of(base.schedule))
     parts = Parts(base, table, relabelling(config, device), identity, model, base.text.tokenizers)
     return assembled(LatentRun, config, accelerator, parts, facts=facts)
 

@@ -4,7 +4,7 @@
                                                  not written, and ignored where it is there
     tokenizer/  [tokenizer_2/]                   those of the base
     head.safetensors                             visual_projection.weight, [text_projection.weight,] logit_scale
-    judge.json                                   family, guidance scale, pixels of one latent position
+    judge.json                                   family, guidance scale, pixels of one latent position, noise levels
 
 A released folder has state_dict.pt in place of the last two, with the same tensors, and no tokenizers; it is read
 without running code. The release's guidance scale, 7.5, is in its code alone.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffalign.contrib.latent_judge.network import LATER_HALF, LatentJudge
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.io.loaded_weights import check_module, named
 from diffalign.io.pickles import torch_reason
 from diffalign.models.loading.components import ModelFolder, load_text, outline_unet
@@ -42,12 +43,19 @@ class Facts:
     family: str
     guidance_scale: float = 7.5  # of the middle block's features
     pixels_per_latent: int = 8  # in each direction
+    noise_levels: tuple[tuple[int, float], ...] = ()  # some t and their ᾱ in training; none: not known, as of a release
+
+
+def levels_of(schedule: NoiseSchedule) -> tuple[tuple[int, float], ...]:
+    """Nine timesteps from 0 to T−1 and their ᾱ, to six digits: by them a schedule is known again."""
+    last = schedule.num_train_timesteps - 1
+    return tuple((t, round(float(schedule.alphas_cumprod[t]), 6)) for t in (last * k // 8 for k in range(9)))
 
 
 def save_judge(
-    judge: LatentJudge, tokenizers: tuple[Any, ...], pixels: int, folder: Path, dtype: torch.dtype = torch.float32
+    judge: LatentJudge, tokenizers: tuple[Any, ...], facts: Facts, folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes the folder. `pixels`: of one latent position, in each direction."""
+    """Writes the folder."""
     from safetensors.torch import save_file
 
     config = {k: v for k, v in judge.unet.config.items() if k == "_class_name" or not k.startswith("_")}  # no paths
@@ -62,7 +70,7 @@ def save_judge(
         save_file(_stored(model.state_dict(), dtype), place / "model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     save_file(_stored(_head(judge), dtype), folder / HEAD, {"format": "pt"})
-    _write(folder / FACTS, asdict(Facts(judge.family, judge.guidance, pixels)))
+    _write(folder / FACTS, asdict(facts))
 
 
 def load_judge(path: str) -> tuple[LatentJudge, tuple[Any, ...], Facts]:
@@ -108,7 +116,8 @@ def _read_head(folder: Path) -> tuple[dict[str, Tensor], Facts]:
     """The head's tensors by name, and the facts; of a released folder the family is seen from its text encoders."""
     if (folder / HEAD).is_file():
         try:
-            return load_state(folder / HEAD), _checked(Facts(**json.loads((folder / FACTS).read_text())))
+            facts = _checked(Facts(**json.loads((folder / FACTS).read_text())))
+            return load_state(folder / HEAD), replace(facts, noise_levels=tuple((t, a) for t, a in facts.noise_levels))
         except (OSError, ValueError, TypeError) as error:
             raise ScorerError(f"{folder / FACTS} is not a latent judge's ({error}); copy the folder again") from error
     file = folder / RELEASED_HEAD
@@ -133,6 +142,7 @@ def _checked(facts: Facts) -> Facts:
         "family": (facts.family in ("sd", "sdxl"), "sd or sdxl"),
         "guidance_scale": (_finite(facts.guidance_scale), "a finite number, 0 or more"),
         "pixels_per_latent": (facts.pixels_per_latent in range(1, 65), "an integer from 1 to 64"),
+        "noise_levels": (_levels(facts.noise_levels), "pairs of a timestep and its ᾱ, from 0 to 1"),
     }
     for key, (right, what) in allowed.items():
         if not right:
@@ -142,6 +152,13 @@ def _checked(facts: Facts) -> Facts:
 
 def _finite(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
+
+
+def _levels(found: object) -> bool:
+    return isinstance(found, list | tuple) and all(
+        isinstance(one, list | tuple) and len(one) == 2 and type(one[0]) is int and _finite(one[1]) and one[1] <= 1
+        for one in found
+    )
 
 
 def _fill_unet(judge: LatentJudge, folder: Path) -> None:

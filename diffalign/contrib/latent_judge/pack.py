@@ -19,7 +19,7 @@ from diffalign.contrib.latent_judge.files import load_judge, save_judge
 def pack(run: Path, folder: Path) -> None:
     """Writes the judge in the output folder of a run into `folder`, in float16."""
     judge, tokenizers, facts = load_judge(str(run))
-    save_judge(judge, tokenizers, facts.pixels_per_latent, folder, torch.float16)
+    save_judge(judge, tokenizers, facts, folder, torch.float16)
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.contrib.latent_judge.files import load_judge
+from diffalign.contrib.latent_judge.files import levels_of, load_judge
 from diffalign.contrib.latent_judge.tokens import time_ids, tokens
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.rewards.base import ScorerError, check_finite
 
 
@@ -32,14 +33,21 @@ class LatentScorer:
         self.device = torch.device(device)
         self._read: tuple[tuple[str, ...], Any] = ((), None)  # the last prompts and their text: a chain asks often
 
-    def check_latents(self, family: str, channels: int) -> None:
-        """Raises ScorerError for latents of another family of models, or of another number of channels."""
+    def check_latents(self, family: str, channels: int, schedule: NoiseSchedule) -> None:
+        """Raises ScorerError for latents of another family of models, number of channels or noise schedule."""
         own = self.judge.unet.config.in_channels
         if (family, channels) != (self.facts.family, own):
             raise ScorerError(
                 f"scorer '{self.name}' judges latents of {own} channels of {self.facts.family} models, and these are "
                 f"of {channels} channels of an {family} model; use a judge that was trained from this base"
             )
+        theirs = levels_of(schedule)
+        for (t, was), (now, is_) in zip(self.facts.noise_levels, theirs, strict=False):
+            if t != now or abs(was - is_) > 1e-3:
+                raise ScorerError(
+                    f"scorer '{self.name}' was trained where ᾱ is {was:g} at t = {t}, and this base's schedule has "
+                    f"{is_:g} at t = {now}: it would take the noise for another; use a judge of this schedule"
+                )
 
     @torch.no_grad()
     def score_latents(self, latents: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from diffalign.contrib.latent_judge.files import load_judge, save_judge
 from diffalign.contrib.latent_judge.network import feature_width
 from diffalign.contrib.latent_judge.scorer import LatentScorer
+from diffalign.engine.schedule import NoiseSchedule
 from diffalign.models.loading.base import Base, load_base
 from diffalign.rewards import ScorerError, load_scorer
 from diffalign.rewards import load_judge as load_any
@@ -153,7 +155,7 @@ def test_a_released_folder_is_read(
 
 def test_half_precision_is_stored_and_float32_computes(judge_folder: Folder, tmp_path: Path) -> None:
     judge, tokenizers, facts = load_judge(str(judge_folder("sd")))
-    save_judge(judge, tokenizers, facts.pixels_per_latent, tmp_path / "run" / "preference_model", torch.float16)
+    save_judge(judge, tokenizers, facts, tmp_path / "run" / "preference_model", torch.float16)
     half = LatentScorer(str(tmp_path / "run"))
     assert {p.dtype for p in half.judge.parameters()} == {torch.float32}
     x, t = latents()
@@ -175,15 +177,27 @@ def test_what_does_not_fit_is_named(judge_folder: Folder, tmp_path: Path, make_c
     context = make_context("sdxl", PROMPTS)
     with pytest.raises(ScorerError, match="latents of 4 channels of sd models, and these are of 4 channels of an sdxl"):
         Chains(BranchingRollout("", sampling_steps=5), context, scorer)
+    own, other = ({"prediction_type": "epsilon", "beta_schedule": name} for name in ("scaled_linear", "linear"))
+    betas = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    scorer.check_latents("sd", 4, NoiseSchedule.from_config({**betas, **own}))
+    with pytest.raises(ScorerError, match=r"trained where ᾱ is .* at t = 124, and this base's schedule has"):
+        scorer.check_latents("sd", 4, NoiseSchedule.from_config({**betas, **other}))
     broken = shutil.copytree(folder, tmp_path / "broken")
     config = json.loads((broken / "unet/config.json").read_text())
     (broken / "unet/config.json").write_text(json.dumps({**config, "block_out_channels": [32, 32]}))
     with pytest.raises(ScorerError, match=r"the UNet in .* does not fit a latent judge of its config: .*another shape"):
         load_any(f"latent-judge={broken}")
-    for key, value in (("family", "SDXL"), ("guidance_scale", None), ("pixels_per_latent", 0)):
+    for key, value in (
+        ("family", "SDXL"),
+        ("guidance_scale", None),
+        ("pixels_per_latent", 0),
+        ("noise_levels", [[0, 2.0]]),
+    ):
         facts = json.loads((folder / "judge.json").read_text())
         (broken / "judge.json").write_text(json.dumps({**facts, key: value}))
-        with pytest.raises(ScorerError, match=rf"judge.json is not a latent judge's \({key} is {value!r}, and must be"):
+        with pytest.raises(
+            ScorerError, match=rf"judge.json is not a latent judge's \({key} is {re.escape(repr(value))}, and must be"
+        ):
             load_any(f"latent-judge={broken}")
     (broken / "head.safetensors").unlink()
     with pytest.raises(ScorerError, match=r"no head.safetensors and no state_dict.pt"):
