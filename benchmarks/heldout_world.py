@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from diffalign.arena.board import guards
+from diffalign.arena.board import LEAST_DIVERSITY, guards
 from diffalign.config.schema import load_config, packaged_config
 from diffalign.data.heldout import prompt_key, split_by_prompt
 from diffalign.evaluation.evaluate import evaluate
@@ -46,9 +46,11 @@ from diffalign.world import base_path, pairs_path
 from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 
-PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 16  # of the part `early`
-PATIENCE, WINDOW = 4, 3
-CHECKPOINTS = 40  # steps between them
+PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 4  # of the part `early`
+PATIENCE = 4
+CHECKPOINTS = 40  # steps between those that are evaluated, beside the one at which early stopping ends
+MEASURED = ("loss", "accuracy", "score", "diversity")
+SAMPLING = Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu")
 PICTURES = 4  # of each prompt and model
 FLIPPED_PAIRS, FLIPPED_STEPS, FLIPPED_SHARE = 2048, 400, 0.1  # of the part `flipped`
 FIRST = (0.1, 0.2, 0.3)  # of the ranking, in which swapped labels are counted
@@ -67,8 +69,8 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [line for line in found if "heldout/loss" in line]
 
 
-def early(out: Path, seed: int) -> dict[str, Any]:
-    """Early stopping on few pairs, and what it would have missed."""
+def early_pairs(out: Path, seed: int) -> None:
+    """Writes the pairs of a seed: 128 to train on, others for each seed, and the held-out ones, the same for all."""
     import pyarrow.parquet as pq
 
     out.mkdir(parents=True, exist_ok=True)
@@ -82,36 +84,44 @@ def early(out: Path, seed: int) -> dict[str, Any]:
         train += [i for i in range(old, len(rows)) if prompt_key(rows["caption"][i].as_py()) not in kept]
     pq.write_table(rows.take(train[seed * PAIRS : (seed + 1) * PAIRS]), out / "train.parquet")
     pq.write_table(rows.take(heldout), out / "heldout.parquet")
+
+
+def early(out: Path, seed: int) -> dict[str, Any]:
+    """Early stopping on few pairs, and what it would have missed."""
+    early_pairs(out, seed)
     run, stopped = out / "run", out / "stopped"
     shared = [
         f"seed={seed}",
         f"data.path={out / 'train.parquet'}",
         f"training.max_train_steps={STEPS}",
         "training.learning_rate=3e-5",
-        f"training.checkpointing_steps={CHECKPOINTS}",
+        f"training.checkpointing_steps={EVERY}",
         "training.checkpoints_total_limit=null",
         f"validation.pairs={out / 'heldout.parquet'}",
-        f"validation.pairs_every={EVERY}",
         f"validation.points_per_pair={POINTS}",
+        f"validation.num_inference_steps={SAMPLING.num_inference_steps}",
+        "validation.on_plateau=continue",
         "validation.load_best_model_at_end=true",
-        f"validation.window_for_best_model={WINDOW}",
     ]
+    stops = [f"validation.early_stopping_patience={PATIENCE}", f"validation.least_diversity={LEAST_DIVERSITY}"]
     if not stopped.exists():
-        run_config(run, [*shared, "overwrite_output_dir=true", f"validation.early_stopping_patience={PATIENCE}"])
+        run_config(run, [*shared, "overwrite_output_dir=true", f"validation.pairs_every={EVERY}", *stops])
         stopped.mkdir()
         for name in ("unet", "metrics.jsonl", "health.jsonl", "manifest.json"):
             (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, stopped / name)
-    run_config(run, [*shared, "training.resume_from_checkpoint=latest"])
+    ended_at = lines(stopped)[-1]["step"]
+    run_config(run, [*shared, "training.resume_from_checkpoint=latest", f"validation.pairs_every={STEPS}"])
     best = read_manifest(stopped)
     assert not isinstance(best, str)
-    names = {f"step{step}": run / f"checkpoint-{step}" for step in range(CHECKPOINTS, STEPS + 1, CHECKPOINTS)}
+    steps = sorted({*range(CHECKPOINTS, STEPS + 1, CHECKPOINTS), ended_at})
+    names = {f"step{step}": run / f"checkpoint-{step}" for step in steps}
     result = evaluate(
         str(base_path()),
         {"stopped": str(stopped / "unet"), **{name: str(path / "unet") for name, path in names.items()}},
         prompts("heldout"),
         range(PICTURES),
         scorers=Scoring(("world",), faithfulness="world-accuracy"),
-        sampling=Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu"),
+        sampling=SAMPLING,
         out_dir=out / "evaluation",
     )
     models = {}
@@ -127,9 +137,9 @@ def early(out: Path, seed: int) -> dict[str, Any]:
         }
     health = [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
     return {
-        "ended_at": lines(stopped)[-1]["step"],
+        "ended_at": ended_at,
         "weights_of": best["step"],
-        "heldout": [[line["step"], line["heldout/loss"], line["heldout/accuracy"]] for line in lines(run)],
+        "heldout": [[line["step"], *(line[f"heldout/{name}"] for name in MEASURED)] for line in lines(stopped)],
         "training_accuracy": [[line["step"], line["rewards/accuracies"]] for line in lines(run)],
         "health": [[event["step"], event["rule"]] for event in health],
         "models": models,

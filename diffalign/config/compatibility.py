@@ -132,6 +132,10 @@ def check_users(config: Any) -> None:
         raise DiffalignError(
             "validation.user: validation images need both validation.prompts and a user with an id in data.users"
         )
+    if validation.least_diversity is not None and validation.user is None:
+        raise DiffalignError(
+            "validation.least_diversity: images are sampled, which needs validation.user and validation.prompts"
+        )
     if validation.user is not None and users is None:
         raise DiffalignError("validation.user: this is an id in data.users, which is not set; set data.users")
 
@@ -141,8 +145,8 @@ def can_hold_out(config: Any) -> None:
     validation, objective, source = config.validation, config.objective, config.source
     if validation.pairs is None:
         if validation.stops_or_loads:
-            stops = validation.early_stopping_patience is not None
-            name = "early_stopping_patience" if stops else "load_best_model_at_end"
+            names = ("early_stopping_patience", "least_diversity", "load_best_model_at_end")
+            name = next(name for name in names if getattr(validation, name) not in (None, False))
             raise DiffalignError(f"validation.{name} needs held-out pairs: set validation.pairs, e.g. to 0.1")
         return
     if validation.pairs_every % config.training.logging_steps:

@@ -249,17 +249,30 @@ class ValidationSection(Section):
     max_pairs: Count | None = None  # hold out, or use of the other pairs, at most so many
     points_per_pair: Annotated[Count, Field(multiple_of=4)] = 4  # (t, noise), the same at every measurement
     pairs_batch_size: Count | None = None  # pairs in a forward; null: training.train_batch_size
-    early_stopping_patience: Count | None = None  # measurements without improvement; null: the run does not stop early
+    early_stopping_patience: Count | None = None  # measurements without improvement; null: they do not end the run
     early_stopping_threshold: NotNegative = 0.0  # a change of the metric up to this is no improvement
     early_stopping_confidence: Confidence | None = 0.95  # that a change is not chance; null: any change counts
+    on_plateau: Literal["stop", "continue"] = "stop"  # continue: only what is worse than the best counts as a failure
+    least_diversity: Share | None = None  # of images of one prompt, relative to the start; below, the run ends
+    diversity_prompts: Annotated[Count, Field(ge=2)] = 24  # of the held-out pairs, for which these images are sampled
+    diversity_images: Annotated[Count, Field(ge=2)] = 4  # of each of these prompts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
     metric_for_best_model: Literal["score", "accuracy", "loss"] = "score"  # of the held-out pairs
-    window_for_best_model: Count = 1  # measurements; the mean of the last so many decides which weights are the best
 
     @property
     def stops_or_loads(self) -> bool:
         """Whether a measurement of held-out pairs decides when the run ends or which weights are final."""
-        return self.early_stopping_patience is not None or self.load_best_model_at_end
+        return self.ends_early or self.load_best_model_at_end
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether a measurement may end the run."""
+        return self.early_stopping_patience is not None or self.least_diversity is not None
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples images, for which it needs the VAE and the text encoders until its end."""
+        return bool(self.prompts) or self.least_diversity is not None
 
     @field_validator("prompts")
     @classmethod

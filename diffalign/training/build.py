@@ -120,7 +120,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         second = getattr(reference, "module", None)  # a UNet of the reference's own
         if second is not None:
             compile_blocks(second)
-    if config.data.cache_dir is not None and not config.validation.prompts:
+    if config.data.cache_dir is not None and not config.validation.samples:
         encoder.unload()
     host = None
     if mesh is not None:

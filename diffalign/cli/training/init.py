@@ -277,7 +277,6 @@ def config_text(answers: dict[str, str], fit: Fit, length: Length, name: str) ->
         f"#   pairs_every: {length.measuring}",
         "#   early_stopping_patience: 4  # measurements without improvement",
         "#   load_best_model_at_end: true",
-        "#   window_for_best_model: 3  # measurements; their mean has less noise than one",
         *(["#   metric_for_best_model: loss"] if goal == "winners" else []),
         f"#   every: {length.saving}",
         '#   prompts: ["a lighthouse at dusk"]  # images during training, from the same noise each time',

@@ -26,10 +26,14 @@ class HeldOut(Callback):
 
     def on_log(self, state: TrainingState) -> None:
         """Adds `heldout/…` to the metrics of a step at which a measurement is due."""
-        if state.should_stop or state.step % self.every == 0:
+        if self.due(state):
             measured = self.measure()
             state.metrics |= measured.metrics
             self.of_pairs = measured.of_pairs
+
+    def due(self, state: TrainingState) -> bool:
+        """Whether this step is measured."""
+        return state.should_stop or state.step % self.every == 0
 
     def measure(self) -> Measurement:
         """The policy as it is now, the same in all processes, each of which calls this."""

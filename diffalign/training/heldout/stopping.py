@@ -9,9 +9,15 @@ which counts prompts, is on the better side of 0, and the difference is above th
 give a new best value every few measurements, and a run that has stopped learning would go on. Changes too small to be
 sure of add up.
 
-The best measurement is the one with the best value, improvement or not, as in transformers. With a window, it is the
-one with the best mean of its value and those just before it: the best of many noisy values is best by its noise as
-well. The list of measurements is in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience
+The best measurement is the one with the best value, improvement or not, as in transformers. With `on_plateau: continue`
+a plateau counts as good: a measurement fails where it is worse than the best one by more than chance, only such ones
+count against the patience, and the final weights are those of the latest that did not fail. A model may go on moving in
+a direction that it has learned, which changes its images and not the ranking of pairs.
+
+With a least diversity a run ends where diversity may have fallen below it, and such weights are never the final ones
+(`diversity.py`).
+
+The list of measurements is in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience
 counts for the measurements there were before.
 """
 
@@ -22,7 +28,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,7 @@ from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.recovery import add_event
 from diffalign.training.checkpoints.checkpoint import BEST, NO_ROOM, CheckpointError, tensor_bytes
 from diffalign.training.heldout.callback import HeldOut
+from diffalign.training.heldout.diversity import Diversity
 from diffalign.training.heldout.estimates import LOSS, PREFIX
 from diffalign.training.metrics import HEALTH_FILE
 from diffalign.training.trainable import Trainable
@@ -49,7 +56,8 @@ class Entry:
 
     step: int
     value: float  # of the metric
-    improved: bool  # more than by chance over the last one that did
+    good: bool  # better than the last improvement by more than chance; `continue`: not worse than the best by that
+    diverse: bool = True  # diversity was measured to be enough, or not measured
 
 
 @dataclass(frozen=True)
@@ -80,26 +88,30 @@ class Rule:
 class EarlyStopping(Callback):
     """Ends a run whose held-out metric no longer improves, and makes the best measurement's weights the final ones."""
 
-    def __init__(self, run: Trainable, settings: ValidationSection, heldout: HeldOut) -> None:
-        self.run, self.settings, self.heldout = run, settings, heldout
+    def __init__(
+        self, run: Trainable, settings: ValidationSection, heldout: HeldOut, diversity: Diversity | None = None
+    ) -> None:
+        self.run, self.settings, self.heldout, self.diversity = run, settings, heldout, diversity
         self.metric = f"{PREFIX}/{settings.metric_for_best_model}"
         self.rule = Rule(self.metric == LOSS, settings.early_stopping_threshold, settings.early_stopping_confidence)
         self.history: list[Entry] = []
-        self.improved: dict[int, float] = {}  # the pairs' values at the last improvement
+        self.compared: dict[int, float] = {}  # the pairs' values at what the next one is compared with
 
     @property
     def best(self) -> Entry | None:
-        """The first of the best finite values, each the mean over the window that ends there."""
-        means = moving_means([entry.value for entry in self.history], self.settings.window_for_best_model)
-        entries = [replace(entry, value=mean) for entry, mean in zip(self.history, means, strict=True)]
-        finite = [entry for entry in entries if math.isfinite(entry.value)]
-        return min(finite, key=lambda entry: entry.value if self.rule.lower else -entry.value, default=None)
+        """The measurement whose weights are to be the final ones, if there is one yet."""
+        entries = [entry for entry in self.history if entry.diverse and math.isfinite(entry.value)]
+        if self.settings.on_plateau == "continue":
+            return next((entry for entry in reversed(entries) if entry.good), None)
+        return min(entries, key=lambda entry: entry.value if self.rule.lower else -entry.value, default=None)
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many measurements as the patience allows brought no improvement."""
-        patience = self.settings.early_stopping_patience
-        waited = next((i for i, entry in enumerate(reversed(self.history)) if entry.improved), len(self.history))
+        """Whether as many measurements in a row as the patience allows were not good, or diversity is not enough."""
+        patience, last = self.settings.early_stopping_patience, self.history[-1:]
+        if self.settings.least_diversity is not None and not all(entry.diverse for entry in last):
+            return True
+        waited = next((i for i, entry in enumerate(reversed(self.history)) if entry.good), len(self.history))
         return patience is not None and waited >= patience
 
     def on_train_begin(self, state: TrainingState) -> None:
@@ -111,17 +123,28 @@ class EarlyStopping(Callback):
         value = state.metrics.get(self.metric)
         if value is None:
             return
-        now, prompts = self.heldout.of_pairs[self.metric], self.heldout.points.source.table.prompts
-        better = math.isfinite(value) and (not self.improved or self.rule.improves(self.improved, now, prompts))
-        self.history.append(Entry(state.step, value, better))
-        if better:
-            self.improved = now
+        good = self._compare(value)
+        self.history.append(Entry(state.step, value, good, self.diversity is None or self.diversity.enough))
         best = self.best
         if self.settings.load_best_model_at_end and best is not None and best.step == state.step:
             save_best(self.run)
         if self.exhausted and not state.should_stop:
             state.should_stop = True
             self._report(state.step)
+
+    def _compare(self, value: float) -> bool:
+        """Whether the measurement is good; it is what the next ones are compared with where it is better than that."""
+        now, prompts = self.heldout.of_pairs[self.metric], self.heldout.points.source.table.prompts
+        if not math.isfinite(value):
+            return False
+        if self.settings.on_plateau == "stop":
+            better = good = not self.compared or self.rule.improves(self.compared, now, prompts)
+        else:
+            better = not self.compared or Rule(self.rule.lower, confidence=None).improves(self.compared, now, prompts)
+            good = better or not self.rule.improves(now, self.compared, prompts)
+        if better:
+            self.compared = now
+        return good
 
     def on_stop(self, state: TrainingState) -> None:
         """Loads the best weights, in every process."""
@@ -143,7 +166,7 @@ class EarlyStopping(Callback):
         """The measurements, and the best weights beside the checkpoint's own."""
         if self.settings.load_best_model_at_end and self.best is not None:
             shutil.copytree(self.run.output_dir / BEST, folder / BEST, copy_function=_link)
-        return {"history": [astuple(entry) for entry in self.history], "improved": self.improved}
+        return {"history": [astuple(entry) for entry in self.history], "compared": self.compared}
 
     def load_state(self, state: dict[str, Any], folder: Path) -> None:
         """Takes the measurements and the best weights of that time.
@@ -151,7 +174,7 @@ class EarlyStopping(Callback):
         Raises CheckpointError for a checkpoint without the weights of its best measurement.
         """
         self.history = [Entry(*entry) for entry in state.get("history", ())]
-        self.improved = state.get("improved", {})
+        self.compared = state.get("compared", {})
         if not self.settings.load_best_model_at_end or self.best is None:
             return
         if not (folder / BEST).is_dir():
@@ -165,33 +188,39 @@ class EarlyStopping(Callback):
         self.run.accelerator.wait_for_everyone()
 
     def _named(self, best: Entry) -> str:
-        """The best value, and of what it is the mean."""
-        window = self.settings.window_for_best_model
-        return f"{best.value:.4g}" + (f" (mean in a window of {window})" if window > 1 else "")
+        """The value of the final weights' measurement."""
+        latest = " (the latest that is not worse than the best by more than chance)"
+        return f"{best.value:.4g}" + (latest if self.settings.on_plateau == "continue" else "")
 
     def _report(self, step: int) -> None:
         """Logs why the run ends, and adds it to the events of the run."""
-        patience, threshold = self.settings.early_stopping_patience, self.settings.early_stopping_threshold
-        by = f" by more than {threshold:g}" if threshold else ""
-        by += "" if self.rule.confidence is None else " by more than chance" if not by else " and chance"
-        best = (
-            "no measurement was a finite number"
-            if self.best is None
-            else f"the best is {self._named(self.best)} at step {self.best.step}"
-        )
-        says = (
-            f"early stopping: {self.metric} has not improved{by} in {patience} measurements; it is "
-            f"{self.history[-1].value:.4g}, and {best}"
-        )
+        says = f"early stopping: {self._why()}; {self._which()}"
         if self.run.accelerator.is_main_process:
             log.info("step %d: %s", step, says)
             event = {"step": step, "rule": "early_stopping", "action": "end", "says": says}
             add_event(self.run.output_dir / HEALTH_FILE, event)
 
+    def _why(self) -> str:
+        settings, last = self.settings, self.history[-1]
+        if self.diversity is not None and not last.diverse:
+            return (
+                f"the diversity of images may be below {settings.least_diversity:g} of the start's "
+                f"(it is above {self.diversity.surely:.3g})"
+            )
+        patience, threshold = settings.early_stopping_patience, settings.early_stopping_threshold
+        by = f" by more than {threshold:g}" if threshold else ""
+        by += "" if self.rule.confidence is None else " by more than chance" if not by else " and chance"
+        if settings.on_plateau == "continue":
+            return f"{self.metric} was worse than its best{by} in {patience} measurements; it is {last.value:.4g}"
+        return f"{self.metric} has not improved{by} in {patience} measurements; it is {last.value:.4g}"
 
-def moving_means(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and those before it, at most `window` in all. NaN where one of them is."""
-    return [float(np.mean(values[max(end - window, 0) : end])) for end in range(1, len(values) + 1)]
+    def _which(self) -> str:
+        best = self.best
+        if best is None:
+            return "no measurement qualifies for the final weights"
+        if self.settings.on_plateau == "continue":
+            return f"the latest good one is {best.value:.4g} at step {best.step}"
+        return f"the best is {best.value:.4g} at step {best.step}"
 
 
 def save_best(run: Trainable) -> None:

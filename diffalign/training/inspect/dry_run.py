@@ -76,9 +76,16 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
     """How held-out pairs are measured, and what follows from it."""
     text = f"{pairs} pairs, measured every {validation.pairs_every} steps at {validation.points_per_pair} points each"
     if validation.early_stopping_patience is not None:
-        text += f"; the run ends after {validation.early_stopping_patience} measurements without better "
+        which = "without better" if validation.on_plateau == "stop" else "in a row with worse"
+        text += f"; the run ends after {validation.early_stopping_patience} measurements {which} "
         text += validation.metric_for_best_model
-    return f"{text}; the best weights are final" if validation.load_best_model_at_end else text
+    if validation.least_diversity is not None:
+        text += (
+            f"; the run ends where the diversity of images may be below {validation.least_diversity:g} of the start's"
+        )
+    if not validation.load_best_model_at_end:
+        return text
+    return f"{text}; the {'best' if validation.on_plateau == 'stop' else 'latest good'} weights are final"
 
 
 def _pairs(data: DataSection, table: Table, max_train_steps: int) -> str:
@@ -136,7 +143,7 @@ def _one_small_pair(batch: PairBatch, full: bool) -> PairBatch:
 
 def _memory(run: Run, activations: float, casts: int, images: int) -> str:
     """An estimate of the peak on one device: weights and states, plus the activations of one micro-batch."""
-    unloaded = run.config.data.cache_dir is not None and not run.config.validation.prompts
+    unloaded = run.config.data.cache_dir is not None and not run.config.validation.samples
     other = [] if unloaded else [run.base.vae, *(run.base.text.models if run.base.text else ())]
     encoders = sum(p.numel() * p.element_size() for module in other if module is not None for p in module.parameters())
     parts = memory_parts(sizes_of(run.unet), run.config, run.reference_kind, encoders)

@@ -80,10 +80,11 @@ def _changes(config: Config, resolution: int) -> Iterator[Change]:
     if (getattr(config.objective, "points_per_forward", 1) or 2) > 1:
         yield Change({"objective.points_per_forward": 1}, "the same result; more calls")
     if data.cache_dir is None and config.source is None:
-        images: dict[str, Any] = {"validation.prompts": []} if config.validation.prompts else {}
-        yield Change({"data.cache_dir": "cache/pairs", **images}, "VAE and text encoders are needed only before")
-    elif data.cache_dir is not None and config.validation.prompts:
-        yield Change({"validation.prompts": []}, "VAE and text encoders are needed only before")
+        yield Change(
+            {"data.cache_dir": "cache/pairs", **_no_images(config)}, "VAE and text encoders are needed only before"
+        )
+    elif data.cache_dir is not None and config.validation.samples:
+        yield Change(_no_images(config), "VAE and text encoders are needed only before")
     if training.mixed_precision == "no":
         yield Change({"training.mixed_precision": "bf16"}, "other rounding")
     if training.ema_decay is not None:
@@ -98,3 +99,9 @@ def _changes(config: Config, resolution: int) -> Iterator[Change]:
             yield Change({"training.optimizer": optimizer}, f"states in 8 bits{weights}")
     if (data.resolution or resolution) > 512:
         yield Change({"data.resolution": 512}, "smaller images")
+
+
+def _no_images(config: Config) -> dict[str, Any]:
+    """What a run changes that samples images and no longer will."""
+    off: dict[str, Any] = {"validation.prompts": []} if config.validation.prompts else {}
+    return off if config.validation.least_diversity is None else {**off, "validation.least_diversity": None}

@@ -108,7 +108,7 @@ def plan_memory(config: Config, known: dict[str, Counted] | None = None) -> dict
     if repr(network) not in known:
         known[repr(network)] = _counted(network)
     sizes, casts, activations = known[repr(network)]
-    unloaded = config.data.cache_dir is not None and not config.validation.prompts
+    unloaded = config.data.cache_dir is not None and not config.validation.samples
     parts = memory_parts(sizes, config, _reference_kind(config), 0 if unloaded else _encoder_bytes(model.spec))
     if (processes := launched_processes()) > 1 and shards():  # FSDP2 cuts all of them
         parts = {name: size if name == "VAE and text" else size / processes for name, size in parts.items()}

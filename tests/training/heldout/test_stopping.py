@@ -57,43 +57,56 @@ def test_pairs_of_one_prompt_count_as_one_and_only_common_pairs_are_compared() -
     assert not Rule(False).improves(before, {99: 1.0}, ["a"] * 100)
 
 
+GOOD, FAIR, BAD = (0.4, 0.4, 0.4), (0.5, 0.3, 0.2), (0.1, 0.2, 0.1)  # FAIR is worse than GOOD by no more than chance
+BEST = (0.5, 0.5, 0.6)
+
+
 @pytest.mark.parametrize(
-    ("metric", "window", "values", "best", "saved"),
+    ("metric", "plateau", "values", "best", "saved", "ends"),
     [
-        ("score", 1, [0.1, 0.3, 0.1, 0.2, 0.25], (2, 0.3), [1, 2]),
-        ("score", 2, [0.1, 0.3, 0.1, 0.2, 0.25], (5, 0.225), [1, 2, 5]),  # means .1, .2, .2, .15, .225
-        ("score", 3, [0.1, 0.3, NAN, 0.2, 0.25, 0.3, 0.25], (7, 0.8 / 3), [1, 2, 6, 7]),  # of windows without the NaN
-        ("loss", 2, [3.0, 1.0, 1.2, 0.9, 1.4], (4, 1.05), [1, 2, 3, 4]),  # means 3, 2, 1.1, 1.05, 1.15
-        ("loss", 9, [3.0, 1.0, 5.0], (2, 2.0), [1, 2]),
+        ("score", "stop", [GOOD, FAIR, BAD, FAIR], 1, [1], 3),
+        ("score", "stop", [BAD, GOOD, FAIR, BEST], 4, [1, 2, 4], None),
+        ("loss", "stop", [GOOD, FAIR, BAD, FAIR], 3, [1, 2, 3], None),
+        ("score", "continue", [GOOD, FAIR, BAD, FAIR], 4, [1, 2, 4], None),
+        ("score", "continue", [BAD, FAIR, BEST, GOOD, BAD], 3, [1, 2, 3], 5),
+        ("score", "continue", [BAD, (NAN, 0.9, 0.9), GOOD], 3, [1, 3], None),
+        ("loss", "continue", [BAD, (0.1, 0.3, 0.1), GOOD, GOOD], 2, [1, 2], 4),
     ],
 )
-def test_the_best_by_hand(
+def test_the_final_weights_and_the_end_by_hand(
     monkeypatch: pytest.MonkeyPatch,
     metric: str,
-    window: int,
-    values: list[float],
-    best: tuple[int, float],
+    plateau: str,
+    values: list[tuple[float, ...]],
+    best: int,
     saved: list[int],
+    ends: int | None,
 ) -> None:
-    """The best mean of a window, and the steps at which weights are stored."""
+    """From the values of three pairs: the final measurement, those stored meanwhile, and where patience 2 ends."""
     settings = ValidationSection.model_validate(
-        {"pairs": 0.5, "load_best_model_at_end": True, "metric_for_best_model": metric, "window_for_best_model": window}
+        {
+            "pairs": 0.5,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": metric,
+            "on_plateau": plateau,
+            "early_stopping_patience": 2,
+        }
     )
     heldout = SimpleNamespace(
-        of_pairs={f"heldout/{metric}": {}},
-        points=SimpleNamespace(source=SimpleNamespace(table=SimpleNamespace(prompts=[]))),
+        of_pairs={}, points=SimpleNamespace(source=SimpleNamespace(table=SimpleNamespace(prompts="abc")))
     )
-    stopping, stored = EarlyStopping(cast(Any, None), settings, cast(Any, heldout)), list[int]()
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=False))
+    stopping, stored, ended = EarlyStopping(cast(Any, run), settings, cast(Any, heldout)), list[int](), list[int]()
     monkeypatch.setattr(
         "diffalign.training.heldout.stopping.save_best", lambda run: stored.append(stopping.history[-1].step)
     )
-    for at, value in enumerate(values, start=1):
-        state = SimpleNamespace(step=at, metrics={f"heldout/{metric}": value}, should_stop=False)
+    for at, of_pairs in enumerate(values, start=1):
+        heldout.of_pairs = {f"heldout/{metric}": dict(enumerate(of_pairs))}
+        state = SimpleNamespace(step=at, metrics={f"heldout/{metric}": sum(of_pairs) / 3}, should_stop=False)
         stopping.on_log(cast(Any, state))
+        ended += [at] * state.should_stop
     assert stopping.best is not None
-    assert stopping.best.step == best[0]
-    assert stopping.best.value == pytest.approx(best[1])
-    assert stored == saved
+    assert (stopping.best.step, stored, ended[:1]) == (best, saved, [] if ends is None else [ends])
 
 
 @pytest.fixture
@@ -138,7 +151,7 @@ def test_a_run_ends_by_its_patience_with_the_best_weights_also_when_killed(
     assert found["step"] == 3
     (event,) = [json.loads(line) for line in (out / "health.jsonl").read_text().splitlines()]
     assert (event["step"], event["rule"]) == (4, "early_stopping")
-    assert "heldout/loss has not improved by more than chance in 2 measurements; it is 1.5, and" in event["says"]
+    assert "heldout/loss has not improved by more than chance in 2 measurements; it is 1.5; the best" in event["says"]
     assert event["says"].endswith("the best is 0.9 at step 3")
     assert not (out / "best").exists()
     kept = metrics(out), weights(out)
