@@ -5,8 +5,10 @@
     python benchmarks/heldout_world.py --out runs/heldout --table
 
 early     Diffusion-DPO on 128 pairs at three times the learning rate of training_configs/world/dpo.yaml, with 128 other
-          pairs of other prompts held out. A run ends by early stopping; then it is resumed without it to the full
-          length, and all checkpoints and the final weights of early stopping are compared with the base.
+          pairs of other prompts held out. A run ends where the held-out score is worse than its best four times in a
+          row, or the diversity of images for 24 held-out prompts is below .87 of the start's. Then it is resumed
+          without this to the full length, and checkpoints and the final weights of early stopping are compared with
+          the base.
 shuffled  the packaged run on pairs whose labels were dealt out again at random, a share of them held out.
 flipped   a tenth of the labels is swapped; `diffalign data doubtful` ranks the pairs of a run on them, by its final
           weights alone and by its checkpoints as well.
@@ -32,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from diffalign.arena.board import LEAST_DIVERSITY, guards
+from diffalign.arena.board import guards
 from diffalign.config.schema import load_config, packaged_config
 from diffalign.data.heldout import prompt_key, split_by_prompt
 from diffalign.evaluation.evaluate import evaluate
@@ -47,7 +49,8 @@ from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 
 PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 4  # of the part `early`
-PATIENCE = 4
+PATIENCE, LEAST_DIVERSITY = 4, 0.87  # the guard's .85 and a standard error or two of the measurement
+BY_SCORE = "early_by_score"  # results of commit 205288d: 16 points, patience 4, the best mean of 3 scores, no images
 CHECKPOINTS = 40  # steps between those that are evaluated, beside the one at which early stopping ends
 MEASURED = ("loss", "accuracy", "score", "diversity")
 SAMPLING = Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu")
@@ -250,19 +253,15 @@ def main() -> None:
     write_table(a.out)
 
 
-def write_table(out: Path) -> None:
-    """OUT/result.json and OUT/table.md of the finished parts; prints the table."""
-    done = {
-        part: [(int(f.stem.rpartition("-")[2]), json.loads(f.read_text())) for f in sorted(out.glob(f"{part}-*.json"))]
-        for part in PARTS
-    }
+def early_table(title: str, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
+    """The lines of the part `early`."""
     text = [
-        "## Early stopping on 128 pairs",
+        title,
         "",
         "| seed | weights | gain in reward | accuracy | diversity | guards |",
         "|---|---|---|---|---|---|",
     ]
-    for seed, found in done["early"]:
+    for seed, found in rows:
         for name, model in found["models"].items():
             which = f"step {name.removeprefix('step')}"
             if name == "stopped":
@@ -272,6 +271,18 @@ def write_table(out: Path) -> None:
             text.append(
                 f"| {seed} | {which} | {gain} | {model['accuracy']:+.3f} | {model['diversity']:.2f} | {broken} |"
             )
+    return text
+
+
+def write_table(out: Path) -> None:
+    """OUT/result.json and OUT/table.md of the finished parts; prints the table."""
+    done = {
+        part: [(int(f.stem.rpartition("-")[2]), json.loads(f.read_text())) for f in sorted(out.glob(f"{part}-*.json"))]
+        for part in (*PARTS, BY_SCORE)
+    }
+    text = early_table("## Early stopping on 128 pairs", done["early"])
+    if done[BY_SCORE]:
+        text += ["", *early_table("## Early stopping on 128 pairs, by score alone", done[BY_SCORE])]
     text += [
         "",
         "## Shuffled labels",

@@ -21,7 +21,7 @@ from typing import Any
 from diffalign.config.sections import ValidationSection
 from diffalign.data.heldout import prompt_key
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.stats import Bootstrap, ratio
+from diffalign.evaluation.stats import ratio
 from diffalign.models.adapters.save_load import make_pipeline
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.checkpoints.checkpoint import CheckpointError
@@ -42,12 +42,12 @@ class Diversity(Callback):
         self.prompts = some_prompts(table.prompts, settings.diversity_prompts, settings.pairs_seed)
         self.images = [settings.diversity_images, settings.num_inference_steps, settings.guidance_scale, settings.seed]
         self.at_start: list[float] = []  # of each prompt, the mean distance of two images
-        self.surely = 1.0  # the last measurement is above this with `early_stopping_confidence`
+        self.value = 1.0  # of the last measurement
 
     @property
     def enough(self) -> bool:
-        """Whether the last measurement is not below the least diversity, with the confidence that is asked for."""
-        return self.surely >= (self.settings.least_diversity or 0.0)
+        """Whether the last measurement is not below the least diversity."""
+        return self.value >= (self.settings.least_diversity or 0.0)
 
     def on_train_begin(self, state: TrainingState) -> None:
         """Measures the start. Raises CheckpointError for a run that is resumed and did not measure it."""
@@ -69,12 +69,9 @@ class Diversity(Callback):
         """Adds `heldout/diversity` to the metrics of a step at which a measurement is due."""
         if not self.heldout.due(state):
             return
-        now, confidence = self.measure(), self.settings.early_stopping_confidence
-        found = ratio(now, self.at_start)
+        found = ratio(self.measure(), self.at_start)
         state.metrics |= {DIVERSITY: found.value, f"{DIVERSITY}/low": found.low, f"{DIVERSITY}/high": found.high}
-        self.surely = found.value
-        if confidence is not None:  # the lower end of the one-sided interval
-            self.surely = ratio(now, self.at_start, bootstrap=Bootstrap(level=2 * confidence - 1)).low
+        self.value = found.value
 
     @long_work("measuring the diversity of images")
     def measure(self) -> list[float]:

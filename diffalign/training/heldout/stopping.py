@@ -14,7 +14,7 @@ a plateau counts as good: a measurement fails where it is worse than the best on
 count against the patience, and the final weights are those of the latest that did not fail. A model may go on moving in
 a direction that it has learned, which changes its images and not the ranking of pairs.
 
-With a least diversity a run ends where diversity may have fallen below it, and such weights are never the final ones
+With a least diversity a run ends where its images' diversity is below it, and such weights are never the final ones
 (`diversity.py`).
 
 The list of measurements is in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience
@@ -204,8 +204,8 @@ class EarlyStopping(Callback):
         settings, last = self.settings, self.history[-1]
         if self.diversity is not None and not last.diverse:
             return (
-                f"the diversity of images may be below {settings.least_diversity:g} of the start's "
-                f"(it is above {self.diversity.surely:.3g})"
+                f"the diversity of images is {self.diversity.value:.3g} of the start's, and "
+                f"validation.least_diversity is {settings.least_diversity:g}"
             )
         patience, threshold = settings.early_stopping_patience, settings.early_stopping_threshold
         by = f" by more than {threshold:g}" if threshold else ""

@@ -81,7 +81,7 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
         text += validation.metric_for_best_model
     if validation.least_diversity is not None:
         text += (
-            f"; the run ends where the diversity of images may be below {validation.least_diversity:g} of the start's"
+            f"; the run ends where the diversity of its images is below {validation.least_diversity:g} of the start's"
         )
     if not validation.load_best_model_at_end:
         return text

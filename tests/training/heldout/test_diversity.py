@@ -24,7 +24,7 @@ from tests.training.heldout.test_stopping import settings
 from tests.training.test_run import metrics, same, weights
 
 MakeConfig = Callable[..., Config]
-SURELY = {1: 0.97, 2: 0.9, 3: 0.86, 4: 0.84, 5: 0.9, 6: 0.9}
+VALUES = {1: 0.97, 2: 0.9, 3: 0.86, 4: 0.84, 5: 0.9, 6: 0.9}
 
 
 def test_prompts_do_not_depend_on_the_order_of_the_rows() -> None:
@@ -78,14 +78,14 @@ def test_it_is_what_evaluate_finds(make_config: MakeConfig, tmp_path: Path) -> N
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Diversities from SURELY and held-out losses that fall, in place of measured ones."""
+    """Diversities from VALUES and held-out losses that fall, in place of measured ones."""
 
     def loss(self: HeldOut, state: TrainingState) -> None:
         state.metrics["heldout/loss"] = 1 / state.step
         self.of_pairs = {"heldout/loss": dict.fromkeys(range(len(self.points.source.table)), 1 / state.step)}
 
     def diversity(self: Diversity, state: TrainingState) -> None:
-        self.surely = SURELY[state.step]
+        self.value = VALUES[state.step]
 
     monkeypatch.setattr(HeldOut, "on_log", loss)
     monkeypatch.setattr(Diversity, "on_log", diversity)
@@ -106,7 +106,7 @@ def test_a_run_ends_where_it_is_too_low_with_the_weights_before(
     assert found["step"] == 3
     (event,) = [json.loads(line) for line in (out / "health.jsonl").read_text().splitlines()]
     assert (event["step"], event["rule"]) == (4, "early_stopping")
-    assert "the diversity of images may be below 0.85 of the start's (it is above 0.84)" in event["says"]
+    assert "the diversity of images is 0.84 of the start's, and validation.least_diversity is 0.85" in event["says"]
     kept = metrics(out), weights(out)
 
     for killed_after in (2, 4):
