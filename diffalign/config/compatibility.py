@@ -145,8 +145,8 @@ def can_hold_out(config: Any) -> None:
     validation, objective, source = config.validation, config.objective, config.source
     if validation.pairs is None:
         if validation.stops_or_loads:
-            names = ("early_stopping_patience", "least_diversity", "load_best_model_at_end")
-            name = next(name for name in names if getattr(validation, name) not in (None, False))
+            diversity = "load_best_model_at_end" if validation.least_diversity is None else "least_diversity"
+            name = diversity if validation.early_stopping_patience is None else "early_stopping_patience"
             raise DiffalignError(f"validation.{name} needs held-out pairs: set validation.pairs, e.g. to 0.1")
         return
     if validation.pairs_every % config.training.logging_steps:
