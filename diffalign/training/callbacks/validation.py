@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,24 +57,33 @@ def _file(run: Trainable, step: int) -> Path:
     return run.output_dir / "validation" / f"step-{step:06d}.png"
 
 
+def policy_images(
+    run: Trainable, settings: ValidationSection, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Any]:
+    """A PIL image of the policy as it is now for each prompt and seed, sampled as `settings` say. Raises ValueError."""
+    from diffalign.evaluation.sampling import Sampling, sample_images
+
+    return sample_images(
+        make_pipeline(run.base),
+        prompts,
+        seeds,
+        Sampling(
+            settings.num_inference_steps,
+            settings.guidance_scale,
+            resolution=run.config.data.resolution,
+            **asdict(run.config.model.text),
+        ),
+        autocast=run.networks.autocast_dtype,
+    )
+
+
 def validate(run: Trainable, settings: ValidationSection, step: int) -> None:
     """Images of the policy as it is now. A failure to sample or to write them is logged and does not end the run."""
     from diffalign.evaluation.grid import comparison_grid
-    from diffalign.evaluation.sampling import Sampling, sample_images
 
     try:
-        images = sample_images(
-            make_pipeline(run.base),
-            settings.prompts,
-            [settings.seed] * len(settings.prompts),  # the same at every step: grids show what training changed
-            Sampling(
-                settings.num_inference_steps,
-                settings.guidance_scale,
-                resolution=run.config.data.resolution,
-                **asdict(run.config.model.text),
-            ),
-            autocast=run.networks.autocast_dtype,
-        )
+        same = [settings.seed] * len(settings.prompts)  # at every step: grids show what training changed
+        images = policy_images(run, settings, settings.prompts, same)
         with written_whole(_file(run, step)) as partial:
             comparison_grid(settings.prompts, {f"step {step}": images}).save(partial, "PNG")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from diffalign.config.sections import ValidationSection
 from diffalign.data.heldout import prompt_key
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.stats import ratio
-from diffalign.models.adapters.save_load import make_pipeline
 from diffalign.training.callbacks.base import Callback, TrainingState
+from diffalign.training.callbacks.validation import policy_images
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.distributed.vital_signs import long_work
 from diffalign.training.heldout.callback import HeldOut
@@ -91,21 +90,11 @@ class Diversity(Callback):
 
     def _distances(self) -> list[float]:
         from diffalign.evaluation.guards import mean_distance, pixel_features
-        from diffalign.evaluation.sampling import Sampling, sample_images
 
-        run, settings, each = self.heldout.run, self.settings, self.settings.diversity_images
-        images = sample_images(
-            make_pipeline(run.base),
-            [prompt for prompt in self.prompts for _ in range(each)],
-            [settings.seed + i for _ in self.prompts for i in range(each)],
-            Sampling(
-                settings.num_inference_steps,
-                settings.guidance_scale,
-                resolution=run.config.data.resolution,
-                **asdict(run.config.model.text),
-            ),
-            autocast=run.networks.autocast_dtype,
-        )
+        settings, each = self.settings, self.settings.diversity_images
+        prompts = [prompt for prompt in self.prompts for _ in range(each)]
+        seeds = [settings.seed + i for _ in self.prompts for i in range(each)]
+        images = policy_images(self.heldout.run, settings, prompts, seeds)
         return [mean_distance(pixel_features(images[i : i + each])) for i in range(0, len(images), each)]
 
 
