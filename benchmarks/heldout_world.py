@@ -6,7 +6,7 @@
 
 early     Diffusion-DPO on 128 pairs at three times the learning rate of training_configs/world/dpo.yaml, with 128 other
           pairs of other prompts held out. A run ends where the held-out score is worse than its best four times in a
-          row, or the diversity of images for 24 held-out prompts is below .87 of the start's. Then it is resumed
+          row, or images for 48 held-out prompts have lost too much diversity or faithfulness. Then it is resumed
           without this to the full length, and checkpoints and the final weights of early stopping are compared with
           the base.
 shuffled  the packaged run on pairs whose labels were dealt out again at random, a share of them held out.
@@ -49,12 +49,15 @@ from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 
 PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 4  # of the part `early`
-PATIENCE, LEAST_DIVERSITY = 4, 0.87  # the guard's .85 and a standard error or two of the measurement
-BY_SCORE = "early_by_score"  # results of commit 205288d: 16 points, patience 4, the best mean of 3 scores, no images
+PATIENCE, LEAST_DIVERSITY, LEAST_FAITHFULNESS = 4, 0.9, -0.015  # the guards are .85 and -.03
+EARLIER = {  # results of earlier rules, on 24 prompts x 4 images
+    "early_by_score": "by score alone",  # commit 205288d: 16 points, patience 4, the best mean of 3 scores, no images
+    "early_by_diversity": "least diversity .87",  # commit bb91f51: of 24 prompts x 4 images
+}
 CHECKPOINTS = 40  # steps between those that are evaluated, beside the one at which early stopping ends
-MEASURED = ("loss", "accuracy", "score", "diversity")
+MEASURED = ("loss", "accuracy", "score", "diversity", "faithfulness")
 SAMPLING = Sampling(num_inference_steps=20, guidance_scale=5.0, device="cpu")
-PICTURES = 4  # of each prompt and model
+PICTURES = 12  # of each prompt and model, as in the arena
 FLIPPED_PAIRS, FLIPPED_STEPS, FLIPPED_SHARE = 2048, 400, 0.1  # of the part `flipped`
 FIRST = (0.1, 0.2, 0.3)  # of the ranking, in which swapped labels are counted
 JUDGES, JUDGED_TIMES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0), 100  # shares of true labels; draws of the noise
@@ -104,9 +107,14 @@ def early(out: Path, seed: int) -> dict[str, Any]:
         f"validation.points_per_pair={POINTS}",
         f"validation.num_inference_steps={SAMPLING.num_inference_steps}",
         "validation.on_plateau=continue",
+        "validation.faithfulness=world-accuracy",
         "validation.load_best_model_at_end=true",
     ]
-    stops = [f"validation.early_stopping_patience={PATIENCE}", f"validation.least_diversity={LEAST_DIVERSITY}"]
+    stops = [
+        f"validation.early_stopping_patience={PATIENCE}",
+        f"validation.least_diversity={LEAST_DIVERSITY}",
+        f"validation.least_faithfulness={LEAST_FAITHFULNESS}",
+    ]
     if not stopped.exists():
         run_config(run, [*shared, "overwrite_output_dir=true", f"validation.pairs_every={EVERY}", *stops])
         stopped.mkdir()
@@ -278,11 +286,12 @@ def write_table(out: Path) -> None:
     """OUT/result.json and OUT/table.md of the finished parts; prints the table."""
     done = {
         part: [(int(f.stem.rpartition("-")[2]), json.loads(f.read_text())) for f in sorted(out.glob(f"{part}-*.json"))]
-        for part in (*PARTS, BY_SCORE)
+        for part in (*PARTS, *EARLIER)
     }
     text = early_table("## Early stopping on 128 pairs", done["early"])
-    if done[BY_SCORE]:
-        text += ["", *early_table("## Early stopping on 128 pairs, by score alone", done[BY_SCORE])]
+    for part, rule in EARLIER.items():
+        if done[part]:
+            text += ["", *early_table(f"## Early stopping on 128 pairs, an earlier rule: {rule}", done[part])]
     text += [
         "",
         "## Shuffled labels",

@@ -132,9 +132,10 @@ def check_users(config: Any) -> None:
         raise DiffalignError(
             "validation.user: validation images need both validation.prompts and a user with an id in data.users"
         )
-    if validation.least_diversity is not None and validation.user is None:
+    if validation.guards and validation.user is None:
+        name = "faithfulness" if validation.least_diversity is None else "least_diversity"
         raise DiffalignError(
-            "validation.least_diversity: images are sampled, which needs validation.user and validation.prompts"
+            f"validation.{name}: images are sampled, which needs validation.user and validation.prompts"
         )
     if validation.user is not None and users is None:
         raise DiffalignError("validation.user: this is an id in data.users, which is not set; set data.users")
@@ -143,11 +144,15 @@ def check_users(config: Any) -> None:
 def can_hold_out(config: Any) -> None:
     """Raises DiffalignError for held-out pairs that a run cannot measure, and for settings that need them."""
     validation, objective, source = config.validation, config.objective, config.source
+    if validation.least_faithfulness is not None and validation.faithfulness is None:
+        raise DiffalignError(
+            "validation.least_faithfulness: a scorer measures it; name one in validation.faithfulness, e.g. clip"
+        )
     if validation.pairs is None:
-        if validation.stops_or_loads:
-            diversity = "load_best_model_at_end" if validation.least_diversity is None else "least_diversity"
-            name = diversity if validation.early_stopping_patience is None else "early_stopping_patience"
-            raise DiffalignError(f"validation.{name} needs held-out pairs: set validation.pairs, e.g. to 0.1")
+        for name in ("early_stopping_patience", "least_diversity", "faithfulness", "load_best_model_at_end"):
+            value = getattr(validation, name)
+            if value is not None and value is not False:  # a limit of 0 is given
+                raise DiffalignError(f"validation.{name} needs held-out pairs: set validation.pairs, e.g. to 0.1")
         return
     if validation.pairs_every % config.training.logging_steps:
         raise DiffalignError(

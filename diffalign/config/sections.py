@@ -254,8 +254,10 @@ class ValidationSection(Section):
     early_stopping_confidence: Confidence | None = 0.95  # that a change is not chance; null: any change counts
     on_plateau: Literal["stop", "continue"] = "stop"  # continue: only what is worse than the best counts as a failure
     least_diversity: Share | None = None  # of images of one prompt, relative to the start; below, the run ends
-    diversity_prompts: Annotated[Count, Field(ge=2)] = 24  # of the held-out pairs, for which these images are sampled
-    diversity_images: Annotated[Count, Field(ge=2)] = 4  # of each of these prompts
+    faithfulness: Text | None = None  # a scorer of how well these images follow their prompts
+    least_faithfulness: Annotated[float, Field(le=0)] | None = None  # change of its mean; below, the run ends
+    guard_prompts: Annotated[Count, Field(ge=2)] = 48  # of the held-out pairs, for which these images are sampled
+    guard_images: Annotated[Count, Field(ge=2)] = 4  # of each of these prompts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
     metric_for_best_model: Literal["score", "accuracy", "loss"] = "score"  # of the held-out pairs
 
@@ -267,12 +269,18 @@ class ValidationSection(Section):
     @property
     def ends_early(self) -> bool:
         """Whether a measurement may end the run."""
-        return self.early_stopping_patience is not None or self.least_diversity is not None
+        limits = (self.early_stopping_patience, self.least_diversity, self.least_faithfulness)
+        return any(limit is not None for limit in limits)
+
+    @property
+    def guards(self) -> bool:
+        """Whether images are sampled and measured where the held-out pairs are."""
+        return self.least_diversity is not None or self.faithfulness is not None
 
     @property
     def samples(self) -> bool:
         """Whether the run samples images, for which it needs the VAE and the text encoders until its end."""
-        return bool(self.prompts) or self.least_diversity is not None
+        return bool(self.prompts) or self.guards
 
     @field_validator("prompts")
     @classmethod

@@ -35,6 +35,7 @@ from diffalign.models.policy.sharding import HostCopy, parts, shard
 from diffalign.models.policy.snapshot_reference import FormerCopy, FormerLora, make_former
 from diffalign.models.text.notices import counted
 from diffalign.objectives.base import require_terms
+from diffalign.rewards import Scorer, load_scorer
 from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
 from diffalign.training.distributed.sharding import mesh_of
@@ -103,6 +104,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     identity = run_identity(config, table, base)
     on_main(accelerator, lambda: refuse_others(config, identity))
     objective.check_schedule(base.schedule)
+    faithfulness = load_faithfulness(config, accelerator)
 
     encoder = Encoder(base, device)
     resolution = resolution_of(config.data, base)
@@ -162,9 +164,18 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         lr=lr,
         table=table,
         heldout=heldout,
+        faithfulness=faithfulness,
         identity=identity,
         host=host,
     )
+
+
+def load_faithfulness(config: Config, accelerator: Accelerator) -> Scorer | None:
+    """The scorer of `validation.faithfulness`, in the main process alone: it samples the images. Raises ScorerError."""
+    name, loaded = config.validation.faithfulness, list[Scorer]()
+    if name is not None:
+        on_main(accelerator, lambda: loaded.append(load_scorer(name, str(accelerator.device))))
+    return next(iter(loaded), None)
 
 
 def make_run_reference(config: Config, unet: UNet, family: Family) -> Reference | None:

@@ -49,7 +49,7 @@ from diffalign.training.distributed.shared_folder import check_shared
 from diffalign.training.distributed.vital_signs import long_work
 from diffalign.training.distributed.watch import Watch
 from diffalign.training.heldout.callback import HeldOut
-from diffalign.training.heldout.diversity import Diversity
+from diffalign.training.heldout.guards import Guards
 from diffalign.training.heldout.stopping import EarlyStopping
 from diffalign.training.loop import train
 from diffalign.training.open_data import open_table, prepared
@@ -191,13 +191,15 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
     limit = training.max_unet_forwards
     points = run.heldout if isinstance(run, Run) else None
     heldout = HeldOut(run, points) if isinstance(run, Run) and points is not None else None
-    diversity = None if heldout is None or validation.least_diversity is None else Diversity(heldout, validation)
+    guards = None
+    if heldout is not None and isinstance(run, Run) and validation.guards:
+        guards = Guards(heldout, validation, run.faithfulness)
     stops = heldout is not None and validation.stops_or_loads
     return [
         *([] if heldout is None else [heldout]),
-        *([] if diversity is None else [diversity]),
+        *([] if guards is None else [guards]),
         Health(run, health),
-        *([EarlyStopping(run, validation, heldout, diversity)] if heldout is not None and stops else []),
+        *([EarlyStopping(run, validation, heldout, guards)] if heldout is not None and stops else []),
         *([] if limit is None else [SpendingLimit(limit)]),
         *callbacks,
         Stopping(run.accelerator),
@@ -346,6 +348,7 @@ _FREE = {
     "validation.pairs_batch_size",
     "validation.early_stopping_patience",
     "validation.least_diversity",
+    "validation.least_faithfulness",
     "health",
     "data.dataloader_num_workers",
     "model.gradient_checkpointing",

@@ -25,6 +25,7 @@ from diffalign.models.policy.moving_reference import MovingReference
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.sharding import HostCopy, is_sharded, parts
 from diffalign.objectives import Objective
+from diffalign.rewards import Scorer
 from diffalign.sources import Source
 from diffalign.training.checkpoints.background import Background
 from diffalign.training.checkpoints.identity import Identity
@@ -148,6 +149,7 @@ class Run(Trainable):
     objective: Objective
     reference_kind: str  # `Reference.kind`, or "none"
     heldout: FixedPoints | None = None  # pairs that are measured and not trained on
+    faithfulness: Scorer | None = None  # `validation.faithfulness`, in the main process
     host: HostCopy | None = None  # of a sharded policy, for its files
 
     @property

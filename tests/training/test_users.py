@@ -250,6 +250,7 @@ def test_data_without_users_and_users_that_nobody_uses(
         ),
         ({"validation": {"user": "anna"}}, "need both validation.prompts"),
         ({"validation": {"pairs": 0.5, "least_diversity": 0.8}}, "validation.least_diversity: images are sampled"),
+        ({"validation": {"pairs": 0.5, "faithfulness": "clip"}}, "validation.faithfulness: images are sampled"),
         ({"validation": {"prompts": ["x"], "user": "anna"}, "data.users": None}, "is an id in data.users"),
         ({"source": {"name": "selfplay"}, "objective": {"name": "seppo"}}, "generates pairs without users"),
     ],

@@ -121,6 +121,22 @@ HELD_OUT = (
         start=True,
         band=True,
     ),
+    Chart(
+        "heldout",
+        "Diversity of images",
+        "Mean distance of two images of one prompt, over that at the start. Band: 95 % interval.",
+        {"diversity": "heldout/diversity"},
+        level=("start", 1.0),
+        band=True,
+    ),
+    Chart(
+        "heldout",
+        "Faithfulness of images",
+        "Mean score of validation.faithfulness, less that at the start. Band: 95 % interval.",
+        {"change": "heldout/faithfulness"},
+        level=("start", 0.0),
+        band=True,
+    ),
     *(
         Chart(
             "heldout",

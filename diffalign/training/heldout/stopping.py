@@ -14,8 +14,8 @@ a plateau counts as good: a measurement fails where it is worse than the best on
 count against the patience, and the final weights are those of the latest that did not fail. A model may go on moving in
 a direction that it has learned, which changes its images and not the ranking of pairs.
 
-With a least diversity a run ends where its images' diversity is below it, and such weights are never the final ones
-(`diversity.py`).
+With a least diversity or faithfulness a run ends where its images are below it, and such weights are never the final
+ones (`guards.py`).
 
 The list of measurements is in every checkpoint: a resumed run decides as an uninterrupted one, and a new patience
 counts for the measurements there were before.
@@ -42,8 +42,8 @@ from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.recovery import add_event
 from diffalign.training.checkpoints.checkpoint import BEST, NO_ROOM, CheckpointError, tensor_bytes
 from diffalign.training.heldout.callback import HeldOut
-from diffalign.training.heldout.diversity import Diversity
 from diffalign.training.heldout.estimates import LOSS, PREFIX
+from diffalign.training.heldout.guards import Guards
 from diffalign.training.metrics import HEALTH_FILE
 from diffalign.training.trainable import Trainable
 
@@ -57,7 +57,7 @@ class Entry:
     step: int
     value: float  # of the metric
     good: bool  # better than the last improvement by more than chance; `continue`: not worse than the best by that
-    diverse: bool = True  # diversity was measured to be enough, or not measured
+    within: bool = True  # the images are within the limits of `guards.py`, or not measured
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class EarlyStopping(Callback):
     """Ends a run whose held-out metric no longer improves, and makes the best measurement's weights the final ones."""
 
     def __init__(
-        self, run: Trainable, settings: ValidationSection, heldout: HeldOut, diversity: Diversity | None = None
+        self, run: Trainable, settings: ValidationSection, heldout: HeldOut, guards: Guards | None = None
     ) -> None:
-        self.run, self.settings, self.heldout, self.diversity = run, settings, heldout, diversity
+        self.run, self.settings, self.heldout, self.guards = run, settings, heldout, guards
         self.metric = f"{PREFIX}/{settings.metric_for_best_model}"
         self.rule = Rule(self.metric == LOSS, settings.early_stopping_threshold, settings.early_stopping_confidence)
         self.history: list[Entry] = []
@@ -100,16 +100,16 @@ class EarlyStopping(Callback):
     @property
     def best(self) -> Entry | None:
         """The measurement whose weights are to be the final ones, if there is one yet."""
-        entries = [entry for entry in self.history if entry.diverse and math.isfinite(entry.value)]
+        entries = [entry for entry in self.history if entry.within and math.isfinite(entry.value)]
         if self.settings.on_plateau == "continue":
             return next((entry for entry in reversed(entries) if entry.good), None)
         return min(entries, key=lambda entry: entry.value if self.rule.lower else -entry.value, default=None)
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many measurements in a row as the patience allows were not good, or diversity is not enough."""
-        patience, last = self.settings.early_stopping_patience, self.history[-1:]
-        if self.settings.least_diversity is not None and not all(entry.diverse for entry in last):
+        """Whether as many measurements in a row as the patience allows were not good, or the images broke a limit."""
+        patience = self.settings.early_stopping_patience
+        if self.guards is not None and self.guards.broken:
             return True
         waited = next((i for i, entry in enumerate(reversed(self.history)) if entry.good), len(self.history))
         return patience is not None and waited >= patience
@@ -124,7 +124,7 @@ class EarlyStopping(Callback):
         if value is None:
             return
         good = self._compare(value)
-        self.history.append(Entry(state.step, value, good, self.diversity is None or self.diversity.enough))
+        self.history.append(Entry(state.step, value, good, self.guards is None or not self.guards.broken))
         best = self.best
         if self.settings.load_best_model_at_end and best is not None and best.step == state.step:
             save_best(self.run)
@@ -202,11 +202,8 @@ class EarlyStopping(Callback):
 
     def _why(self) -> str:
         settings, last = self.settings, self.history[-1]
-        if self.diversity is not None and not last.diverse:
-            return (
-                f"the diversity of images is {self.diversity.value:.3g} of the start's, and "
-                f"validation.least_diversity is {settings.least_diversity:g}"
-            )
+        if self.guards is not None and self.guards.broken:
+            return self.guards.broken
         patience, threshold = settings.early_stopping_patience, settings.early_stopping_threshold
         by = f" by more than {threshold:g}" if threshold else ""
         by += "" if self.rule.confidence is None else " by more than chance" if not by else " and chance"

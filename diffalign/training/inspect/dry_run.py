@@ -83,6 +83,10 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
         text += (
             f"; the run ends where the diversity of its images is below {validation.least_diversity:g} of the start's"
         )
+    if validation.least_faithfulness is not None:
+        text += (
+            f"; the run ends where {validation.faithfulness} has changed by less than {validation.least_faithfulness:g}"
+        )
     if not validation.load_best_model_at_end:
         return text
     return f"{text}; the {'best' if validation.on_plateau == 'stop' else 'latest good'} weights are final"

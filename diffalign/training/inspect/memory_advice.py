@@ -104,4 +104,5 @@ def _changes(config: Config, resolution: int) -> Iterator[Change]:
 def _no_images(config: Config) -> dict[str, Any]:
     """What a run changes that samples images and no longer will."""
     off: dict[str, Any] = {"validation.prompts": []} if config.validation.prompts else {}
-    return off if config.validation.least_diversity is None else {**off, "validation.least_diversity": None}
+    named = ("least_diversity", "faithfulness", "least_faithfulness")
+    return off | {f"validation.{name}": None for name in named if getattr(config.validation, name) is not None}

@@ -197,6 +197,9 @@ def test_the_trainer_takes_held_out_pairs(tmp_path: Any) -> None:
         ({"validation.early_stopping_patience": 2}, "early_stopping_patience needs held-out pairs"),
         ({"validation.load_best_model_at_end": True}, "load_best_model_at_end needs held-out pairs"),
         ({"validation.least_diversity": 0}, "least_diversity needs held-out pairs"),
+        ({"validation.faithfulness": "clip"}, "validation.faithfulness needs held-out pairs"),
+        ({"validation.least_faithfulness": -0.02}, "name one in validation.faithfulness"),
+        ({"validation.faithfulness": "clip", "validation.least_faithfulness": 0.9}, "least_faithfulness"),
         (
             {"validation.pairs": 0.1, "validation.pairs_split": "test"},
             "validation.pairs_split: a share is of the pairs of",
