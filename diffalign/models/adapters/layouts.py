@@ -145,5 +145,6 @@ def apply_lora(pipeline: Any, lora: LoraFile) -> None:
         parts.append((encoder, lora.for_text(component, encoder)))
     for module, part in parts:  # nothing is placed before all of it fits
         place_lora(module, part)
+        dtype = module.dtype  # asked once: diffusers goes through all modules for it
         for parameter in lora_parameters(module):
-            parameter.data = parameter.data.to(module.dtype)
+            parameter.data = parameter.data.to(dtype)
