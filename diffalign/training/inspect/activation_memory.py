@@ -6,14 +6,13 @@ operation of the forward made and that is still alive when the backward begins. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 
 class SavedForBackward(TorchDispatchMode):
@@ -37,10 +36,12 @@ class SavedForBackward(TorchDispatchMode):
             self._count()
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_iter(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                storage = x.untyped_storage()
+        given = None  # storages of the arguments, asked for only where there is an answer with one
+        for x in _tensors((out,)):
+            if given is None:
+                given = {a.untyped_storage()._cdata for a in _tensors((*args, *(kwargs or {}).values()))}
+            storage = x.untyped_storage()
+            if storage._cdata not in given:
                 cast = func is torch.ops.aten._to_copy.default and x.shape in self._shapes
                 self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), cast)
         return out
@@ -60,3 +61,12 @@ class SavedForBackward(TorchDispatchMode):
                 sizes[cast] += size
         self._made.clear()
         self.bytes, self.casts = max(self.bytes, sizes[False]), max(self.casts, sizes[True])
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or answers, also those in lists and tuples: there is nothing else."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
