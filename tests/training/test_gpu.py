@@ -7,6 +7,7 @@ the traffic matters: it refuses to be read, and every copy to it can be counted.
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,7 +34,7 @@ from diffalign.training.processes import make_accelerator
 from diffalign.training.run import run_training
 from diffalign.training.step import optimizer_step
 from diffalign.types import Conditioning, Evidence, PairBatch, Score, Transitions
-from tests.gpu_models import sdxl_base
+from tests.gpu_models import SDXL_UNET, sdxl_base
 from tests.training.test_run import metrics, same, weights
 
 GiB = 2**30
@@ -76,9 +77,36 @@ def random_batch(base: Base, pairs: int, side: int, seed: int = 0) -> PairBatch:
     return replace(batch, uncond=batch.cond.map(torch.zeros_like))
 
 
-@pytest.fixture
-def tiny_base(tiny_sdxl: Path) -> Base:
+@pytest.fixture(scope="module")
+def loaded_base(tiny_sdxl: Path) -> Base:
+    """One that nobody changes."""
     return load_base(str(tiny_sdxl), vae_and_text=False)
+
+
+@pytest.fixture
+def tiny_base(loaded_base: Base) -> Base:
+    return replace(loaded_base, unet=copy.deepcopy(loaded_base.unet))
+
+
+@pytest.fixture
+def smallest_base(loaded_base: Base) -> Base:
+    """All that SDXL's UNet is given, and one block each way; a step on `meta` costs by the operation."""
+    small = {
+        "block_out_channels": (8,),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 80,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 48,
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "mid_block_type": None,
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+    }
+    with torch.device("meta"):
+        unet = type(loaded_base.unet)(**SDXL_UNET | small)
+    return replace(loaded_base, unet=unet.requires_grad_(False).eval())
 
 
 @pytest.fixture
@@ -282,7 +310,7 @@ def micro_step(networks: Networks, objective: Any, batch: PairBatch, device: str
 
 
 # what is looked at is the same for every step
-FEWER = {"inversion_dpo": {"steps": 2}, "inpo": {"steps": 4}, "smpo": {"steps": 4}}
+FEWER = {"inversion_dpo": {"steps": 2, "substeps": 2}, "inpo": {"steps": 4}, "smpo": {"steps": 4}}
 
 
 def trained_networks(base: Base, method: str, device: str) -> Networks:
@@ -319,13 +347,23 @@ class BlockingCopies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def check_waits_for_no_device(base: Base, name: str, method: str) -> None:
+    networks = trained_networks(base, method, "meta")
+    with BlockingCopies() as copies:
+        micro_step(networks, OBJECTIVES[name](**FEWER.get(name, {})), random_batch(base, 2, 8), "meta")
+    assert copies.lines == []
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_micro_step_waits_for_no_device(name: str, method: str, tiny_base: Base) -> None:
-    networks = trained_networks(tiny_base, method, "meta")
-    with BlockingCopies() as copies:
-        micro_step(networks, OBJECTIVES[name](**FEWER.get(name, {})), random_batch(tiny_base, 2, 8), "meta")
-    assert copies.lines == []
+def test_a_micro_step_waits_for_no_device(name: str, method: str, smallest_base: Base) -> None:
+    """An objective gives the UNet the same tensors whatever its depth, and the one of all layers is below."""
+    check_waits_for_no_device(smallest_base, name, method)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_no_layer_waits_for_a_device(method: str, tiny_base: Base) -> None:
+    check_waits_for_no_device(tiny_base, "dpo", method)
 
 
 def test_a_blocking_copy_is_seen() -> None:
