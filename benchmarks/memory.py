@@ -83,8 +83,11 @@ def _sizes(unet: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a run on one device by what they are for. Raises ConfigError for what is not counted here."""
+def held(config: Config, unet_config: dict[str, Any]) -> tuple[nn.Module, dict[str, int]]:
+    """The UNet of a run without its weights, and what the run holds from its first update on: bytes by their purpose.
+
+    Raises ConfigError for what is not counted here.
+    """
     training, method = config.training, config.tuning.method
     if config.data.cache_dir is None or config.validation.prompts:
         raise ConfigError("counted are runs without VAE and text encoders: data.cache_dir and no validation.prompts")
@@ -100,17 +103,21 @@ def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
     half = 2 if training.bf16_weights else 4  # of a trained weight that autocast computes in half precision
     trained = half * n["trained half"] + 4 * n["trained other"]
     asked = config.objective.needs_reference and not config.data.cache_reference_errors
-    pictures, side = 2 * training.train_batch_size, (config.data.resolution or 1024) // VAE_FACTOR
-    kept, peak = activations(unet, config.model.gradient_checkpointing, pictures, side)
-    parts = {
+    return unet, {
         "weights": trained + 2 * n["frozen half"] + 4 * n["frozen other"] + sum(x.nbytes for x in unet.buffers()),
         "casts": 0 if training.bf16_weights else 2 * n["trained half"],
         "reference": 2 * n["trained half"] + 4 * n["trained other"] if asked and method == "full" else 0,
         "gradients": trained,
         "states": int(OPTIMIZER_BYTES[training.optimizer] * (n["trained half"] + n["trained other"])),
-        "activations": kept,
-        "backward": peak - kept,
     }
+
+
+def count(config: Config, unet_config: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a run on one device by what they are for. Raises ConfigError for what is not counted here."""
+    unet, parts = held(config, unet_config)
+    pictures, side = 2 * config.training.train_batch_size, (config.data.resolution or 1024) // VAE_FACTOR
+    kept, peak = activations(unet, config.model.gradient_checkpointing, pictures, side)
+    parts |= {"activations": kept, "backward": peak - kept}
     return {**parts, "sum": sum(parts.values())}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import GIB, activations, autocast_unet, card_of, count, presets
+from benchmarks.memory import GIB, activations, autocast_unet, card_of, count, held, presets
 from benchmarks.memory_run import main, preset_config
 from benchmarks.models import pairs_file
 from benchmarks.ours import Ours
@@ -24,6 +24,16 @@ from tests.test_training_configs import header
 ROOT = Path(__file__).parents[2]
 PRESETS = presets()
 COUNTED = {row["preset"]: row for row in json.loads((ROOT / "benchmarks/results/memory.json").read_text())["presets"]}
+
+
+def layers_of(name: str) -> tuple[object, ...]:
+    """What decides the operations of a preset's UNet: others differ in batch, optimiser and reference alone."""
+    config = load_config(PRESETS[name])
+    codes = getattr(config.tuning, "quantize_base", None)
+    return config.tuning.method, codes, config.model.gradient_checkpointing, config.model.fused_kernels
+
+
+ONE_OF_A_KIND = list({layers_of(name): name for name in PRESETS}.values())
 
 
 def size(tensors: object) -> int:
@@ -74,7 +84,7 @@ def test_what_a_run_holds_is_what_is_counted(name: str, tiny_sdxl: Path, tmp_pat
     ours = Ours(config)
     ours.step()
     run = ours.run
-    parts = count(config, dict(run.unet.config))
+    _, parts = held(config, dict(run.unet.config))
     assert parts["weights"] == size(run.unet.parameters()) + size(run.unet.buffers())  # codes of a quantised base
     assert parts["gradients"] == size(run.parameters)
     reference = run.networks._reference
@@ -88,6 +98,15 @@ def test_what_a_run_holds_is_what_is_counted(name: str, tiny_sdxl: Path, tmp_pat
         steps = sum(state["step"].nbytes for state in run.optimizer.state.values())
         assert states - steps == parts["states"]
     assert all(value >= 0 for value in parts.values())
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_a_backward_needs_more_than_its_forward_kept(name: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    config = preset_config(PRESETS[name], tiny_sdxl, tmp_path / "pairs.parquet", tmp_path, 64)
+    parts = count(config, json.loads((tiny_sdxl / "unet/config.json").read_text()))
+    assert parts["activations"] > 0
+    assert parts["backward"] >= 0
+    assert parts["sum"] == sum(value for part, value in parts.items() if part != "sum")
 
 
 @pytest.mark.gpu
