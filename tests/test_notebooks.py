@@ -23,12 +23,12 @@ SMALL = {
         5,
     ),
     "03_tune_and_compare.ipynb": (
-        "STEPS = 2\nBATCH = 2\nRATE = 7e-4\nPROMPTS = 3\nSEEDS = range(1)",
+        "STEPS = 2\nBATCH = 2\nRATE = 7e-4\nPROMPTS = 3\nSAMPLING_STEPS = 2\nSEEDS = range(1)",
         "clustered by prompt",
         2,
     ),
     "04_your_own_pairs.ipynb": (
-        'BASE = PAIRS = PROMPTS = None\nSCORERS = ["emoji"]\nRESOLUTION = 1024\nSEEDS = range(1)\n'
+        'BASE = PAIRS = PROMPTS = None\nSCORERS = ["emoji"]\nRESOLUTION = 1024\nSEEDS = range(1)\nSAMPLING_STEPS = 2\n'
         "STEPS, BATCH, RATE, BETA, RANK = 2, 2, 1e-3, 4000.0, 2",
         "mine.safetensors",
         3,
