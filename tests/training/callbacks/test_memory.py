@@ -23,6 +23,15 @@ class Ring:
         self.self = self
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_frozen() -> Iterator[None]:
+    """As in a program of its own: `conftest.py` freezes what stays for the session."""
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.freeze()
+
+
 @pytest.fixture
 def no_search() -> Iterator[None]:
     """Python's own search would find the rings as well."""
