@@ -1,6 +1,7 @@
 """Every packaged config is built and takes its dry run, with small models of its family and the world's pairs.
 
-What a test cannot have is replaced, and nothing else: weights, pairs, prompts, scorers, and an optimiser that CUDA has.
+What a test cannot have is replaced, and nothing else: weights, pairs, prompts, scorers, an optimiser that CUDA has,
+and more than one worker that reads images.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def replaced(name: str, folder: Path, request: pytest.FixtureRequest) -> list[st
     ]
     if config.training.optimizer == "adamw_8bit":
         changes.append("training.optimizer=adamw")
+    if config.data.dataloader_num_workers > 1:
+        changes.append("data.dataloader_num_workers=1")  # eight processes would begin for one pair
     if hasattr(source, "scorer"):
         changes.append(f"source.scorer={JUDGE}")
     if isinstance(config, PreferenceModelConfig) and config.preference_model.kind == "latent":
