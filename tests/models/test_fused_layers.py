@@ -9,6 +9,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from diffalign.experimental.fused_norm import NHWC
 from diffalign.experimental.fusing import fuse_kernels
 from diffalign.experimental.kernels import kernels_by
 from diffalign.models.adapters.lora import add_lora, fuse_lora
-from diffalign.models.kernels.checkpointing import set_checkpointing
+from diffalign.models.kernels.checkpointing import place, set_checkpointing
 from diffalign.models.policy.networks import Networks
 from diffalign.models.policy.reference import FrozenCopy, LoraOff
 from diffalign.training.build import prepare_policy
@@ -38,6 +39,24 @@ needs_triton = pytest.mark.skipif(kernels_by(DEVICE) is None, reason="the kernel
 def few_places(model: Model) -> tuple[Tensor, Tensor, Conditioning]:
     """One row of latents of 4 x 6 places."""
     return model.xt[:1, :, :4, :6].to(DEVICE), model.t[:1].to(DEVICE), model.cond.map(lambda v: v[:1]).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def shallow(models: dict[str, Model]) -> Model:
+    """SDXL's UNet with one level: every kind of layer, and half as many of each, for what holds layer by layer."""
+    base = copy.copy(models["sdxl"].base)
+    one_level = {
+        "block_out_channels": (32,),
+        "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "transformer_layers_per_block": 1,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = type(base.unet).from_config({**base.unet.config, **one_level})
+    base.unet = place(unet.requires_grad_(False).eval(), torch.device("cpu"))
+    return replace(models["sdxl"], base=base)
 
 
 def laid_out(model: Model) -> nn.Module:
@@ -77,9 +96,9 @@ def test_full_tuning_has_the_same_prediction_and_gradients(model: Model) -> None
 
 
 @needs_triton
-def test_lora_under_every_checkpointing(models: dict[str, Model]) -> None:
+def test_lora_under_every_checkpointing(shallow: Model) -> None:
     """The same bits whatever is made again, and at B = 0 those of the reference."""
-    model = models["sdxl"]
+    model = shallow
     unet = laid_out(model)
     add_lora(unet, rank=4, seed=1, target_modules=("to_q", "to_v", "ff.net.0.proj"))
     fuse_lora(unet)
@@ -99,9 +118,9 @@ def test_lora_under_every_checkpointing(models: dict[str, Model]) -> None:
 
 
 @needs_triton
-def test_a_frozen_copy_is_the_policy_to_the_bit(models: dict[str, Model]) -> None:
+def test_a_frozen_copy_is_the_policy_to_the_bit(shallow: Model) -> None:
     """It has the kernels too; half-precision weights and none that require grad change nothing."""
-    base, unet = models["sdxl"].base, laid_out(models["sdxl"]).requires_grad_(True).train()
+    base, unet = shallow.base, laid_out(shallow).requires_grad_(True).train()
     fuse_kernels(unet, DEVICE)
     networks = Networks(
         unet,
@@ -111,7 +130,7 @@ def test_a_frozen_copy_is_the_policy_to_the_bit(models: dict[str, Model]) -> Non
         autocast_dtype=torch.bfloat16,
         device=DEVICE,
     )
-    point = few_places(models["sdxl"])
+    point = few_places(shallow)
     assert torch.equal(networks.policy(*point), networks.reference(*point))
 
 
