@@ -59,9 +59,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    groups = {name: name for name in ("processes", "test_notebooks", "test_site")}
+    groups["test_sharding"] = "processes"  # it has the pool too, and tests whose names do not say so
+
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((shared for shared in ("processes", "test_notebooks", "test_site") if shared in nodeid), nodeid)
+            return next((group for part, group in groups.items() if part in nodeid), nodeid)
 
     return Scheduling(config, log)
 
