@@ -101,10 +101,11 @@ def early_pairs(out: Path, seed: int) -> None:
     train, heldout = split_by_prompt(rows["caption"].to_pylist(), PAIRS / len(rows), seed=0)
     if (seed + 1) * PAIRS > len(train):  # the packaged pairs are used up; the same recipe makes more after them
         kept = {prompt_key(rows["caption"][i].as_py()) for i in heldout}
-        more = pq.read_table(write_pairs(out / "more.parquet", PairRecipe(2 * len(rows), 0), overwrite=True))
+        more = pq.read_table(write_pairs(out / "more.parquet", PairRecipe(4 * len(rows), 0), overwrite=True))
         assert more["image_0_uid"][: len(rows)].equals(rows["image_0_uid"]), "the packaged pairs are the first of these"
         rows, old = more, len(rows)
         train += [i for i in range(old, len(rows)) if prompt_key(rows["caption"][i].as_py()) not in kept]
+    assert (seed + 1) * PAIRS <= len(train), f"no pairs are left for seed {seed}"
     pq.write_table(rows.take(train[seed * PAIRS : (seed + 1) * PAIRS]), out / "train.parquet")
     pq.write_table(rows.take(heldout), out / "heldout.parquet")
 
