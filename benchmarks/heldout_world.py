@@ -51,7 +51,7 @@ from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 
 PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 4  # of the part `early`
-PATIENCE, LEAST_DIVERSITY, LEAST_FAITHFULNESS = 4, 0.87, -0.02  # tighter than the guards, .85 and -.03
+PATIENCE, LEAST_DIVERSITY, LEAST_FAITHFULNESS = 4, 0.87, -0.025  # tighter than the guards, .85 and -.03
 GUARD_IMAGES = 8  # of each prompt
 EMA = 0.95  # of each step: an average of about two measurements' steps
 EARLIER = {  # results of earlier rules without an average, the first two on 24 prompts x 4 images
