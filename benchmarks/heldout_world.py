@@ -6,9 +6,10 @@
 
 early     Diffusion-DPO on 128 pairs at three times the learning rate of training_configs/world/dpo.yaml, with 128 other
           pairs of other prompts held out, and the weights averaged (EMA). A run ends where the held-out score is worse
-          than its best four times in a row, or images for 48 held-out prompts have lost too much diversity or
-          faithfulness. Then it is resumed without this to the full length, and averages along the way and the final
-          weights of early stopping are compared with the base.
+          than its best four times in a row, or images for 24 further prompts have lost too much diversity or
+          faithfulness; its weights are the latest that are within these limits and not worse. Then it is resumed
+          without this to the full length, and averages along the way and the final weights of early stopping are
+          compared with the base.
 shuffled  the packaged run on pairs whose labels were dealt out again at random, a share of them held out.
 flipped   a tenth of the labels is swapped; `diffalign data doubtful` ranks the pairs of a run on them, by its final
           weights alone and by its checkpoints as well.
@@ -50,12 +51,14 @@ from diffalign.world.captions import prompts
 from diffalign.world.pairs import PairRecipe, make_pairs, write_pairs
 
 PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 4  # of the part `early`
-PATIENCE, LEAST_DIVERSITY, LEAST_FAITHFULNESS = 4, 0.87, -0.015  # tighter than the guards, .85 and -.03
+PATIENCE, LEAST_DIVERSITY, LEAST_FAITHFULNESS = 4, 0.87, -0.025  # tighter than the guards, .85 and -.03
+GUARD_IMAGES = 8  # of each prompt
 EMA = 0.95  # of each step: an average of about two measurements' steps
 EARLIER = {  # results of earlier rules without an average, the first two on 24 prompts x 4 images
     "early_by_score": "by score alone",  # commit 205288d: 16 points, patience 4, the best mean of 3 scores, no images
     "early_by_diversity": "least diversity .87",  # commit bb91f51: of 24 prompts x 4 images
     "early_last_weights": "least diversity .88",  # commit 1f1f258: of 48 prompts x 4 images
+    "early_continue": "averaged weights, least diversity .87, patience 4 for what is worse",  # commit e4c67e2
 }
 CHECKPOINTS = 40  # steps between those that are evaluated, beside the one at which early stopping ends
 MEASURED = ("loss", "accuracy", "score", "diversity", "faithfulness")
@@ -101,10 +104,11 @@ def early_pairs(out: Path, seed: int) -> None:
     train, heldout = split_by_prompt(rows["caption"].to_pylist(), PAIRS / len(rows), seed=0)
     if (seed + 1) * PAIRS > len(train):  # the packaged pairs are used up; the same recipe makes more after them
         kept = {prompt_key(rows["caption"][i].as_py()) for i in heldout}
-        more = pq.read_table(write_pairs(out / "more.parquet", PairRecipe(2 * len(rows), 0), overwrite=True))
+        more = pq.read_table(write_pairs(out / "more.parquet", PairRecipe(4 * len(rows), 0), overwrite=True))
         assert more["image_0_uid"][: len(rows)].equals(rows["image_0_uid"]), "the packaged pairs are the first of these"
         rows, old = more, len(rows)
         train += [i for i in range(old, len(rows)) if prompt_key(rows["caption"][i].as_py()) not in kept]
+    assert (seed + 1) * PAIRS <= len(train), f"no pairs are left for seed {seed}"
     pq.write_table(rows.take(train[seed * PAIRS : (seed + 1) * PAIRS]), out / "train.parquet")
     pq.write_table(rows.take(heldout), out / "heldout.parquet")
 
@@ -113,6 +117,8 @@ def early(out: Path, seed: int) -> dict[str, Any]:
     """Early stopping on few pairs, and what it would have missed."""
     early_pairs(out, seed)
     run, stopped, averages = out / "run", out / "stopped", out / "averages"
+    guarded = out / "guarded.txt"  # no pair has these prompts, and nothing else is measured on them
+    guarded.write_text("".join(f"{prompt}\n" for prompt in prompts("final")))
     shared = [
         f"seed={seed}",
         f"data.path={out / 'train.parquet'}",
@@ -125,6 +131,9 @@ def early(out: Path, seed: int) -> dict[str, Any]:
         f"validation.points_per_pair={POINTS}",
         f"validation.num_inference_steps={SAMPLING.num_inference_steps}",
         "validation.on_plateau=continue",
+        "validation.plateau_weights=latest",
+        f"validation.guard_prompts={guarded}",
+        f"validation.guard_images={GUARD_IMAGES}",
         "validation.faithfulness=world-accuracy",
         "validation.load_best_model_at_end=true",
     ]

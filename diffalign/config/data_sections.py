@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffalign.config.value_types import LARGEST, Count, PathText, Positive, Section, Text
+from diffalign.config.value_types import LARGEST, MOST, Count, PathText, Positive, Section, Text
 from diffalign.data.buckets.sizes import kohya_sizes, sdxl_sizes
 from diffalign.data.spec import is_remote
 from diffalign.data.table.score_aggregation import Axis
@@ -103,6 +103,18 @@ def share_or_path(node: Any) -> Any:
         return node
     raise DiffalignError(
         "give a share of the training pairs, a number between 0 and 1 such as 0.1, or the path of other pairs"
+    )
+
+
+def count_or_path(node: Any) -> Any:
+    """`validation.guard_prompts` as given. Raises DiffalignError for what is neither a number from 2 nor a path."""
+    if isinstance(node, str):
+        return packaged_asset(node)
+    if isinstance(node, int) and not isinstance(node, bool) and 2 <= node <= MOST:
+        return node
+    raise DiffalignError(
+        "give a number of prompts of the held-out pairs, from 2 on, or a file of prompts or a set of "
+        "`diffalign list prompts`"
     )
 
 

@@ -13,6 +13,7 @@ from diffalign.config.data_sections import (
     Scores,
     axes_of,
     checked_scores,
+    count_or_path,
     packaged_asset,
     share_or_path,
 )
@@ -235,6 +236,7 @@ class ValidationSection(Section):
     OLD_NAMES: ClassVar[dict[str, str]] = {"steps": "num_inference_steps"}  # 0.1.0
 
     _pairs = field_validator("pairs", mode="before")(share_or_path)
+    _guard_prompts = field_validator("guard_prompts", mode="before")(count_or_path)
 
     prompts: tuple[Text, ...] = ()
     every: Count = 100  # optimiser steps
@@ -253,10 +255,11 @@ class ValidationSection(Section):
     early_stopping_threshold: NotNegative = 0.0  # a change of the metric up to this is no improvement
     early_stopping_confidence: Confidence | None = 0.95  # that a change is not chance; null: any change counts
     on_plateau: Literal["stop", "continue"] = "stop"  # continue: only what is worse than the best counts as a failure
+    plateau_weights: Literal["best", "latest"] = "best"  # final ones; latest: that is not worse by more than chance
     least_diversity: Share | None = None  # of images of one prompt, relative to the start; below, the run ends
     faithfulness: Text | None = None  # a scorer of how well these images follow their prompts
     least_faithfulness: Annotated[float, Field(le=0)] | None = None  # change of its mean; below, the run ends
-    guard_prompts: Annotated[Count, Field(ge=2)] = 48  # of the held-out pairs, for which these images are sampled
+    guard_prompts: int | Text = 48  # for which these images are sampled: so many of the held-out pairs', or a file
     guard_images: Annotated[Count, Field(ge=2)] = 4  # of each of these prompts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
     metric_for_best_model: Literal["score", "accuracy", "loss"] = "score"  # of the held-out pairs

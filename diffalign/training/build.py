@@ -40,6 +40,7 @@ from diffalign.training.build_source import source_builder
 from diffalign.training.checkpoints.identity import refuse_others, run_identity
 from diffalign.training.distributed.sharding import mesh_of
 from diffalign.training.heldout.build import build_points
+from diffalign.training.heldout.guards import prompts_of_guards
 from diffalign.training.open_data import open_table, refuse_weights
 from diffalign.training.optim.optimizers import effective_lr, make_lr_scheduler, make_optimizer
 from diffalign.training.processes import on_main
@@ -105,6 +106,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
     on_main(accelerator, lambda: refuse_others(config, identity))
     objective.check_schedule(base.schedule)
     faithfulness = load_faithfulness(config, accelerator)
+    guarded = () if table.heldout is None else prompts_of_guards(config.validation, table.heldout.prompts)
 
     encoder = Encoder(base, device)
     resolution = resolution_of(config.data, base)
@@ -165,6 +167,7 @@ def build(config: Config, accelerator: Accelerator, table: Table | None = None, 
         table=table,
         heldout=heldout,
         faithfulness=faithfulness,
+        guard_prompts=guarded,
         identity=identity,
         host=host,
     )

@@ -193,7 +193,7 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
     heldout = HeldOut(run, points) if isinstance(run, Run) and points is not None else None
     guards = None
     if heldout is not None and isinstance(run, Run) and validation.guards:
-        guards = Guards(heldout, validation, run.faithfulness)
+        guards = Guards(heldout, validation, run.guard_prompts, run.faithfulness)
     stops = heldout is not None and validation.stops_or_loads
     return [
         *([] if heldout is None else [heldout]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +150,7 @@ class Run(Trainable):
     reference_kind: str  # `Reference.kind`, or "none"
     heldout: FixedPoints | None = None  # pairs that are measured and not trained on
     faithfulness: Scorer | None = None  # `validation.faithfulness`, in the main process
+    guard_prompts: Sequence[str] = ()  # whose images are measured with the held-out pairs
     host: HostCopy | None = None  # of a sharded policy, for its files
 
     @property

@@ -1,8 +1,8 @@
 """What a run's gain costs in its images: how much those of one prompt differ, and how well they follow their prompts.
 
 Pairs show which image a model prefers and not what its own images have become. Preference tuning costs diversity step
-by step, and faithfulness at times, long before a held-out metric falls. So images of some held-out prompts are sampled
-at the start and wherever the held-out pairs are measured, always from the same noise:
+by step, and faithfulness at times, long before a held-out metric falls. So images of some prompts are sampled at the
+start and wherever the held-out pairs are measured, always from the same noise:
 
     heldout/diversity      mean distance of two images of one prompt, over that at the start; 1 at the start
     heldout/faithfulness   with `validation.faithfulness`: mean score of that scorer, less that at the start
@@ -21,6 +21,8 @@ from typing import Any
 
 from diffalign.config.sections import ValidationSection
 from diffalign.data.heldout import prompt_key
+from diffalign.data.prompt_sets.fetch import text_hash
+from diffalign.data.table.prompts import open_prompts
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.stats import Estimate, clustered_mean, ratio
 from diffalign.rewards import Scorer, ScorerError
@@ -41,11 +43,12 @@ Measured = tuple[list[float], list[float]]  # of each prompt the mean distance, 
 class Guards(Callback):
     """Measures at the steps at which held-out pairs are measured, with the EMA weights if there are any."""
 
-    def __init__(self, heldout: HeldOut, settings: ValidationSection, scorer: Scorer | None = None) -> None:
-        self.heldout, self.settings, self.scorer = heldout, settings, scorer
-        table = heldout.points.source.table
-        self.prompts = some_prompts(table.prompts, settings.guard_prompts, settings.pairs_seed)
-        self.images = [settings.guard_images, settings.num_inference_steps, settings.guidance_scale, settings.seed]
+    def __init__(
+        self, heldout: HeldOut, settings: ValidationSection, prompts: Sequence[str], scorer: Scorer | None = None
+    ) -> None:
+        self.heldout, self.settings, self.prompts, self.scorer = heldout, settings, prompts, scorer
+        sampling = [settings.num_inference_steps, settings.guidance_scale, settings.seed]
+        self.images = [text_hash(prompts), settings.guard_images, *sampling]
         self.at_start: Measured | None = None
         self.diversity, self.faithfulness = 1.0, 0.0  # of the last measurement
 
@@ -68,8 +71,8 @@ class Guards(Callback):
         if state.step:
             raise CheckpointError(
                 "validation.least_diversity, faithfulness: the run is resumed and did not measure the images of its "
-                "start with the same validation.num_inference_steps, guidance_scale and seed; set both to null, or "
-                "start anew"
+                "start with the same prompts and validation.num_inference_steps, guidance_scale and seed; set both to "
+                "null, or start anew"
             )
         self.at_start = self.measure()
         if self.settings.least_diversity is not None and not any(self.at_start[0]):
@@ -139,6 +142,22 @@ def _scores(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str]) -> li
 
 def _named(name: str, found: Estimate) -> dict[str, float]:
     return {name: found.value, f"{name}/low": found.low, f"{name}/high": found.high}
+
+
+def prompts_of_guards(settings: ValidationSection, heldout: Sequence[str]) -> list[str]:
+    """The prompts whose images are measured: some of the held-out pairs', or those of a file or set; empty for none.
+
+    Raises PromptError for a file that cannot be read, DiffalignError for one with a single prompt.
+    """
+    given = settings.guard_prompts
+    if not settings.guards:
+        return []
+    if isinstance(given, int):
+        return some_prompts(heldout, given, settings.pairs_seed)
+    found = open_prompts(given).prompts
+    if len(found) < 2:
+        raise DiffalignError(f"validation.guard_prompts: {given} has one prompt, which gives no interval; name more")
+    return found
 
 
 def some_prompts(prompts: Sequence[str], count: int, seed: int) -> list[str]:

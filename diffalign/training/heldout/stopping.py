@@ -9,10 +9,12 @@ which counts prompts, is on the better side of 0, and the difference is above th
 give a new best value every few measurements, and a run that has stopped learning would go on. Changes too small to be
 sure of add up.
 
-The best measurement is the one with the best value, improvement or not, as in transformers. With `on_plateau: continue`
-a plateau counts as good: a measurement fails where it is worse than the best one by more than chance, only such ones
-count against the patience, and the final weights are those of the latest that did not fail. A model may go on moving in
-a direction that it has learned, which changes its images and not the ranking of pairs.
+With `on_plateau: continue` a plateau is no failure: only measurements that are worse than the best one by more than
+chance count against the patience.
+
+The final weights are those with the best value, improvement or not, as in transformers; with `plateau_weights: latest`
+the latest ones that are not worse than that by more than chance. A model may go on moving in a direction that it has
+learned, which changes its images and not the ranking of pairs.
 
 With a least diversity or faithfulness a run ends where its images are below it, and such weights are never the final
 ones (`guards.py`).
@@ -56,7 +58,8 @@ class Entry:
 
     step: int
     value: float  # of the metric
-    good: bool  # better than the last improvement by more than chance; `continue`: not worse than the best by that
+    improved: bool  # better than the last improvement by more than chance
+    good: bool  # not worse than the best by more than chance
     within: bool = True  # the images are within the limits of `guards.py`, or not measured
 
 
@@ -95,23 +98,26 @@ class EarlyStopping(Callback):
         self.metric = f"{PREFIX}/{settings.metric_for_best_model}"
         self.rule = Rule(self.metric == LOSS, settings.early_stopping_threshold, settings.early_stopping_confidence)
         self.history: list[Entry] = []
-        self.compared: dict[int, float] = {}  # the pairs' values at what the next one is compared with
+        self.improvement: dict[int, float] = {}  # the pairs' values at the last improvement
+        self.top: dict[int, float] = {}  # the pairs' values at the measurement with the best value
 
     @property
     def best(self) -> Entry | None:
         """The measurement whose weights are to be the final ones, if there is one yet."""
         entries = [entry for entry in self.history if entry.within and math.isfinite(entry.value)]
-        if self.settings.on_plateau == "continue":
+        if self.settings.plateau_weights == "latest":
             return next((entry for entry in reversed(entries) if entry.good), None)
         return min(entries, key=lambda entry: entry.value if self.rule.lower else -entry.value, default=None)
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many measurements in a row as the patience allows were not good, or the images broke a limit."""
+        """Whether as many measurements in a row as the patience allows have failed, or the images broke a limit."""
         patience = self.settings.early_stopping_patience
         if self.guards is not None and self.guards.broken:
             return True
-        waited = next((i for i, entry in enumerate(reversed(self.history)) if entry.good), len(self.history))
+        plateaus = self.settings.on_plateau == "continue"
+        passed = [entry.good if plateaus else entry.improved for entry in reversed(self.history)]
+        waited = passed.index(True) if True in passed else len(passed)
         return patience is not None and waited >= patience
 
     def on_train_begin(self, state: TrainingState) -> None:
@@ -123,8 +129,9 @@ class EarlyStopping(Callback):
         value = state.metrics.get(self.metric)
         if value is None:
             return
-        good = self._compare(value)
-        self.history.append(Entry(state.step, value, good, self.guards is None or not self.guards.broken))
+        improved, good = self._compare(value)
+        within = self.guards is None or not self.guards.broken
+        self.history.append(Entry(state.step, value, improved, good, within))
         best = self.best
         if self.settings.load_best_model_at_end and best is not None and best.step == state.step:
             save_best(self.run)
@@ -132,19 +139,19 @@ class EarlyStopping(Callback):
             state.should_stop = True
             self._report(state.step)
 
-    def _compare(self, value: float) -> bool:
-        """Whether the measurement is good; it is what the next ones are compared with where it is better than that."""
+    def _compare(self, value: float) -> tuple[bool, bool]:
+        """Whether the measurement improves on the last improvement, and whether it is not worse than the best one."""
         now, prompts = self.heldout.of_pairs[self.metric], self.heldout.points.source.table.prompts
         if not math.isfinite(value):
-            return False
-        if self.settings.on_plateau == "stop":
-            better = good = not self.compared or self.rule.improves(self.compared, now, prompts)
-        else:
-            better = not self.compared or Rule(self.rule.lower, confidence=None).improves(self.compared, now, prompts)
-            good = better or not self.rule.improves(now, self.compared, prompts)
-        if better:
-            self.compared = now
-        return good
+            return False, False
+        improved = not self.improvement or self.rule.improves(self.improvement, now, prompts)
+        if improved:
+            self.improvement = now
+        higher = not self.top or Rule(self.rule.lower, confidence=None).improves(self.top, now, prompts)
+        good = higher or not self.rule.improves(now, self.top, prompts)
+        if higher:
+            self.top = now
+        return improved, good
 
     def on_stop(self, state: TrainingState) -> None:
         """Loads the best weights, in every process."""
@@ -166,7 +173,8 @@ class EarlyStopping(Callback):
         """The measurements, and the best weights beside the checkpoint's own."""
         if self.settings.load_best_model_at_end and self.best is not None:
             shutil.copytree(self.run.output_dir / BEST, folder / BEST, copy_function=_link)
-        return {"history": [astuple(entry) for entry in self.history], "compared": self.compared}
+        history = [astuple(entry) for entry in self.history]
+        return {"history": history, "improvement": self.improvement, "top": self.top}
 
     def load_state(self, state: dict[str, Any], folder: Path) -> None:
         """Takes the measurements and the best weights of that time.
@@ -174,7 +182,7 @@ class EarlyStopping(Callback):
         Raises CheckpointError for a checkpoint without the weights of its best measurement.
         """
         self.history = [Entry(*entry) for entry in state.get("history", ())]
-        self.compared = state.get("compared", {})
+        self.improvement, self.top = state.get("improvement", {}), state.get("top", {})
         if not self.settings.load_best_model_at_end or self.best is None:
             return
         if not (folder / BEST).is_dir():
@@ -190,7 +198,7 @@ class EarlyStopping(Callback):
     def _named(self, best: Entry) -> str:
         """The value of the final weights' measurement."""
         latest = " (the latest that is not worse than the best by more than chance)"
-        return f"{best.value:.4g}" + (latest if self.settings.on_plateau == "continue" else "")
+        return f"{best.value:.4g}" + (latest if self.settings.plateau_weights == "latest" else "")
 
     def _report(self, step: int) -> None:
         """Logs why the run ends, and adds it to the events of the run."""
@@ -215,7 +223,7 @@ class EarlyStopping(Callback):
         best = self.best
         if best is None:
             return "no measurement qualifies for the final weights"
-        if self.settings.on_plateau == "continue":
+        if self.settings.plateau_weights == "latest":
             return f"the latest good one is {best.value:.4g} at step {best.step}"
         return f"the best is {best.value:.4g} at step {best.step}"
 

@@ -79,6 +79,10 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
         which = "without better" if validation.on_plateau == "stop" else "in a row with worse"
         text += f"; the run ends after {validation.early_stopping_patience} measurements {which} "
         text += validation.metric_for_best_model
+    if validation.guards:
+        given = validation.guard_prompts
+        prompts = f"{given} of their prompts" if isinstance(given, int) else f"the prompts of {given}"
+        text += f"; {validation.guard_images} images for each of {prompts} as well"
     if validation.least_diversity is not None:
         text += (
             f"; the run ends where the diversity of its images is below {validation.least_diversity:g} of the start's"
@@ -89,7 +93,7 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
         )
     if not validation.load_best_model_at_end:
         return text
-    return f"{text}; the {'best' if validation.on_plateau == 'stop' else 'latest good'} weights are final"
+    return f"{text}; the {'best' if validation.plateau_weights == 'best' else 'latest good'} weights are final"
 
 
 def _pairs(data: DataSection, table: Table, max_train_steps: int) -> str:

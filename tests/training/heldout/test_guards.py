@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from diffalign.config.schema import Config
+from diffalign.config.sections import ValidationSection
+from diffalign.data.table.prompts import PromptError
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.evaluate import evaluate
 from diffalign.evaluation.sampling import Sampling
@@ -21,7 +23,7 @@ from diffalign.rewards import ScorerError
 from diffalign.training.callbacks.base import TrainingState
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.heldout.callback import HeldOut
-from diffalign.training.heldout.guards import Guards, some_prompts
+from diffalign.training.heldout.guards import Guards, prompts_of_guards, some_prompts
 from diffalign.training.run import run_training
 from diffalign.world import base_path
 from tests.training.heldout.test_stopping import settings
@@ -137,7 +139,7 @@ def test_a_run_ends_where_one_is_too_low_with_the_weights_before(
         assert (metrics(out), same(weights(out), kept[1])) == (kept[0], True)
 
     other = settings(out, training__resume_from_checkpoint="latest", validation__seed=7)
-    with pytest.raises(CheckpointError, match="with the same validation"):
+    with pytest.raises(CheckpointError, match="with the same prompts and validation"):
         run_training(make_config(base_path(), {**other, **changes}))
 
     longer = settings(out, training__resume_from_checkpoint="latest")
@@ -203,3 +205,25 @@ def test_a_scorer_that_is_none_is_refused_before_anything_is_encoded(make_config
     with pytest.raises(ScorerError, match="world-accuracy"):
         run_training(make_config(base_path(), {**settings(tmp_path / "run"), **changes}))
     assert not (tmp_path / "cache").exists()
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    def chosen(given: object, **changes: object) -> list[str]:
+        limits = {"pairs": 0.5, "least_diversity": 0.8, "guard_prompts": given, **changes}
+        return prompts_of_guards(ValidationSection.model_validate(limits), ["a dog", "a cat"])
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\na hen\na fox\n")
+    assert chosen(str(file)) == ["a fox", "a hen"]
+    assert sorted(chosen(9)) == ["a cat", "a dog"]
+    assert chosen(str(file), least_diversity=None) == []
+    file.write_text("a fox\n")
+    with pytest.raises(DiffalignError, match="has one prompt, which gives no interval; name more"):
+        chosen(str(file))
+    with pytest.raises(PromptError, match="no such file"):
+        chosen(str(tmp_path / "other.txt"))
+    with pytest.raises(PromptError, match="prompts are read from a file that ends in"):
+        chosen("a fox")
+    for wrong in (1, 0.5, True, None):
+        with pytest.raises(ValueError, match="from 2 on"):
+            chosen(wrong)

@@ -62,21 +62,25 @@ BEST = (0.5, 0.5, 0.6)
 
 
 @pytest.mark.parametrize(
-    ("metric", "plateau", "values", "best", "saved", "ends"),
+    ("metric", "plateau", "which", "values", "best", "saved", "ends"),
     [
-        ("score", "stop", [GOOD, FAIR, BAD, FAIR], 1, [1], 3),
-        ("score", "stop", [BAD, GOOD, FAIR, BEST], 4, [1, 2, 4], None),
-        ("loss", "stop", [GOOD, FAIR, BAD, FAIR], 3, [1, 2, 3], None),
-        ("score", "continue", [GOOD, FAIR, BAD, FAIR], 4, [1, 2, 4], None),
-        ("score", "continue", [BAD, FAIR, BEST, GOOD, BAD], 3, [1, 2, 3], 5),
-        ("score", "continue", [BAD, (NAN, 0.9, 0.9), GOOD], 3, [1, 3], None),
-        ("loss", "continue", [BAD, (0.1, 0.3, 0.1), GOOD, GOOD], 2, [1, 2], 4),
+        ("score", "stop", "best", [GOOD, FAIR, BAD, FAIR], 1, [1], 3),
+        ("score", "stop", "best", [BAD, GOOD, FAIR, BEST], 4, [1, 2, 4], None),
+        ("loss", "stop", "best", [GOOD, FAIR, BAD, FAIR], 3, [1, 2, 3], None),
+        ("score", "stop", "latest", [GOOD, FAIR, BAD, FAIR], 4, [1, 2, 4], 3),
+        ("score", "stop", "latest", [BAD, GOOD, FAIR, BEST], 4, [1, 2, 3, 4], None),
+        ("score", "continue", "latest", [GOOD, FAIR, BAD, FAIR], 4, [1, 2, 4], None),
+        ("score", "continue", "latest", [BAD, FAIR, BEST, GOOD, BAD], 3, [1, 2, 3], 5),
+        ("score", "continue", "best", [GOOD, FAIR, BAD, FAIR], 1, [1], None),
+        ("score", "continue", "latest", [BAD, (NAN, 0.9, 0.9), GOOD], 3, [1, 3], None),
+        ("loss", "continue", "latest", [BAD, (0.1, 0.3, 0.1), GOOD, GOOD], 2, [1, 2], 4),
     ],
 )
 def test_the_final_weights_and_the_end_by_hand(
     monkeypatch: pytest.MonkeyPatch,
     metric: str,
     plateau: str,
+    which: str,
     values: list[tuple[float, ...]],
     best: int,
     saved: list[int],
@@ -89,6 +93,7 @@ def test_the_final_weights_and_the_end_by_hand(
             "load_best_model_at_end": True,
             "metric_for_best_model": metric,
             "on_plateau": plateau,
+            "plateau_weights": which,
             "early_stopping_patience": 2,
         }
     )
