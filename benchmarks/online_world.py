@@ -17,12 +17,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from world_lines import main, packaged
 
+# As long as a run of the arena, with its batch and warm-up and the learning rate that its sweep chose for LPO.
+LPO = (
+    "training.max_train_steps=60", "training.train_batch_size=32", "training.learning_rate=5e-6",
+    "training.lr_scheduler=constant_with_warmup", "training.lr_warmup_steps=10",
+)  # fmt: skip
 # Name of a line -> the packaged config and what is changed in it.
 SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo, offline pairs": ("dpo", ()),
     "sft, offline winners": ("sft", ()),
     "spo, judge: oracle": ("spo", ()),
     "spo, judge: step-aware": ("spo", ("source.scorer=world-step-aware", "source.threshold=0.05")),
+    "lpo": ("lpo", LPO),
+    "lpo, judge without guidance": ("lpo", ("source.scorer=latent-judge=runs/world/unguided", *LPO)),  # docs/lpo.md
     "seppo": ("seppo", ()),
     "spin": ("spin", ()),
     "raft": ("raft", ()),
