@@ -54,11 +54,11 @@ PAIRS, STEPS, EVERY, POINTS = 128, 200, 10, 4  # of the part `early`
 PATIENCE, LEAST_DIVERSITY, LEAST_FAITHFULNESS = 4, 0.87, -0.025  # tighter than the guards, .85 and -.03
 GUARD_IMAGES = 8  # of each prompt
 EMA = 0.95  # of each step: an average of about two measurements' steps
-EARLIER = {  # results of earlier rules without an average, the first two on 24 prompts x 4 images
+EARLIER = {  # results of earlier rules; the first two on 24 prompts x 4 images
     "early_by_score": "by score alone",  # commit 205288d: 16 points, patience 4, the best mean of 3 scores, no images
     "early_by_diversity": "least diversity .87",  # commit bb91f51: of 24 prompts x 4 images
     "early_last_weights": "least diversity .88",  # commit 1f1f258: of 48 prompts x 4 images
-    "early_continue": "averaged weights, least diversity .87, patience 4 for what is worse",  # commit e4c67e2
+    "early_continue": "averaged weights, least diversity .87, patience 4 for what is worse",  # commit 11dd1d5
 }
 CHECKPOINTS = 40  # steps between those that are evaluated, beside the one at which early stopping ends
 MEASURED = ("loss", "accuracy", "score", "diversity", "faithfulness")
