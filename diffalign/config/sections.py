@@ -28,6 +28,7 @@ from diffalign.config.value_types import (
     LearningRate,
     MergeWeight,
     NotNegative,
+    Number,
     PathText,
     Pixels,
     Positive,
@@ -258,7 +259,7 @@ class ValidationSection(Section):
     plateau_weights: Literal["best", "latest"] = "best"  # final ones; latest: that is not worse by more than chance
     least_diversity: Share | None = None  # of images of one prompt, relative to the start; below, the run ends
     faithfulness: Text | None = None  # a scorer of how well these images follow their prompts
-    least_faithfulness: Annotated[float, Field(le=0)] | None = None  # change of its mean; below, the run ends
+    least_faithfulness: Annotated[Number, Field(le=0)] | None = None  # change of its mean; below, the run ends
     guard_prompts: int | Text = 48  # for which these images are sampled: so many of the held-out pairs', or a file
     guard_images: Annotated[Count, Field(ge=2)] = 4  # of each of these prompts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement

@@ -179,8 +179,14 @@ class EarlyStopping(Callback):
     def load_state(self, state: dict[str, Any], folder: Path) -> None:
         """Takes the measurements and the best weights of that time.
 
-        Raises CheckpointError for a checkpoint without the weights of its best measurement.
+        Raises CheckpointError for a checkpoint without the weights of its best measurement, and for measurements that
+        an older version made.
         """
+        if state.get("history") and "top" not in state:
+            raise CheckpointError(
+                f"validation: an older version wrote the held-out measurements in {folder}, which say too little; "
+                "resume with that version, or start anew"
+            )
         self.history = [Entry(*entry) for entry in state.get("history", ())]
         self.improvement, self.top = state.get("improvement", {}), state.get("top", {})
         if not self.settings.load_best_model_at_end or self.best is None:

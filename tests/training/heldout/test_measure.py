@@ -200,6 +200,7 @@ def test_the_trainer_takes_held_out_pairs(tmp_path: Any) -> None:
         ({"validation.faithfulness": "clip"}, "validation.faithfulness needs held-out pairs"),
         ({"validation.least_faithfulness": -0.02}, "name one in validation.faithfulness"),
         ({"validation.faithfulness": "clip", "validation.least_faithfulness": 0.9}, "least_faithfulness"),
+        ({"validation.faithfulness": "clip", "validation.least_faithfulness": float("-inf")}, "least_faithfulness"),
         (
             {"validation.pairs": 0.1, "validation.pairs_split": "test"},
             "validation.pairs_split: a share is of the pairs of",

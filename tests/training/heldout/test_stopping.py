@@ -202,3 +202,11 @@ def test_a_resumed_run_measures_the_same(make_config: MakeConfig, tmp_path: Path
     assert len({line["heldout/loss"] for line in whole[0]}) == 3
     run_training(make_config(base_path(), {**plain, "training.resume_from_checkpoint": "latest"}))
     assert (metrics(out), same(weights(out), whole[1])) == (whole[0], True)
+
+
+def test_measurements_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    settings = ValidationSection.model_validate({"pairs": 0.5, "early_stopping_patience": 2})
+    stopping = EarlyStopping(cast(Any, SimpleNamespace()), settings, cast(Any, SimpleNamespace()))
+    stopping.load_state({}, tmp_path)  # a run that did not measure
+    with pytest.raises(CheckpointError, match="an older version wrote the held-out measurements"):
+        stopping.load_state({"history": [[1, 0.5, True]], "compared": {0: 0.5}}, tmp_path)
