@@ -110,8 +110,9 @@ def count_or_path(node: Any) -> Any:
     """`validation.guard_prompts` as given. Raises DiffalignError for what is neither a number from 2 nor a path."""
     if isinstance(node, str):
         return packaged_asset(node)
-    if isinstance(node, int) and not isinstance(node, bool) and 2 <= node <= MOST:
-        return node
+    whole = isinstance(node, int | float) and not isinstance(node, bool) and node == node // 1  # 5e1 is a number too
+    if whole and 2 <= node <= MOST:
+        return int(node)
     raise DiffalignError(
         "give a number of prompts of the held-out pairs, from 2 on, or a file of prompts or a set of "
         "`diffalign list prompts`"

@@ -260,7 +260,7 @@ class ValidationSection(Section):
     least_diversity: Share | None = None  # of images of one prompt, relative to the start; below, the run ends
     faithfulness: Text | None = None  # a scorer of how well these images follow their prompts
     least_faithfulness: Annotated[Number, Field(le=0)] | None = None  # change of its mean; below, the run ends
-    guard_prompts: int | Text = 48  # for which these images are sampled: so many of the held-out pairs', or a file
+    guard_prompts: Count | Text = 48  # for which these images are sampled: so many of the held-out pairs', or a file
     guard_images: Annotated[Count, Field(ge=2)] = 4  # of each of these prompts
     load_best_model_at_end: Switch = False  # the final weights are those of the best measurement
     metric_for_best_model: Literal["score", "accuracy", "loss"] = "score"  # of the held-out pairs

@@ -224,6 +224,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         chosen(str(tmp_path / "other.txt"))
     with pytest.raises(PromptError, match="prompts are read from a file that ends in"):
         chosen("a fox")
-    for wrong in (1, 0.5, True, None):
+    assert chosen(2e0) == chosen(2)
+    for wrong in (1, 2.5, True, None, float("nan"), float("inf"), 10**10):
         with pytest.raises(ValueError, match="from 2 on"):
             chosen(wrong)
