@@ -57,7 +57,7 @@ EMA = 0.95  # of each step: an average of about two measurements' steps
 EARLIER = {  # results of earlier rules; the first two on 24 prompts x 4 images
     "early_by_score": "by score alone",  # commit 205288d: 16 points, patience 4, the best mean of 3 scores, no images
     "early_by_diversity": "least diversity .87",  # commit bb91f51: of 24 prompts x 4 images
-    "early_last_weights": "least diversity .88",  # commit 1f1f258: of 48 prompts x 4 images
+    "early_last_weights": "least diversity .88",  # commit 1f1f258: of the pairs' 40 prompts x 4 images
     "early_continue": "averaged weights, least diversity .87, patience 4 for what is worse",  # commit 11dd1d5
 }
 CHECKPOINTS = 40  # steps between those that are evaluated, beside the one at which early stopping ends

@@ -189,11 +189,11 @@ def run_callbacks(run: Trainable, callbacks: Sequence[Callback]) -> list[Callbac
     if isinstance(config, Config):
         health, validation = config.health, config.validation
     limit = training.max_unet_forwards
-    points = run.heldout if isinstance(run, Run) else None
-    heldout = HeldOut(run, points) if isinstance(run, Run) and points is not None else None
-    guards = None
-    if heldout is not None and isinstance(run, Run) and validation.guards:
-        guards = Guards(heldout, validation, run.guard_prompts, run.faithfulness)
+    heldout = guards = None
+    if isinstance(run, Run) and run.heldout is not None:
+        heldout = HeldOut(run, run.heldout)
+        if validation.guards:
+            guards = Guards(heldout, validation, run.guard_prompts, run.faithfulness)
     stops = heldout is not None and validation.stops_or_loads
     return [
         *([] if heldout is None else [heldout]),

@@ -55,16 +55,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def arena_lines(name: str) -> str:
     """A table of the method's lines in the comparisons of docs/arena.md, which a test compares with the record."""
     views = (ROOT / ARENA).read_text(encoding="utf-8").split("\n### ")[1:]
-    lines = []
+    lines, first = [], views[0].partition(":")[0]
     for view in views:
         heading, *rows = view.splitlines()
         cells = [row.strip("|").split("|")[1:] for row in rows if row.startswith(f"| `{name}` |")]
-        if not cells:  # a method whose judge learned the first preference has no part in the second
-            continue
+        if not cells and not heading.startswith(f"{first}:"):
+            continue  # a method whose judge learned the first preference has no part in the second
+        if not cells:
+            raise PluginError(f"{ARENA} has no line of {name} under {heading}")
         del cells[0][4]  # the gain in the other reward
         lines.append("|".join(["", f" {heading} ", *cells[0], ""]))
-    if not lines:
-        raise PluginError(f"{ARENA} has no line of {name}")
     head = "| comparison | gain in reward (dR) | win rate | accuracy | diversity | steps | UNet forwards | CPU s |"
     return "\n".join([head, "|---|---|---|---|---|---:|---:|---:|", *lines])
 

@@ -50,7 +50,7 @@ def estimates(values: Sequence[PointValues], prompts: Sequence[str], timesteps: 
     of_prompts = [prompts[pair] for pair in pairs]
     metrics: dict[str, float] = {}
     for name, x in per_pair.items():
-        metrics |= _named(name, (clustered_rate if name == ACCURACY else clustered_mean)(x, of_prompts))
+        metrics |= named(name, (clustered_rate if name == ACCURACY else clustered_mean)(x, of_prompts))
     if all(value.t is not None for value in ordered):
         quarter = np.array([(value.t or 0) * QUARTERS // timesteps for value in ordered])
         for q in range(QUARTERS):
@@ -68,5 +68,6 @@ def bounded(margins: NDArray[np.float64], points: Sequence[int]) -> NDArray[np.f
     return np.tanh(margins / np.where(spread == 0, 1.0, spread))
 
 
-def _named(what: str, estimate: Estimate) -> dict[str, float]:
+def named(what: str, estimate: Estimate) -> dict[str, float]:
+    """A metric with the ends of its interval."""
     return {what: estimate.value, f"{what}/low": estimate.low, f"{what}/high": estimate.high}

@@ -24,14 +24,14 @@ from diffalign.data.heldout import prompt_key
 from diffalign.data.prompt_sets.fetch import text_hash
 from diffalign.data.table.prompts import open_prompts
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.stats import Estimate, clustered_mean, ratio
+from diffalign.evaluation.stats import clustered_mean, ratio
 from diffalign.rewards import Scorer, ScorerError
 from diffalign.training.callbacks.base import Callback, TrainingState
 from diffalign.training.callbacks.validation import policy_images
 from diffalign.training.checkpoints.checkpoint import CheckpointError
 from diffalign.training.distributed.vital_signs import long_work
 from diffalign.training.heldout.callback import HeldOut
-from diffalign.training.heldout.estimates import PREFIX
+from diffalign.training.heldout.estimates import PREFIX, named
 from diffalign.training.processes import on_main
 
 DIVERSITY, FAITHFULNESS = f"{PREFIX}/diversity", f"{PREFIX}/faithfulness"
@@ -89,12 +89,12 @@ class Guards(Callback):
         if any(self.at_start[0]):
             found = ratio(distances, self.at_start[0])
             self.diversity = found.value
-            state.metrics |= _named(DIVERSITY, found)
+            state.metrics |= named(DIVERSITY, found)
         if scores:
             changes = [now - before for now, before in zip(scores, self.at_start[1], strict=True)]
             found = clustered_mean(changes, self._each_prompt())
             self.faithfulness = found.value
-            state.metrics |= _named(FAITHFULNESS, found)
+            state.metrics |= named(FAITHFULNESS, found)
 
     @long_work("sampling images for their diversity and faithfulness")
     def measure(self) -> Measured:
@@ -138,10 +138,6 @@ def _scores(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str]) -> li
         what = f"{len(found)} scores for {len(images)} images" if bad is None else f"no finite score to {bad!r}"
         raise ScorerError(f"validation.faithfulness: scorer {scorer.name} gave {what}; name another scorer")
     return found
-
-
-def _named(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.value, f"{name}/low": found.low, f"{name}/high": found.high}
 
 
 def prompts_of_guards(settings: ValidationSection, heldout: Sequence[str]) -> list[str]:

@@ -89,7 +89,8 @@ def _heldout(validation: ValidationSection, pairs: int) -> str:
         )
     if validation.least_faithfulness is not None:
         text += (
-            f"; the run ends where {validation.faithfulness} has changed by less than {validation.least_faithfulness:g}"
+            f"; the run ends where {validation.faithfulness} is more than {abs(validation.least_faithfulness):g} below "
+            "the start's"
         )
     if not validation.load_best_model_at_end:
         return text
